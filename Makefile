@@ -1,0 +1,25 @@
+# make demo   set up everything, train a text-to-emoji model from random weights on the CPU, open it with stock diffusers
+# make test   set up everything, pass the tests
+# make check  lint and format check
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check
+demo: .venv/installed
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml training/train.py configs/demo.yaml checkpoint.resume=auto
+	$(BIN)/python benchmarks/open_with_stock.py runs/demo/pipeline runs/demo/grid.png
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --slow
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[openmoji,test]'
+	touch $@

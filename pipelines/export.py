@@ -1,0 +1,162 @@
+"""Write the folder that travels: stock classes, safetensors, both tokenizer forms, `pipeline.py` and a model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
+
+from sfumato import __version__
+from sfumato.pipelines import pipeline_sfumato
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.schedulers import scheduling_sfumato_ddpm
+
+_LINK = "from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler\n"
+
+_CARD = """---
+{data}
+---
+
+# {title}
+
+A text-to-image diffusion model, trained from random weights with Sfumato.
+
+<Gallery />
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{where}")
+image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps=30,
+             generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+No flag and no other package than diffusers, transformers and torch is needed. With `pip install sfumato`,
+`SfumatoPipeline.from_pretrained("{where}")` adds guiders and per-call checks.
+
+## What it is
+
+{facts}
+
+## Limits
+
+It draws only what its training pictures show, at the resolution given above. It has not been checked for bias, and it
+can reproduce training pictures.
+
+Made by Sfumato {version}.
+"""
+
+
+def joined_source() -> str:
+    """`pipeline.py`: the scheduler's and the pipeline's source as one file without `sfumato` in its imports."""
+    scheduler = Path(scheduling_sfumato_ddpm.__file__).read_text(encoding="utf-8")
+    pipeline = Path(pipeline_sfumato.__file__).read_text(encoding="utf-8")
+    if _LINK not in pipeline:
+        raise RuntimeError("pipeline_sfumato.py no longer imports the scheduler in the one form that export knows")
+    return f"# Written by Sfumato {__version__}, Apache-2.0.\n{scheduler}\n\n{pipeline.replace(_LINK, '')}"
+
+
+def _write_for_transformers_4(folder: Path) -> None:
+    """Prefix the text encoder's keys and write `vocab.json` and `merges.txt`.
+
+    transformers 5 leaves both out; transformers 4 then loads a random text encoder with only a warning.
+    """
+    for file in (folder / "text_encoder").glob("*.safetensors"):
+        weights = load_file(file)
+        weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    for index in (folder / "text_encoder").glob("*.safetensors.index.json"):
+        content = json.loads(index.read_text())
+        names = content["weight_map"]
+        content["weight_map"] = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in names.items()}
+        index.write_text(json.dumps(content, indent=2))
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gallery: list[tuple[str, str]] = ()) -> str:
+    """Text of the card.
+
+    Args:
+        pipe: the model.
+        where: the path or repository that the snippets name.
+        facts: what the trainer knows. `title`, `license`, `language` and `data` are placed; the rest is listed.
+        gallery: pairs of prompt and picture, the latter relative to the folder.
+    """
+    facts = dict(facts or {})
+    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    parts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=facts.pop("license", None),
+        language=facts.pop("language", None),
+        tags=["diffusers", "diffusers-training", "sfumato", "text-to-image", "trained-from-scratch"],
+        widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
+    )
+    lines = {
+        "Parameters": ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        "Resolution": f"{size * pipe.vae_scale_factor} pixels ({channels} channels at {size} inside the UNet)",
+        "Prediction": pipe.scheduler.config.prediction_type,
+        "Noise schedule": json.dumps(pipe.scheduler.config.get("_sfumato") or pipe.scheduler.config.beta_schedule),
+    }
+    title, guidance = facts.pop("title", "A Sfumato model"), facts.pop("guidance_scale", 3.0)
+    lines.update({name.replace("_", " ").capitalize(): value for name, value in facts.items()})
+    return _CARD.format(
+        data=data.to_yaml(),
+        title=title,
+        where=where,
+        prompt=gallery[0][0] if gallery else "",
+        guidance_scale=guidance,
+        facts="\n".join(f"- {name}: {value}" for name, value in lines.items()),
+        version=__version__,
+    )
+
+
+def export_pipeline(
+    pipe: SfumatoPipeline,
+    folder: str | os.PathLike,
+    facts: dict | None = None,
+    samples: list[tuple[str, "PIL.Image.Image"]] = (),  # noqa: F821
+) -> Path:
+    """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
+
+    Everything is written beside and renamed into place at the end, so a crash leaves the old folder or none.
+
+    Args:
+        pipe: the model to share.
+        folder: where to; an older export there is replaced.
+        facts: for the card, see `model_card`.
+        samples: pairs of prompt and picture for the card's gallery.
+
+    Raises:
+        ValueError: `folder` exists and is not an exported pipeline.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} exists and is no pipeline; export to a new folder or remove it first")
+    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    pipe.save_pretrained(new)
+    _write_for_transformers_4(new)
+    (new / "pipeline.py").write_text(joined_source(), encoding="utf-8")
+    gallery = []
+    for number, (prompt, picture) in enumerate(samples):
+        (new / "samples").mkdir(exist_ok=True)
+        picture.save(new / "samples" / f"{number}.png")
+        gallery.append((prompt, f"samples/{number}.png"))
+    ModelCard(model_card(pipe, str(folder), facts, gallery)).save(new / "README.md")
+    for path in new.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder

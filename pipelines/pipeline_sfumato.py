@@ -1,0 +1,367 @@
+"""Text to image with classifier-free guidance, over stock parts.
+
+Self-contained on purpose (torch, diffusers, transformers and the scheduler class only): this file travels inside shared
+model folders.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
+
+logger = logging.get_logger(__name__)
+# Every construction of a guider warns that guiders are new; once read is enough, and we pin what we tested.
+logging.get_logger("diffusers.guiders.guider_utils").addFilter(lambda record: "experimental" not in str(record.msg))
+
+
+class SfumatoPipeline(DiffusionPipeline):
+    """Draws pictures from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
+
+    Opens every folder of Stable Diffusion's form, ours and foreign, with `SfumatoPipeline.from_pretrained(folder)`, and
+    `save_pretrained` writes that form: only stock classes, no `sfumato` needed to load it.
+
+    Args:
+        vae: turns latents into pictures; the identity for pixel models.
+        text_encoder, tokenizer: prompt to `(B, L, D)` embeddings.
+        unet: predicts what the scheduler's `prediction_type` says.
+        scheduler: a stock `DDPMScheduler` is turned into `SfumatoDDPMScheduler`; any other is taken as it is.
+        guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` by default.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["guider"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _not_ours = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        guider: BaseGuidance | None = None,
+    ):
+        super().__init__()
+        if type(scheduler) is DDPMScheduler:
+            scheduler = SfumatoDDPMScheduler.from_config(scheduler.config)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            guider=guider or ClassifierFreeGuidance(),
+        )
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """Read `model_index.json`, leaving out the parts of a Stable Diffusion folder that this pipeline has no use for."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and config.get("safety_checker", [None])[0] is not None:
+            logger.warning("This folder names a safety checker; SfumatoPipeline does not run it. Check the pictures yourself.")
+        return {k: v for k, v in config.items() if k not in cls._not_ours} if isinstance(config, dict) else config
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it.
+
+        The guider is a choice of the call, not of the weights, and is not saved. Arguments as for `DiffusionPipeline`.
+        """
+        self.to_stock().save_pretrained(save_directory, **kwargs)
+
+    def to_stock(self) -> DiffusionPipeline:
+        """The same model as a `StableDiffusionPipeline` that shares all weights with this one."""
+        from diffusers import StableDiffusionPipeline
+
+        # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
+        # 1.0 clips the very same way and is left alone.
+        config = dict(self.scheduler.config)
+        if config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0 and "thresholding" in config:
+            config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
+        ours = isinstance(self.scheduler, SfumatoDDPMScheduler)
+        scheduler = (DDPMScheduler if ours else type(self.scheduler)).from_config(config)
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def check_inputs(
+        self,
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        num_inference_steps,
+        guidance_scale,
+        num_images_per_prompt,
+        generator,
+        latents,
+        prompt_embeds,
+        negative_prompt_embeds,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ):
+        """Refuse wrong types, sizes and ranges before anything is computed.
+
+        Raises:
+            TypeError, ValueError: naming what came, what is allowed and what to do.
+        """
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and not isinstance(text, str):
+                if not isinstance(text, list) or not all(isinstance(item, str) for item in text):
+                    raise TypeError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}: {text!r}")
+                if not text:
+                    raise ValueError(f"`{name}` is an empty list; pass at least one string ('' for no condition)")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("pass exactly one of `prompt` and `prompt_embeds`")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("pass at most one of `negative_prompt` and `negative_prompt_embeds`")
+        batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+            raise ValueError(
+                f"{len(negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
+            )
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            if prompt_embeds.shape != negative_prompt_embeds.shape:
+                raise ValueError(
+                    f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
+                    f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
+                )
+        for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+        if num_inference_steps > self.scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps`={num_inference_steps} is more than the {self.scheduler.config.num_train_timesteps}"
+                " steps the model was trained with"
+            )
+        factor = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        for name, value in (("height", height), ("width", width)):
+            if not isinstance(value, int) or value < 1 or value % self.vae_scale_factor:
+                raise ValueError(f"`{name}` must be a positive multiple of {self.vae_scale_factor} pixels, got {value!r}")
+            if value % factor:
+                logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads inside, which may show.")
+        if guidance_scale is not None:
+            if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
+                raise TypeError(f"`guidance_scale` must be a number, got {type(guidance_scale).__name__}: {guidance_scale!r}")
+            if not 0 <= guidance_scale < float("inf"):
+                raise ValueError(f"`guidance_scale` must be finite and at least 0, got {guidance_scale}")
+            if "guidance_scale" not in self.guider.config:
+                raise ValueError(f"{type(self.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
+        num_images = batch_size * num_images_per_prompt
+        if isinstance(generator, list):
+            if len(generator) != num_images:
+                raise ValueError(f"{len(generator)} generators for {num_images} images; pass one, or one for each image")
+        if generator is not None and not all(
+            isinstance(g, torch.Generator) for g in (generator if isinstance(generator, list) else [generator])
+        ):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
+        if latents is not None:
+            expected = (
+                num_images,
+                self.unet.config.in_channels,
+                height // self.vae_scale_factor,
+                width // self.vae_scale_factor,
+            )
+            if tuple(latents.shape) != expected:
+                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        if unknown := [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, found {unknown}"
+            )
+
+    def _embed(self, text: list[str], device) -> torch.Tensor:
+        """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        for prompt, full in zip(text, self.tokenizer(text, verbose=False).input_ids):
+            if len(full) > length:
+                cut = self.tokenizer.decode(full[length - 1 : -1])
+                logger.warning(f"The prompt {prompt[:60]!r} is longer than {length - 2} tokens; this part was cut off: {cut}")
+        return self.text_encoder(ids.to(device))[0]
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode prompts and negative prompts.
+
+        Returns:
+            Two tensors `(B * num_images_per_prompt, L, D)`; the second is None without classifier-free guidance.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompt_embeds = self._embed([prompt] if isinstance(prompt, str) else prompt, device)
+        batch_size = prompt_embeds.shape[0]
+        dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = None
+        else:
+            if negative_prompt_embeds is None:
+                negative = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+                negative_prompt_embeds = self._embed(negative, device)
+            if negative_prompt_embeds.shape[0] == 1:
+                negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, negative_prompt_embeds
+
+    def prepare_latents(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
+        """Starting noise `(num_images, C, h, w)` at the scale the scheduler starts from."""
+        shape = (num_images, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def predict(self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds):
+        """One guided prediction, `(B, C, h, w)`: the guider says which passes are needed and combines them.
+
+        The passes run as one batch, except for guiders that change the network between passes.
+        """
+        states = guider.prepare_inputs({"encoder_hidden_states": (prompt_embeds, negative_prompt_embeds)})
+        if type(guider).prepare_models is BaseGuidance.prepare_models:
+            context = torch.cat([state.encoder_hidden_states for state in states])
+            output = self.unet(latents.repeat(len(states), 1, 1, 1), t, context, return_dict=False)[0]
+            for state, part in zip(states, output.chunk(len(states))):
+                guider.prepare_models(self.unet)
+                state.noise_pred = part
+        else:
+            for state in states:
+                guider.prepare_models(self.unet)
+                state.noise_pred = self.unet(latents, t, state.encoder_hidden_states, return_dict=False)[0]
+                guider.cleanup_models(self.unet)
+        return guider(states)[0]
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the call under way; 1 where the guider has none."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call under way needs an unconditional prediction."""
+        return self._do_classifier_free_guidance
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of scheduler steps of the call under way."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """Draw pictures.
+
+        Args:
+            prompt, negative_prompt: one string or a list; the empty string means no condition.
+            height, width: in pixels; the size the model was trained at where not given.
+            num_inference_steps: network evaluations (times two with guidance).
+            guidance_scale: overrides the guider's own for this call (Ho and Salimans 2022, arXiv 2207.12598, in the form
+                uncond + scale * (cond - uncond)); 1 means no guidance.
+            num_images_per_prompt: pictures for each prompt.
+            generator: one for the batch, or one for each picture, whose result then does not depend on its neighbours.
+            latents: starting noise `(B * num_images_per_prompt, C, h, w)`, standard normal.
+            prompt_embeds, negative_prompt_embeds: `(B, L, D)` in place of text.
+            output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`.
+            return_dict: return `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; returns the tensors to go on with.
+            callback_on_step_end_tensor_inputs: which tensors it gets.
+
+        Raises:
+            TypeError, ValueError: see `check_inputs`.
+        """
+        sample_size = self.unet.config.sample_size
+        sample_size = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+        height = sample_size[0] * self.vae_scale_factor if height is None else height
+        width = sample_size[1] * self.vae_scale_factor if width is None else width
+        self.check_inputs(
+            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, num_images_per_prompt,
+            generator, latents, prompt_embeds, negative_prompt_embeds, output_type, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+
+        # A fresh guider for each call: its state (step, momentum) must not leak, and a component is never changed.
+        guider = copy.deepcopy(self.guider)
+        if guidance_scale is not None:
+            guider.guidance_scale = float(guidance_scale)
+        self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
+        self._do_classifier_free_guidance = guider._enabled and guider.num_conditions > 1
+
+        device = self._execution_device
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt, device, num_images_per_prompt, self.do_classifier_free_guidance, negative_prompt,
+            prompt_embeds, negative_prompt_embeds,
+        )  # fmt: skip
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(len(prompt_embeds), height, width, prompt_embeds.dtype, device, generator, latents)
+        # Deterministic samplers take no generator.
+        step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
+                model_input = self.scheduler.scale_model_input(latents, t)
+                output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds)
+                latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
+                    tensors = callback_on_step_end(
+                        self, i, t, {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
+                    )
+                    latents = tensors.pop("latents", latents)
+                    prompt_embeds = tensors.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = tensors.pop("negative_prompt_embeds", negative_prompt_embeds)
+                if (i + 1) % self.scheduler.order == 0 or i == len(timesteps) - 1:
+                    progress_bar.update()
+
+        image = latents
+        if output_type != "latent":
+            image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            image = self.image_processor.postprocess(image, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)

@@ -1,0 +1,3 @@
+from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
+
+__all__ = ["SfumatoDDPMScheduler"]

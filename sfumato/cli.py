@@ -1,0 +1,89 @@
+"""The command `sfumato`: `train`, `sample`, `export`. Heavy imports happen inside the verbs, so that `--help` is instant."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (2 for wrong input)."""
+    parser = argparse.ArgumentParser(prog="sfumato", description="Train, sample and share text-conditional diffusion models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train from a config (several GPUs: accelerate launch training/train.py)")
+    train.add_argument("config", help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that replace the file's")
+
+    sample = verbs.add_parser("sample", help="draw pictures with a trained model")
+    sample.add_argument("prompts", nargs="+", help="what to draw; one picture for each")
+    sample.add_argument("--model", required=True, help="an exported folder, a run folder, or a Hub id")
+    sample.add_argument("--out", default="grid.png", help="where the grid goes (default: %(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
+    sample.add_argument("--steps", type=int, default=30, help="sampling steps (default: %(default)s)")
+    sample.add_argument("--guidance-scale", type=float, default=3.0, help="1 is none (default: %(default)s)")
+    sample.add_argument("--negative-prompt", help="what to steer away from")
+
+    export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
+    export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
+    export.add_argument("folder", help="where to")
+
+    options = parser.parse_args(arguments)
+    try:
+        return {"train": _train, "sample": _sample, "export": _export}[options.verb](options)
+    except ValueError as error:
+        print(f"sfumato: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(options) -> int:
+    from sfumato.training.train import main as train
+
+    return train([options.config, *options.overrides])
+
+
+def _find_pipeline(source: str) -> str:
+    """The pipeline in a run folder or checkpoint (its newest), or the folder or Hub id itself."""
+    folder = Path(source)
+    if folder.is_dir():
+        checkpoints = sorted(folder.glob("checkpoints/step-*/pipeline"))
+        for candidate in (folder, folder / "pipeline", *checkpoints[-1:]):
+            if (candidate / "model_index.json").is_file():
+                return str(candidate)
+        raise ValueError(f"{source} holds no model: no model_index.json in it, in its pipeline/ or in its checkpoints")
+    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or Path(source).parent.is_dir():
+        raise ValueError(f"there is no folder {source}")
+    return source
+
+
+def _sample(options) -> int:
+    model = _find_pipeline(options.model)
+    import torch
+
+    from sfumato.pipelines import SfumatoPipeline
+    from sfumato.training.evaluation import grid
+
+    pipe = SfumatoPipeline.from_pretrained(model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = pipe(
+        options.prompts,
+        [options.negative_prompt or ""] * len(options.prompts),
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))],
+    ).images
+    grid(pictures, options.prompts).save(options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _export(options) -> int:
+    model = _find_pipeline(options.source)
+    from sfumato.pipelines import SfumatoPipeline, export_pipeline
+
+    folder = export_pipeline(SfumatoPipeline.from_pretrained(model), options.folder)
+    print(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Real classes at tiny size."""
+
+import yaml
+
+from sfumato.training import build
+from sfumato.training import config as configs
+
+CAPTIONS = ["a red circle", "a blue square on a white ground", "披萨"]
+
+CONFIG = {
+    "data": {"name": "shapes", "resolution": 16, "num_pictures": 64},
+    "text_encoder": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 20, "vocab_size": 600},
+    "unet": {
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 2,
+    },
+    "scheduler": {"beta_schedule": "cosine", "prediction_type": "v_prediction"},
+    "train": {"max_steps": 6, "batch_size": 4, "num_threads": 1},
+    "validation": {"every_steps": None, "num_inference_steps": 2, "num_shapes": 4},
+    "checkpoint": {"every_steps": 3},
+}
+
+
+def config_file(folder, **sections):
+    """Write the tiny config, sections updated, and return its path; run and cache live in `folder`."""
+    content = {"output_dir": str(folder / "run"), **{k: dict(v) for k, v in CONFIG.items()}}
+    content["data"]["cache_dir"] = str(folder / "cache")
+    for name, values in sections.items():
+        content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True))
+    return path
+
+
+def pipeline(tmp_path, **sections):
+    """A pipeline with random weights."""
+    pipe = build.build_pipeline(configs.load(config_file(tmp_path, **sections)), CAPTIONS)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

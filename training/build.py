@@ -1,0 +1,176 @@
+"""From the config to tokenizer, text encoder, VAE, UNet and scheduler: real diffusers and transformers classes."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import file_exists
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.schedulers import SfumatoDDPMScheduler
+from sfumato.training.config import Config, TextEncoderConfig
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one module, so that one DDP wrapper and one optimizer serve both."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)`."""
+        return self.unet(x_t, t, self.text_encoder(input_ids)[0], return_dict=False)[0]
+
+
+def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-level BPE is learned from `captions`.
+
+    All 256 bytes are in the vocabulary, alone and at a word's end, so every text in every script can be written.
+    """
+    blank = CLIPTokenizer(vocab={END: 0, START: 1}, merges=[])
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = alphabet + [letter + "</w>" for letter in alphabet]
+    # The learner counts only the letters it meets; ask for enough and cut its merges to what fits beside all bytes.
+    learner.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False),
+    )
+    vocab = {token: i for i, token in enumerate(base)}
+    merges = []
+    for merge in json.loads(learner.to_str())["model"]["merges"]:
+        if len(vocab) >= vocab_size - 2:
+            break
+        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        merges.append((left, right))
+        vocab.setdefault(left + right, len(vocab))
+    for mark in (START, END):
+        vocab[mark] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def build_text_encoder(config: TextEncoderConfig, captions: list[str]) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer and text encoder, from random weights or pretrained (a folder or Hub id that holds both)."""
+    if config.pretrained is not None:
+        encoder = CLIPTextModel.from_pretrained(config.pretrained, subfolder=_subfolder(config.pretrained, "text_encoder"))
+        tokenizer = CLIPTokenizer.from_pretrained(config.pretrained, subfolder=_subfolder(config.pretrained, "tokenizer"))
+    else:
+        tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+        encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden_size,
+                intermediate_size=4 * config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                max_position_embeddings=config.max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    train = config.train if config.train is not None else config.pretrained is None
+    encoder.requires_grad_(train)
+    return tokenizer, encoder.train(train)
+
+
+def _subfolder(source: str, part: str) -> str:
+    """`part` where `source` is a whole pipeline, else '' (a folder or repository with the model alone)."""
+    if Path(source).is_dir():
+        return part if (Path(source) / part).is_dir() else ""
+    return part if file_exists(source, "model_index.json") else ""
+
+
+def identity_vae(sample_size: int) -> AutoencoderKL:
+    """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
+
+    Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
+    +-K fix the group norm's variance at K^2 / 4 whatever the picture; its weight K / 2 undoes the division.
+    """
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        latent_channels=3,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        sample_size=sample_size,
+    )
+    big = 1000.0
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        for half in (vae.encoder, vae.decoder):
+            half.conv_norm_out.weight.fill_((big**2 / 4 + half.conv_norm_out.eps) ** 0.5)
+            half.conv_in.bias[6:] = torch.tensor([big, -big])
+            for colour in range(3):
+                half.conv_in.weight[2 * colour, colour, 1, 1] = 1
+                half.conv_in.weight[2 * colour + 1, colour, 1, 1] = -1
+                half.conv_out.weight[colour, 2 * colour, 1, 1] = 1
+                half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
+        vae.encoder.conv_out.bias[3:] = -30.0  # log-variance: no noise
+    return vae.requires_grad_(False).eval()
+
+
+def build_scheduler(config: Config) -> SfumatoDDPMScheduler:
+    """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone."""
+    arguments = {"timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False, **config.scheduler}
+    if config.vae.pretrained is None:
+        arguments = {"thresholding": True, "sample_max_value": 1.0, **arguments}
+    _known(arguments, SfumatoDDPMScheduler, "scheduler")
+    return SfumatoDDPMScheduler(**arguments)
+
+
+def _known(arguments: dict, cls: type, section: str) -> None:
+    allowed = list(inspect.signature(cls.__init__).parameters)[1:]
+    if unknown := set(arguments) - set(allowed):
+        raise ValueError(f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}")
+
+
+def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
+    """All parts, random weights drawn from `config.seed`.
+
+    Args:
+        captions: all training captions, from which the tokenizer learns its words.
+
+    Raises:
+        ValueError: an argument that the stock class does not have, or that contradicts another section.
+    """
+    _known(config.unet, UNet2DConditionModel, "unet")
+    scheduler = build_scheduler(config)
+    torch.manual_seed(config.seed)
+    tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions)
+    if config.vae.pretrained is None:
+        vae = identity_vae(config.data.resolution)
+    else:
+        vae = AutoencoderKL.from_pretrained(config.vae.pretrained, subfolder=_subfolder(config.vae.pretrained, "vae"))
+        vae.requires_grad_(False).eval()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if config.data.resolution % factor:
+        raise ValueError(f"data.resolution={config.data.resolution} must be a multiple of the VAE's factor {factor}")
+    given = {
+        "sample_size": config.data.resolution // factor,
+        "in_channels": vae.config.latent_channels,
+        "out_channels": vae.config.latent_channels,
+        "cross_attention_dim": text_encoder.config.hidden_size,
+    }
+    if clash := {k: config.unet[k] for k, v in given.items() if config.unet.get(k, v) != v}:
+        raise ValueError(f"unet: {clash} contradicts what data, vae and text_encoder say: { {k: given[k] for k in clash} }")
+    unet = UNet2DConditionModel(**{**_lists_to_tuples(config.unet), **given})
+    return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+
+
+def _lists_to_tuples(arguments: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}

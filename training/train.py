@@ -1,0 +1,31 @@
+"""Train a text-conditional diffusion model: `accelerate launch training/train.py configs/NAME.yaml key.subkey=value ...`"""
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, train.
+
+    Returns:
+        The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged, 130 or 143 stopped by a signal.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        print("\nEvery key and its meaning: training/config.py. Examples: configs/*.yaml.")
+        return 0 if arguments else 2
+    from sfumato.training import config
+
+    try:
+        settings = config.load(arguments[0], arguments[1:])
+        from sfumato.training import loop  # torch and diffusers only now: a wrong setting is told at once
+
+        run = loop.prepare(settings)
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"sfumato: {error}", file=sys.stderr)
+        return 2
+    return loop.train(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
