@@ -79,6 +79,15 @@ def _write_for_transformers_4(folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
+def _forget_local_paths(folder: Path) -> None:
+    """Drop what diffusers and transformers note of the folder of this machine that a part came from."""
+    for path in [folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path", "is_local", "local_files_only")}
+        if kept != content:
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gallery: list[tuple[str, str]] = ()) -> str:
     """Text of the card.
 
@@ -146,6 +155,7 @@ def export_pipeline(
     new.mkdir(parents=True)
     pipe.save_pretrained(new)
     _write_for_transformers_4(new)
+    _forget_local_paths(new)
     (new / "pipeline.py").write_text(joined_source(), encoding="utf-8")
     gallery = []
     for number, (prompt, picture) in enumerate(samples):

@@ -36,12 +36,13 @@ class SfumatoPipeline(DiffusionPipeline):
         unet: predicts what the scheduler's `prediction_type` says.
         scheduler: a stock `DDPMScheduler` is turned into `SfumatoDDPMScheduler`; any other is taken as it is.
         guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` by default.
+        safety_checker, feature_extractor, image_encoder, requires_safety_checker: kept for Stable Diffusion folders that
+            have them, so that nothing is lost on the way back; not used here.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["guider"]
+    _optional_components = ["guider", "safety_checker", "feature_extractor", "image_encoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    _not_ours = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
     def __init__(
         self,
@@ -51,8 +52,14 @@ class SfumatoPipeline(DiffusionPipeline):
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
         guider: BaseGuidance | None = None,
+        safety_checker: object | None = None,
+        feature_extractor: object | None = None,
+        image_encoder: object | None = None,
+        requires_safety_checker: bool = False,
     ):
         super().__init__()
+        if safety_checker is not None:
+            logger.warning("SfumatoPipeline does not run the safety checker that comes with this model.")
         if type(scheduler) is DDPMScheduler:
             scheduler = SfumatoDDPMScheduler.from_config(scheduler.config)
         self.register_modules(
@@ -62,17 +69,13 @@ class SfumatoPipeline(DiffusionPipeline):
             unet=unet,
             scheduler=scheduler,
             guider=guider or ClassifierFreeGuidance(),
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
         )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """Read `model_index.json`, leaving out the parts of a Stable Diffusion folder that this pipeline has no use for."""
-        config = super().load_config(*args, **kwargs)
-        if isinstance(config, dict) and config.get("safety_checker", [None])[0] is not None:
-            logger.warning("This folder names a safety checker; SfumatoPipeline does not run it. Check the pictures yourself.")
-        return {k: v for k, v in config.items() if k not in cls._not_ours} if isinstance(config, dict) else config
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it.
@@ -98,9 +101,10 @@ class SfumatoPipeline(DiffusionPipeline):
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            safety_checker=self.safety_checker,
+            feature_extractor=self.feature_extractor,
+            image_encoder=self.image_encoder,
+            requires_safety_checker=self.config.requires_safety_checker,
         )
 
     def check_inputs(

@@ -1,5 +1,7 @@
 """Metrics that are plain functions of pictures."""
 
+from functools import cache
+
 import numpy as np
 
 from sfumato.training.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Scene, coverage
@@ -12,11 +14,16 @@ def _nearest(value, table: dict) -> str:
     return min(table, key=lambda name: float(np.sum((np.asarray(table[name], float) - value) ** 2)))
 
 
+@cache
+def _unit_area(shape: str) -> float:
+    return coverage(shape, 0.5, 0.5, 0.25, 64).mean() / 0.25**2
+
+
 def read_scene(picture: np.ndarray) -> Scene | None:
     """Read colour, shape, size, place and ground off a picture of the `shapes` data set.
 
     Args:
-        picture: `(H, H, 3)` uint8.
+        picture: `(H, H, 3)` uint8, H at least 32.
 
     Returns:
         The scene, or None where no single clean figure can be made out.
@@ -41,8 +48,7 @@ def read_scene(picture: np.ndarray) -> Scene | None:
 
     best, best_overlap = None, MIN_OVERLAP
     for shape in SHAPES:
-        unit_area = coverage(shape, 0.5, 0.5, 0.25, 64).mean() / 0.25**2
-        radius = (mask.mean() / unit_area) ** 0.5  # the radius at which this shape has the area seen
+        radius = (mask.mean() / _unit_area(shape)) ** 0.5  # the radius at which this shape has the area seen
         template = coverage(shape, x, y, radius, resolution)
         overlap = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
         if overlap > best_overlap:
