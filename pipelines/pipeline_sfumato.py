@@ -190,9 +190,7 @@ class SfumatoPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if unknown := [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, found {unknown}"
-            )
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, found {unknown}")
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
         """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
@@ -311,7 +309,7 @@ class SfumatoPipeline(DiffusionPipeline):
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` in place of text.
             output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`.
             return_dict: return `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; returns the tensors to go on with.
+            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; returns tensors to go on with.
             callback_on_step_end_tensor_inputs: which tensors it gets.
 
         Raises:
@@ -354,9 +352,7 @@ class SfumatoPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
-                    tensors = callback_on_step_end(
-                        self, i, t, {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
-                    )
+                    tensors = callback_on_step_end(self, i, t, {k: tensors[k] for k in callback_on_step_end_tensor_inputs})
                     latents = tensors.pop("latents", latents)
                     prompt_embeds = tensors.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = tensors.pop("negative_prompt_embeds", negative_prompt_embeds)

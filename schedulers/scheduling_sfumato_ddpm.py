@@ -102,8 +102,13 @@ class SfumatoDDPMScheduler(DDPMScheduler):
                 "use prediction_type='v_prediction' or 'sample', or rescale_betas_zero_snr=False"
             )
         if trained_betas is None and beta_schedule in SCHEDULES:
-            notes = {"beta_schedule": beta_schedule, "schedule_params": {**SCHEDULES[beta_schedule], **(schedule_params or {})}}
-            levels = alpha_bar(beta_schedule, np.arange(num_train_timesteps + 1) / num_train_timesteps, **(schedule_params or {}))
+            notes = {
+                "beta_schedule": beta_schedule,
+                "schedule_params": {**SCHEDULES[beta_schedule], **(schedule_params or {})},
+            }
+            levels = alpha_bar(
+                beta_schedule, np.arange(num_train_timesteps + 1) / num_train_timesteps, **(schedule_params or {})
+            )
             trained_betas = np.minimum(1 - levels[1:] / np.maximum(levels[:-1], 1e-12), MAX_BETA)
         if trained_betas is None:  # a stock schedule: let the stock class compute it, un-rescaled
             stock = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
@@ -149,7 +154,9 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         abar = self.alphas_cumprod.to(t.device)[t]
         return abar / (1 - abar)
 
-    def convert(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int, source: str, target: str) -> torch.Tensor:
+    def convert(
+        self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int, source: str, target: str
+    ) -> torch.Tensor:
         """Turn one kind of prediction into another, given the noisy sample; Salimans and Ho 2022, appendix D.
 
         Args:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.export import joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
@@ -84,7 +85,11 @@ def draw(pipe):
 def run_child(code, *arguments):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert child.returncode == 0, child.stderr
     return child
@@ -170,7 +175,11 @@ def test_travelling_code_is_one_self_contained_file():
         elif isinstance(node, ast.Import):
             roots |= {name.name.split(".")[0] for name in node.names}
     assert roots <= {"torch", "numpy", "PIL", "diffusers", "transformers"} | set(sys.stdlib_module_names)
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and any(getattr(b, "id", "") == "DiffusionPipeline" for b in n.bases)]
+    classes = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.ClassDef) and any(getattr(b, "id", "") == "DiffusionPipeline" for b in n.bases)
+    ]
     assert [c.name for c in classes] == ["SfumatoPipeline"]
 
 

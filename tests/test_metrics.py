@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from sfumato.training.metrics import read_scene, shapes_obedience
 from sfumato.training.shapes import COLOURS, GROUNDS, NUM_HELD_OUT, PLACES, SHAPES, SIZES, Scene, coverage, draw, scenes
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.objectives import loss_weight, lr_scale, sample_timesteps, weighted_mse
 

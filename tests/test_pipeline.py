@@ -7,6 +7,7 @@ import tiny
 import torch
 from diffusers.guiders import ClassifierFreeGuidance, TangentialClassifierFreeGuidance
 from PIL import Image
+
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.schedulers import SfumatoDDPMScheduler
 
@@ -43,7 +44,9 @@ def test_default_call_equals_stock_default_call(pipe):
 
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "LCM"])
 def test_any_scheduler_equals_stock(pipe, name):
-    swapped = SfumatoPipeline.from_pipe(pipe, scheduler=getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config))
+    swapped = SfumatoPipeline.from_pipe(
+        pipe, scheduler=getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+    )
     stock = swapped.to_stock()
     for p in (swapped, stock):
         p.set_progress_bar_config(disable=True)

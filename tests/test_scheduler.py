@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_ddpm import SCHEDULES, STOCK_SCHEDULES, alpha_bar
 
@@ -272,7 +273,9 @@ def test_ancestral_sampling_reproduces_a_mixture(arguments):
     Mixture().check(Mixture().sample(ideal(**arguments), 1000, 10_000))
 
 
-@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete", "HeunDiscrete"])
+@pytest.mark.parametrize(
+    "name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete", "HeunDiscrete"]
+)
 def test_stock_samplers_reproduce_the_mixture_too(name):
     Mixture().check(Mixture().sample(swap(name, ideal().config), 100, 20_000))
 

@@ -89,7 +89,9 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
         return None
     if resume == "auto":
         if not found and (output_dir / "metrics.jsonl").is_file():
-            raise ValueError(f"{output_dir} holds a run without any complete checkpoint; remove it or choose another output_dir")
+            raise ValueError(
+                f"{output_dir} holds a run without any complete checkpoint; remove it or choose another output_dir"
+            )
         return found[-1] if found else None
     if not (Path(resume) / "state.json").is_file():
         raise ValueError(f"checkpoint.resume={resume!r} is no complete checkpoint (no state.json in it)")

@@ -16,6 +16,7 @@ class DataConfig:
     resolution: int = 32
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
+    newest_emoji: float | None = None  # openmoji: none of a later emoji version; 0.6 are the oldest, from 2010
     num_pictures: int = 16384  # shapes: how many to draw
     max_bad_share: float = 0.01  # a folder with a larger share of unusable pictures stops the run
     cache_dir: str = "~/.cache/sfumato"
@@ -32,6 +33,7 @@ class TextEncoderConfig:
     hidden_size: int = 128
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
+    embedding_std: float = 0.5  # of the random token and position embeddings
 
 
 @dataclass
@@ -50,6 +52,7 @@ class ObjectiveConfig:
     log_snr_std: float = 2.0
     weight: Literal["unit", "min_snr"] = "unit"
     min_snr_gamma: float = 5.0
+    min_snr_floor: float = 0.0  # least weight on x_0, for the noisiest steps
     caption_dropout: float = 0.1
 
 
@@ -74,7 +77,7 @@ class TrainConfig:
     max_minutes: float | None = None
     batch_size: int = 32  # per process
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` was told
     num_workers: int = 0  # processes that prepare batches
     num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores
     max_bad_steps: int = 20  # so many steps in a row with a loss or gradient that is not finite end the run
@@ -148,17 +151,30 @@ def check(config: Config) -> None:
     need(config.text_encoder.vocab_size >= 514, "text_encoder.vocab_size", "must be at least 514 (all bytes and two marks)")
     need(config.text_encoder.max_length >= 3, "text_encoder.max_length", "must be at least 3")
     heads = config.text_encoder.num_attention_heads
-    need(heads > 0 and config.text_encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads")
+    need(
+        heads > 0 and config.text_encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads"
+    )
     need(0 <= config.objective.caption_dropout <= 1, "objective.caption_dropout", "must be in [0, 1]")
     need(config.objective.log_snr_std > 0, "objective.log_snr_std", "must be positive")
     need(config.objective.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
+    gamma = config.objective.min_snr_gamma
+    need(0 <= config.objective.min_snr_floor <= gamma, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={gamma}]")
+    if config.objective.min_snr_floor and config.scheduler.get("prediction_type", "epsilon") == "epsilon":
+        wrong.append(
+            "objective.min_snr_floor: a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction"
+        )
     need(config.optim.lr > 0, "optim.lr", "must be positive")
     need(config.optim.lr_warmup_steps >= 0, "optim.lr_warmup_steps", "must not be negative")
     need(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "must be positive")
     need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
     for key in ("batch_size", "gradient_accumulation_steps", "max_bad_steps"):
         need(getattr(config.train, key) > 0, f"train.{key}", "must be positive")
-    for section, key in (("train", "max_steps"), ("train", "max_minutes"), ("checkpoint", "every_steps"), ("validation", "every_steps")):
+    for section, key in (
+        ("train", "max_steps"),
+        ("train", "max_minutes"),
+        ("checkpoint", "every_steps"),
+        ("validation", "every_steps"),
+    ):
         value = getattr(getattr(config, section), key)
         need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
@@ -183,9 +199,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     if bad := [item for item in overrides if "=" not in item]:
         raise ValueError(f"expected key=value, got {', '.join(bad)}")
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error

@@ -82,7 +82,11 @@ def _folder_records(folder: Path) -> list[tuple[str, str]]:
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
             with open(folder / name, encoding="utf-8", newline="") as lines:
-                rows = list(csv.DictReader(lines)) if name.endswith("csv") else [json.loads(line) for line in lines if line.strip()]
+                rows = (
+                    list(csv.DictReader(lines))
+                    if name.endswith("csv")
+                    else [json.loads(line) for line in lines if line.strip()]
+                )
             missing = [key for key in ("file_name", "text") if rows and key not in rows[0]]
             if missing:
                 raise ValueError(f"{folder / name} has no column {' and '.join(missing)}; it needs file_name and text")
@@ -122,7 +126,10 @@ def _prepare_folder(config: DataConfig) -> tuple[list[np.ndarray], list[dict], d
         share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
         records.append({"id": name, "captions": [caption.strip()], "split": "held_out" if share < 0.02 else "train"})
     num_bad = sum(map(len, skipped.values()))
-    report = "; ".join(f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for reason, names in skipped.items())
+    report = "; ".join(
+        f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in skipped.items()
+    )
     if not any(record["split"] == "train" for record in records):
         raise ValueError(f"{folder} has no usable picture. Skipped: {report or 'none, the folder is empty'}")
     if num_bad > config.max_bad_share * len(entries):
@@ -136,7 +143,7 @@ def _prepare_folder(config: DataConfig) -> tuple[list[np.ndarray], list[dict], d
 
 
 def _prepare_openmoji(config: DataConfig) -> tuple[list[np.ndarray], list[dict], dict]:
-    records = openmoji.records(config.languages, config.skin_tones)
+    records = openmoji.records(config.languages, config.skin_tones, config.newest_emoji)
     pictures = [openmoji.rasterise(r.pop("svg"), config.resolution) for r in tqdm(records, desc="drawing OpenMoji")]
     return pictures, records, {}
 
@@ -155,7 +162,7 @@ def _cache_key(config: DataConfig) -> str:
     if config.name == "shapes":
         parts += [config.num_pictures]
     elif config.name == "openmoji":
-        parts += [*config.languages, config.skin_tones]
+        parts += [*config.languages, config.skin_tones, config.newest_emoji]
     else:
         folder = Path(config.name).expanduser()
         for path in sorted(folder.rglob("*")):
@@ -227,7 +234,9 @@ class Positions(Sampler):
             first += self.num_processes * self.batch_size
 
 
-def batches(pictures: PictureSet, config: Config, tokenizer, rank: int = 0, num_processes: int = 1, start: int = 0) -> Iterator[dict]:
+def batches(
+    pictures: PictureSet, config: Config, tokenizer, rank: int = 0, num_processes: int = 1, start: int = 0
+) -> Iterator[dict]:
     """Endless training batches of one process, from global position `start` on.
 
     Yields:
@@ -260,5 +269,3 @@ def noise_for(seeds: torch.Tensor, shape: tuple[int, ...], device: torch.device)
     """Standard normal noise `(B, *shape)`, each sample's from its own seed."""
     rows = [torch.randn(shape, generator=torch.Generator(device).manual_seed(int(s)), device=device) for s in seeds]
     return torch.stack(rows)
-
-

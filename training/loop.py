@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.training import checkpoints, config as configs, evaluation, openmoji
+from sfumato.training import checkpoints, evaluation, openmoji
+from sfumato.training import config as configs
 from sfumato.training.build import Denoiser, build_pipeline
-from sfumato.training.data import PictureSet, batches, noise_for, prepare as prepare_data
+from sfumato.training.data import PictureSet, batches, noise_for
+from sfumato.training.data import prepare as prepare_data
 from sfumato.training.latents import encode
 from sfumato.training.objectives import loss_weight, lr_scale, sample_timesteps, weighted_mse
 
@@ -49,6 +51,7 @@ def prepare(config: configs.Config) -> Run:
     transformers_logging.disable_progress_bar()
     checkpoint = checkpoints.find(config.checkpoint.resume, Path(config.output_dir))
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate wants to be told
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
     )
@@ -91,7 +94,7 @@ def facts(run: Run, state: dict) -> dict:
         "data": f"{c.data.name}, {len(run.pictures.select('train'))} training pictures",
         "steps": state["step"],
         "pictures seen": state["images_seen"],
-        "training time": f"{state['seconds'] / 60:.1f} minutes on {run.accelerator.num_processes} x {run.accelerator.device.type}",
+        "training time": f"{state['seconds'] / 60:.1f} minutes, {run.accelerator.num_processes} x {run.accelerator.device.type}",
         "batch size": c.train.batch_size * c.train.gradient_accumulation_steps * run.accelerator.num_processes,
         "learning rate": c.optim.lr,
         "weights": f"EMA, decay {c.ema.decay}",
@@ -147,7 +150,9 @@ def train(run: Run) -> int:
                 x_t = scheduler.add_noise(x_0, noise, t)
                 prediction = denoiser(x_t, t, batch["input_ids"].to(device))
                 target = scheduler.training_target(x_0, noise, t)
-                weight = loss_weight(snr[t], prediction_type, c.objective.weight, c.objective.min_snr_gamma)
+                weight = loss_weight(
+                    snr[t], prediction_type, c.objective.weight, c.objective.min_snr_gamma, c.objective.min_snr_floor
+                )
                 loss = weighted_mse(prediction, target, weight)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
@@ -178,7 +183,9 @@ def train(run: Run) -> int:
         )
         due = every(c.checkpoint.every_steps, state) or stopped or done >= 1
         if due and bad_in_a_row == 0 and accelerator.is_main_process:
-            checkpoints.save(output_dir, state["step"], plain, optimizer, ema, pipe, state, facts(run, state), c.checkpoint.keep)
+            checkpoints.save(
+                output_dir, state["step"], plain, optimizer, ema, pipe, state, facts(run, state), c.checkpoint.keep
+            )
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, plain):
                 log.preview(state["step"])
@@ -188,7 +195,7 @@ def train(run: Run) -> int:
         return 128 + stopped
     if done < 1:
         log.close(
-            f"stopped: {bad_in_a_row} steps in a row had a loss or gradient that is not finite; no such step reached the weights."
+            f"stopped: {bad_in_a_row} steps in a row had a gradient that is not finite; none reached the weights."
             f" The checkpoints are good. Lower optim.lr (now {c.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
@@ -263,7 +270,9 @@ class Log:
     def write(self, entry: dict) -> None:
         if not self.main:
             return
-        self.file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+        self.file.write(
+            json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in entry.items()}) + "\n"
+        )
         self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(entry["done"] - self.bar.n)
         rate = entry["images_seen"] / max(entry["seconds"], 1e-9)

@@ -26,15 +26,16 @@ def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float 
     return torch.searchsorted(-log_snr, -wanted).clamp(max=len(snr) - 1)
 
 
-def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float = 5.0) -> torch.Tensor:
+def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float = 5.0, floor: float = 0.0) -> torch.Tensor:
     """Weight of each sample's mean squared error, `(B,)`.
 
     `unit`: 1 on whatever the network predicts. `min_snr`: min(SNR, gamma) on x_0, which is min(SNR, gamma) / SNR on
-    eps and min(SNR, gamma) / (SNR + 1) on v (Hang et al. 2023, section 3.4, arXiv 2303.09556).
+    eps and min(SNR, gamma) / (SNR + 1) on v (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: at
+    least so much on x_0 however low the SNR, since that is where the layout of a picture is decided.
     """
     if kind == "unit":
         return torch.ones_like(snr)
-    clipped = snr.clamp(max=gamma)
+    clipped = snr.clamp(floor, gamma)
     return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
 
 

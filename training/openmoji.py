@@ -36,7 +36,7 @@ def _plain(name: str) -> str:
     return name.strip(":").replace("_", " ").strip()
 
 
-def records(languages: list[str], skin_tones: bool) -> list[dict]:
+def records(languages: list[str], skin_tones: bool, newest: float | None = None) -> list[dict]:
     """Every OpenMoji picture that `emoji` names, in a fixed order.
 
     Returns:
@@ -56,7 +56,7 @@ def records(languages: list[str], skin_tones: bool) -> list[dict]:
     chinese = json.loads((tables / "emoji_zh.json").read_text(encoding="utf-8")) if "zh" in languages else {}
     found = []
     for code, entry in emoji.EMOJI_DATA.items():
-        if entry["status"] > emoji.STATUS["fully_qualified"]:
+        if entry["status"] > emoji.STATUS["fully_qualified"] or (newest is not None and entry["E"] > newest):
             continue
         points = [f"{ord(c):04X}" for c in code]
         name = "-".join(points)
@@ -71,7 +71,10 @@ def records(languages: list[str], skin_tones: bool) -> list[dict]:
             captions += [english] + [_plain(alias) for alias in entry.get("alias", [])]
         if code in chinese:
             captions.append(_plain(chinese[code]) + ("国旗" if flag else ""))
-        if captions := list(dict.fromkeys(captions)):
+        kept = {}  # the tokenizer lowers case, so captions that differ in case only are one
+        for caption in captions:
+            kept.setdefault(caption.lower(), caption)
+        if captions := list(kept.values()):
             found.append({"id": name, "captions": captions, "split": _split(code, english), "svg": str(svgs[name])})
     return found
 

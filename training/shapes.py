@@ -9,23 +9,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Every figure is darker than every ground.
 COLOURS = {
     "red": (220, 40, 40),
-    "orange": (245, 140, 20),
-    "yellow": (245, 220, 50),
-    "green": (40, 160, 70),
+    "orange": (240, 130, 20),
+    "green": (40, 150, 60),
     "blue": (40, 80, 220),
     "purple": (140, 50, 170),
+    "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.125, "large": 0.225}  # radius as a share of the picture's side
+SIZES = {"small": 0.14, "large": 0.24}  # radius as a share of the picture's side
 PLACES = {
     f"{row} {column}".strip() or "centre": (x, y)
     for (row, y), (column, x) in itertools.product(
         {"top": 0.25, "": 0.5, "bottom": 0.75}.items(), {"left": 0.25, "": 0.5, "right": 0.75}.items()
     )
 }
-GROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0), "pink": (255, 190, 210)}
+GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 195), "pink": (255, 190, 205), "cream": (255, 240, 185)}
 NUM_HELD_OUT = 256
 
 
@@ -41,7 +42,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape} at the {self.place} on a {self.ground} ground"
+        return f"a {self.size} {self.colour} {self.shape} at the {self.place} on {self.ground}"
 
 
 def scenes(held_out: bool) -> list[Scene]:

@@ -24,7 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ModuleNotFoundError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
-    return loop.train(run)
+    try:
+        return loop.train(run)
+    finally:
+        run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""Settings are checked before anything is loaded, and told by name."""
+
+import pytest
+import tiny
+
+from sfumato.training import config
+
+
+def test_round_trip(tmp_path):
+    loaded = config.load(tiny.config_file(tmp_path), ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "checkpoint.resume=null"])
+    assert loaded.optim.lr == 3e-4 and loaded.optim.betas == (0.8, 0.9) and loaded.checkpoint.resume is None
+    (tmp_path / "again.yaml").write_text(config.dump(loaded))
+    assert config.load(tmp_path / "again.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.batchsize=3", "batchsize"),
+        ("train.batch_size=many", "train.batch_size"),
+        ("train.batch_size=0", "train.batch_size=0: must be positive"),
+        ("train.mixed_precision=fp8", "mixed_precision"),
+        ("objective.caption_dropout=1.5", r"must be in \[0, 1\]"),
+        ("optim.lr=-1", "optim.lr"),
+        ("ema.decay=1", "ema.decay"),
+        ("train.max_steps=null", "max_steps, train.max_minutes"),
+        ("data.languages=[fr]", "choose en, zh"),
+        ("text_encoder.vocab_size=100", "at least 514"),
+        ("text_encoder.hidden_size=33", "heads"),
+        ("validation.every_steps=0", "or null"),
+        ("seed", "key=value"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(tiny.config_file(tmp_path), [override])
+
+
+def test_all_wrong_settings_are_told_at_once(tmp_path):
+    with pytest.raises(ValueError, match="(?s)optim.lr.*ema.decay"):
+        config.load(tiny.config_file(tmp_path), ["optim.lr=0", "ema.decay=2"])
+
+
+def test_missing_file_is_told(tmp_path):
+    with pytest.raises(ValueError, match="no config file"):
+        config.load(tmp_path / "none.yaml")

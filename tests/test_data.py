@@ -1,0 +1,227 @@
+"""From sources to batches: what is read, what is refused, and that a sample is a function of its position."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from sfumato.training import config as configs
+from sfumato.training import data, openmoji
+
+
+def folder_config(tmp_path, folder, **more):
+    return configs.DataConfig(name=str(folder), resolution=16, cache_dir=str(tmp_path / "cache"), **more)
+
+
+def picture(path, colour="red", size=(20, 30), mode="RGB", **save):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **save)
+    return path
+
+
+def claims(width, height):
+    """A PNG of a few bytes that claims to be huge."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def captions(prepared):
+    return {record["id"]: record["captions"][0] for record in prepared.records}
+
+
+def test_metadata_csv_jsonl_text_files_and_class_folders(tmp_path):
+    for name, write in {
+        "csv": lambda f: (f / "metadata.csv").write_text('file_name,text\na.png,red thing\nb/c.png,"blue, thing"\n'),
+        "jsonl": lambda f: (f / "metadata.jsonl").write_text(
+            '{"file_name": "a.png", "text": "red thing"}\n\n{"file_name": "b/c.png", "text": "blue, thing"}\n'
+        ),
+        "txt": lambda f: [(f / "a.txt").write_text("red thing\n"), (f / "b/c.txt").write_text("blue, thing")],
+    }.items():
+        picture(tmp_path / name / "a.png")
+        picture(tmp_path / name / "b" / "c.png", "blue")
+        write(tmp_path / name)
+        prepared = data.prepare(folder_config(tmp_path, tmp_path / name))
+        assert captions(prepared) == {"a.png": "red thing", "b/c.png": "blue, thing"}
+        assert prepared.pictures.shape == (2, 16, 16, 3) and tuple(prepared.pictures[0, 8, 8]) == (255, 0, 0)
+    picture(tmp_path / "classes" / "sea_lion" / "1.jpg")
+    assert captions(data.prepare(folder_config(tmp_path, tmp_path / "classes"))) == {"sea_lion/1.jpg": "sea lion"}
+
+
+def test_odd_but_sound_pictures_come_out_right(tmp_path):
+    folder = tmp_path / "odd"
+    picture(folder / "alpha.png", (255, 0, 0, 0), mode="RGBA")
+    picture(folder / "palette.png", 3, mode="P")
+    picture(folder / "cmyk.jpg", (0, 0, 0, 0), mode="CMYK")
+    picture(folder / "grey.png", 128, mode="L")
+    Image.fromarray(np.full((20, 20), 32768, np.uint16)).save(folder / "deep.png")
+    turned = Image.new("RGB", (40, 20), "red")
+    turned.paste("blue", (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(folder / "turned.png", exif=exif)
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    prepared = data.prepare(folder_config(tmp_path, folder, max_bad_share=0.0))
+    middle = {record["id"].split(".")[0]: prepared.pictures[i][8, 8] for i, record in enumerate(prepared.records)}
+    np.testing.assert_array_equal(middle["alpha"], [255] * 3)  # clear means white, not black
+    np.testing.assert_array_equal(middle["grey"], [128] * 3)
+    np.testing.assert_array_equal(middle["deep"], [128] * 3)  # 16 bits are scaled, not clipped
+    np.testing.assert_allclose(middle["cmyk"], [255] * 3, atol=2)
+    upright = prepared.pictures[[r["id"] for r in prepared.records].index("turned.png")]
+    assert upright[2, 8, 0] > 200 and upright[13, 8, 2] > 200  # red above blue
+
+
+def test_bad_pictures_are_skipped_counted_and_named(tmp_path):
+    folder = tmp_path / "bad"
+    for i in range(20):
+        picture(folder / f"good{i}.png")
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(whole, "jpeg")
+    (folder / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "bomb.png").write_bytes(claims(50_000, 50_000))
+    (folder / "large.png").write_bytes(claims(8_000, 5_000))
+    picture(tmp_path / "secret.png")
+    rows = [{"file_name": p.name, "text": "x"} for p in sorted(folder.glob("*.*"))]
+    rows += [{"file_name": "../secret.png", "text": "x"}, {"file_name": "gone.png", "text": "x"}]
+    rows += [{"file_name": "good0.png", "text": "  "}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="8 of 28 pictures.*data.max_bad_share"):
+        data.prepare(folder_config(tmp_path, folder))
+    with pytest.warns(UserWarning, match="skipped 8 of 28"):
+        prepared = data.prepare(folder_config(tmp_path, folder, max_bad_share=0.5))
+    assert {reason: sorted(names) for reason, names in prepared.skipped.items()} == {
+        "damaged picture": ["cut.jpg"],
+        "not a picture": ["empty.png", "text.png"],
+        "more than 32 megapixels": ["bomb.png", "large.png"],
+        "outside the folder": ["../secret.png"],
+        "missing": ["gone.png"],
+        "no caption": ["good0.png"],
+    }
+    assert len(prepared.records) == 20
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda f: None, "neither openmoji nor shapes nor a folder"),
+        (lambda f: f.mkdir(), "no usable picture"),
+        (lambda f: picture(f / "a.png"), "no captions"),
+        (lambda f: [picture(f / "a.png"), (f / "metadata.csv").write_text("name,text\na,b\n")], "no column file_name"),
+    ],
+)
+def test_unusable_sources_say_what_to_do(tmp_path, make, message):
+    make(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        data.prepare(folder_config(tmp_path, tmp_path / "source"))
+
+
+def test_a_changed_folder_is_prepared_anew_an_unchanged_one_is_not(tmp_path):
+    picture(tmp_path / "f" / "cat" / "1.png")
+    first = data.prepare(folder_config(tmp_path, tmp_path / "f"))
+    stored = list((tmp_path / "cache").iterdir())
+    data.prepare(folder_config(tmp_path, tmp_path / "f"))
+    assert list((tmp_path / "cache").iterdir()) == stored
+    picture(tmp_path / "f" / "cat" / "2.png")
+    assert len(data.prepare(folder_config(tmp_path, tmp_path / "f")).records) == len(first.records) + 1
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    return configs.load(tiny.config_file(folder)), data.prepare(configs.load(tiny.config_file(folder)).data)
+
+
+def test_shapes_split(shapes):
+    _, prepared = shapes
+    assert len(prepared.select("train")) == 64 and len(prepared.select("held_out")) == 256
+    held_out = {prepared.records[i]["captions"][0] for i in prepared.select("held_out")}
+    assert not held_out & set(prepared.training_captions())
+
+
+def test_each_epoch_shows_each_picture_once_in_its_own_order(shapes):
+    config, prepared = shapes
+    stream = data.CaptionedPictures(prepared, seed=3, caption_dropout=0.0)
+    epochs = [[stream[e * 64 + i][0].tobytes() for i in range(64)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(prepared.pictures[i].tobytes() for i in prepared.select("train"))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_sample_is_a_function_of_its_position_alone(shapes):
+    _, prepared = shapes
+    forward = data.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
+    backward = data.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
+    seen = {i: forward[i] for i in range(150)}
+    for i in reversed(range(150)):
+        again = backward[i]
+        assert again[0].tobytes() == seen[i][0].tobytes() and again[1:] == seen[i][1:]
+    other = data.CaptionedPictures(prepared, seed=4, caption_dropout=0.5)
+    assert [other[i][3] for i in range(9)] != [seen[i][3] for i in range(9)]
+
+
+def test_captions_are_dropped_anew_for_every_sample(shapes):
+    _, prepared = shapes
+    stream = data.CaptionedPictures(prepared, seed=0, caption_dropout=0.25)
+    dropped = np.array([[stream[e * 64 + i][1] == "" for i in range(64)] for e in range(40)])
+    assert dropped.mean() == pytest.approx(0.25, abs=0.03)
+    assert not any((dropped[0] == row).all() for row in dropped[1:])
+
+
+def test_noise_levels_spread_evenly_over_any_batch(shapes):
+    _, prepared = shapes
+    stream = data.CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
+    for start in (0, 17, 640):
+        u = sorted(stream[start + i][2] for i in range(16))
+        assert max(np.diff([0.0, *u, 1.0])) < 2.7 / 16
+
+
+def test_two_processes_see_together_what_one_sees(shapes):
+    config, prepared = shapes
+    tokenizer = tiny.build.train_tokenizer(prepared.training_captions(), 600, 20)
+    config.train.batch_size = 4
+    pair = [data.batches(prepared, config, tokenizer, rank, 2) for rank in range(2)]
+    one = data.batches(prepared, config, tokenizer, 0, 1)
+    for _ in range(3):
+        for stream in pair:
+            a, b = next(one), next(stream)
+            assert all(torch.equal(a[key], b[key]) for key in a)
+    resumed = next(data.batches(prepared, config, tokenizer, 0, 1, start=24))
+    assert torch.equal(resumed["noise_seed"], next(one)["noise_seed"])
+    assert a["pixel_values"].shape == (4, 3, 16, 16) and a["pixel_values"].abs().max() <= 1
+    assert a["input_ids"].shape == (4, 20)
+
+
+def test_noise_depends_on_the_seed_of_each_sample_only():
+    seeds = torch.tensor([1, 2, 3])
+    noise = data.noise_for(seeds, (3, 8, 8), torch.device("cpu"))
+    assert torch.equal(noise[1], data.noise_for(seeds[1:2], (3, 8, 8), torch.device("cpu"))[0])
+    assert abs(data.noise_for(torch.arange(500), (3, 8, 8), torch.device("cpu")).std() - 1) < 0.01
+
+
+def test_openmoji_names_pictures_in_two_languages():
+    records = openmoji.records(["en", "zh"], skin_tones=True)
+    by_caption = {record["captions"][0]: record for record in records}
+    assert len(records) > 3900
+    assert "红心" in by_caption["red heart"]["captions"] and "flag of Fiji" in by_caption
+    assert all(record["captions"] and all(record["captions"]) for record in records)
+    splits = {record["id"]: record["split"] for record in records}
+    assert splits == {record["id"]: record["split"] for record in openmoji.records(["en"], skin_tones=True)}
+    combination = [r for r in records if r["split"] == "held_out_combination"]
+    assert len(combination) > 50 and all("skin tone" in r["captions"][0] for r in combination)
+    assert 100 < sum(split == "held_out" for split in splits.values()) < 250
+    assert len(openmoji.records(["en"], skin_tones=False)) < 2000
+
+
+def test_openmoji_is_drawn_on_white():
+    heart = next(r for r in openmoji.records(["en"], False) if r["captions"][0] == "red heart")
+    drawn = openmoji.rasterise(heart["svg"], 32)
+    assert drawn.shape == (32, 32, 3) and tuple(drawn[0, 0]) == (255, 255, 255)
+    assert drawn[16, 16, 0] > 180 and drawn[16, 16, 1] < 110

@@ -1,0 +1,253 @@
+"""The loop: it learns, resumes, survives, and hands over what it trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training import config as configs
+from sfumato.training import loop
+from sfumato.training.train import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder, step):
+    return load_file(folder / "run" / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
+
+
+def assert_equal_tensors(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_everything_where_it_belongs(tmp_path, capsys):
+    assert main([str(tiny.config_file(tmp_path, validation={"every_steps": 2}))]) == 0
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples",
+        "checkpoints",
+        "pipeline",
+        "evaluation.json",
+    }
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert lines[-1]["images_seen"] == 24
+    assert {"step", "images_seen", "seconds", "loss", "lr", "grad_norm"} <= set(lines[0])
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    assert {p.name for p in (run / "samples").iterdir()} == {f"step-0000000{i}.png" for i in (2, 4, 6)}
+    assert configs.load(run / "config.yaml").train.max_steps == 6
+    assert set(json.loads((run / "evaluation.json").read_text())) >= {"colour", "shape", "size", "place", "ground", "all"}
+    assert "DiffusionPipeline.from_pretrained" in capsys.readouterr().out
+    for pipeline in (run / "pipeline", run / "checkpoints" / "step-00000003" / "pipeline"):
+        assert SfumatoPipeline.from_pretrained(pipeline).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_exported_weights_are_the_averaged_ones(tmp_path):
+    main([str(tiny.config_file(tmp_path, optim={"lr": 0.01, "lr_decay": "constant", "lr_warmup_steps": 0}))])
+    unet = load_file(tmp_path / "run" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    kept = weights(tmp_path, 6)
+    name = "conv_in.weight"
+    assert torch.equal(unet[name], kept[f"ema.unet.{name}"])
+    assert not torch.equal(unet[name], kept[f"raw.unet.{name}"])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("weight", ["unit", "min_snr"])
+def test_every_objective_learns_to_overfit_one_picture(tmp_path, prediction_type, weight):
+    path = tiny.config_file(
+        tmp_path,
+        data={"num_pictures": 1},
+        scheduler={"prediction_type": prediction_type},
+        objective={"weight": weight},
+        optim={"lr": 3e-3, "lr_warmup_steps": 5, "lr_decay": "constant"},
+        train={"max_steps": 120, "batch_size": 8},
+        checkpoint={"every_steps": None},
+        validation={"num_shapes": 1},
+    )
+    assert main([str(path)]) == 0
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    """Stopped in the middle of an epoch and gone on: weights, EMA, optimizer and losses are those of one run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    more = {
+        "train": {"max_steps": 10, "gradient_accumulation_steps": 2},
+        "optim": {"lr_decay": "constant"},
+        "data": {"num_pictures": 30},
+    }
+    main([str(tiny.config_file(whole, **more))])
+    path = str(tiny.config_file(parts, **more))
+    main([path, "train.max_steps=3"])
+    main([path, "checkpoint.resume=auto"])
+    assert_equal_tensors(weights(whole, 10), weights(parts, 10))
+    assert [line["loss"] for line in metrics(whole)] == [line["loss"] for line in metrics(parts)]
+    assert [line["step"] for line in metrics(parts)] == list(range(1, 11))
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path):
+    results = []
+    for name, train in {"large": {"batch_size": 8}, "parts": {"batch_size": 4, "gradient_accumulation_steps": 2}}.items():
+        (tmp_path / name).mkdir()
+        main([str(tiny.config_file(tmp_path / name, train={**train, "max_steps": 3}))])
+        results.append([line["loss"] for line in metrics(tmp_path / name)])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
+
+
+def test_resume_that_is_impossible_is_an_error(tmp_path, capsys):
+    path = str(tiny.config_file(tmp_path))
+    assert main([path, "checkpoint.resume=nowhere"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert main([path, "train.max_steps=3"]) == 0
+    assert main([path]) == 2
+    assert "checkpoint.resume=auto" in capsys.readouterr().err
+    assert main([path, "checkpoint.resume=auto", "unet.block_out_channels=[8,8]"]) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_a_half_written_checkpoint_is_not_taken(tmp_path):
+    path = str(tiny.config_file(tmp_path))
+    main([path, "train.max_steps=3"])
+    torn = tmp_path / "run" / "checkpoints" / "step-00000099"
+    torn.mkdir()
+    (torn / "state.safetensors").write_bytes(b"half")
+    assert main([path, "checkpoint.resume=auto"]) == 0
+    assert metrics(tmp_path)[-1]["step"] == 6
+
+
+def test_nan_never_reaches_the_weights(tmp_path, monkeypatch):
+    """Every gradient from step 4 on is NaN: steps are skipped and counted, the run stops, the checkpoint stays good."""
+    real, calls = loop.weighted_mse, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) > 3 else 1.0)
+
+    monkeypatch.setattr(loop, "weighted_mse", poisoned)
+    assert main([str(tiny.config_file(tmp_path, train={"max_steps": 50, "max_bad_steps": 5}))]) == 3
+    lines = metrics(tmp_path)
+    assert len(lines) == 8 and lines[-1]["skipped_steps"] == 5 and lines[-1]["loss"] is None
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 3).values())
+
+
+def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
+    real, calls = loop.weighted_mse, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(loop, "weighted_mse", poisoned)
+    assert main([str(tiny.config_file(tmp_path))]) == 0
+    assert metrics(tmp_path)[-1]["skipped_steps"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 6).values())
+
+
+def test_minutes_end_a_run_and_drive_the_learning_rate(tmp_path):
+    path = tiny.config_file(tmp_path, train={"max_steps": None, "max_minutes": 0.05}, checkpoint={"every_steps": None})
+    assert main([str(path)]) == 0
+    lines = metrics(tmp_path)
+    assert 3 <= lines[-1]["seconds"] < 4.5
+    # The rate of a step follows what was done before it.
+    assert lines[-1]["lr"] < 0.02 * max(line["lr"] for line in lines)
+
+
+def test_longer_captions_than_the_limit_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="text_encoder.max_length=.* would hold them all"):
+        loop.prepare(configs.load(tiny.config_file(tmp_path, text_encoder={"max_length": 8})))
+
+
+def test_a_pretrained_text_encoder_is_frozen_and_kept(tmp_path):
+    pipe = tiny.pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "base")
+    path = tiny.config_file(
+        tmp_path, text_encoder={"pretrained": str(tmp_path / "base")}, vae={"pretrained": str(tmp_path / "base")}
+    )
+    assert main([str(path)]) == 0
+    after = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    for a, b in zip(pipe.text_encoder.parameters(), after.text_encoder.parameters()):
+        assert torch.equal(a, b)
+    assert not any(name.startswith("raw.text_encoder") for name in weights(tmp_path, 6))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("unet.no_such_thing=1", "UNet2DConditionModel has no argument no_such_thing"),
+        ("unet.in_channels=4", "contradicts"),
+        ("scheduler.beta_schedule=cosin", "unknown beta_schedule"),
+        ("scheduler.beta=1", "SfumatoDDPMScheduler has no argument beta"),
+        ("data.name=nowhere", "neither openmoji nor shapes"),
+    ],
+)
+def test_wrong_settings_end_before_training(tmp_path, capsys, override, message):
+    assert main([str(tiny.config_file(tmp_path)), override]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def launch(path, *overrides):
+    command = [sys.executable, str(ROOT / "training" / "train.py"), str(path), *overrides]
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number, code):
+    path = tiny.config_file(tmp_path, train={"max_steps": 100_000}, checkpoint={"every_steps": None})
+    child = launch(path)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        file = tmp_path / "run" / "metrics.jsonl"
+        if file.is_file() and file.read_text().count("\n") > 3:
+            break
+        assert child.poll() is None, child.stdout.read()
+        time.sleep(0.1)
+    child.send_signal(number)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == code, out
+    last = metrics(tmp_path)[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last:08d}" / "state.json").is_file()
+    assert "checkpoint.resume=auto" in out
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(tmp_path):
+    """The same global batch on one and on two processes gives the same losses to float tolerance."""
+    losses = {}
+    for processes, batch_size in ((1, 8), (2, 4)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        path = tiny.config_file(folder, train={"batch_size": batch_size})
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29611"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(ROOT / "training/train.py"), str(path)], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        losses[processes] = [line["loss"] for line in metrics(folder)]
+    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-4)
