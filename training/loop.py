@@ -1,7 +1,6 @@
 """The one training loop, top to bottom."""
 
 import json
-import math
 import os
 import signal
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
@@ -23,6 +21,7 @@ from sfumato.training.data import PictureSet, batches, noise_for
 from sfumato.training.data import prepare as prepare_data
 from sfumato.training.latents import encode
 from sfumato.training.objectives import loss_weight, lr_scale, sample_timesteps, weighted_mse
+from sfumato.training.tracking import Log
 
 DIVERGED = 3
 
@@ -78,14 +77,6 @@ def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
         )
 
 
-def preview_prompts(run: Run) -> list[str]:
-    """The configured prompts, else captions of up to twelve held-out pictures, else of training pictures."""
-    if run.config.validation.prompts:
-        return list(run.config.validation.prompts)
-    chosen = run.pictures.select("held_out") or run.pictures.select("train")
-    return [run.pictures.records[i]["captions"][0] for i in chosen[:: max(1, len(chosen) // 12)][:12]]
-
-
 def facts(run: Run, state: dict) -> dict:
     """What the model card tells of this run."""
     c = run.config
@@ -94,7 +85,8 @@ def facts(run: Run, state: dict) -> dict:
         "data": f"{c.data.name}, {len(run.pictures.select('train'))} training pictures",
         "steps": state["step"],
         "pictures seen": state["images_seen"],
-        "training time": f"{state['seconds'] / 60:.1f} minutes, {run.accelerator.num_processes} x {run.accelerator.device.type}",
+        "training time": f"{state['seconds'] / 60:.1f} minutes",
+        "hardware": f"{run.accelerator.num_processes} x {run.accelerator.device.type}",
         "batch size": c.train.batch_size * c.train.gradient_accumulation_steps * run.accelerator.num_processes,
         "learning rate": c.optim.lr,
         "weights": f"EMA, decay {c.ema.decay}",
@@ -131,7 +123,7 @@ def train(run: Run) -> int:
     loader = batches(
         run.pictures, c, pipe.tokenizer, accelerator.process_index, accelerator.num_processes, start=state["images_seen"]
     )
-    log = Log(run, state["step"])
+    log = Log(c, accelerator, run.pictures, pipe, state["step"])
     stop = StopSignal()
     bad_in_a_row, started = 0, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
@@ -215,7 +207,7 @@ def every(steps: int | None, state: dict) -> bool:
     return steps is not None and state["step"] % steps == 0
 
 
-def finish(run: Run, state: dict, log: "Log") -> None:
+def finish(run: Run, state: dict, log: Log) -> None:
     """Last grid, scores where they can be had, and the exported folder."""
     prompts, pictures = log.preview(state["step"])
     known = facts(run, state)
@@ -242,55 +234,3 @@ class StopSignal:
     def _note(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
         self.number = number
-
-
-class Log:
-    """`metrics.jsonl`, the progress bar and the sample grids; silent on all processes but the first."""
-
-    def __init__(self, run: Run, step: int):
-        self.run, self.main = run, run.accelerator.is_main_process
-        self.prompts = preview_prompts(run)
-        folder = run.output_dir
-        self.bar = tqdm(
-            total=1.0,
-            disable=not self.main,
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        )
-        if not self.main:
-            return
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(configs.dump(run.config))
-        path = folder / "metrics.jsonl"
-        # Lines past the checkpoint belong to steps that are about to be done again.
-        old = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.is_file() else []
-        self.file = open(path, "w", buffering=1)
-        self.file.writelines(line + "\n" for line in old)
-        self.smooth, self.seen, self.since = None, None, time.monotonic()
-
-    def write(self, entry: dict) -> None:
-        if not self.main:
-            return
-        self.file.write(
-            json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in entry.items()}) + "\n"
-        )
-        self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
-        self.bar.update(entry["done"] - self.bar.n)
-        rate = entry["images_seen"] / max(entry["seconds"], 1e-9)
-        self.bar.set_postfix_str(f"step {entry['step']} loss {self.smooth:.4f} {rate:.0f} pictures/s", refresh=False)
-
-    def preview(self, step: int):
-        """Draw the fixed prompts with the fixed seeds; returns prompts and pictures."""
-        pictures = evaluation.draw_pictures(self.run.pipe, self.prompts, self.run.config.validation, self.run.accelerator)
-        if self.main:
-            evaluation.grid(pictures, self.prompts).save(self.run.output_dir / "samples" / f"step-{step:08d}.png")
-        return self.prompts, pictures
-
-    def say(self, text: str) -> None:
-        if self.main:
-            self.bar.write(text)
-
-    def close(self, text: str) -> None:
-        self.bar.close()
-        if self.main:
-            self.file.close()
-            print(text)
