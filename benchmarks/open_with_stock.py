@@ -12,8 +12,8 @@ from PIL import Image
 
 folder, out, *prompts = sys.argv[1:]
 prompts = prompts or [
-    "red heart", "pizza", "full moon", "soccer ball", "green apple", "smiling face with sunglasses",
-    "flag of Japan", "yellow circle", "blue book", "cooking", "sunflower", "house",
+    "red heart", "pizza", "full moon", "soccer ball", "red apple", "sunflower",
+    "flag of Japan", "blue book", "house", "crying face", "watermelon", "green heart",
 ]  # fmt: skip
 
 pipe = DiffusionPipeline.from_pretrained(folder)

@@ -80,7 +80,7 @@ def interleave(log, entry):
 
 
 loop.Log.write = interleave
-loop.finish = lambda run, state, log: log.close("")
+loop.finish = lambda run, log: log.close("")
 loop.checkpoints.save = lambda *arguments: None
 mark[0] = time.perf_counter()
 assert loop.train(run) == 0

@@ -40,27 +40,26 @@ def _pack(denoiser, optimizer, ema: EMAModel) -> dict[str, torch.Tensor]:
 
 
 def save(
-    output_dir: Path, step: int, denoiser, optimizer, ema: EMAModel, pipe: SfumatoPipeline, state: dict, facts: dict, keep: int
+    output_dir: Path, denoiser, optimizer, ema: EMAModel, pipe: SfumatoPipeline, state: dict, facts: dict, keep: int
 ) -> Path:
     """Write one checkpoint beside and rename it into place, then remove all but the `keep` newest.
 
     Args:
         output_dir: the run folder.
-        step: optimizer steps done.
         denoiser, optimizer, ema: whose tensors are kept.
         pipe: exported with the averaged weights.
-        state: what the loop needs to go on, as JSON.
+        state: what the loop needs to go on, as JSON; `step` names the folder.
         facts: for the model card.
         keep: how many checkpoints to keep.
     """
-    folder = output_dir / "checkpoints" / f"step-{step:08d}"
+    folder = output_dir / "checkpoints" / f"step-{state['step']:08d}"
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save_file(_pack(denoiser, optimizer, ema), new / "state.safetensors")
     with averaged(ema, denoiser):
         export_pipeline(pipe, new / "pipeline", facts)
-    (new / "state.json").write_text(json.dumps({**state, "step": step, "ema_step": ema.optimization_step}))
+    (new / "state.json").write_text(json.dumps({**state, "ema_step": ema.optimization_step}))
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     for old in complete(output_dir)[:-keep]:

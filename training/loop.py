@@ -34,7 +34,10 @@ class Run:
     accelerator: Accelerator
     pictures: PictureSet
     pipe: SfumatoPipeline
-    checkpoint: Path | None  # to go on from
+    denoiser: Denoiser  # the pipeline's UNet and text encoder
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+    state: dict  # how far the run is; what a checkpoint keeps
 
     @property
     def output_dir(self) -> Path:
@@ -62,7 +65,18 @@ def prepare(config: configs.Config) -> Run:
     captions = pictures.training_captions()
     pipe = build_pipeline(config, captions)
     warn_of_long_captions(pipe, captions)
-    return Run(config, accelerator, pictures, pipe, checkpoint)
+    pipe.vae.to(accelerator.device)
+    denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(accelerator.device)
+    parameters, o = checkpoints.trained(denoiser), config.optim
+    optimizer = torch.optim.AdamW(
+        parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )
+    ema = EMAModel(parameters, decay=config.ema.decay, foreach=True)
+    state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
+    if checkpoint:
+        state = checkpoints.restore(checkpoint, denoiser, optimizer, ema)
+        accelerator.print(f"goes on from {checkpoint}")
+    return Run(config, accelerator, pictures, pipe, denoiser, optimizer, ema, state)
 
 
 def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
@@ -77,9 +91,9 @@ def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
         )
 
 
-def facts(run: Run, state: dict) -> dict:
+def facts(run: Run) -> dict:
     """What the model card tells of this run."""
-    c = run.config
+    c, state = run.config, run.state
     known = {
         "title": c.title,
         "data": f"{c.data.name}, {len(run.pictures.select('train'))} training pictures",
@@ -104,21 +118,10 @@ def train(run: Run) -> int:
     Returns:
         0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
-    c, accelerator, pipe, output_dir = run.config, run.accelerator, run.pipe, run.output_dir
-    scheduler, device = pipe.scheduler, accelerator.device
-    prediction_type = scheduler.config.prediction_type
-    pipe.vae.to(device)
-    plain = Denoiser(pipe.unet, pipe.text_encoder).to(device)
-    parameters = checkpoints.trained(plain)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=c.optim.lr, betas=tuple(c.optim.betas), eps=c.optim.eps, weight_decay=c.optim.weight_decay, fused=True
-    )
-    ema = EMAModel(parameters, decay=c.ema.decay, foreach=True)
-    state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
-    if run.checkpoint:
-        state = checkpoints.restore(run.checkpoint, plain, optimizer, ema)
-        accelerator.print(f"resumed from {run.checkpoint} at step {state['step']}")
-    denoiser, optimizer = accelerator.prepare(plain, optimizer)
+    c, accelerator, pipe, state, ema = run.config, run.accelerator, run.pipe, run.state, run.ema
+    scheduler, device, prediction_type = pipe.scheduler, accelerator.device, pipe.scheduler.config.prediction_type
+    parameters = checkpoints.trained(run.denoiser)
+    denoiser, optimizer = accelerator.prepare(run.denoiser, run.optimizer)
     snr = scheduler.snr(torch.arange(scheduler.config.num_train_timesteps)).to(device)
     loader = batches(
         run.pictures, c, pipe.tokenizer, accelerator.process_index, accelerator.num_processes, start=state["images_seen"]
@@ -175,13 +178,12 @@ def train(run: Run) -> int:
         )
         due = every(c.checkpoint.every_steps, state) or stopped or done >= 1
         if due and bad_in_a_row == 0 and accelerator.is_main_process:
-            checkpoints.save(
-                output_dir, state["step"], plain, optimizer, ema, pipe, state, facts(run, state), c.checkpoint.keep
-            )
+            checkpoints.save(run.output_dir, run.denoiser, run.optimizer, ema, pipe, state, facts(run), c.checkpoint.keep)
         if every(c.validation.every_steps, state) and done < 1:
-            with checkpoints.averaged(ema, plain):
+            with checkpoints.averaged(ema, run.denoiser):
                 log.preview(state["step"])
 
+    stop.release()
     if stopped:
         log.close(f"stopped by signal {stopped}; go on with checkpoint.resume=auto")
         return 128 + stopped
@@ -191,8 +193,8 @@ def train(run: Run) -> int:
             f" The checkpoints are good. Lower optim.lr (now {c.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
-    with checkpoints.averaged(ema, plain):
-        finish(run, state, log)
+    with checkpoints.averaged(ema, run.denoiser):
+        finish(run, log)
     return 0
 
 
@@ -207,10 +209,10 @@ def every(steps: int | None, state: dict) -> bool:
     return steps is not None and state["step"] % steps == 0
 
 
-def finish(run: Run, state: dict, log: Log) -> None:
+def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and the exported folder."""
-    prompts, pictures = log.preview(state["step"])
-    known = facts(run, state)
+    prompts, pictures = log.preview(run.state["step"])
+    known = facts(run)
     if run.config.data.name == "shapes":
         scores = evaluation.evaluate_shapes(run.pipe, run.config.validation, run.accelerator)
         known["obedience on held-out captions"] = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
@@ -228,8 +230,12 @@ class StopSignal:
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
