@@ -132,6 +132,7 @@ def export_pipeline(
     folder: str | os.PathLike,
     facts: dict | None = None,
     samples: list[tuple[str, "PIL.Image.Image"]] = (),  # noqa: F821
+    where: str | None = None,
 ) -> Path:
     """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
 
@@ -142,6 +143,7 @@ def export_pipeline(
         folder: where to; an older export there is replaced.
         facts: for the card, see `model_card`.
         samples: pairs of prompt and picture for the card's gallery.
+        where: the path or repository that the card's snippets name; `folder` where not given.
 
     Raises:
         ValueError: `folder` exists and is not an exported pipeline.
@@ -162,7 +164,7 @@ def export_pipeline(
         (new / "samples").mkdir(exist_ok=True)
         picture.save(new / "samples" / f"{number}.png")
         gallery.append((prompt, f"samples/{number}.png"))
-    ModelCard(model_card(pipe, str(folder), facts, gallery)).save(new / "README.md")
+    ModelCard(model_card(pipe, where or str(folder), facts, gallery)).save(new / "README.md")
     for path in new.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
     if folder.exists():

@@ -58,7 +58,7 @@ def save(
     new.mkdir(parents=True)
     save_file(_pack(denoiser, optimizer, ema), new / "state.safetensors")
     with averaged(ema, denoiser):
-        export_pipeline(pipe, new / "pipeline", facts)
+        export_pipeline(pipe, new / "pipeline", facts, where=str(folder / "pipeline"))
     (new / "state.json").write_text(json.dumps({**state, "ema_step": ema.optimization_step}))
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
