@@ -12,8 +12,8 @@ from PIL import Image
 
 folder, out, *prompts = sys.argv[1:]
 prompts = prompts or [
-    "red heart", "pizza", "full moon", "soccer ball", "red apple", "sunflower",
-    "flag of Japan", "blue book", "house", "crying face", "watermelon", "green heart",
+    "red heart", "blue heart", "yellow heart", "green circle", "purple square", "red apple",
+    "blue book", "soccer ball", "grinning face", "full moon", "pink heart", "green book",
 ]  # fmt: skip
 
 pipe = DiffusionPipeline.from_pretrained(folder)

@@ -16,7 +16,7 @@ class DataConfig:
     resolution: int = 32
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
-    newest_emoji: float | None = None  # openmoji: none of a later emoji version; 0.6 are the oldest, from 2010
+    words: list[str] = field(default_factory=list)  # openmoji: only pictures with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
     max_bad_share: float = 0.01  # a folder with a larger share of unusable pictures stops the run
     cache_dir: str = "~/.cache/sfumato"

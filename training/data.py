@@ -143,7 +143,9 @@ def _prepare_folder(config: DataConfig) -> tuple[list[np.ndarray], list[dict], d
 
 
 def _prepare_openmoji(config: DataConfig) -> tuple[list[np.ndarray], list[dict], dict]:
-    records = openmoji.records(config.languages, config.skin_tones, config.newest_emoji)
+    records = openmoji.records(config.languages, config.skin_tones, config.words)
+    if not any(record["split"] == "train" for record in records):
+        raise ValueError(f"no OpenMoji picture has a name with one of data.words={config.words}")
     pictures = [openmoji.rasterise(r.pop("svg"), config.resolution) for r in tqdm(records, desc="drawing OpenMoji")]
     return pictures, records, {}
 
@@ -162,7 +164,7 @@ def _cache_key(config: DataConfig) -> str:
     if config.name == "shapes":
         parts += [config.num_pictures]
     elif config.name == "openmoji":
-        parts += [*config.languages, config.skin_tones, config.newest_emoji]
+        parts += [*config.languages, config.skin_tones, *config.words]
     else:
         folder = Path(config.name).expanduser()
         for path in sorted(folder.rglob("*")):

@@ -36,7 +36,7 @@ def _plain(name: str) -> str:
     return name.strip(":").replace("_", " ").strip()
 
 
-def records(languages: list[str], skin_tones: bool, newest: float | None = None) -> list[dict]:
+def records(languages: list[str], skin_tones: bool, words: list[str] = ()) -> list[dict]:
     """Every OpenMoji picture that `emoji` names, in a fixed order.
 
     Returns:
@@ -56,7 +56,7 @@ def records(languages: list[str], skin_tones: bool, newest: float | None = None)
     chinese = json.loads((tables / "emoji_zh.json").read_text(encoding="utf-8")) if "zh" in languages else {}
     found = []
     for code, entry in emoji.EMOJI_DATA.items():
-        if entry["status"] > emoji.STATUS["fully_qualified"] or (newest is not None and entry["E"] > newest):
+        if entry["status"] > emoji.STATUS["fully_qualified"]:
             continue
         points = [f"{ord(c):04X}" for c in code]
         name = "-".join(points)
@@ -66,6 +66,8 @@ def records(languages: list[str], skin_tones: bool, newest: float | None = None)
             continue
         flag = ord(code[0]) in _FLAG_LETTERS
         english = ("flag of " if flag else "") + _plain(entry["en"])
+        if words and not set(words) & set(english.lower().split()):
+            continue
         captions = []
         if "en" in languages:
             captions += [english] + [_plain(alias) for alias in entry.get("alias", [])]
