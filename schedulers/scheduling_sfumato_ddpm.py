@@ -17,6 +17,7 @@ SCHEDULES = {
     "shifted_cosine": {"resolution": 64, "base_resolution": 64},
 }
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 MAX_BETA = 0.999
 
 
@@ -96,6 +97,8 @@ class SfumatoDDPMScheduler(DDPMScheduler):
                 f"beta_schedule {beta_schedule!r} has no parameter {', '.join(sorted(unknown))}; "
                 f"it takes {', '.join(SCHEDULES.get(beta_schedule, {})) or 'none'}"
             )
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"unknown prediction_type {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}")
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "epsilon prediction is undefined at zero terminal SNR (x_T holds no trace of x_0); "
@@ -169,8 +172,8 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             ValueError: an unknown kind; x_0 or v asked of eps where the SNR is zero.
         """
         for kind in (source, target):
-            if kind not in ("epsilon", "sample", "v_prediction"):
-                raise ValueError(f"unknown prediction type {kind!r}; use 'epsilon', 'sample' or 'v_prediction'")
+            if kind not in PREDICTION_TYPES:
+                raise ValueError(f"unknown prediction type {kind!r}; use one of {', '.join(PREDICTION_TYPES)}")
         if source == target:
             return output
         signal, noise = self._signal_and_noise(t, x_t)

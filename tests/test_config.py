@@ -29,6 +29,7 @@ def test_round_trip(tmp_path):
         ("text_encoder.hidden_size=33", "heads"),
         ("validation.every_steps=0", "or null"),
         ("seed", "key=value"),
+        ("optim.betas=[1", "tiny.yaml"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, override, message):

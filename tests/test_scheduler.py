@@ -224,6 +224,7 @@ def test_zero_terminal_snr_ends_in_pure_noise():
         ({"beta_schedule": "cosin"}, "cosine"),
         ({"beta_schedule": "cosine", "schedule_params": {"tau": 1}}, "no parameter tau; it takes s"),
         ({"schedule_params": {"s": 1}}, "it takes none"),
+        ({"prediction_type": "v"}, "unknown prediction_type 'v'; use one of epsilon, sample, v_prediction"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

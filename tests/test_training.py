@@ -126,6 +126,15 @@ def test_resume_that_is_impossible_is_an_error(tmp_path, capsys):
     assert "another model" in capsys.readouterr().err
 
 
+def test_going_back_past_newer_checkpoints_is_refused(tmp_path, capsys):
+    path = str(tiny.config_file(tmp_path))
+    assert main([path]) == 0
+    old = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert main([path, f"checkpoint.resume={old}", "train.max_steps=9"]) == 2
+    assert "would lose them" in capsys.readouterr().err
+    assert len(list(old.parent.iterdir())) == 2
+
+
 def test_a_half_written_checkpoint_is_not_taken(tmp_path):
     path = str(tiny.config_file(tmp_path))
     main([path, "train.max_steps=3"])

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import file_exists
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -56,6 +57,8 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
         vocab.setdefault(left + right, len(vocab))
     for mark in (START, END):
         vocab[mark] = len(vocab)
+    # Ties between equally frequent pairs may fall differently in another process; all must speak the first one's tokens.
+    vocab, merges = broadcast_object_list([vocab, merges])
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 

@@ -94,6 +94,11 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
         return found[-1] if found else None
     if not (Path(resume) / "state.json").is_file():
         raise ValueError(f"checkpoint.resume={resume!r} is no complete checkpoint (no state.json in it)")
+    if found and found[-1].name > Path(resume).name:
+        raise ValueError(
+            f"{output_dir} holds checkpoints newer than {resume}, up to {found[-1].name}, and going back would lose them; "
+            "choose another output_dir, or remove them first"
+        )
     return Path(resume)
 
 
@@ -115,7 +120,7 @@ def restore(folder: Path, denoiser, optimizer, ema: EMAModel) -> dict:
         for name, parameter, shadow in zip(names, trained(denoiser), ema.shadow_params):
             parameter.copy_(tensors[f"raw.{name}"])
             shadow.copy_(tensors[f"ema.{name}"])
-    ema.optimization_step = state["ema_step"]
+    ema.optimization_step = state.pop("ema_step")
     moments = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

@@ -81,7 +81,7 @@ def _folder_records(folder: Path) -> list[tuple[str, str]]:
     """(relative file name, caption) from metadata.csv or .jsonl, caption .txt files, or class sub-folders."""
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
-            with open(folder / name, encoding="utf-8", newline="") as lines:
+            with open(folder / name, encoding="utf-8-sig", newline="") as lines:
                 rows = (
                     list(csv.DictReader(lines))
                     if name.endswith("csv")

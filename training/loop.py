@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
@@ -74,6 +75,7 @@ def prepare(config: configs.Config) -> Run:
     ema = EMAModel(parameters, decay=config.ema.decay, foreach=True)
     state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
     if checkpoint:
+        pipe.register_modules(tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer"))
         state = checkpoints.restore(checkpoint, denoiser, optimizer, ema)
         accelerator.print(f"goes on from {checkpoint}")
     return Run(config, accelerator, pictures, pipe, denoiser, optimizer, ema, state)
@@ -176,8 +178,8 @@ def train(run: Run) -> int:
         log.write(
             {**state, "loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm), "done": round(done, 5)}
         )
-        due = every(c.checkpoint.every_steps, state) or stopped or done >= 1
-        if due and bad_in_a_row == 0 and accelerator.is_main_process:
+        due = (every(c.checkpoint.every_steps, state) and finite) or stopped or done >= 1
+        if due and accelerator.is_main_process:
             checkpoints.save(run.output_dir, run.denoiser, run.optimizer, ema, pipe, state, facts(run), c.checkpoint.keep)
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, run.denoiser):

@@ -23,7 +23,7 @@ def read_scene(picture: np.ndarray) -> Scene | None:
     """Read colour, shape, size, place and ground off a picture of the `shapes` data set.
 
     Args:
-        picture: `(H, H, 3)` uint8, H at least 32.
+        picture: `(H, H, 3)` uint8, H at least 24.
 
     Returns:
         The scene, or None where no single clean figure can be made out.
