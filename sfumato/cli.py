@@ -1,6 +1,7 @@
 """The command `sfumato`: `train`, `sample`, `export`. Heavy imports happen inside the verbs, so that `--help` is instant."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -81,6 +82,10 @@ def _export(options) -> int:
     from sfumato.pipelines import SfumatoPipeline, export_pipeline
 
     folder = export_pipeline(SfumatoPipeline.from_pretrained(model), options.folder)
+    if (Path(model) / "README.md").is_file():  # its card knows the licence, the data and the samples; a new one would not
+        shutil.copy(Path(model) / "README.md", folder)
+        if (Path(model) / "samples").is_dir():
+            shutil.copytree(Path(model) / "samples", folder / "samples")
     print(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
     return 0
 

@@ -32,6 +32,7 @@ def test_sample_draws_a_grid_that_its_seed_repeats(model, tmp_path):
 def test_export_takes_a_run_folder(model, tmp_path, capsys):
     assert main(["export", str(model.parent), str(tmp_path / "shared")]) == 0
     assert (tmp_path / "shared" / "pipeline.py").is_file()
+    assert (tmp_path / "shared" / "README.md").read_text() == (model / "README.md").read_text()  # licence and facts stay
     assert "from_pretrained" in capsys.readouterr().out
 
 
