@@ -59,6 +59,10 @@ def joined_source() -> str:
     return f"# Written by Sfumato {__version__}, Apache-2.0.\n{scheduler}\n\n{pipeline.replace(_LINK, '')}"
 
 
+def _prefixed(table: dict) -> dict:
+    return {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in table.items()}
+
+
 def _write_for_transformers_4(folder: Path) -> None:
     """Prefix the text encoder's keys and write `vocab.json` and `merges.txt`.
 
@@ -66,12 +70,10 @@ def _write_for_transformers_4(folder: Path) -> None:
     """
     for file in (folder / "text_encoder").glob("*.safetensors"):
         weights = load_file(file)
-        weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()}
-        save_file(weights, file, metadata={"format": "pt"})
+        save_file(_prefixed(weights), file, metadata={"format": "pt"})
     for index in (folder / "text_encoder").glob("*.safetensors.index.json"):
         content = json.loads(index.read_text())
-        names = content["weight_map"]
-        content["weight_map"] = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in names.items()}
+        content["weight_map"] = _prefixed(content["weight_map"])
         index.write_text(json.dumps(content, indent=2))
     model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")

@@ -82,8 +82,8 @@ def build_text_encoder(config: TextEncoderConfig, captions: list[str]) -> tuple[
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        # CLIP's own 0.02 drowns in what attention and MLP add at random: the words cannot be told apart, and no place,
-        # shape or colour was learned from text in 600 steps; with 0.5 in 300 (LOG.md).
+        # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words can hardly be told apart at first;
+        # LOG.md has the figures, which one text layer and the data's palette share in.
         for module in encoder.modules():
             if isinstance(module, torch.nn.Embedding):
                 torch.nn.init.normal_(module.weight, std=config.embedding_std)

@@ -123,8 +123,9 @@ def _prepare_folder(config: DataConfig) -> tuple[list[np.ndarray], list[dict], d
         except ValueError as error:
             skipped.setdefault(str(error), []).append(name)
             continue
-        share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-        records.append({"id": name, "captions": [caption.strip()], "split": "held_out" if share < 0.02 else "train"})
+        records.append(
+            {"id": name, "captions": [caption.strip()], "split": "held_out" if openmoji.share(name) < 0.02 else "train"}
+        )
     num_bad = sum(map(len, skipped.values()))
     report = "; ".join(
         f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -206,6 +207,7 @@ class CaptionedPictures(Dataset):
         self.seed = seed
         self.caption_dropout = caption_dropout
         self._epoch, self._order = -1, None
+        self._first_u = np.random.default_rng(seed).random()
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, str, float, int]:
         """Picture `(H, W, 3)` uint8, caption ('' where dropped), uniform number for the noise level, seed of the noise."""
@@ -219,7 +221,7 @@ class CaptionedPictures(Dataset):
         if rng.random() < self.caption_dropout:
             caption = ""
         # Golden-ratio steps spread the noise levels evenly over any run of positions, hence over every batch.
-        u = (np.random.default_rng(self.seed).random() + position * GOLDEN_RATIO) % 1.0
+        u = (self._first_u + position * GOLDEN_RATIO) % 1.0
         return self.pictures.pictures[index], caption, u, int(rng.integers(2**63))
 
 

@@ -15,7 +15,7 @@ _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 _PEOPLE = {"man", "woman", "person"}
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     """A number in [0, 1) that depends on the text alone; used to hold out records."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
@@ -28,8 +28,8 @@ def _split(code: str, name: str) -> str:
     """
     gender = name.split(" ")[0]
     if any(ord(c) in _TONES for c in code) and gender in _PEOPLE:
-        return "held_out_combination" if _share("combination " + name) < 0.1 else "train"
-    return "held_out" if _share("picture " + name) < 0.05 else "train"
+        return "held_out_combination" if share("combination " + name) < 0.1 else "train"
+    return "held_out" if share("picture " + name) < 0.05 else "train"
 
 
 def _plain(name: str) -> str:

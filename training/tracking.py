@@ -24,7 +24,7 @@ def preview_prompts(config: Config, pictures: PictureSet) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     """The whole lines of a file of JSON lines; none where there is no file."""
-    return path.read_text().splitlines()[: path.read_text().count("\n")] if path.is_file() else []
+    return path.read_text().split("\n")[:-1] if path.is_file() else []
 
 
 class Log:
