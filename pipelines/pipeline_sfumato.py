@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,7 +25,7 @@ logger = logging.get_logger(__name__)
 logging.get_logger("diffusers.guiders.guider_utils").addFilter(lambda record: "experimental" not in str(record.msg))
 
 
-class SfumatoPipeline(DiffusionPipeline):
+class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Draws pictures from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
 
     Opens every folder of Stable Diffusion's form, ours and foreign, with `SfumatoPipeline.from_pretrained(folder)`, and

@@ -1,4 +1,4 @@
-"""The command `sfumato`: `train`, `sample`, `export`. Heavy imports happen inside the verbs, so that `--help` is instant."""
+"""The command `sfumato`: `train`, `sample`, `export`, `doctor`. Heavy imports are inside the verbs: `--help` is instant."""
 
 import argparse
 import shutil
@@ -28,9 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
     export.add_argument("folder", help="where to")
 
+    doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
+    doctor.add_argument("config", help="a YAML file, see configs/")
+    doctor.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that replace the file's")
+
     options = parser.parse_args(arguments)
     try:
-        return {"train": _train, "sample": _sample, "export": _export}[options.verb](options)
+        return {"train": _train, "sample": _sample, "export": _export, "doctor": _doctor}[options.verb](options)
     except ValueError as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
@@ -88,6 +92,17 @@ def _export(options) -> int:
             shutil.copytree(Path(model) / "samples", folder / "samples")
     print(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
     return 0
+
+
+def _doctor(options) -> int:
+    from sfumato.training import config as configs
+
+    config = configs.load(options.config, options.overrides)
+    from sfumato.training.doctor import examine
+
+    findings = examine(config)
+    print("\n".join(map(str, findings)))
+    return 1 if any(finding.severity == "error" for finding in findings) else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ CONFIG = {
         "attention_head_dim": 2,
     },
     "scheduler": {"beta_schedule": "cosine", "prediction_type": "v_prediction"},
-    "train": {"max_steps": 6, "batch_size": 4, "num_threads": 1},
+    "train": {"max_steps": 6, "batch_size": 4, "num_threads": 1, "trackers": []},
     "validation": {"every_steps": None, "num_inference_steps": 2, "num_shapes": 4},
     "checkpoint": {"every_steps": 3},
 }

@@ -26,9 +26,10 @@ class Denoiser(torch.nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)`."""
-        return self.unet(x_t, t, self.text_encoder(input_ids)[0], return_dict=False)[0]
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)` or embeddings `(B, L, D)`."""
+        embeddings = text if text.is_floating_point() else self.text_encoder(text)[0]
+        return self.unet(x_t, t, embeddings, return_dict=False)[0]
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -99,15 +100,17 @@ def _subfolder(source: str, part: str) -> str:
     return part if file_exists(source, "model_index.json") else ""
 
 
-def identity_vae(sample_size: int) -> AutoencoderKL:
+def identity_vae(sample_size: int, channels: int = 3) -> AutoencoderKL:
     """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
 
     Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
-    +-K fix the group norm's variance at K^2 / 4 whatever the picture; its weight K / 2 undoes the division.
+    +-K fix the group norm's variance at K^2 / (channels + 1) whatever the picture; its weight undoes the division.
     """
     vae = AutoencoderKL(
-        block_out_channels=(8,),
-        latent_channels=3,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(2 * channels + 2,),
+        latent_channels=channels,
         norm_num_groups=1,
         mid_block_add_attention=False,
         use_quant_conv=False,
@@ -121,14 +124,14 @@ def identity_vae(sample_size: int) -> AutoencoderKL:
             if "norm" not in name:
                 parameter.zero_()
         for half in (vae.encoder, vae.decoder):
-            half.conv_norm_out.weight.fill_((big**2 / 4 + half.conv_norm_out.eps) ** 0.5)
-            half.conv_in.bias[6:] = torch.tensor([big, -big])
-            for colour in range(3):
+            half.conv_norm_out.weight.fill_((big**2 / (channels + 1) + half.conv_norm_out.eps) ** 0.5)
+            half.conv_in.bias[2 * channels :] = torch.tensor([big, -big])
+            for colour in range(channels):
                 half.conv_in.weight[2 * colour, colour, 1, 1] = 1
                 half.conv_in.weight[2 * colour + 1, colour, 1, 1] = -1
                 half.conv_out.weight[colour, 2 * colour, 1, 1] = 1
                 half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
-        vae.encoder.conv_out.bias[3:] = -30.0  # log-variance: no noise
+        vae.encoder.conv_out.bias[channels:] = -30.0  # log-variance: no noise
     return vae.requires_grad_(False).eval()
 
 
@@ -158,12 +161,14 @@ def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
     Raises:
         ValueError: an argument that the stock class does not have, or that contradicts another section.
     """
+    if config.init_from is not None:
+        return load_pipeline(config)
     _known(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)
     torch.manual_seed(config.seed)
     tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions)
     if config.vae.pretrained is None:
-        vae = identity_vae(config.data.resolution)
+        vae = identity_vae(config.data.resolution, config.data.channels)
     else:
         vae = AutoencoderKL.from_pretrained(config.vae.pretrained, subfolder=_subfolder(config.vae.pretrained, "vae"))
         vae.requires_grad_(False).eval()
@@ -179,7 +184,56 @@ def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
     if clash := {k: config.unet[k] for k, v in given.items() if config.unet.get(k, v) != v}:
         raise ValueError(f"unet: {clash} contradicts what data, vae and text_encoder say: { {k: given[k] for k in clash} }")
     unet = UNet2DConditionModel(**{**_lists_to_tuples(config.unet), **given})
+    strengthen_conditioning(unet)
     return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+
+
+def load_pipeline(config: Config) -> SfumatoPipeline:
+    """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
+
+    Raises:
+        ValueError: no such model, one that this trainer cannot train, or one of another resolution factor.
+        ModuleNotFoundError: LoRA needs the package peft.
+    """
+    try:
+        pipe = SfumatoPipeline.from_pretrained(config.init_from)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
+    if type(pipe.scheduler) is not SfumatoDDPMScheduler:  # the sampler that the folder names; its schedule is what counts
+        pipe.register_modules(scheduler=SfumatoDDPMScheduler.from_config(pipe.scheduler.config))
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latents:
+        raise ValueError(f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents")
+    if pipe.vae.config.in_channels != config.data.channels:
+        raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
+    if config.data.resolution % pipe.vae_scale_factor:
+        raise ValueError(f"data.resolution={config.data.resolution} must be a multiple of {pipe.vae_scale_factor}")
+    torch.manual_seed(config.seed)
+    pipe.vae.requires_grad_(False).eval()
+    train_text = bool(config.text_encoder.train) and not config.lora.rank
+    pipe.text_encoder.requires_grad_(train_text).train(train_text)
+    pipe.unet.requires_grad_(not config.lora.rank).train()
+    if config.lora.rank:
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("lora.rank needs a package: pip install 'sfumato[lora]'") from error
+        alpha = config.lora.rank if config.lora.alpha is None else config.lora.alpha
+        pipe.unet.add_adapter(LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=config.lora.target_modules))
+    return pipe
+
+
+def strengthen_conditioning(unet: UNet2DConditionModel, factor: float = 3.0) -> None:
+    """Let time and pooled text scale and shift every block strongly from the first step on.
+
+    PyTorch's own initialisation gives a linear layer outputs of std 1 / sqrt(3) for inputs of std 1, and the embedding
+    is smaller than that after its SiLU; a text that hardly changes what a block does is a text that is slow to learn
+    (LOG.md, "where is place learned?").
+    """
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            if name.endswith("time_emb_proj"):
+                module.weight.mul_(factor)
 
 
 def _lists_to_tuples(arguments: dict) -> dict:

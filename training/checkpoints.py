@@ -1,20 +1,36 @@
-"""Checkpoints: `step-00001000/` with the training state (safetensors and JSON, no pickle) and a loadable `pipeline/`."""
+"""Checkpoints: `step-00001000/` with the training state (safetensors and JSON, no pickle) and a loadable `pipeline/`.
 
+A checkpoint is written beside its place, synced to the disk and renamed into it. `state.json` is written last and holds
+the SHA-256 of every other file, so a torn or damaged folder is recognised. Old ones go only after a newer one is whole.
+"""
+
+import copy
+import hashlib
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.training.ema import EMA
+
+
+class CannotSave(Exception):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
 @contextmanager
-def averaged(ema: EMAModel, module: torch.nn.Module) -> Iterator[None]:
+def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
     """Inside, the trained parameters of `module` are the averaged ones."""
     parameters = trained(module)
     ema.store(parameters)
@@ -30,55 +46,173 @@ def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _pack(denoiser, optimizer, ema: EMAModel) -> dict[str, torch.Tensor]:
-    names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
-    tensors = {f"raw.{name}": parameter.detach() for name, parameter in zip(names, trained(denoiser))}
-    tensors |= {f"ema.{name}": shadow for name, shadow in zip(names, ema.shadow_params)}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
-    return {key: value.cpu().clone() for key, value in tensors.items()}
+def _names(module: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, gathered where it is sharded (all processes must call)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def collect(denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, torch.Tensor]:
+    """Raw weights, averaged weights and optimizer state by name, on the CPU; all processes must call."""
+    names, parameters = _names(denoiser), trained(denoiser)
+    tensors = {f"raw.{name}": _whole(parameter) for name, parameter in zip(names, parameters)}
+    tensors |= {f"ema.{name}": _whole(shadow) for name, shadow in zip(names, ema.shadow_params)}
+    for name, parameter in zip(names, parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}|{key}"] = _whole(torch.as_tensor(value))
+    return tensors
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Whether the module's weights are spread over the processes (FSDP2), so that all must take part in reading them."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def shareable(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoPipeline:
+    """The pipeline with plain, whole modules, as export and drawing need them; itself where they are so already.
+
+    A copy where the weights are sharded (all processes must call) or where the UNet has a LoRA adapter, whose additions
+    are then in the copy's weights.
+    """
+    if is_sharded(denoiser):
+        state = {name: _whole(tensor) for name, tensor in denoiser.state_dict().items()}
+        unet = UNet2DConditionModel.from_config(pipe.unet.config)
+        text_encoder = CLIPTextModel(pipe.text_encoder.config)
+        for name, module in (("unet.", unet), ("text_encoder.", text_encoder)):
+            module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+        parts = {"unet": unet, "text_encoder": text_encoder}
+        parts = {name: module.to(pipe.vae.device).eval() for name, module in parts.items()}
+    elif getattr(pipe.unet, "peft_config", None):
+        unet = copy.deepcopy(pipe.unet)
+        unet.fuse_lora()
+        unet.unload_lora()
+        parts = {"unet": unet}
+    else:
+        return pipe
+    return SfumatoPipeline(**{**pipe.components, **parts})
+
+
+def save_lora(pipe: SfumatoPipeline, folder: Path) -> None:
+    """Write the UNet's LoRA adapter as `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` reads."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(folder, unet_lora_layers=layers)
 
 
 def save(
-    output_dir: Path, denoiser, optimizer, ema: EMAModel, pipe: SfumatoPipeline, state: dict, facts: dict, keep: int
+    output_dir: Path, tensors: dict[str, torch.Tensor], pipe: SfumatoPipeline, state: dict, facts: dict, keep: int
 ) -> Path:
-    """Write one checkpoint beside and rename it into place, then remove all but the `keep` newest.
+    """Write one checkpoint, then remove all but the `keep` newest.
 
     Args:
         output_dir: the run folder.
-        denoiser, optimizer, ema: whose tensors are kept.
-        pipe: exported with the averaged weights.
+        tensors: from `collect`.
+        pipe: with the averaged weights in it.
         state: what the loop needs to go on, as JSON; `step` names the folder.
         facts: for the model card.
         keep: how many checkpoints to keep.
+
+    Raises:
+        CannotSave: the disk is full or not writable; nothing half-written stays, older checkpoints are as they were.
     """
     folder = output_dir / "checkpoints" / f"step-{state['step']:08d}"
     new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file(_pack(denoiser, optimizer, ema), new / "state.safetensors")
-    with averaged(ema, denoiser):
+    try:
+        _clear(folder.parent)
+        new.mkdir(parents=True)
+        save_file(tensors, new / "state.safetensors")
         export_pipeline(pipe, new / "pipeline", facts, where=str(folder / "pipeline"))
-    (new / "state.json").write_text(json.dumps({**state, "ema_step": ema.optimization_step}))
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    for old in complete(output_dir)[:-keep]:
-        shutil.rmtree(old)
+        files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
+        (new / "state.json").write_text(json.dumps({**state, "files": files}))
+        _sync(new)
+        if folder.exists():  # damaged, or it would have been resumed from
+            _remove(folder)
+        new.rename(folder)
+        _sync_one(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise CannotSave(
+            f"could not save {folder}: {error}. The checkpoints before it are untouched; "
+            "make room and go on with checkpoint.resume=auto"
+        ) from error
+    for old in folders(output_dir)[:-keep]:
+        _remove(old)
     return folder
 
 
-def complete(output_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first; `state.json` is written last and marks a whole one."""
-    return sorted(path.parent for path in (output_dir / "checkpoints").glob("step-*/state.json"))
+def folders(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, damaged ones too."""
+    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def find(resume: str | None, output_dir: Path) -> Path | None:
+def _remove(folder: Path) -> None:
+    """Take a checkpoint out of sight at once, then remove it, so that it is never seen in part."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a crash left half written or half removed."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder and all in it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_one(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its hashes; None where it is whole."""
+    try:
+        files = json.loads((folder / "state.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "state.json is missing or damaged"
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != expected:
+            return f"{name} has changed"
+    return None
+
+
+def find(resume: str | None, output_dir: Path, every_steps: int | None = None) -> Path | None:
     """The checkpoint to go on from; None for a fresh run.
+
+    `auto` takes the newest whole checkpoint and names damaged ones that it passes over. A run that ended before its
+    first checkpoint was due (at step `every_steps`) begins again.
 
     Raises:
         ValueError: a resume was asked for and is impossible, or a fresh run would write over an old one.
     """
-    found = complete(output_dir)
+    found = folders(output_dir)
     if resume is None:
         if found:
             raise ValueError(
@@ -87,13 +221,23 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
             )
         return None
     if resume == "auto":
-        if not found and (output_dir / "metrics.jsonl").is_file():
+        faults = []
+        for folder in reversed(found):
+            fault = damage(folder)
+            if fault is None:
+                for text in faults:
+                    warnings.warn(f"passed over {text}; goes on from {folder.name}", stacklevel=2)
+                return folder
+            faults.append(f"{folder}: {fault}")
+        if faults:
+            raise ValueError(f"no checkpoint of {output_dir} is whole: {'; '.join(faults)}")
+        if (steps := last_step(output_dir / "metrics.jsonl")) > (every_steps or 0) and steps > 0:
             raise ValueError(
-                f"{output_dir} holds a run without any complete checkpoint; remove it or choose another output_dir"
+                f"{output_dir} holds a run of {steps} steps but no checkpoint; remove it or choose another output_dir"
             )
-        return found[-1] if found else None
-    if not (Path(resume) / "state.json").is_file():
-        raise ValueError(f"checkpoint.resume={resume!r} is no complete checkpoint (no state.json in it)")
+        return None
+    if fault := damage(Path(resume)):
+        raise ValueError(f"checkpoint.resume={resume!r} is no complete checkpoint: {fault}")
     if found and found[-1].name > Path(resume).name:
         raise ValueError(
             f"{output_dir} holds checkpoints newer than {resume}, up to {found[-1].name}, and going back would lose them; "
@@ -102,29 +246,47 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
     return Path(resume)
 
 
-def restore(folder: Path, denoiser, optimizer, ema: EMAModel) -> dict:
-    """Put a checkpoint's tensors back and return its JSON state.
+def lines(path: Path) -> list[str]:
+    """The whole lines of a file of JSON lines; none where there is no file."""
+    return path.read_text().split("\n")[:-1] if path.is_file() else []
+
+
+def last_step(metrics: Path) -> int:
+    """The last step that `metrics.jsonl` tells of; 0 for none."""
+    whole = lines(metrics)
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def read_state(folder: Path) -> dict:
+    """The JSON state of a checkpoint, without the hashes."""
+    state = json.loads((folder / "state.json").read_text())
+    state.pop("files")
+    return state
+
+
+def restore(folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
+    """Put a checkpoint's tensors back.
 
     Raises:
         ValueError: the checkpoint is of a model with other parameters.
     """
-    state = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "state.safetensors")
-    names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
-    expected = {f"raw.{name}": parameter.shape for name, parameter in zip(names, trained(denoiser))}
+    names, parameters = _names(denoiser), trained(denoiser)
+    expected = {f"raw.{name}": parameter.shape for name, parameter in zip(names, parameters)}
     stored = {key: value.shape for key, value in tensors.items() if key.startswith("raw.")}
     if expected != stored:
         odd = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
         raise ValueError(f"{folder} is of another model: {len(odd)} parameters differ, such as {', '.join(odd[:3])}")
-    with torch.no_grad():
-        for name, parameter, shadow in zip(names, trained(denoiser), ema.shadow_params):
-            parameter.copy_(tensors[f"raw.{name}"])
-            shadow.copy_(tensors[f"ema.{name}"])
-    ema.optimization_step = state.pop("ema_step")
     moments = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
+            name, entry = key.removeprefix("optimizer.").split("|")
+            moments.setdefault(name, {})[entry] = value
+    with torch.no_grad():
+        for name, parameter, shadow in zip(names, parameters, ema.shadow_params):
+            _fill(parameter, tensors[f"raw.{name}"])
+            _fill(shadow, tensors[f"ema.{name}"])
+            for entry, value in moments.get(name, {}).items():
+                if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                    value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+                optimizer.state[parameter][entry] = value.to(parameter.device)

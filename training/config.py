@@ -11,15 +11,30 @@ from yaml import YAMLError
 
 @dataclass
 class DataConfig:
-    """What is drawn. `name`: `openmoji`, `shapes`, or a folder of pictures with captions."""
+    """What is drawn.
+
+    `name`: `openmoji`; `shapes`; a folder with metadata.csv, metadata.jsonl, caption .txt files or class sub-folders; a
+    WebDataset .tar, a .parquet file or a folder of them; or the Hub id of a data set (`owner/name`).
+    """
 
     name: str = "openmoji"
     resolution: int = 32
+    channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
+    buckets: list[list[int]] = field(default_factory=list)  # [height, width] of several picture sizes; none: one square
+    resize: Literal["crop", "pad", "stretch"] = "crop"
+    random_flip: bool = False  # left to right, half of the time; wrong for text and for captions that name a side
+    image_column: str | None = None  # null: file_name in metadata files, image in parquet and Hub data sets
+    caption_column: str | None = None  # null: text; a text, a list of which one is drawn each time, or a class label
+    split: str = "train"  # Hub data sets
+    revision: str | None = None  # Hub data sets
+    max_records: int | None = None  # read no more than these
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
     words: list[str] = field(default_factory=list)  # openmoji: only pictures with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
-    max_bad_share: float = 0.01  # a folder with a larger share of unusable pictures stops the run
+    max_bad_share: float = 0.01  # a source with a larger share of unusable pictures stops the run
+    cache_latents: bool = False  # encode all pictures by the VAE once, before training, and keep the result on disk
+    cache_embeddings: bool = False  # the same for captions and a frozen text encoder
     cache_dir: str = "~/.cache/sfumato"
 
 
@@ -45,12 +60,22 @@ class VaeConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Train low-rank additions to the attention layers of `init_from`'s UNet and nothing else (Hu et al. 2022)."""
+
+    rank: int = 0  # 0: train all weights
+    alpha: float | None = None  # strength of the addition is alpha / rank; null: as large as the rank
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass
 class ObjectiveConfig:
     """Which noise levels are trained, how they are weighted, how often the caption is dropped."""
 
     timesteps: Literal["uniform", "normal"] = "uniform"  # normal: log-SNR from N(mean, std)
     log_snr_mean: float = 0.0
     log_snr_std: float = 2.0
+    curriculum: float = 0.0  # the share of the run over which levels are added, from the noisiest to the cleanest
     weight: Literal["unit", "min_snr"] = "unit"
     min_snr_gamma: float = 5.0
     min_snr_floor: float = 0.0  # least weight on x_0, for the noisiest steps
@@ -59,8 +84,9 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW; the learning rate warms up, then decays with the fraction of steps or minutes done."""
+    """The learning rate warms up, then decays with the fraction of steps or minutes done."""
 
+    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # muon: for matrices, AdamW for the rest
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -79,8 +105,11 @@ class TrainConfig:
     batch_size: int = 32  # per process
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` was told
+    gradient_checkpointing: bool = False  # less memory, a second forward pass
+    compile: Literal["no", "unet", "regional"] = "no"  # torch.compile of the UNet, whole or block by block
     num_workers: int = 0  # processes that prepare batches
     num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores
+    trackers: list[str] | None = None  # such as tensorboard, wandb; null: tensorboard where it is installed
     max_bad_steps: int = 20  # so many steps in a row with a loss or gradient that is not finite end the run
 
 
@@ -89,6 +118,7 @@ class EmaConfig:
     """Averaged weights, which are what is exported. The decay rises as (1 + step) / (10 + step) up to `decay`."""
 
     decay: float = 0.999
+    offload: bool = False  # keep the averages on the CPU: frees 4 bytes a parameter of GPU memory
 
 
 @dataclass
@@ -117,6 +147,8 @@ class Config:
     output_dir: str = "runs/run"
     seed: int = 0
     title: str = "A Sfumato model"
+    init_from: str | None = None  # fine-tune the model in this folder, of Stable Diffusion's form, or with this Hub id
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DConditionModel
@@ -128,6 +160,85 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def _check_data(config: Config, need) -> None:
+    need(config.data.resolution >= 8, "data.resolution", "must be at least 8 pixels")
+    need(0 <= config.data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
+    need(config.data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
+    drawn = config.data.name in ("openmoji", "shapes")
+    need(
+        all(len(size) == 2 and min(size) >= 8 for size in config.data.buckets) and not (drawn and config.data.buckets),
+        "data.buckets",
+        "must be pairs [height, width] of at least 8 pixels, and is not for openmoji and shapes, which are square",
+    )
+    need(config.data.channels == 3 or not drawn, "data.channels", f"{config.data.name} is drawn in 3 channels")
+    need(config.data.channels == 3 or config.vae.pretrained is None, "data.channels", "a pretrained VAE takes 3 channels")
+    need(
+        not (config.data.cache_latents and (config.data.buckets or config.data.random_flip)),
+        "data.cache_latents",
+        "goes with neither data.buckets nor data.random_flip",
+    )
+    need(config.data.num_pictures > 0, "data.num_pictures", "must be positive")
+    need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
+
+
+def _check_models(config: Config, need) -> None:
+    need(config.text_encoder.vocab_size >= 514, "text_encoder.vocab_size", "must be at least 514 (all bytes and two marks)")
+    need(config.text_encoder.max_length >= 3, "text_encoder.max_length", "must be at least 3")
+    heads = config.text_encoder.num_attention_heads
+    need(
+        heads > 0 and config.text_encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads"
+    )
+    need(0 <= config.objective.caption_dropout <= 1, "objective.caption_dropout", "must be in [0, 1]")
+    need(config.objective.log_snr_std > 0, "objective.log_snr_std", "must be positive")
+    need(0 <= config.objective.curriculum < 1, "objective.curriculum", "must be in [0, 1)")
+    need(config.objective.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
+    gamma = config.objective.min_snr_gamma
+    need(0 <= config.objective.min_snr_floor <= gamma, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={gamma}]")
+    epsilon = config.scheduler.get("prediction_type", "epsilon") == "epsilon" and config.init_from is None
+    need(
+        not (epsilon and config.objective.min_snr_floor),
+        "objective.min_snr_floor",
+        "a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction",
+    )
+    need(
+        not (epsilon and config.objective.weight == "min_snr" and config.scheduler.get("rescale_betas_zero_snr")),
+        "objective.weight",
+        "divides by an SNR of zero with epsilon prediction and zero terminal SNR",
+    )
+    need(config.lora.rank >= 0, "lora.rank", "must not be negative")
+    need(config.lora.rank == 0 or config.init_from is not None, "lora.rank", "adapts a trained model: set init_from")
+    if config.init_from is not None:
+        rule = "comes from init_from; leave it out"
+        need(not config.unet, "unet", rule)
+        need(not config.scheduler, "scheduler", rule)
+        need(config.vae.pretrained is None, "vae.pretrained", rule)
+        need(config.text_encoder.pretrained is None, "text_encoder.pretrained", rule)
+
+
+def _check_run(config: Config, need) -> None:
+    need(config.optim.lr > 0, "optim.lr", "must be positive")
+    need(config.optim.lr_warmup_steps >= 0, "optim.lr_warmup_steps", "must not be negative")
+    need(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "must be positive")
+    need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
+    for key in ("batch_size", "gradient_accumulation_steps", "max_bad_steps"):
+        need(getattr(config.train, key) > 0, f"train.{key}", "must be positive")
+    for section, key in (
+        ("train", "max_steps"),
+        ("train", "max_minutes"),
+        ("checkpoint", "every_steps"),
+        ("validation", "every_steps"),
+    ):
+        value = getattr(getattr(config, section), key)
+        need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
+    need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
+    need(config.validation.num_inference_steps > 0, "validation.num_inference_steps", "must be positive")
+    need(
+        config.train.max_steps is not None or config.train.max_minutes is not None,
+        "train.max_minutes",
+        "set it or train.max_steps, so that the run ends",
+    )
 
 
 def check(config: Config) -> None:
@@ -145,46 +256,9 @@ def check(config: Config) -> None:
                 value = getattr(value, part)
             wrong.append(f"{key}={value!r}: {rule}")
 
-    need(config.data.resolution >= 8, "data.resolution", "must be at least 8 pixels")
-    need(0 <= config.data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
-    need(config.data.num_pictures > 0, "data.num_pictures", "must be positive")
-    need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
-    need(config.text_encoder.vocab_size >= 514, "text_encoder.vocab_size", "must be at least 514 (all bytes and two marks)")
-    need(config.text_encoder.max_length >= 3, "text_encoder.max_length", "must be at least 3")
-    heads = config.text_encoder.num_attention_heads
-    need(
-        heads > 0 and config.text_encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads"
-    )
-    need(0 <= config.objective.caption_dropout <= 1, "objective.caption_dropout", "must be in [0, 1]")
-    need(config.objective.log_snr_std > 0, "objective.log_snr_std", "must be positive")
-    need(config.objective.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
-    gamma = config.objective.min_snr_gamma
-    need(0 <= config.objective.min_snr_floor <= gamma, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={gamma}]")
-    if config.objective.min_snr_floor and config.scheduler.get("prediction_type", "epsilon") == "epsilon":
-        wrong.append(
-            "objective.min_snr_floor: a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction"
-        )
-    need(config.optim.lr > 0, "optim.lr", "must be positive")
-    need(config.optim.lr_warmup_steps >= 0, "optim.lr_warmup_steps", "must not be negative")
-    need(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "must be positive")
-    need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
-    for key in ("batch_size", "gradient_accumulation_steps", "max_bad_steps"):
-        need(getattr(config.train, key) > 0, f"train.{key}", "must be positive")
-    for section, key in (
-        ("train", "max_steps"),
-        ("train", "max_minutes"),
-        ("checkpoint", "every_steps"),
-        ("validation", "every_steps"),
-    ):
-        value = getattr(getattr(config, section), key)
-        need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
-    need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
-    need(config.validation.num_inference_steps > 0, "validation.num_inference_steps", "must be positive")
-    if config.train.max_steps is None and config.train.max_minutes is None:
-        wrong.append("train.max_steps, train.max_minutes: set at least one, so that the run ends")
-    if config.objective.weight == "min_snr" and config.scheduler.get("rescale_betas_zero_snr"):
-        if config.scheduler.get("prediction_type") == "epsilon":
-            wrong.append("objective.weight='min_snr': divides by an SNR of zero with epsilon prediction and zero terminal SNR")
+    _check_data(config, need)
+    _check_models(config, need)
+    _check_run(config, need)
     if wrong:
         raise ValueError("these settings cannot work:\n  " + "\n  ".join(wrong))
 

@@ -1,17 +1,92 @@
-"""Pictures to the space the UNet works in."""
+"""Pictures to the space the UNet works in, and what frozen models make of the data, computed once and kept on disk."""
 
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+from tqdm.auto import tqdm
+
+from sfumato.training.pictures import PictureSet
 
 
 def is_identity(vae: AutoencoderKL) -> bool:
     """Whether this VAE passes pixels through unchanged (a single level as narrow as `identity_vae` builds it)."""
-    return tuple(vae.config.block_out_channels) == (8,) and vae.config.latent_channels == 3
+    channels = vae.config.latent_channels
+    return tuple(vae.config.block_out_channels) == (2 * channels + 2,) and vae.config.in_channels == channels
+
+
+def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
+    """`(B, H, W, C)` uint8 to `(B, C, H, W)` float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
-    """`(B, 3, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`."""
+    """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`."""
     if is_identity(vae):
         return pixel_values
     return vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
+
+
+def _hash(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _stored(path: Path, count: int, compute: Callable[[list[int]], np.ndarray], what: str) -> np.ndarray:
+    """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
+
+    Several processes may call at once: one computes, the others wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            new, array = path.with_name(f".{path.name}.new"), None
+            for start in tqdm(range(0, count, 64), desc=what, unit="batch"):
+                rows = compute(list(range(start, min(start + 64, count))))
+                if array is None:
+                    array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
+                array[start : start + len(rows)] = rows
+            array.flush()
+            os.replace(new, path)
+    return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def cached_latents(pictures: PictureSet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
+    """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of data and VAE."""
+    device = next(vae.parameters()).device
+    key = _hash(pictures.fingerprint, vae, vae.config.scaling_factor)
+
+    def compute(numbers):
+        batch = to_pixel_values(np.stack([pictures.picture(i) for i in numbers])).to(device)
+        return encode(vae, batch).float().cpu().numpy()
+
+    return _stored(Path(cache_dir).expanduser() / f"latents-{key}.npy", len(pictures), compute, "encoding pictures")
+
+
+@torch.no_grad()
+def cached_embeddings(pictures: PictureSet, text_encoder, tokenizer, cache_dir: str) -> np.ndarray:
+    """Embeddings of every caption and, last, of the empty one, `(N + 1, L, D)` float32; keyed by content as above."""
+    device = next(text_encoder.parameters()).device
+    key = _hash(pictures.fingerprint, text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length)
+    count = len(pictures.captions)
+
+    def compute(numbers):
+        texts = [pictures.captions[i] if i < count else "" for i in numbers]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return text_encoder(ids.to(device))[0].float().cpu().numpy()
+
+    return _stored(Path(cache_dir).expanduser() / f"embeddings-{key}.npy", count + 1, compute, "encoding captions")

@@ -5,12 +5,13 @@ import os
 import signal
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -18,11 +19,14 @@ from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.training import checkpoints, evaluation, openmoji
 from sfumato.training import config as configs
 from sfumato.training.build import Denoiser, build_pipeline
-from sfumato.training.data import PictureSet, batches, noise_for
-from sfumato.training.data import prepare as prepare_data
-from sfumato.training.latents import encode
-from sfumato.training.objectives import loss_weight, lr_scale, sample_timesteps, weighted_mse
-from sfumato.training.tracking import Log
+from sfumato.training.data import batches, noise_for
+from sfumato.training.ema import EMA
+from sfumato.training.latents import cached_embeddings, cached_latents, encode, is_identity
+from sfumato.training.objectives import curriculum, loss_weight, lr_scale, sample_timesteps, weighted_mse
+from sfumato.training.optimizers import build_optimizer
+from sfumato.training.pictures import PictureSet
+from sfumato.training.pictures import prepare as prepare_pictures
+from sfumato.training.tracking import Log, trackers
 
 DIVERGED = 3
 
@@ -36,8 +40,11 @@ class Run:
     pictures: PictureSet
     pipe: SfumatoPipeline
     denoiser: Denoiser  # the pipeline's UNet and text encoder
+    model: torch.nn.Module  # the denoiser as Accelerate runs it
     optimizer: torch.optim.Optimizer
-    ema: EMAModel
+    ema: EMA
+    latents: np.ndarray | None  # x_0 of every picture, where cached
+    embeddings: np.ndarray | None  # of every caption, where cached
     state: dict  # how far the run is; what a checkpoint keeps
 
     @property
@@ -52,43 +59,129 @@ def prepare(config: configs.Config) -> Run:
         ValueError: a setting, the data or the checkpoint cannot be used; says why.
     """
     transformers_logging.disable_progress_bar()
-    checkpoint = checkpoints.find(config.checkpoint.resume, Path(config.output_dir))
+    pictures = prepare_pictures(config.data)  # before any process waits for another: this may take hours
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate wants to be told
+        log_with=trackers(config) or None,
+        project_dir=config.output_dir,
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml spreads the same state over GPUs")
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(config.train.num_threads or max(1, (os.cpu_count() or 1) // local))
-    with accelerator.local_main_process_first():
-        pictures = prepare_data(config.data)
+    checkpoint = on_main(
+        accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
+    )
     captions = pictures.training_captions()
     pipe = build_pipeline(config, captions)
+    if checkpoint:
+        pipe.register_modules(tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer"))
     warn_of_long_captions(pipe, captions)
     pipe.vae.to(accelerator.device)
     denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(accelerator.device)
-    parameters, o = checkpoints.trained(denoiser), config.optim
-    optimizer = torch.optim.AdamW(
-        parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
-    ema = EMAModel(parameters, decay=config.ema.decay, foreach=True)
+    if config.train.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if config.train.compile == "unet":
+        pipe.unet.compile()
+    elif config.train.compile == "regional":
+        pipe.unet.compile_repeated_blocks()
+    optimizer = build_optimizer(config.optim, checkpoints.trained(denoiser))
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    ema = EMA(checkpoints.trained(denoiser), config.ema.decay, config.ema.offload)
     state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
     if checkpoint:
-        pipe.register_modules(tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer"))
-        state = checkpoints.restore(checkpoint, denoiser, optimizer, ema)
+        stored = checkpoints.read_state(checkpoint)
+        checkpoints.restore(checkpoint, denoiser, optimizer, ema)
+        ema.optimization_step = stored["ema_step"]
+        if accelerator.scaler is not None and stored["scaler"]:
+            accelerator.scaler.load_state_dict(stored["scaler"])
+        state = {key: stored[key] for key in state}
         accelerator.print(f"goes on from {checkpoint}")
-    return Run(config, accelerator, pictures, pipe, denoiser, optimizer, ema, state)
+        for line in differences(stored, origin(config, accelerator, pictures)):
+            accelerator.print(f"  {line}")
+    latents, embeddings = cached(config, pictures, pipe)
+    return Run(config, accelerator, pictures, pipe, denoiser, model, optimizer, ema, latents, embeddings, state)
+
+
+def cached(config: configs.Config, pictures: PictureSet, pipe: SfumatoPipeline) -> tuple:
+    """Latents and embeddings of the whole data set, each None where it is not to be cached.
+
+    Raises:
+        ValueError: embeddings of a text encoder that is trained, or latents of a pixel model.
+    """
+    latents = embeddings = None
+    if config.data.cache_latents:
+        if is_identity(pipe.vae):
+            raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
+        latents = cached_latents(pictures, pipe.vae, config.data.cache_dir)
+    if config.data.cache_embeddings:
+        if any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
+            raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
+        embeddings = cached_embeddings(pictures, pipe.text_encoder, pipe.tokenizer, config.data.cache_dir)
+    return latents, embeddings
+
+
+def on_main(accelerator: Accelerator, function, *arguments):
+    """The result, or the ValueError, of a call that the first process makes for all."""
+    result = [None]
+    if accelerator.is_main_process:
+        try:
+            result = [function(*arguments)]
+        except ValueError as error:
+            result = [error]
+    (result,) = broadcast_object_list(result)
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
+def origin(config: configs.Config, accelerator: Accelerator, pictures: PictureSet) -> dict:
+    """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
+    settings = asdict(config)
+    for key in ("output_dir", "title", "checkpoint", "validation"):
+        settings.pop(key)
+    return {"config": settings, "num_processes": accelerator.num_processes, "data": pictures.fingerprint}
+
+
+def differences(stored: dict, now: dict) -> list[str]:
+    """What differs between the run that wrote a checkpoint and the one that goes on from it; a line each."""
+
+    def flat(values: dict, prefix: str = "") -> dict:
+        rows = {}
+        for key, value in values.items():
+            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return rows
+
+    # Through JSON, as the stored one went, so that a tuple equals its list.
+    before, after = flat({k: stored[k] for k in now}), flat(json.loads(json.dumps(now)))
+    found = [
+        f"{key.removeprefix('config.')}: {before.get(key)!r} before, {after.get(key)!r} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if found:
+        found.append(
+            "so the result is not bit for bit that of one run. Still exact: weights, averages, optimizer, and that each "
+            "picture, its noise and noise level come once and in the same order"
+            if before["data"] == after["data"]
+            else "so the result is not that of one run: the pictures are others, in another order"
+        )
+    return found
 
 
 def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
     """Say how many captions lose their end to the token limit; nothing is cut in silence."""
-    limit = pipe.tokenizer.model_max_length
-    lengths = [len(ids) for ids in pipe.tokenizer(captions, verbose=False).input_ids]
-    if long := sum(length > limit for length in lengths):
+    limit, long, longest = pipe.tokenizer.model_max_length, 0, 0
+    for start in range(0, len(captions), 1000):
+        lengths = [len(ids) for ids in pipe.tokenizer(captions[start : start + 1000], verbose=False).input_ids]
+        long, longest = long + sum(length > limit for length in lengths), max(longest, *lengths)
+    if long:
         warnings.warn(
             f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut; "
-            f"text_encoder.max_length={max(lengths)} would hold them all",
+            f"text_encoder.max_length={longest} would hold them all",
             stacklevel=2,
         )
 
@@ -122,13 +215,14 @@ def train(run: Run) -> int:
     """
     c, accelerator, pipe, state, ema = run.config, run.accelerator, run.pipe, run.state, run.ema
     scheduler, device, prediction_type = pipe.scheduler, accelerator.device, pipe.scheduler.config.prediction_type
-    parameters = checkpoints.trained(run.denoiser)
-    denoiser, optimizer = accelerator.prepare(run.denoiser, run.optimizer)
+    parameters, o = checkpoints.trained(run.denoiser), c.objective
+    model, optimizer = run.model, run.optimizer
     snr = scheduler.snr(torch.arange(scheduler.config.num_train_timesteps)).to(device)
     loader = batches(
-        run.pictures, c, pipe.tokenizer, accelerator.process_index, accelerator.num_processes, start=state["images_seen"]
-    )
-    log = Log(c, accelerator, run.pictures, pipe, state["step"])
+        run.pictures, c, pipe.tokenizer, accelerator.process_index, accelerator.num_processes, state["images_seen"],
+        run.latents, run.embeddings,
+    )  # fmt: skip
+    log = Log(c, accelerator, run.pictures, state["step"])
     stop = StopSignal()
     bad_in_a_row, started = 0, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
@@ -138,18 +232,17 @@ def train(run: Run) -> int:
         losses = []
         for _ in range(c.train.gradient_accumulation_steps):
             batch = next(loader)
-            with accelerator.accumulate(denoiser):
-                x_0 = encode(pipe.vae, batch["pixel_values"].to(device))
+            with accelerator.accumulate(model):
+                x_0 = batch["x_0"].to(device) if "x_0" in batch else encode(pipe.vae, batch["pixel_values"].to(device))
+                torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
                 noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)
                 t = sample_timesteps(
-                    batch["u"].to(device), snr, c.objective.timesteps, c.objective.log_snr_mean, c.objective.log_snr_std
+                    batch["u"].to(device), snr, o.timesteps, o.log_snr_mean, o.log_snr_std, curriculum(done, o.curriculum)
                 )
                 x_t = scheduler.add_noise(x_0, noise, t)
-                prediction = denoiser(x_t, t, batch["input_ids"].to(device))
+                prediction = model(x_t, t, batch["text"].to(device))
                 target = scheduler.training_target(x_0, noise, t)
-                weight = loss_weight(
-                    snr[t], prediction_type, c.objective.weight, c.objective.min_snr_gamma, c.objective.min_snr_floor
-                )
+                weight = loss_weight(snr[t], prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor)
                 loss = weighted_mse(prediction, target, weight)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
@@ -157,7 +250,7 @@ def train(run: Run) -> int:
                     lr = c.optim.lr * lr_scale(state["step"], done, c.optim.lr_warmup_steps, c.optim.lr_decay)
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                    grad_norm = accelerator.clip_grad_norm_(parameters, c.optim.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, parameters, c.optim.max_grad_norm)
                     # A gradient that is not finite never reaches the weights. (fp16's scaler skips such steps itself.)
                     finite = bool(torch.isfinite(grad_norm))
                     if finite or accelerator.scaler is not None:
@@ -178,12 +271,12 @@ def train(run: Run) -> int:
         log.write(
             {**state, "loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm), "done": round(done, 5)}
         )
-        due = (every(c.checkpoint.every_steps, state) and finite) or stopped or done >= 1
-        if due and accelerator.is_main_process:
-            checkpoints.save(run.output_dir, run.denoiser, run.optimizer, ema, pipe, state, facts(run), c.checkpoint.keep)
+        if (every(c.checkpoint.every_steps, state) and finite) or stopped or done >= 1:
+            log.sync()
+            save(run)
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, run.denoiser):
-                log.preview(state["step"])
+                log.preview(state["step"], checkpoints.shareable(pipe, run.denoiser))
 
     stop.release()
     if stopped:
@@ -200,11 +293,43 @@ def train(run: Run) -> int:
     return 0
 
 
+def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to `max_norm` where their norm is larger; returns the norm before.
+
+    Gradients within the limit, the usual case, are read once and not written: `clip_grad_norm_` multiplies them by 1.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return accelerator.clip_grad_norm_(parameters, max_norm)
+    accelerator.unscale_gradients()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 def fraction_done(config: configs.Config, state: dict) -> float:
     """How much of the run is done, by steps or by minutes, whichever is further; learning rates follow it."""
     by_steps = state["step"] / config.train.max_steps if config.train.max_steps else 0.0
     by_time = state["seconds"] / 60 / config.train.max_minutes if config.train.max_minutes else 0.0
     return max(by_steps, by_time)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, from the first process; the others take part where the weights are sharded."""
+    main = run.accelerator.is_main_process
+    if not main and not checkpoints.is_sharded(run.denoiser):
+        return
+    scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.denoiser, run.optimizer, run.ema)
+    stored = {
+        **run.state,
+        "ema_step": run.ema.optimization_step,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        **origin(run.config, run.accelerator, run.pictures),
+    }
+    with checkpoints.averaged(run.ema, run.denoiser):
+        pipe = checkpoints.shareable(run.pipe, run.denoiser)
+        if main:
+            checkpoints.save(run.output_dir, tensors, pipe, stored, facts(run), run.config.checkpoint.keep)
 
 
 def every(steps: int | None, state: dict) -> bool:
@@ -213,17 +338,20 @@ def every(steps: int | None, state: dict) -> bool:
 
 def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and the exported folder."""
-    prompts, pictures = log.preview(run.state["step"])
+    main, pipe = run.accelerator.is_main_process, checkpoints.shareable(run.pipe, run.denoiser)
+    prompts, pictures = log.preview(run.state["step"], pipe)
     known = facts(run)
     if run.config.data.name == "shapes":
-        scores = evaluation.evaluate_shapes(run.pipe, run.config.validation, run.accelerator)
+        scores = evaluation.evaluate_shapes(pipe, run.config.validation, run.accelerator)
         known["obedience on held-out captions"] = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
-        if run.accelerator.is_main_process:
+        if main:
             (run.output_dir / "evaluation.json").write_text(json.dumps(scores, indent=2))
         log.say("right on held-out captions: " + known["obedience on held-out captions"])
     folder = run.output_dir / "pipeline"
-    if run.accelerator.is_main_process:
-        export_pipeline(run.pipe, folder, known, list(zip(prompts, pictures)))
+    if main:
+        if run.config.lora.rank:
+            checkpoints.save_lora(run.pipe, run.output_dir / "lora")
+        export_pipeline(pipe, folder, known, list(zip(prompts, pictures)))
     log.close(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
 
 

@@ -1,9 +1,13 @@
 """Which noise levels are trained and how much each counts: pure functions."""
 
+import math
+
 import torch
 
 
-def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float = 0.0, std: float = 2.0) -> torch.Tensor:
+def sample_timesteps(
+    u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float = 0.0, std: float = 2.0, max_log_snr: float = math.inf
+) -> torch.Tensor:
     """Turn uniform numbers into timesteps.
 
     Args:
@@ -12,18 +16,29 @@ def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float 
         kind: `uniform` over timesteps; or `normal`: log-SNR from N(mean, std), cut to the schedule's range, as an
             importance sampling of noise levels (Karras et al. 2022, section 5, arXiv 2206.00364).
         mean, std: of the log-SNR in nats.
+        max_log_snr: only noise levels up to this log-SNR; see `curriculum`.
 
     Returns:
         `(B,)` int64 in [0, T).
     """
-    if kind == "uniform":
-        return (u * len(snr)).long().clamp(max=len(snr) - 1)
     log_snr = snr.clamp(min=1e-20).log()
+    first = min(int((log_snr > max_log_snr).sum()), len(snr) - 1)
+    if kind == "uniform":
+        return (first + u * (len(snr) - first)).long().clamp(max=len(snr) - 1)
     normal = torch.distributions.Normal(mean, std)
     # Uniform numbers between the two ends' quantiles give the normal cut to the range of the schedule.
-    low, high = normal.cdf(log_snr[-1]), normal.cdf(log_snr[0])
+    low, high = normal.cdf(log_snr[-1]), normal.cdf(log_snr[first])
     wanted = normal.icdf((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
-    return torch.searchsorted(-log_snr, -wanted).clamp(max=len(snr) - 1)
+    return torch.searchsorted(-log_snr, -wanted).clamp(first, len(snr) - 1)
+
+
+def curriculum(fraction_done: float, share: float, first: float = -4.0, last: float = 8.0) -> float:
+    """The largest log-SNR that is trained: rises from `first` to `last` over the first `share` of a run, then no limit.
+
+    The noisiest levels, where a picture is drawn from its caption alone, come first, as in Kim et al. 2024 (arXiv
+    2403.10348), who train from high noise to low.
+    """
+    return first + (last - first) * fraction_done / share if fraction_done < share else math.inf
 
 
 def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float = 5.0, floor: float = 0.0) -> torch.Tensor:

@@ -2,36 +2,51 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import is_tensorboard_available
 from PIL import Image
 from tqdm.auto import tqdm
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.checkpoints import lines
 from sfumato.training.config import Config, dump
-from sfumato.training.data import PictureSet
 from sfumato.training.evaluation import draw_pictures, grid
+from sfumato.training.pictures import PictureSet
+
+
+def trackers(config: Config) -> list[str]:
+    """The trackers of `train.trackers`; where not set, TensorBoard if it is installed.
+
+    Raises:
+        ValueError: a tracker that Accelerate does not know, or whose package is not installed.
+    """
+    if config.train.trackers is None:
+        return ["tensorboard"] if is_tensorboard_available() else []
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    for name in config.train.trackers:
+        if name not in installed:
+            raise ValueError(f"train.trackers: {name!r} is not installed; installed are {', '.join(installed) or 'none'}")
+    return list(config.train.trackers)
 
 
 def preview_prompts(config: Config, pictures: PictureSet) -> list[str]:
     """The configured prompts, else captions of up to twelve held-out pictures, else of training pictures."""
     if config.validation.prompts:
         return list(config.validation.prompts)
-    chosen = pictures.select("held_out") or pictures.select("train")
-    return [pictures.records[i]["captions"][0] for i in chosen[:: max(1, len(chosen) // 12)][:12]]
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file of JSON lines; none where there is no file."""
-    return path.read_text().split("\n")[:-1] if path.is_file() else []
+    chosen = pictures.select("held_out") if len(pictures.select("held_out")) else pictures.select("train")
+    return [pictures[int(i)]["captions"][0] for i in chosen[:: max(1, len(chosen) // 12)][:12]]
 
 
 class Log:
     """`metrics.jsonl`, the progress bar and the sample grids; silent on all processes but the first."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, pictures: PictureSet, pipe: SfumatoPipeline, step: int):
-        self.config, self.accelerator, self.pipe = config, accelerator, pipe
+    def __init__(self, config: Config, accelerator: Accelerator, pictures: PictureSet, step: int):
+        self.config, self.accelerator = config, accelerator
         self.main, self.folder = accelerator.is_main_process, Path(config.output_dir)
         self.prompts = preview_prompts(config, pictures)
         self.bar = tqdm(
@@ -39,6 +54,8 @@ class Log:
             disable=not self.main,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
+        # Trackers take flat scalars and texts.
+        accelerator.init_trackers("sfumato", {"config": dump(config)} if accelerator.log_with else None)
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -46,7 +63,7 @@ class Log:
         path = self.folder / "metrics.jsonl"
         # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
         kept = path.with_name("metrics.jsonl.new")
-        kept.write_text("".join(line + "\n" for line in _lines(path) if json.loads(line)["step"] <= step))
+        kept.write_text("".join(line + "\n" for line in lines(path) if json.loads(line)["step"] <= step))
         kept.replace(path)
         self.file = open(path, "a", buffering=1)
         self.smooth = None
@@ -57,6 +74,9 @@ class Log:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self.file.write(json.dumps(finite) + "\n")
+        if self.accelerator.trackers:
+            told = ("loss", "lr", "grad_norm", "images_seen", "skipped_steps")
+            self.accelerator.log({key: finite[key] for key in told if finite[key] is not None}, step=entry["step"])
         if finite["loss"] is not None:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(entry["done"] - self.bar.n)
@@ -65,11 +85,21 @@ class Log:
             f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} pictures/s", refresh=False
         )
 
-    def preview(self, step: int) -> tuple[list[str], list[Image.Image]]:
-        """Draw the fixed prompts with the fixed seeds; returns prompts and pictures."""
-        pictures = draw_pictures(self.pipe, self.prompts, self.config.validation, self.accelerator)
+    def sync(self) -> None:
+        """Force the figures so far to the disk, so that no checkpoint knows more steps than they tell of."""
         if self.main:
-            grid(pictures, self.prompts).save(self.folder / "samples" / f"step-{step:08d}.png")
+            os.fsync(self.file.fileno())
+
+    def preview(self, step: int, pipe: SfumatoPipeline) -> tuple[list[str], list[Image.Image]]:
+        """Draw the fixed prompts with the fixed seeds; returns prompts and pictures."""
+        pictures = draw_pictures(pipe, self.prompts, self.config.validation, self.accelerator)
+        if self.main:
+            sheet = grid(pictures, self.prompts)
+            sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **layout)
         return self.prompts, pictures
 
     def say(self, text: str) -> None:

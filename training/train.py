@@ -7,7 +7,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, build, train.
 
     Returns:
-        The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged, 130 or 143 stopped by a signal.
+        The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged, 4 no room to save, 130 or 143
+        stopped by a signal.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return loop.train(run)
+    except loop.checkpoints.CannotSave as error:
+        print(f"sfumato: {error}", file=sys.stderr)
+        return 4
     finally:
         run.accelerator.end_training()
 

@@ -1,0 +1,239 @@
+"""Kill training at chosen moments and see whether it recovers; `python tests/crashes.py` sweeps them all.
+
+Children are forked from this process, which has everything imported and has not trained, so that one costs a second.
+A moment is a touch of the disk that Python can see: opening a file for writing, making, renaming and removing files and
+folders (by audit hook), and every safetensors file (by its own function). `before`: killed by SIGKILL before the touch.
+`cut`: killed after the file was written, with half of it cut off.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+
+from sfumato.training import checkpoints, loop  # noqa: F401  (loop: imported before the first fork)
+from sfumato.training.train import main
+
+CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "safetensors"}
+
+
+class Moments:
+    """Counts the disk touches of the `nth` save and kills this process at one of them."""
+
+    def __init__(self, nth: int, kill_at: int | None = None, cut: bool = False):
+        self.nth, self.kill_at, self.cut = nth, kill_at, cut
+        self.seen, self.saves, self.inside = [], 0, False
+        real_save, real_write = checkpoints.save, safetensors.torch.serialize_file
+
+        def save(*arguments):
+            self.saves += 1
+            self.inside = self.saves == self.nth
+            result = real_save(*arguments)
+            if self.inside:
+                self._touch("end", None)
+            self.inside = False
+            return result
+
+        def serialize_file(tensors, path, *rest, **named):
+            sys.audit("safetensors", str(path))
+            return real_write(tensors, path, *rest, **named)
+
+        checkpoints.save, safetensors.torch.serialize_file = save, serialize_file
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event, arguments):
+        if not self.inside:
+            return
+        if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            self._touch("write", arguments[0])
+        elif event in CHANGES:
+            self._touch("write" if event == "safetensors" else event, str(arguments[0]))
+
+    def _touch(self, what, path):
+        now = len(self.seen)
+        if self.kill_at is not None:
+            if self.cut and now == self.kill_at + 1:
+                self.inside = False
+                written = self.seen[-1][1]
+                if os.path.isfile(written):
+                    os.truncate(written, os.path.getsize(written) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not self.cut and now == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append((what, path))
+
+
+def fork(task, rank: int = 0, world: int = 1, port: int = 0, quiet: bool = True) -> int:
+    """Run `task()` in a forked child as one rank of `world`; returns its process id. The exit code is the task's."""
+    child = os.fork()
+    if child:
+        return child
+    if quiet:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+        )  # fmt: skip
+    code = 1
+    try:
+        code = task() or 0
+    finally:
+        os._exit(code)
+
+
+def wait(children: list[int], patience: float = 30) -> list[int]:
+    """Exit codes, negative for a signal; once one child has died the others have `patience` seconds."""
+    codes, deadline = {}, None
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                deadline = deadline or time.monotonic() + patience
+        if deadline and time.monotonic() > deadline:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+def train(path, *overrides, world: int = 1, moments: tuple | None = None) -> list[int]:
+    """Run the trainer in `world` forked processes, the first of them killed as `moments` (arguments of Moments) says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def task(rank):
+        if moments and rank == 0:
+            Moments(*moments)
+        return main([str(path), *overrides])
+
+    return wait([fork(lambda rank=rank: task(rank), rank, world, port) for rank in range(world)])
+
+
+def list_moments(path, nth: int, world: int = 1) -> list[tuple[str, str]]:
+    """The touches of the `nth` save of an uninterrupted run."""
+    read, write = os.pipe()
+
+    def task():
+        moments = Moments(nth)
+        code = main([str(path)])
+        with os.fdopen(write, "w") as out:
+            json.dump(moments.seen, out)
+        return code
+
+    child = fork(task)
+    os.close(write)
+    with os.fdopen(read) as lines:
+        text = lines.read()
+    assert wait([child]) == [0]
+    return [tuple(pair) for pair in json.loads(text)]
+
+
+def result(run: Path) -> str:
+    """A hash of all that a finished run leaves, but for wall-clock times and the share done, which follow the budget."""
+    digest = hashlib.sha256()
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    for path in [last / "state.safetensors", *sorted((run / "pipeline").rglob("*.safetensors"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        digest.update(json.dumps({k: v for k, v in json.loads(line).items() if k not in ("seconds", "done")}).encode())
+    return digest.hexdigest()
+
+
+def cases(moments: list[tuple[str, str]]) -> list[tuple[int, bool]]:
+    """(moment, cut) of every kill that `moments` allow."""
+    return [(i, cut) for i, (what, _) in enumerate(moments) for cut in ((False, True) if what == "write" else (False,))]
+
+
+def recovers(folder: Path, make_config, kill_at: int, cut: bool, nth: int, world: int) -> str:
+    """Kill one run at a moment, resume it, and return the hash of what it leaves; or what went wrong."""
+    folder.mkdir()
+    path = make_config(folder)
+    codes = train(path, world=world, moments=(nth, kill_at, cut))
+    if codes[0] != -signal.SIGKILL:
+        return f"was not killed: exit codes {codes}"
+    codes = train(path, "checkpoint.resume=auto", world=world)
+    return result(folder / "run") if codes == [0] * world else f"resume ended with {codes}"
+
+
+def random_kills(path, run: Path, kills: int, rng, longest: float) -> int:
+    """Kill one run at random times until it has been killed `kills` times, then let it end; returns how often it began."""
+    starts = 0
+    while True:
+        starts += 1
+        child = fork(lambda: main([str(path), "checkpoint.resume=auto"]))
+        if starts > kills:
+            assert wait([child]) == [0]
+            return starts
+        time.sleep(rng.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        wait([child])
+
+
+if __name__ == "__main__":
+    import argparse
+    import functools
+    import random
+    import shutil
+    import tempfile
+
+    import tiny
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/crash_sweep.json")
+    parser.add_argument("--kills", type=int, default=100, help="at random times, over one run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp())
+
+    def make_config(folder, **train_settings):
+        settings = {"max_steps": 8, "gradient_accumulation_steps": 2, **train_settings}
+        return tiny.config_file(
+            folder, train=settings, checkpoint={"every_steps": 3}, validation={"num_shapes": 1}, data={"num_pictures": 30}
+        )
+
+    report = {}
+    for world in (1, 2):
+        whole = root / f"whole-{world}"
+        whole.mkdir()
+        assert train(make_config(whole, batch_size=4 // world), world=world) == [0] * world
+        expected, outcomes = result(whole / "run"), {}
+        count = root / f"count-{world}"
+        count.mkdir()
+        moments = list_moments(make_config(count, batch_size=4 // world), nth=2)
+        for number, (kill_at, cut) in enumerate(cases(moments)):
+            what, where = moments[kill_at]
+            name = f"{kill_at} {'after half of' if cut else 'before'} {what} {Path(where or '').name}"
+            folder = root / f"case-{world}-{number}"
+            found = recovers(folder, functools.partial(make_config, batch_size=4 // world), kill_at, cut, 2, world)
+            outcomes[name] = "exact" if found == expected else found
+            shutil.rmtree(folder)
+            print(world, number, len(cases(moments)), name, outcomes[name], flush=True)
+        report[f"{world} processes"] = {
+            "moments": len(outcomes),
+            "exact": sum(outcome == "exact" for outcome in outcomes.values()),
+            "outcomes": outcomes,
+        }
+    long = {"max_steps": 150, "gradient_accumulation_steps": 2}
+    hashes = []
+    for kills in (0, options.kills):
+        folder = root / f"random-{kills}"
+        folder.mkdir()
+        path = tiny.config_file(
+            folder, train=long, checkpoint={"every_steps": 1}, validation={"num_shapes": 1}, data={"num_pictures": 30}
+        )
+        random_kills(path, folder / "run", kills, random.Random(0), longest=4.0)
+        hashes.append(result(folder / "run"))
+    report["random kills"] = {"kills": options.kills, "exact": hashes[0] == hashes[1]}
+    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    print({name: {k: v for k, v in entry.items() if k != "outcomes"} for name, entry in report.items()})

@@ -1,0 +1,170 @@
+"""A trained folder is trained further, whole or by LoRA, and the result goes where such results go."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.train import main
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    assert main([str(tiny.config_file(folder))]) == 0
+    return folder / "run" / "pipeline"
+
+
+def finetune_config(folder, base, **sections):
+    path = tiny.config_file(folder, **sections)
+    content = yaml.safe_load(path.read_text())
+    for name in ("unet", "scheduler", "text_encoder"):
+        content.pop(name)
+    path.write_text(yaml.safe_dump({**content, "init_from": str(base)}))
+    return path
+
+
+def draw(pipe, prompt="a small red circle at the top left on white"):
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe(
+        prompt, num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images[0]
+
+
+def test_whole_model_is_trained_from_where_it_was(tmp_path, base):
+    assert main([str(finetune_config(tmp_path, base, train={"max_steps": 2}, optim={"lr": 1e-7}))]) == 0
+    before, after = (SfumatoPipeline.from_pretrained(folder) for folder in (base, tmp_path / "run" / "pipeline"))
+    old, new = dict(before.unet.named_parameters()), dict(after.unet.named_parameters())
+    assert all((old[name] - new[name]).abs().max() < 1e-5 for name in old)
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    for a, b in zip(before.text_encoder.parameters(), after.text_encoder.parameters()):
+        assert torch.equal(a, b)  # frozen, unless text_encoder.train is set
+    assert after.scheduler.config.trained_betas == before.scheduler.config.trained_betas
+
+
+def test_another_sampler_in_the_folder_does_not_matter(tmp_path, base):
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "ddim")
+    assert main([str(finetune_config(tmp_path, tmp_path / "ddim", train={"max_steps": 1}))]) == 0
+    after = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert after.scheduler.config.trained_betas == pipe.scheduler.config.trained_betas
+
+
+def test_lora_is_read_by_stock_diffusers_and_equals_the_whole_folder(tmp_path, base):
+    pytest.importorskip("peft")
+    sections = {"lora": {"rank": 4}, "optim": {"lr": 0.02, "lr_warmup_steps": 0, "lr_decay": "constant"}}
+    assert main([str(finetune_config(tmp_path, base, **sections))]) == 0
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors")
+    assert all("lora" in name for name in kept if name.startswith(("raw.", "ema.")))
+    adapted = StableDiffusionPipeline.from_pretrained(base)
+    plain = draw(StableDiffusionPipeline.from_pretrained(base))
+    adapted.load_lora_weights(tmp_path / "run" / "lora")
+    whole = draw(StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
+    np.testing.assert_allclose(draw(adapted), whole, atol=1e-4)
+    assert np.abs(whole - plain).max() > 1e-3
+    ours = SfumatoPipeline.from_pretrained(base)
+    ours.load_lora_weights(tmp_path / "run" / "lora")
+    np.testing.assert_allclose(draw(ours), whole, atol=1e-4)
+
+
+def test_lora_resumes_exactly(tmp_path, base):
+    pytest.importorskip("peft")
+    import crashes
+
+    hashes = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        path = str(finetune_config(tmp_path / name, base, lora={"rank": 2}, optim={"lr_decay": "constant"}))
+        if name == "parts":
+            main([path, "train.max_steps=3"])
+        main([path, *(["checkpoint.resume=auto"] if name == "parts" else [])])
+        hashes.append(crashes.result(tmp_path / name / "run"))
+    assert hashes[0] == hashes[1]
+
+
+def test_what_cannot_be_fine_tuned_is_told(tmp_path, base, capsys):
+    assert main([str(finetune_config(tmp_path, tmp_path / "nowhere"))]) == 2
+    assert "init_from" in capsys.readouterr().err
+    assert main([str(finetune_config(tmp_path, base)), "data.name=x", "data.channels=1"]) == 2
+    assert main([str(finetune_config(tmp_path, base)), "unet.layers_per_block=2"]) == 2
+    assert "comes from init_from" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_losses_grids_and_the_config(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([str(tiny.config_file(tmp_path, train={"trackers": ["tensorboard"]}))]) == 0
+    files = sorted((tmp_path / "run").rglob("*tfevents*"))
+    tags = {"scalars": set(), "images": set()}
+    for file in files:
+        events = EventAccumulator(str(file.parent)).Reload()
+        for kind in tags:
+            tags[kind] |= set(events.Tags()[kind])
+    assert {"loss", "lr", "grad_norm"} <= tags["scalars"] and "samples" in tags["images"]
+    assert any("block_out_channels" in file.read_text() for file in (tmp_path / "run").rglob("hparams.yml"))
+
+
+def test_an_unknown_tracker_is_told(tmp_path, capsys):
+    assert main([str(tiny.config_file(tmp_path)), "train.trackers=[ledger]"]) == 2
+    assert "'ledger' is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.name=muon", "train.gradient_checkpointing=true", "ema.offload=true", "train.mixed_precision=bf16"]
+)
+def test_settings_of_speed_and_memory_train_and_resume_exactly(tmp_path, override):
+    import crashes
+
+    hashes = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        path = str(tiny.config_file(tmp_path / name, optim={"lr_decay": "constant"}))
+        if name == "parts":
+            assert main([path, override, "train.max_steps=3"]) == 0
+        assert main([path, override, *(["checkpoint.resume=auto"] if name == "parts" else [])]) == 0
+        hashes.append(crashes.result(tmp_path / name / "run"))
+    assert hashes[0] == hashes[1]
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path):
+    import json
+
+    losses = []
+    for value in ("false", "true"):
+        (tmp_path / value).mkdir()
+        main([str(tiny.config_file(tmp_path / value)), f"train.gradient_checkpointing={value}"])
+        lines = (tmp_path / value / "run" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_8_bit_adam_without_its_package_is_told(tmp_path, capsys):
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        assert main([str(tiny.config_file(tmp_path)), "optim.name=adamw_8bit"]) == 2
+        assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["unet", "regional"])
+def test_compiled_training_follows_eager(tmp_path, how):
+    import json
+    import shutil
+
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    losses = []
+    for value in ("no", how):
+        (tmp_path / value).mkdir()
+        assert main([str(tiny.config_file(tmp_path / value, train={"max_steps": 3})), f"train.compile={value}"]) == 0
+        lines = (tmp_path / value / "run" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)

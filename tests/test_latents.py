@@ -1,0 +1,73 @@
+"""What frozen models make of the data is computed once, is what they would say again, and trains the same."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL
+
+from sfumato.training import latents
+from sfumato.training.pictures import prepare
+from sfumato.training.train import main
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A text encoder, tokenizer and a VAE that is not the identity."""
+    pipe = tiny.pipeline(tmp_path)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    )
+    pipe.register_modules(vae=vae)
+    pipe.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def latent_config(folder, base, **data):
+    return tiny.config_file(
+        folder, vae={"pretrained": str(base)}, text_encoder={"pretrained": str(base)}, data=data, validation={"num_shapes": 1}
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*captions are longer")
+def test_cached_training_equals_uncached(tmp_path, base):
+    losses = []
+    for cached in (False, True):
+        folder = tmp_path / str(cached)
+        folder.mkdir()
+        path = latent_config(folder, base, num_pictures=40, cache_latents=cached, cache_embeddings=cached)
+        assert main([str(path)]) == 0
+        losses.append([json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_keys_follow_the_content(tmp_path, base):
+    config = tiny.configs.load(latent_config(tmp_path, base, num_pictures=4)).data
+    pictures = prepare(config)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    first = latents.cached_latents(pictures, vae, tmp_path / "kept")
+    assert first.shape == (260, 4, 8, 8)
+    expected = latents.encode(vae, latents.to_pixel_values(pictures.picture(3)[None]))[0]
+    np.testing.assert_allclose(first[3], expected.numpy(), atol=1e-5)
+    latents.cached_latents(pictures, vae, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 1
+    with torch.no_grad():
+        vae.encoder.conv_in.bias += 1
+    latents.cached_latents(pictures, vae, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 2
+
+
+def test_what_cannot_be_cached_is_told(tmp_path, capsys):
+    path = str(tiny.config_file(tmp_path))
+    assert main([path, "data.cache_latents=true"]) == 2
+    assert "a pixel model has no latents" in capsys.readouterr().err
+    assert main([path, "data.cache_embeddings=true"]) == 2
+    assert "frozen text encoder" in capsys.readouterr().err

@@ -1,0 +1,292 @@
+"""Every source through one door; what hostile input gets, kept as a table (`python tests/test_sources.py` remakes it)."""
+
+import io
+import json
+import sys
+import tarfile
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from test_data import claims, folder_config, picture
+
+from sfumato.training import config as configs
+from sfumato.training import pictures
+from sfumato.training.data import CaptionedPictures, batches
+
+TABLE = Path(__file__).parent / "hostile_inputs.md"
+
+
+def encoded(image, kind="png", **save):
+    body = io.BytesIO()
+    image.save(body, kind, **save)
+    return body.getvalue()
+
+
+RED = encoded(Image.new("RGB", (20, 30), "red"))
+
+
+def tar(path, members, mode="w"):
+    """Write an archive of (name, body) or ready TarInfo members."""
+    with tarfile.open(path, mode) as archive:
+        for name, body in members:
+            if isinstance(body, bytes):
+                info = tarfile.TarInfo(name)
+                info.size = len(body)
+                archive.addfile(info, io.BytesIO(body))
+            else:
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = body
+                archive.addfile(info)
+    return path
+
+
+def exif(orientation):
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
+
+
+def pictures_and_captions():
+    """name -> (picture's bytes, caption as it stands in metadata.jsonl) of inputs that no trainer likes."""
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    jpeg = encoded(noise, "jpeg")
+    animated = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(
+        animated, "gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")], duration=50
+    )
+    deep = encoded(Image.fromarray(np.full((20, 20), 32768, np.uint16)))
+    return {
+        "png that claims 50,000 x 50,000": (claims(50_000, 50_000), "x"),
+        "png that claims 8,000 x 5,000": (claims(8_000, 5_000), "x"),
+        "truncated jpeg": (jpeg[: len(jpeg) // 2], "x"),
+        "truncated png": (encoded(noise)[:2000], "x"),
+        "zero bytes": (b"", "x"),
+        "text named .png": (b"no picture", "x"),
+        "1 x 1": (encoded(Image.new("RGB", (1, 1), "red")), "x"),
+        "CMYK jpeg": (encoded(Image.new("CMYK", (20, 20)), "jpeg"), "x"),
+        "16-bit png": (deep, "x"),
+        "palette png": (encoded(Image.new("P", (20, 20), 3)), "x"),
+        "transparent png": (encoded(Image.new("RGBA", (20, 20))), "x"),
+        "animated gif": (animated.getvalue(), "x"),
+        "EXIF-rotated png": (encoded(noise, exif=exif(6)), "x"),
+        "empty caption": (RED, "  "),
+        "null caption": (RED, None),
+        "caption of 100 KB": (RED, "word " * 20_000),
+        "caption that is not UTF-8": (RED, "caf\udce9"),
+        "caption with NUL and emoji": (RED, "a \0 ❤"),
+        "caption that is a number": (RED, 7),
+    }
+
+
+def outcome(prepared, name):
+    """What a record got: `skipped: reason`, or `used` with what was unusual."""
+    for reason, names in prepared.skipped.items():
+        if any(name in entry for entry in names):
+            return f"skipped: {reason}"
+    assert any(name in record["id"] for record in prepared), name
+    return "; ".join(["used", *prepared.noted])
+
+
+def outcomes(folder: Path) -> dict[str, str]:
+    """Each input beside one good picture, so that what was noted is its own."""
+    table = {}
+    config = dict(resolution=16, cache_dir=str(folder / "cache"), max_bad_share=0.9)
+
+    def judge(label, source, name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            table[label] = outcome(pictures.prepare(configs.DataConfig(name=str(source), **config)), name)
+
+    for number, (label, (body, caption)) in enumerate(pictures_and_captions().items()):
+        source = folder / f"f{number}"
+        source.mkdir()
+        (source / "good.png").write_bytes(RED)
+        (source / "odd.png").write_bytes(body)
+        rows = [{"file_name": "good.png", "text": "good"}, {"file_name": "odd.png", "text": caption}]
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (source / "metadata.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
+        judge(label, source, "odd.png")
+    for label, name in {"file name ../outside.png": "../outside.png", "file name of nothing": "gone.png"}.items():
+        source = folder / f"n{name[:2]}"
+        picture(source / "good.png")
+        picture(folder / "outside.png")
+        rows = [{"file_name": "good.png", "text": "good"}, {"file_name": name, "text": "x"}]
+        (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        judge(label, source, name)
+    source = folder / "line"
+    picture(source / "good.png")
+    (source / "metadata.jsonl").write_text('{"file_name": "good.png", "text": "good"}\n{"file_name": \n{"text": "x"}\n')
+    judge("metadata line that is not JSON", source, "line 2")
+    judge("metadata line without a file name", source, "line 3")
+    good = [("good.png", RED), ("good.txt", b"good")]
+    for number, (label, odd) in enumerate(
+        {
+            "tar member ../odd.png": ("../odd.png", RED),
+            "tar member with an absolute path": ("/odd.png", RED),
+            "tar member that is a symbolic link": ("odd.png", (tarfile.SYMTYPE, "/etc/passwd")),
+            "tar member that is a hard link": ("odd.png", (tarfile.LNKTYPE, "good.png")),
+            "tar member that is a device": ("odd.png", (tarfile.CHRTYPE, "")),
+            "tar member without a caption": ("odd.png", RED),
+            "tar member with a bomb": ("odd.png", claims(50_000, 50_000)),
+        }.items()
+    ):
+        members = [*good, odd] + ([("odd.txt", b"x")] if "bomb" in label else [])
+        judge(label, tar(folder / f"{number}.tar", members), "odd" if label.endswith(("caption", "bomb")) else odd[0])
+    whole = tar(folder / "whole.tar", [*good, ("later.png", RED * 50), ("later.txt", b"x")])
+    (folder / "cut.tar").write_bytes(whole.read_bytes()[:4000])
+    judge("tar cut in the middle", folder / "cut.tar", "cut.tar")
+    return table
+
+
+def as_markdown(table: dict[str, str]) -> str:
+    rows = "".join(f"| {label} | {got} |\n" for label, got in table.items())
+    return f"| input | what it gets |\n|---|---|\n{rows}"
+
+
+def test_hostile_input_gets_what_the_table_says(tmp_path):
+    assert as_markdown(outcomes(tmp_path)) == TABLE.read_text(encoding="utf-8")
+
+
+def test_tars_are_read_without_extracting(tmp_path):
+    (tmp_path / "set").mkdir()
+    tar(tmp_path / "set" / "0.tar", [("a.png", RED), ("a.txt", b"red thing"), ("b.jpg", RED), ("b.json", b'{"text": "two"}')])
+    tar(tmp_path / "set" / "1.tar.gz", [("c.png", RED), ("c.cls", b"three")], "w:gz")
+    before = sorted(tmp_path.rglob("*"))
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "set"))
+    assert [record["captions"] for record in prepared] == [["red thing"], ["two"], ["three"]]
+    assert tuple(prepared.picture(2)[8, 8]) == (255, 0, 0)
+    assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in str(p)] == before
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "picture": [{"bytes": RED, "path": None}, {"bytes": None, "path": "/etc/hostname"}, {"bytes": RED, "path": "x.png"}],
+        "says": [["one", "eins"], ["two"], ["three", None]],
+        "kind": [0, 1, 1],
+    }
+    features = datasets.Features(
+        picture=datasets.Image(decode=False),
+        says=datasets.List(datasets.Value("string")),
+        kind=datasets.ClassLabel(names=["sea_lion", "cat"]),
+    )
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "rows.parquet")
+    return tmp_path / "set"
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_parquet_columns_lists_and_labels(tmp_path, parquet):
+    more = {"image_column": "picture", "max_bad_share": 0.5}
+    lists = pictures.prepare(folder_config(tmp_path, parquet, caption_column="says", **more))
+    assert [record["captions"] for record in lists] == [["one", "eins"], ["three"]]
+    assert lists.skipped == {"no picture": ["row 1"]}  # a path of this machine in a stranger's table is not followed
+    labels = pictures.prepare(folder_config(tmp_path, parquet / "rows.parquet", caption_column="kind", **more))
+    assert [record["captions"] for record in labels] == [["sea lion"], ["cat"]]
+    with pytest.raises(ValueError, match="no column image and text; it has picture, says, kind"):
+        pictures.prepare(folder_config(tmp_path, parquet))
+
+
+def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        prepared = pictures.prepare(
+            folder_config(tmp_path, parquet, image_column="picture", caption_column="says", max_bad_share=0.5)
+        )
+    stream = CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
+    assert {stream[i][2] for i in range(40)} == {"one", "eins", "three"}
+
+
+@pytest.mark.parametrize("channels, colour", [(1, (76,)), (3, (255, 0, 0)), (4, (255, 0, 0, 128))])
+def test_grey_rgb_and_rgba(tmp_path, channels, colour):
+    picture(
+        tmp_path / "f" / "cat" / "1.png", (255, 0, 0, 128) if channels == 4 else "red", mode="RGBA" if channels == 4 else "RGB"
+    )
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f", channels=channels))
+    assert tuple(prepared.picture(0)[8, 8]) == colour
+
+
+def test_resize_policies(tmp_path):
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (0, 0, 8, 20))
+    (tmp_path / "f" / "cat").mkdir(parents=True)
+    wide.save(tmp_path / "f" / "cat" / "1.png")
+    corner = {}
+    for resize in ("crop", "pad", "stretch"):
+        shown = pictures.prepare(folder_config(tmp_path, tmp_path / "f", resize=resize)).picture(0)
+        corner[resize] = [tuple(255 * int(c > 128) for c in shown[y, 1]) for y in (1, 8)]
+    assert corner == {
+        "crop": [(255, 0, 0)] * 2,  # the blue edge is cut off
+        "pad": [(255, 255, 255), (0, 0, 255)],
+        "stretch": [(0, 0, 255)] * 2,
+    }
+
+
+def test_buckets_keep_each_batch_to_one_size_and_show_every_picture(tmp_path):
+    sizes = {"tall": (20, 40), "wide": (40, 20), "square": (30, 30)}
+    for kind, size in sizes.items():
+        for i in range(5):
+            picture(tmp_path / "f" / kind / f"{i}.png", size=size)
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f", buckets=[[16, 16], [24, 12], [12, 24]]))
+    assert {record["captions"][0]: prepared.picture(i).shape for i, record in enumerate(prepared)} == {
+        "square": (16, 16, 3), "tall": (24, 12, 3), "wide": (12, 24, 3),
+    }  # fmt: skip
+    stream = CaptionedPictures(prepared, seed=0, caption_dropout=0.0, block=4)
+    assert stream.length % 4 == 0
+    for epoch in range(2):
+        order = stream.order(epoch)
+        assert set(order) == set(prepared.select("train"))
+        assert all(len({prepared.picture(int(i)).shape for i in block}) == 1 for block in order.reshape(-1, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*captions are longer")
+def test_buckets_and_flips_train(tmp_path):
+    from sfumato.training.train import main
+
+    for kind, size in {"tall": (20, 40), "wide": (40, 20)}.items():
+        for i in range(5):
+            picture(tmp_path / "f" / kind / f"{i}.png", size=size)
+    data = {"name": str(tmp_path / "f"), "buckets": [[24, 16], [16, 24]], "random_flip": True}
+    assert main([str(tiny.config_file(tmp_path, data=data))]) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_rgba_models_open_with_stock_diffusers(tmp_path, channels):
+    from diffusers import DiffusionPipeline
+
+    from sfumato.training.train import main
+
+    for i in range(4):
+        picture(
+            tmp_path / "f" / "cat" / f"{i}.png",
+            mode="RGBA" if channels == 4 else "L",
+            colour=(9,) * channels if channels > 1 else 9,
+        )
+    path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "channels": channels})
+    assert main([str(path)]) == 0
+    image = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")("cat", num_inference_steps=2).images[0]
+    assert image.mode == {1: "L", 4: "RGBA"}[channels]
+
+
+def test_a_random_flip_mirrors_half_of_the_visits(tmp_path):
+    half = Image.new("RGB", (16, 16), "red")
+    half.paste("blue", (8, 0, 16, 16))
+    (tmp_path / "f" / "cat").mkdir(parents=True)
+    half.save(tmp_path / "f" / "cat" / "1.png")
+    path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "random_flip": True}, train={"batch_size": 200})
+    config = configs.load(path)
+    prepared = pictures.prepare(config.data)
+    tokenizer = tiny.build.train_tokenizer(["cat"], 600, 20)
+    left_is_red = next(batches(prepared, config, tokenizer))["pixel_values"][:, 0, 8, 2] > 0
+    assert 70 < left_is_red.sum() < 130
+
+
+if __name__ == "__main__":
+    TABLE.write_text(as_markdown(outcomes(Path(tempfile.mkdtemp()))), encoding="utf-8")
+    print(TABLE.read_text(encoding="utf-8"), file=sys.stderr)

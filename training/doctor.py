@@ -1,0 +1,306 @@
+"""`sfumato doctor CONFIG`: look at data, settings and results before and after a run, and say what to do."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training import checkpoints
+from sfumato.training.build import Denoiser, build_pipeline
+from sfumato.training.config import Config
+from sfumato.training.data import batches
+from sfumato.training.ema import EMA
+from sfumato.training.evaluation import grid
+from sfumato.training.optimizers import build_optimizer
+from sfumato.training.pictures import PictureSet, prepare
+
+
+@dataclass
+class Finding:
+    """One thing the doctor saw. `severity`: `fine`, `note`, `warning` or `error`."""
+
+    severity: str
+    what: str
+    reason: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        tail = f"\n           {self.reason} {self.advice}".rstrip() if self.reason or self.advice else ""
+        return f"{self.severity:8}   {self.what}{tail}"
+
+
+def examine(config: Config) -> list[Finding]:
+    """Everything the doctor can tell of a config, its data and, where the run is done, its result.
+
+    Writes `doctor.png`, a contact sheet of up to 64 training pictures with their captions, into `output_dir`.
+
+    Raises:
+        ValueError: the data or the settings cannot be used at all.
+    """
+    pictures = prepare(config.data)
+    pipe = build_pipeline(config, pictures.training_captions())
+    findings = _data(config, pictures) + _captions(config, pictures, pipe) + _schedule(config, pipe)
+    findings += _cost(config, pictures, pipe)
+    folder = Path(config.output_dir)
+    if (folder / "pipeline" / "model_index.json").is_file():
+        findings += _result(config, folder, pictures)
+    return findings
+
+
+def contact_sheet(pictures: PictureSet, count: int = 64) -> Image.Image:
+    """Up to `count` training pictures, evenly spread, with their first captions."""
+    chosen = pictures.select("train")
+    chosen = chosen[:: max(1, len(chosen) // count)][:count]
+    drawn = [pictures.picture(int(i)) for i in chosen]
+    shown = [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p).convert("RGB") for p in drawn]
+    return grid(shown, [pictures[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
+
+
+def _data(config: Config, pictures: PictureSet) -> list[Finding]:
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures).save(folder / "doctor.png")
+    train, num_bad = pictures.select("train"), sum(map(len, pictures.skipped.values()))
+    sample = train[:: max(1, len(train) // 5000)]
+    values = [pictures.picture(int(i)) for i in sample]
+    low, high = min(int(v.min()) for v in values), max(int(v.max()) for v in values)
+    found = [
+        Finding("fine", f"{len(train)} training pictures, {len(pictures) - len(train)} held out; see {folder / 'doctor.png'}"),
+        Finding("fine", f"pixels from {low} to {high}, of 0 to 255 (-1 to 1 for the network)")
+        if high - low > 100
+        else Finding(
+            "warning", f"pixels from {low} to {high} only", "The pictures have hardly any contrast.", "Look at them."
+        ),
+        Finding("note" if num_bad else "fine", f"{num_bad} of {num_bad + len(pictures)} records cannot be used"),
+    ]
+    found += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in pictures.skipped.items()]
+    found += [Finding("note", f"{count} {what}") for what, count in pictures.noted.items()]
+    same = len(values) - len({value.tobytes() for value in values})
+    if same:
+        share = same / len(values)
+        found.append(
+            Finding(
+                "warning" if share > 0.05 else "note",
+                f"{share:.1%} of {len(values)} pictures looked at are copies of another",
+                "Copies are learned by heart first.",
+                "Remove them.",
+            )
+        )
+    if len(train) < 100:
+        found.append(
+            Finding("warning", f"only {len(train)} training pictures", "The model will repeat them.", "Add pictures.")
+        )
+    return found
+
+
+def _captions(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[Finding]:
+    captions, limit = pictures.training_captions(limit=20_000), pipe.tokenizer.model_max_length
+    lengths = np.array([len(ids) for ids in pipe.tokenizer(captions, verbose=False).input_ids])
+    long = (lengths > limit).mean()
+    found = [
+        Finding("fine", f"captions have {np.median(lengths):.0f} tokens (median) to {lengths.max()}, of {limit}")
+        if not long
+        else Finding(
+            "warning",
+            f"{long:.1%} of the captions are longer than {limit} tokens",
+            "Their ends are never seen.",
+            f"Set text_encoder.max_length={lengths.max()}.",
+        )
+    ]
+    if not long and lengths.max() < limit / 2:
+        found.append(
+            Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={lengths.max()} does.")
+        )
+    if len(set(captions)) == 1:
+        found.append(Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the pictures."))
+    dropout = config.objective.caption_dropout
+    if dropout == 0:
+        found.append(
+            Finding(
+                "warning",
+                "no caption is ever dropped",
+                "Guidance needs a prediction without text.",
+                "Set objective.caption_dropout=0.1.",
+            )
+        )
+    elif dropout > 0.5:
+        found.append(Finding("warning", f"{dropout:.0%} of the captions are dropped", "Text is learned slowly.", "Use 0.1."))
+    else:
+        found.append(Finding("fine", f"{dropout:.0%} of the captions are dropped, for guidance"))
+    return found
+
+
+def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
+    scheduler = pipe.scheduler
+    size = pipe.unet.config.sample_size
+    terminal = float(scheduler.snr(torch.tensor(scheduler.config.num_train_timesteps - 1)))
+    # A picture's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
+    mean_snr = terminal * size**2
+    what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for a picture's mean at {size} x {size}"
+    found = [
+        Finding("fine", what)
+        if mean_snr < 0.05
+        else Finding(
+            "warning",
+            what,
+            "Sampling starts from pure noise, which training never shows: brightness comes out wrong (Lin et al. 2024).",
+            "Use scheduler.beta_schedule=cosine, or rescale_betas_zero_snr=true with v_prediction or sample.",
+        )
+    ]
+    if config.objective.min_snr_floor == 0 and config.objective.weight == "min_snr" and terminal == 0:
+        found.append(
+            Finding(
+                "note",
+                "the last noise level has weight 0",
+                "min_snr follows the SNR down to zero.",
+                "objective.min_snr_floor=0.2 trains it.",
+            )
+        )
+    return found
+
+
+def _cost(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[Finding]:
+    """Batch arithmetic, and memory, time and disk by three real steps on one process of this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.train.num_threads and device == "cpu":
+        torch.set_num_threads(config.train.num_threads)
+    denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(device)
+    parameters = checkpoints.trained(denoiser)
+    optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, config.ema.decay)
+    batch = next(batches(pictures, config, pipe.tokenizer))
+    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    x = torch.randn(config.train.batch_size, channels, size, size, device=device)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        t = torch.zeros(len(x), dtype=torch.long, device=device)
+        denoiser(x, t, batch["text"].to(device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    step = float(np.median(seconds[1:])) * config.train.gradient_accumulation_steps
+    count, train = sum(p.numel() for p in parameters), len(pictures.select("train"))
+    total = sum(p.numel() for p in denoiser.parameters())
+    a_step = config.train.batch_size * config.train.gradient_accumulation_steps
+    by_time = config.train.max_minutes * 60 / step if config.train.max_minutes else math.inf
+    steps = int(min(config.train.max_steps or math.inf, by_time))
+    minutes = steps * step / 60
+    checkpoint = 4 * (4 * count + total)
+    kept = (config.checkpoint.keep + 2) * checkpoint
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(config.output_dir).free
+    found = [
+        Finding("fine", f"{count:,} weights are trained, of {total:,}"),
+        Finding("fine", f"{a_step} pictures a step on each process; {train / a_step:.0f} steps are an epoch on one process"),
+        Finding("fine", f"a step takes {step * 1000:.0f} ms on one {device} process, {a_step / step:.0f} pictures/s"),
+        Finding("fine", f"{steps:,} steps, {steps * a_step / train:.1f} epochs, {minutes:.0f} minutes on one process"),
+        Finding(
+            "fine" if kept < free else "error",
+            f"a checkpoint takes {checkpoint / 1e6:.0f} MB, the run up to {kept / 1e6:.0f} MB; {free / 1e6:.0f} MB are free",
+            "" if kept < free else "Saving would fail.",
+            "" if kept < free else "Make room, or lower checkpoint.keep.",
+        ),
+        Finding("fine", f"weights, gradients, averages and optimizer take {4 * 5 * count / 1e6:.0f} MB, activations beside"),
+    ]
+    if device == "cuda":
+        found.append(Finding("fine", f"GPU memory at the most: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"))
+    if steps < 1000:
+        found.append(
+            Finding(
+                "warning",
+                f"only {steps} steps",
+                "Pictures need a thousand and more.",
+                "Train longer, or with a smaller network or batch.",
+            )
+        )
+    return found
+
+
+def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]:
+    """What a finished run's pictures and weights look like."""
+    found = []
+    saved = checkpoints.folders(folder)
+    if saved:
+        tensors = load_file(saved[-1] / "state.safetensors")
+        names = [name.removeprefix("ema.") for name in tensors if name.startswith("ema.")]
+        apart = sum(float((tensors[f"ema.{n}"] - tensors[f"raw.{n}"]).square().sum()) for n in names)
+        apart = (apart / sum(float(tensors[f"raw.{n}"].square().sum()) for n in names)) ** 0.5
+        found.append(
+            Finding("fine", f"averaged weights are {apart:.1%} away from the last ones")
+            if apart < 0.3
+            else Finding(
+                "warning",
+                f"averaged weights are {apart:.0%} away from the last ones",
+                "The average reaches too far back for so short a run, or the learning rate ended high.",
+                "Lower ema.decay, or let the rate decay.",
+            )
+        )
+    pipe = SfumatoPipeline.from_pretrained(folder / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    train = pictures.select("train")
+    chosen = [int(i) for i in train[:: max(1, len(train) // 8)][:8]]
+    prompts = [pictures[i]["captions"][0] for i in chosen]
+    images = pipe(
+        prompts,
+        num_inference_steps=config.validation.num_inference_steps,
+        guidance_scale=config.validation.guidance_scale,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+        output_type="np",
+    ).images
+    found += judge_samples(images, np.stack([pictures.picture(i) for i in chosen]) / 255)
+    if (folder / "metrics.jsonl").is_file():
+        lines = [json.loads(line) for line in checkpoints.lines(folder / "metrics.jsonl")]
+        if skipped := lines[-1]["skipped_steps"]:
+            found.append(
+                Finding(
+                    "warning", f"{skipped} steps had a gradient that is not finite", "They were left out.", "Lower optim.lr."
+                )
+            )
+    return found
+
+
+def judge_samples(images: np.ndarray, data: np.ndarray) -> list[Finding]:
+    """Dead, identical or tinted samples; both arrays `(N, H, W, C)` in [0, 1], of the same captions."""
+    found = []
+    contrast, wanted = images.std((1, 2)).mean(), data.std((1, 2)).mean()
+    if contrast < 0.2 * wanted:
+        found.append(
+            Finding(
+                "error",
+                f"samples are dead: contrast {contrast:.3f}, data {wanted:.3f}",
+                "Nothing was learned.",
+                "Train longer or with a lower optim.lr.",
+            )
+        )
+    spread, data_spread = images.std(0).mean(), data.std(0).mean()
+    if spread < 0.2 * data_spread:
+        found.append(
+            Finding(
+                "error",
+                f"samples are all alike: spread {spread:.3f}, data {data_spread:.3f}",
+                "The captions are not heard.",
+                "Train longer; see caption_dropout and guidance_scale.",
+            )
+        )
+    tint = images.mean((0, 1, 2)) - data.mean((0, 1, 2))
+    if np.abs(tint).max() > 0.1:
+        found.append(
+            Finding(
+                "warning",
+                f"samples are tinted by {', '.join(f'{value:+.2f}' for value in tint)} of 1",
+                "Brightness is decided at the noisiest levels.",
+                "See the last noise level above; train it more.",
+            )
+        )
+    return found or [Finding("fine", "samples have the data's contrast, variety and colour")]

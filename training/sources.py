@@ -1,0 +1,236 @@
+"""Where records come from: OpenMoji, drawn shapes, folders, WebDataset tars, parquet files, Hub data sets.
+
+Every source is a generator of `Record`; one that cannot be used says so in `fault` and is counted, never raised.
+"""
+
+import csv
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from sfumato.training import openmoji, shapes
+from sfumato.training.config import DataConfig
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MAX_FILE_BYTES = 256_000_000
+MAX_CAPTION_CHARACTERS = 10_000
+
+
+@dataclass
+class Record:
+    """One picture with its captions, not yet read."""
+
+    name: str
+    picture: Path | bytes | Callable[[], np.ndarray] | None = None
+    captions: list[str] = field(default_factory=list)
+    split: str | None = None  # None: decided by the name
+    fault: str | None = None  # why it cannot be used
+
+
+def captions_of(value) -> tuple[list[str], str | None]:
+    """The usable captions in a cell (a text, a list of texts, or nothing), and what is wrong if there is none."""
+    texts = [str(text).strip() for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
+    texts = [text for text in texts if text]
+    sound = [text for text in texts if text.encode("utf-8", "ignore").decode() == text]
+    short = [text for text in sound if len(text) <= MAX_CAPTION_CHARACTERS]
+    if short:
+        return short, None
+    if sound:
+        return [], f"caption longer than {MAX_CAPTION_CHARACTERS:,} characters"
+    return [], "caption is not UTF-8" if texts else "no caption"
+
+
+def open_source(config: DataConfig) -> Iterator[Record]:
+    """The records of `data.name`.
+
+    Raises:
+        ValueError: no such source, or one without captions.
+    """
+    if config.name == "openmoji":
+        return _openmoji(config)
+    if config.name == "shapes":
+        return _shapes(config)
+    path = Path(config.name).expanduser()
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    if tars := [file for file in files if file.name.endswith((".tar", ".tar.gz", ".tgz"))]:
+        return _tars(tars, config)
+    if parquets := [file for file in files if file.suffix == ".parquet"]:
+        return _table({"path": "parquet", "data_files": [str(file) for file in parquets], "split": "train"}, config)
+    if path.is_dir():
+        return _folder(path.resolve(), config)
+    if config.name.count("/") == 1 and not config.name.startswith((".", "~", "/")) and not path.parent.exists():
+        return _table({"path": config.name, "split": config.split, "revision": config.revision}, config)
+    raise ValueError(
+        f"data.name={config.name!r} is neither openmoji nor shapes nor a folder, tar or parquet file that exists, "
+        "nor a Hub id (owner/name)"
+    )
+
+
+def _openmoji(config: DataConfig) -> Iterator[Record]:
+    found = openmoji.records(config.languages, config.skin_tones, config.words)
+    if not any(record["split"] == "train" for record in found):
+        raise ValueError(f"no OpenMoji picture has a name with one of data.words={config.words}")
+
+    def draw(svg):
+        return lambda: openmoji.rasterise(svg, config.resolution)
+
+    return (Record(r["id"], draw(r["svg"]), r["captions"], r["split"]) for r in found)
+
+
+def _shapes(config: DataConfig) -> Iterator[Record]:
+    train, held_out = shapes.scenes(held_out=False), shapes.scenes(held_out=True)
+    scenes = [(train[i % len(train)], "train") for i in range(config.num_pictures)] + [(s, "held_out") for s in held_out]
+    rng = np.random.default_rng(0)
+    for i, (scene, split) in enumerate(scenes):
+        yield Record(str(i), lambda scene=scene: shapes.draw(scene, config.resolution, rng), [scene.caption], split)
+
+
+def _folder(folder: Path, config: DataConfig) -> Iterator[Record]:
+    """Records of metadata.csv or .jsonl, caption .txt files, or class sub-folders."""
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (folder / name).is_file():
+            return _metadata(folder, folder / name, config)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if any(path.with_suffix(".txt").is_file() for path in files):
+        return (_in_folder(folder, str(p.relative_to(folder)), _text_file(p.with_suffix(".txt"))) for p in files)
+    if any(path.parent == folder for path in files):
+        raise ValueError(
+            f"{folder} has pictures but no captions; add metadata.csv or metadata.jsonl (file_name, text), a .txt beside "
+            "each picture, or sort the pictures into sub-folders named like their class"
+        )
+    names = [str(p.relative_to(folder)) for p in files]
+    return (_in_folder(folder, name, Path(name).parts[0].replace("_", " ")) for name in names)
+
+
+def _metadata(folder: Path, path: Path, config: DataConfig) -> Iterator[Record]:
+    columns = (config.image_column or "file_name", config.caption_column or "text")
+    first, rows = None, _rows(path)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            yield Record(f"{path.name} line {number + 1}", fault="damaged line")
+            continue
+        if first is None:
+            first = row
+            if missing := [key for key in columns if key not in row]:
+                raise ValueError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(map(str, row))}")
+        name = row.get(columns[0])
+        if not isinstance(name, str) or not name:
+            yield Record(f"{path.name} line {number + 1}", fault="no file name")
+        else:
+            yield _in_folder(folder, name, row.get(columns[1]))
+
+
+def _rows(path: Path) -> Iterator[dict | None]:
+    # Bytes that are not UTF-8 pass as surrogates, so that one bad caption is one bad record.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(lines)
+            return
+        for line in lines:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    yield None
+
+
+def _in_folder(folder: Path, name: str, caption) -> Record:
+    captions, fault = captions_of(caption)
+    path = (folder / name).resolve() if "\0" not in name else folder.parent
+    if not path.is_relative_to(folder):
+        fault = "outside the folder"
+    elif not path.is_file():
+        fault = "missing"
+    return Record(name, path, captions, fault=fault)
+
+
+def _text_file(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
+
+
+def _tars(paths: list[Path], config: DataConfig) -> Iterator[Record]:
+    """WebDataset archives: members that share a name up to the first dot are one record. Nothing is extracted."""
+    for path in paths:
+        key, parts = None, {}
+        try:
+            with tarfile.open(path, "r|*") as archive:
+                for member in archive:
+                    name = PurePosixPath(member.name)
+                    if member.isdir():
+                        continue
+                    fault = None
+                    if not member.isfile():
+                        fault = "link or device in an archive"
+                    elif name.is_absolute() or ".." in name.parts:
+                        fault = "outside the archive"
+                    elif member.size > MAX_FILE_BYTES:
+                        fault = f"larger than {MAX_FILE_BYTES // 1_000_000} MB"
+                    if fault:
+                        yield Record(f"{path.name}/{member.name}", fault=fault)
+                        continue
+                    stem, _, ending = name.name.partition(".")
+                    if (here := str(name.parent / stem)) != key:
+                        if parts:
+                            yield _joined(f"{path.name}/{key}", parts, config)
+                        key, parts = here, {}
+                    parts[ending.lower()] = archive.extractfile(member).read()
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            yield Record(path.name, fault=f"damaged archive, read up to the damage ({type(error).__name__})")
+        if parts:
+            yield _joined(f"{path.name}/{key}", parts, config)
+
+
+def _joined(name: str, parts: dict[str, bytes], config: DataConfig) -> Record:
+    picture = next((body for ending, body in parts.items() if f".{ending}" in SUFFIXES), None)
+    caption = None
+    try:
+        if "json" in parts:
+            caption = json.loads(parts["json"]).get(config.caption_column or "text")
+        if caption is None and (text := parts.get("txt", parts.get("cls"))) is not None:
+            caption = text.decode("utf-8", "surrogateescape")
+    except (ValueError, AttributeError):
+        return Record(name, fault="damaged json")
+    captions, fault = captions_of(caption)
+    return Record(name, picture, captions, fault="no picture" if picture is None else fault)
+
+
+def _table(where: dict, config: DataConfig) -> Iterator[Record]:
+    """Rows of a parquet file or Hub data set, read as a stream: nothing but the prepared pictures is stored."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("parquet files and Hub data sets need a package: pip install 'sfumato[datasets]'") from error
+    try:
+        rows = datasets.load_dataset(**where, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data.name={config.name!r} cannot be read: {error}") from error
+    features = rows.features or {}
+    image, caption = config.image_column or "image", config.caption_column or "text"
+    if features and (missing := [key for key in (image, caption) if key not in features]):
+        raise ValueError(
+            f"{config.name} has no column {' and '.join(missing)}; it has {', '.join(features)}. "
+            "Name them with data.image_column and data.caption_column"
+        )
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    label = features.get(caption)
+    return _cells(rows, image, caption, label.int2str if isinstance(label, datasets.ClassLabel) else None)
+
+
+def _cells(rows, image: str, caption: str, label_name: Callable[[int], str] | None) -> Iterator[Record]:
+    for number, row in enumerate(rows):
+        value, cell = row[caption], row[image] or {}
+        if label_name and value is not None:
+            value = label_name(value).replace("_", " ") if value >= 0 else None
+        captions, fault = captions_of(value)
+        body = cell.get("bytes")
+        if body is None and str(cell.get("path")).startswith(("hf://", "zip://")):
+            import fsspec
+
+            with fsspec.open(cell["path"]) as file:
+                body = file.read(MAX_FILE_BYTES)
+        # A path to a file of this machine inside a stranger's table is not followed.
+        yield Record(f"row {number}", body, captions, fault="no picture" if body is None else fault)
