@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow check
 demo: .venv/installed
-	ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml training/train.py configs/demo.yaml checkpoint.resume=auto
+	ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py configs/demo.yaml checkpoint.resume=auto
 	$(BIN)/python benchmarks/open_with_stock.py runs/demo/pipeline runs/demo/grid.png
 
 test: .venv/installed

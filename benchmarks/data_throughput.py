@@ -32,6 +32,7 @@ MEMORY = """
 import json, re, sys, time
 from sfumato.training import config as configs
 from sfumato.training.data import batches
+from sfumato.training.latents import cached_texts
 from sfumato.training.pictures import prepare
 from transformers import CLIPTokenizer
 from sfumato.training.build import train_tokenizer
@@ -43,7 +44,7 @@ start = time.perf_counter()
 pictures = prepare(config.data)
 seconds, prepared = time.perf_counter() - start, anonymous()
 tokenizer = train_tokenizer(pictures.training_captions(), 1000, 16)
-stream = batches(pictures, config, tokenizer)
+stream = batches(pictures, config, cached_texts(pictures, tokenizer, None, sys.argv[2]))
 for _ in range(200):
     next(stream)
 print(json.dumps({"records": len(pictures), "prepare_seconds": seconds, "before_mb": before, "prepared_mb": prepared,
@@ -120,7 +121,7 @@ config = configs.load(options.config, [f"output_dir={root / 'run'}", f"data.cach
                                        "train.max_minutes=null", "checkpoint.every_steps=null", "train.trackers=[]",
                                        "validation.every_steps=null"])  # fmt: skip
 run = loop.prepare(config)
-stream = batches(run.pictures, config, run.pipe.tokenizer)
+stream = batches(run.pictures, config, run.texts)
 next(stream)
 times = []
 for _ in range(200):

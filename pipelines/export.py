@@ -21,7 +21,7 @@ _CARD = """---
 
 # {title}
 
-A text-to-image diffusion model, trained from random weights with Sfumato.
+{made}
 
 <Gallery />
 
@@ -96,10 +96,16 @@ def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gal
     Args:
         pipe: the model.
         where: the path or repository that the snippets name.
-        facts: what the trainer knows. `title`, `license`, `language` and `data` are placed; the rest is listed.
+        facts: what the trainer knows. `title`, `license`, `language` and `base_model` are placed; the rest is listed.
         gallery: pairs of prompt and picture, the latter relative to the folder.
     """
     facts = dict(facts or {})
+    base = facts.pop("base_model", None)
+    made = "A text-to-image diffusion model in Stable Diffusion's form, exported by Sfumato."
+    if base:
+        made = f"A text-to-image diffusion model, fine-tuned with Sfumato from `{base}`."
+    elif facts:
+        made = "A text-to-image diffusion model, trained from random weights with Sfumato."
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     parts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
     data = ModelCardData(
@@ -107,7 +113,10 @@ def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gal
         pipeline_tag="text-to-image",
         license=facts.pop("license", None),
         language=facts.pop("language", None),
-        tags=["diffusers", "diffusers-training", "sfumato", "text-to-image", "trained-from-scratch"],
+        tags=["diffusers", "sfumato", "text-to-image"]
+        + (["diffusers-training"] if facts else [])
+        + (["trained-from-scratch"] if facts and not base else []),
+        base_model=base if base and not os.path.exists(base) else None,
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
     lines = {
@@ -119,6 +128,7 @@ def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gal
     title, guidance = facts.pop("title", "A Sfumato model"), facts.pop("guidance_scale", 3.0)
     lines.update({name.replace("_", " ").capitalize(): value for name, value in facts.items()})
     return _CARD.format(
+        made=made,
         data=data.to_yaml(),
         title=title,
         where=where,

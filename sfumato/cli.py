@@ -47,13 +47,14 @@ def _train(options) -> int:
 
 
 def _find_pipeline(source: str) -> str:
-    """The pipeline in a run folder or checkpoint (its newest), or the folder or Hub id itself."""
+    """The pipeline in a run folder or checkpoint (the one written last), or the folder or Hub id itself."""
     folder = Path(source)
     if folder.is_dir():
-        checkpoints = sorted(folder.glob("checkpoints/step-*/pipeline"))
-        for candidate in (folder, folder / "pipeline", *checkpoints[-1:]):
-            if (candidate / "model_index.json").is_file():
-                return str(candidate)
+        if (folder / "model_index.json").is_file():
+            return str(folder)
+        inside = [folder / "pipeline", *sorted(folder.glob("checkpoints/step-*/pipeline"))]
+        if found := [path for path in inside if (path / "model_index.json").is_file()]:
+            return str(max(reversed(found), key=lambda path: (path / "model_index.json").stat().st_mtime))
         raise ValueError(f"{source} holds no model: no model_index.json in it, in its pipeline/ or in its checkpoints")
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or Path(source).parent.is_dir():
         raise ValueError(f"there is no folder {source}")

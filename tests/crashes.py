@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import safetensors.torch
@@ -85,6 +86,8 @@ def fork(task, rank: int = 0, world: int = 1, port: int = 0, quiet: bool = True)
     code = 1
     try:
         code = task() or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

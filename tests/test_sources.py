@@ -17,6 +17,7 @@ from test_data import claims, folder_config, picture
 from sfumato.training import config as configs
 from sfumato.training import pictures
 from sfumato.training.data import CaptionedPictures, batches
+from sfumato.training.latents import cached_texts
 
 TABLE = Path(__file__).parent / "hostile_inputs.md"
 
@@ -200,7 +201,7 @@ def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
             folder_config(tmp_path, parquet, image_column="picture", caption_column="says", max_bad_share=0.5)
         )
     stream = CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
-    assert {stream[i][2] for i in range(40)} == {"one", "eins", "three"}
+    assert {prepared.captions[stream[i][2]] for i in range(40)} == {"one", "eins", "three"}
 
 
 @pytest.mark.parametrize("channels, colour", [(1, (76,)), (3, (255, 0, 0)), (4, (255, 0, 0, 128))])
@@ -283,7 +284,8 @@ def test_a_random_flip_mirrors_half_of_the_visits(tmp_path):
     config = configs.load(path)
     prepared = pictures.prepare(config.data)
     tokenizer = tiny.build.train_tokenizer(["cat"], 600, 20)
-    left_is_red = next(batches(prepared, config, tokenizer))["pixel_values"][:, 0, 8, 2] > 0
+    texts = cached_texts(prepared, tokenizer, None, tmp_path)
+    left_is_red = next(batches(prepared, config, texts))["pixel_values"][:, 0, 8, 2] > 0
     assert 70 < left_is_red.sum() < 130
 
 

@@ -227,12 +227,14 @@ def launch(path, *overrides):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number, code):
-    path = tiny.config_file(tmp_path, train={"max_steps": 100_000}, checkpoint={"every_steps": None})
+@pytest.mark.parametrize("number, code, workers", [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
+def test_a_signal_to_the_whole_group_saves_and_leaves_with_its_code(tmp_path, number, code, workers):
+    train = {"max_steps": 100_000, "num_workers": workers}
+    path = tiny.config_file(tmp_path, train=train, checkpoint={"every_steps": None})
     child = launch(path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -241,7 +243,7 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number, code):
             break
         assert child.poll() is None, child.stdout.read()
         time.sleep(0.1)
-    child.send_signal(number)
+    os.killpg(child.pid, number)
     out, _ = child.communicate(timeout=60)
     assert child.returncode == code, out
     last = metrics(tmp_path)[-1]["step"]

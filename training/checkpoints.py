@@ -33,12 +33,16 @@ class CannotSave(Exception):
 def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
     """Inside, the trained parameters of `module` are the averaged ones."""
     parameters = trained(module)
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    raw = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():  # one by one, since sharded tensors know no fused copy
+        for parameter, shadow in zip(parameters, ema.shadow_params):
+            parameter.copy_(shadow)
     try:
         yield
     finally:
-        ema.restore(parameters)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, raw):
+                parameter.copy_(value)
 
 
 def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:

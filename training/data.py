@@ -4,8 +4,8 @@ All randomness of a sample is a function of (seed, epoch, index), so nothing has
 sample gets the same caption, noise and noise level on any number of processes.
 """
 
+import signal
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,9 +32,8 @@ class CaptionedPictures(Dataset):
         caption_dropout: float,
         random_flip: bool = False,
         block: int = 1,
-        caption_numbers: bool = False,
     ):
-        self.pictures, self.seed, self.block, self.caption_numbers = pictures, seed, block, caption_numbers
+        self.pictures, self.seed, self.block = pictures, seed, block
         self.caption_dropout, self.random_flip = caption_dropout, random_flip
         train = pictures.select("train")
         buckets = pictures.table["bucket"][train]
@@ -55,10 +54,10 @@ class CaptionedPictures(Dataset):
             blocks += list(np.resize(shuffled, -(-len(part) // self.block) * self.block).reshape(-1, self.block))
         return np.concatenate([blocks[k] for k in rng.permutation(len(blocks))])
 
-    def __getitem__(self, position: int) -> tuple[int, bool, str | int, float, int]:
-        """Number of the picture, whether to mirror it, caption, uniform number for the noise level, seed of the noise.
+    def __getitem__(self, position: int) -> tuple[int, bool, int, float, int]:
+        """Number of the picture, whether to mirror it, number of the caption, and for the noise its level and seed.
 
-        The caption is '' where dropped; with `caption_numbers` it is its number, and the count of captions where dropped.
+        A dropped caption has the number past the last; the level is a uniform number in [0, 1).
         """
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
@@ -73,7 +72,7 @@ class CaptionedPictures(Dataset):
         u = (self._first_u + position * GOLDEN_RATIO) % 1.0
         seed = int(rng.integers(2**63))
         flip = self.random_flip and rng.random() < 0.5
-        return index, flip, number if self.caption_numbers else self.caption(number), u, seed
+        return index, flip, number, u, seed
 
     def caption(self, number: int) -> str:
         """A caption by its number; '' for the one past the last."""
@@ -96,39 +95,31 @@ class Positions(Sampler):
 def batches(
     pictures: PictureSet,
     config: Config,
-    tokenizer,
+    texts: np.ndarray,
     rank: int = 0,
     num_processes: int = 1,
     start: int = 0,
     latents: np.ndarray | None = None,
-    embeddings: np.ndarray | None = None,
 ) -> Iterator[dict]:
     """Endless training batches of one process, from global position `start` on.
 
     Args:
-        latents, embeddings: what `latents.cached_latents` and `cached_embeddings` made, if they did.
+        texts: token ids or embeddings of all captions, from `latents.cached_texts`.
+        latents: from `latents.cached_latents`, if they were made.
 
     Yields:
         `pixel_values` (B, C, H, W) float32 in [-1, 1], or `x_0` (B, C, h, w) where there are latents; `text`, which is
         token ids (B, L) or embeddings (B, L, D); `u` (B,) in [0, 1); `noise_seed` (B,).
     """
 
-    @lru_cache(maxsize=100_000)  # captions come back every epoch
-    def token_ids(caption):
-        return tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
-
     def collate(samples):
         numbers, flips, captions, u, seeds = zip(*samples)
-        batch = {"u": torch.tensor(u), "noise_seed": torch.tensor(seeds)}
+        batch = {"u": torch.tensor(u), "noise_seed": torch.tensor(seeds), "text": torch.from_numpy(texts[list(captions)])}
         if latents is None:
             shown = (pictures.picture(i) for i in numbers)
             batch["pixel_values"] = to_pixel_values(np.stack([p[:, ::-1] if f else p for p, f in zip(shown, flips)]))
         else:
             batch["x_0"] = torch.from_numpy(latents[list(numbers)])
-        if embeddings is None:
-            batch["text"] = torch.stack([token_ids(caption) for caption in captions])
-        else:
-            batch["text"] = torch.from_numpy(embeddings[list(captions)])
         return batch
 
     block = config.train.batch_size * num_processes
@@ -137,16 +128,24 @@ def batches(
     dropout, flip = config.objective.caption_dropout, config.data.random_flip
     return iter(
         DataLoader(
-            CaptionedPictures(pictures, config.seed, dropout, flip, block, embeddings is not None),
+            CaptionedPictures(pictures, config.seed, dropout, flip, block),
             batch_sampler=Positions(config.train.batch_size, rank, num_processes, start),
             collate_fn=collate,
             num_workers=config.train.num_workers,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
     )
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach every process of a group; the trainer still needs its workers to end the step under way."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def noise_for(seeds: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normal noise `(B, *shape)`, each sample's from its own seed."""
-    rows = [torch.randn(shape, generator=torch.Generator(device).manual_seed(int(s)), device=device) for s in seeds]
+    generator = torch.Generator(device)
+    rows = [torch.randn(shape, generator=generator.manual_seed(int(s)), device=device) for s in seeds]
     return torch.stack(rows)

@@ -19,6 +19,7 @@ from sfumato.training.config import Config
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA
 from sfumato.training.evaluation import grid
+from sfumato.training.latents import cached_texts
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet, prepare
 
@@ -175,14 +176,14 @@ def _cost(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[F
     denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(device)
     parameters = checkpoints.trained(denoiser)
     optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, config.ema.decay)
-    batch = next(batches(pictures, config, pipe.tokenizer))
+    text = next(batches(pictures, config, cached_texts(pictures, pipe.tokenizer, None, config.data.cache_dir)))["text"]
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     x = torch.randn(config.train.batch_size, channels, size, size, device=device)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
         t = torch.zeros(len(x), dtype=torch.long, device=device)
-        denoiser(x, t, batch["text"].to(device)).square().mean().backward()
+        denoiser(x, t, text.to(device)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)

@@ -45,7 +45,7 @@ def _hash(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def _stored(path: Path, count: int, compute: Callable[[list[int]], np.ndarray], what: str) -> np.ndarray:
+def _stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
     """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
 
     Several processes may call at once: one computes, the others wait.
@@ -54,8 +54,8 @@ def _stored(path: Path, count: int, compute: Callable[[list[int]], np.ndarray], 
     with FileLock(f"{path}.lock"):
         if not path.is_file():
             new, array = path.with_name(f".{path.name}.new"), None
-            for start in tqdm(range(0, count, 64), desc=what, unit="batch"):
-                rows = compute(list(range(start, min(start + 64, count))))
+            for start in tqdm(range(0, count, batch), desc=what, unit="batch"):
+                rows = compute(range(start, min(start + batch, count)))
                 if array is None:
                     array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
                 array[start : start + len(rows)] = rows
@@ -78,15 +78,20 @@ def cached_latents(pictures: PictureSet, vae: AutoencoderKL, cache_dir: str) -> 
 
 
 @torch.no_grad()
-def cached_embeddings(pictures: PictureSet, text_encoder, tokenizer, cache_dir: str) -> np.ndarray:
-    """Embeddings of every caption and, last, of the empty one, `(N + 1, L, D)` float32; keyed by content as above."""
-    device = next(text_encoder.parameters()).device
-    key = _hash(pictures.fingerprint, text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length)
+def cached_texts(pictures: PictureSet, tokenizer, text_encoder, cache_dir: str) -> np.ndarray:
+    """What the text encoder reads of every caption and, last, of the empty one: token ids, `(N + 1, L)` int64.
+
+    With a `text_encoder`, what it says: embeddings, `(N + 1, L, D)` float32. Keyed by content as above.
+    """
     count = len(pictures.captions)
+    key = _hash(pictures.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
 
     def compute(numbers):
         texts = [pictures.captions[i] if i < count else "" for i in numbers]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return text_encoder(ids.to(device))[0].float().cpu().numpy()
+        if text_encoder is None:
+            return ids.numpy()
+        return text_encoder(ids.to(next(text_encoder.parameters()).device))[0].float().cpu().numpy()
 
-    return _stored(Path(cache_dir).expanduser() / f"embeddings-{key}.npy", count + 1, compute, "encoding captions")
+    name, batch = ("tokens", 4096) if text_encoder is None else ("embeddings", 64)
+    return _stored(Path(cache_dir).expanduser() / f"{name}-{key}.npy", count + 1, compute, "reading captions", batch)

@@ -21,7 +21,7 @@ from sfumato.training import config as configs
 from sfumato.training.build import Denoiser, build_pipeline
 from sfumato.training.data import batches, noise_for
 from sfumato.training.ema import EMA
-from sfumato.training.latents import cached_embeddings, cached_latents, encode, is_identity
+from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity
 from sfumato.training.objectives import curriculum, loss_weight, lr_scale, sample_timesteps, weighted_mse
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet
@@ -38,13 +38,13 @@ class Run:
     config: configs.Config
     accelerator: Accelerator
     pictures: PictureSet
+    texts: np.ndarray  # token ids or embeddings of every caption
+    latents: np.ndarray | None  # x_0 of every picture, where kept
     pipe: SfumatoPipeline
     denoiser: Denoiser  # the pipeline's UNet and text encoder
     model: torch.nn.Module  # the denoiser as Accelerate runs it
     optimizer: torch.optim.Optimizer
     ema: EMA
-    latents: np.ndarray | None  # x_0 of every picture, where cached
-    embeddings: np.ndarray | None  # of every caption, where cached
     state: dict  # how far the run is; what a checkpoint keeps
 
     @property
@@ -102,26 +102,25 @@ def prepare(config: configs.Config) -> Run:
         accelerator.print(f"goes on from {checkpoint}")
         for line in differences(stored, origin(config, accelerator, pictures)):
             accelerator.print(f"  {line}")
-    latents, embeddings = cached(config, pictures, pipe)
-    return Run(config, accelerator, pictures, pipe, denoiser, model, optimizer, ema, latents, embeddings, state)
+    texts, latents = cached(config, pictures, pipe)
+    return Run(config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state)
 
 
-def cached(config: configs.Config, pictures: PictureSet, pipe: SfumatoPipeline) -> tuple:
-    """Latents and embeddings of the whole data set, each None where it is not to be cached.
+def cached(config: configs.Config, pictures: PictureSet, pipe: SfumatoPipeline) -> tuple[np.ndarray, np.ndarray | None]:
+    """Token ids or embeddings of all captions, and latents of all pictures where they are to be kept.
 
     Raises:
         ValueError: embeddings of a text encoder that is trained, or latents of a pixel model.
     """
-    latents = embeddings = None
-    if config.data.cache_latents:
-        if is_identity(pipe.vae):
-            raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
-        latents = cached_latents(pictures, pipe.vae, config.data.cache_dir)
-    if config.data.cache_embeddings:
-        if any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
-            raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
-        embeddings = cached_embeddings(pictures, pipe.text_encoder, pipe.tokenizer, config.data.cache_dir)
-    return latents, embeddings
+    data, latents = config.data, None
+    if data.cache_latents and is_identity(pipe.vae):
+        raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
+    if data.cache_embeddings and any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
+        raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
+    if data.cache_latents:
+        latents = cached_latents(pictures, pipe.vae, data.cache_dir)
+    encoder = pipe.text_encoder if data.cache_embeddings else None
+    return cached_texts(pictures, pipe.tokenizer, encoder, data.cache_dir), latents
 
 
 def on_main(accelerator: Accelerator, function, *arguments):
@@ -202,6 +201,10 @@ def facts(run: Run) -> dict:
         "caption dropout": c.objective.caption_dropout,
         "guidance_scale": c.validation.guidance_scale,
     }
+    if c.init_from is not None:
+        known["base_model"] = c.init_from
+    if c.lora.rank:
+        known["LoRA rank"] = c.lora.rank
     if c.data.name == "openmoji":
         known |= {"license": openmoji.LICENSE, "language": c.data.languages, "data licence": openmoji.ATTRIBUTION}
     return known
@@ -218,10 +221,8 @@ def train(run: Run) -> int:
     parameters, o = checkpoints.trained(run.denoiser), c.objective
     model, optimizer = run.model, run.optimizer
     snr = scheduler.snr(torch.arange(scheduler.config.num_train_timesteps)).to(device)
-    loader = batches(
-        run.pictures, c, pipe.tokenizer, accelerator.process_index, accelerator.num_processes, state["images_seen"],
-        run.latents, run.embeddings,
-    )  # fmt: skip
+    rank, world = accelerator.process_index, accelerator.num_processes
+    loader = batches(run.pictures, c, run.texts, rank, world, state["images_seen"], run.latents)
     log = Log(c, accelerator, run.pictures, state["step"])
     stop = StopSignal()
     bad_in_a_row, started = 0, time.monotonic() - state["seconds"]
@@ -301,7 +302,7 @@ def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter
     if accelerator.distributed_type == DistributedType.FSDP:
         return accelerator.clip_grad_norm_(parameters, max_norm)
     accelerator.unscale_gradients()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
     if norm > max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

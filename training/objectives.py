@@ -22,13 +22,12 @@ def sample_timesteps(
         `(B,)` int64 in [0, T).
     """
     log_snr = snr.clamp(min=1e-20).log()
-    first = min(int((log_snr > max_log_snr).sum()), len(snr) - 1)
+    first = min(int((log_snr > max_log_snr).sum()), len(snr) - 1) if max_log_snr < math.inf else 0
     if kind == "uniform":
         return (first + u * (len(snr) - first)).long().clamp(max=len(snr) - 1)
-    normal = torch.distributions.Normal(mean, std)
     # Uniform numbers between the two ends' quantiles give the normal cut to the range of the schedule.
-    low, high = normal.cdf(log_snr[-1]), normal.cdf(log_snr[first])
-    wanted = normal.icdf((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
+    low, high = (torch.special.ndtr((log_snr[end] - mean) / std) for end in (-1, first))
+    wanted = mean + std * torch.special.ndtri((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
     return torch.searchsorted(-log_snr, -wanted).clamp(first, len(snr) - 1)
 
 
@@ -68,4 +67,4 @@ def lr_scale(step: int, fraction_done: float, warmup_steps: int, decay: str) -> 
         return warm
     if decay == "linear":
         return warm * left
-    return warm * 0.5 * float(1 - torch.cos(torch.tensor(left) * torch.pi))
+    return warm * 0.5 * (1 - math.cos(left * math.pi))
