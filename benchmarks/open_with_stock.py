@@ -20,7 +20,7 @@ pipe = DiffusionPipeline.from_pretrained(folder)
 images = pipe(
     prompts,
     num_inference_steps=30,
-    guidance_scale=3.0,
+    guidance_scale=1.5,
     generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
 ).images
 assert "sfumato" not in sys.modules
@@ -30,4 +30,4 @@ make_image_grid(large, rows=len(large) // columns, cols=columns).save(out)
 print(f"{type(pipe).__name__} drew {', '.join(prompts)}: {out}")
 print("Try it:")
 print("  from diffusers import DiffusionPipeline")
-print(f"  DiffusionPipeline.from_pretrained({folder!r})({prompts[0]!r}, guidance_scale=3).images[0].save('out.png')")
+print(f"  DiffusionPipeline.from_pretrained({folder!r})({prompts[0]!r}, guidance_scale=1.5).images[0].save('out.png')")
