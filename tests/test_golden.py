@@ -18,7 +18,7 @@ def losses(folder: Path) -> list[float]:
     path = tiny.config_file(
         folder,
         train={"max_steps": 30, "gradient_accumulation_steps": 2},
-        objective={"timesteps": "normal", "weight": "min_snr", "min_snr_floor": 0.2, "curriculum": 0.3},
+        objective={"timesteps": "normal", "weight": "min_snr", "min_snr_floor": 0.2},
         checkpoint={"every_steps": None},
         validation={"num_shapes": 1},
     )

@@ -75,7 +75,6 @@ class ObjectiveConfig:
     timesteps: Literal["uniform", "normal"] = "uniform"  # normal: log-SNR from N(mean, std)
     log_snr_mean: float = 0.0
     log_snr_std: float = 2.0
-    curriculum: float = 0.0  # the share of the run over which levels are added, from the noisiest to the cleanest
     weight: Literal["unit", "min_snr"] = "unit"
     min_snr_gamma: float = 5.0
     min_snr_floor: float = 0.0  # least weight on x_0, for the noisiest steps
@@ -192,7 +191,6 @@ def _check_models(config: Config, need) -> None:
     )
     need(0 <= config.objective.caption_dropout <= 1, "objective.caption_dropout", "must be in [0, 1]")
     need(config.objective.log_snr_std > 0, "objective.log_snr_std", "must be positive")
-    need(0 <= config.objective.curriculum < 1, "objective.curriculum", "must be in [0, 1)")
     need(config.objective.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
     gamma = config.objective.min_snr_gamma
     need(0 <= config.objective.min_snr_floor <= gamma, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={gamma}]")

@@ -22,7 +22,7 @@ from sfumato.training.build import Denoiser, build_pipeline
 from sfumato.training.data import batches, noise_for
 from sfumato.training.ema import EMA
 from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity
-from sfumato.training.objectives import curriculum, loss_weight, lr_scale, sample_timesteps, weighted_mse
+from sfumato.training.objectives import loss_weight, lr_scale, sample_timesteps, weighted_mse
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet
 from sfumato.training.pictures import prepare as prepare_pictures
@@ -237,9 +237,7 @@ def train(run: Run) -> int:
                 x_0 = batch["x_0"].to(device) if "x_0" in batch else encode(pipe.vae, batch["pixel_values"].to(device))
                 torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
                 noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)
-                t = sample_timesteps(
-                    batch["u"].to(device), snr, o.timesteps, o.log_snr_mean, o.log_snr_std, curriculum(done, o.curriculum)
-                )
+                t = sample_timesteps(batch["u"].to(device), snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
                 x_t = scheduler.add_noise(x_0, noise, t)
                 prediction = model(x_t, t, batch["text"].to(device))
                 target = scheduler.training_target(x_0, noise, t)

@@ -5,9 +5,7 @@ import math
 import torch
 
 
-def sample_timesteps(
-    u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float = 0.0, std: float = 2.0, max_log_snr: float = math.inf
-) -> torch.Tensor:
+def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float = 0.0, std: float = 2.0) -> torch.Tensor:
     """Turn uniform numbers into timesteps.
 
     Args:
@@ -16,28 +14,17 @@ def sample_timesteps(
         kind: `uniform` over timesteps; or `normal`: log-SNR from N(mean, std), cut to the schedule's range, as an
             importance sampling of noise levels (Karras et al. 2022, section 5, arXiv 2206.00364).
         mean, std: of the log-SNR in nats.
-        max_log_snr: only noise levels up to this log-SNR; see `curriculum`.
 
     Returns:
         `(B,)` int64 in [0, T).
     """
-    log_snr = snr.clamp(min=1e-20).log()
-    first = min(int((log_snr > max_log_snr).sum()), len(snr) - 1) if max_log_snr < math.inf else 0
     if kind == "uniform":
-        return (first + u * (len(snr) - first)).long().clamp(max=len(snr) - 1)
+        return (u * len(snr)).long().clamp(max=len(snr) - 1)
+    log_snr = snr.clamp(min=1e-20).log()
     # Uniform numbers between the two ends' quantiles give the normal cut to the range of the schedule.
-    low, high = (torch.special.ndtr((log_snr[end] - mean) / std) for end in (-1, first))
+    low, high = (torch.special.ndtr((end - mean) / std) for end in (log_snr[-1], log_snr[0]))
     wanted = mean + std * torch.special.ndtri((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
-    return torch.searchsorted(-log_snr, -wanted).clamp(first, len(snr) - 1)
-
-
-def curriculum(fraction_done: float, share: float, first: float = -4.0, last: float = 8.0) -> float:
-    """The largest log-SNR that is trained: rises from `first` to `last` over the first `share` of a run, then no limit.
-
-    The noisiest levels, where a picture is drawn from its caption alone, come first, as in Kim et al. 2024 (arXiv
-    2403.10348), who train from high noise to low.
-    """
-    return first + (last - first) * fraction_done / share if fraction_done < share else math.inf
+    return torch.searchsorted(-log_snr, -wanted).clamp(max=len(snr) - 1)
 
 
 def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float = 5.0, floor: float = 0.0) -> torch.Tensor:

@@ -26,12 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
     try:
-        return loop.train(run)
+        code = loop.train(run)
     except loop.checkpoints.CannotSave as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 4
-    finally:
-        run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()  # none tears the process group down while another still needs it
+    run.accelerator.end_training()
+    return code
 
 
 if __name__ == "__main__":
