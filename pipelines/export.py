@@ -116,7 +116,7 @@ def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gal
         tags=["diffusers", "sfumato", "text-to-image"]
         + (["diffusers-training"] if facts else [])
         + (["trained-from-scratch"] if facts and not base else []),
-        base_model=base if base and not os.path.exists(base) else None,
+        base_model=base if base and base.count("/") == 1 else None,
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
     lines = {

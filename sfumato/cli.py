@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return {"train": _train, "sample": _sample, "export": _export, "doctor": _doctor}[options.verb](options)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
 

@@ -66,7 +66,9 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
 def build_text_encoder(config: TextEncoderConfig, captions: list[str]) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Tokenizer and text encoder, from random weights or pretrained (a folder or Hub id that holds both)."""
     if config.pretrained is not None:
-        encoder = CLIPTextModel.from_pretrained(config.pretrained, subfolder=_subfolder(config.pretrained, "text_encoder"))
+        encoder = CLIPTextModel.from_pretrained(
+            config.pretrained, subfolder=_subfolder(config.pretrained, "text_encoder"), dtype=torch.float32
+        )
         tokenizer = CLIPTokenizer.from_pretrained(config.pretrained, subfolder=_subfolder(config.pretrained, "tokenizer"))
     else:
         tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
@@ -196,7 +198,7 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         ModuleNotFoundError: LoRA needs the package peft.
     """
     try:
-        pipe = SfumatoPipeline.from_pretrained(config.init_from)
+        pipe = SfumatoPipeline.from_pretrained(config.init_from, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
     if type(pipe.scheduler) is not SfumatoDDPMScheduler:  # the sampler that the folder names; its schedule is what counts
@@ -208,6 +210,7 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
     if config.data.resolution % pipe.vae_scale_factor:
         raise ValueError(f"data.resolution={config.data.resolution} must be a multiple of {pipe.vae_scale_factor}")
+    pipe.unet.register_to_config(sample_size=config.data.resolution // pipe.vae_scale_factor)
     torch.manual_seed(config.seed)
     pipe.vae.requires_grad_(False).eval()
     train_text = bool(config.text_encoder.train) and not config.lora.rank

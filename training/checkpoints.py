@@ -31,8 +31,9 @@ class CannotSave(Exception):
 
 @contextmanager
 def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
-    """Inside, the trained parameters of `module` are the averaged ones."""
-    parameters = trained(module)
+    """Inside, the trained parameters of `module` are the averaged ones, and it is in evaluation mode."""
+    parameters, training = trained(module), [part for part in module.modules() if part.training]
+    module.eval()  # no dropout in what is drawn
     raw = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():  # one by one, since sharded tensors know no fused copy
         for parameter, shadow in zip(parameters, ema.shadow_params):
@@ -43,6 +44,8 @@ def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, raw):
                 parameter.copy_(value)
+        for part in training:
+            part.training = True
 
 
 def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -150,7 +153,8 @@ def save(
             f"could not save {folder}: {error}. The checkpoints before it are untouched; "
             "make room and go on with checkpoint.resume=auto"
         ) from error
-    for old in folders(output_dir)[:-keep]:
+    newer = [path for path in folders(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
+    for old in newer + [path for path in folders(output_dir) if path.name <= folder.name][:-keep]:
         _remove(old)
     return folder
 
@@ -196,14 +200,17 @@ def _sync(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its hashes; None where it is whole."""
     try:
-        files = json.loads((folder / "state.json").read_text())["files"]
+        files = dict(json.loads((folder / "state.json").read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return "state.json is missing or damaged"
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != expected:
-            return f"{name} has changed"
+        try:
+            if _sha256(folder / name) != expected:
+                return f"{name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -235,7 +242,7 @@ def find(resume: str | None, output_dir: Path, every_steps: int | None = None) -
             faults.append(f"{folder}: {fault}")
         if faults:
             raise ValueError(f"no checkpoint of {output_dir} is whole: {'; '.join(faults)}")
-        if (steps := last_step(output_dir / "metrics.jsonl")) > (every_steps or 0) and steps > 0:
+        if every_steps is not None and (steps := last_step(output_dir / "metrics.jsonl")) > every_steps:
             raise ValueError(
                 f"{output_dir} holds a run of {steps} steps but no checkpoint; remove it or choose another output_dir"
             )

@@ -231,6 +231,9 @@ def _check_run(config: Config, need) -> None:
         value = getattr(getattr(config, section), key)
         need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
+    need(config.seed >= 0, "seed", "must not be negative")
+    need(config.validation.num_shapes > 0, "validation.num_shapes", "must be positive")
+    need(0 <= config.validation.guidance_scale < 1000, "validation.guidance_scale", "must be in [0, 1000)")
     need(config.validation.num_inference_steps > 0, "validation.num_inference_steps", "must be positive")
     need(
         config.train.max_steps is not None or config.train.max_minutes is not None,

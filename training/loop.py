@@ -69,6 +69,8 @@ def prepare(config: configs.Config) -> Run:
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml spreads the same state over GPUs")
+    if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
+        raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(config.train.num_threads or max(1, (os.cpu_count() or 1) // local))
@@ -80,6 +82,11 @@ def prepare(config: configs.Config) -> Run:
     if checkpoint:
         pipe.register_modules(tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer"))
     warn_of_long_captions(pipe, captions)
+    if config.validation.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"validation.num_inference_steps={config.validation.num_inference_steps}: "
+            f"the model has {pipe.scheduler.config.num_train_timesteps} steps"
+        )
     pipe.vae.to(accelerator.device)
     denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(accelerator.device)
     if config.train.gradient_checkpointing:
@@ -88,6 +95,7 @@ def prepare(config: configs.Config) -> Run:
         pipe.unet.compile()
     elif config.train.compile == "regional":
         pipe.unet.compile_repeated_blocks()
+    texts, latents = cached(config, pictures, pipe)
     optimizer = build_optimizer(config.optim, checkpoints.trained(denoiser))
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     ema = EMA(checkpoints.trained(denoiser), config.ema.decay, config.ema.offload)
@@ -102,7 +110,6 @@ def prepare(config: configs.Config) -> Run:
         accelerator.print(f"goes on from {checkpoint}")
         for line in differences(stored, origin(config, accelerator, pictures)):
             accelerator.print(f"  {line}")
-    texts, latents = cached(config, pictures, pipe)
     return Run(config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state)
 
 
@@ -185,12 +192,17 @@ def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
         )
 
 
+def public_name(source: str) -> str:
+    """A Hub id or a word as it is; of a path of this machine, the last part."""
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
 def facts(run: Run) -> dict:
     """What the model card tells of this run."""
     c, state = run.config, run.state
     known = {
         "title": c.title,
-        "data": f"{c.data.name}, {len(run.pictures.select('train'))} training pictures",
+        "data": f"{public_name(c.data.name)}, {len(run.pictures.select('train'))} training pictures",
         "steps": state["step"],
         "pictures seen": state["images_seen"],
         "training time": f"{state['seconds'] / 60:.1f} minutes",
@@ -202,7 +214,7 @@ def facts(run: Run) -> dict:
         "guidance_scale": c.validation.guidance_scale,
     }
     if c.init_from is not None:
-        known["base_model"] = c.init_from
+        known["base_model"] = public_name(c.init_from)
     if c.lora.rank:
         known["LoRA rank"] = c.lora.rank
     if c.data.name == "openmoji":
@@ -298,7 +310,8 @@ def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter
     Gradients within the limit, the usual case, are read once and not written: `clip_grad_norm_` multiplies them by 1.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        return accelerator.clip_grad_norm_(parameters, max_norm)
+        norm = accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     accelerator.unscale_gradients()
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
     if norm > max_norm:

@@ -17,7 +17,7 @@ _PEOPLE = {"man", "woman", "person"}
 
 def share(text: str) -> float:
     """A number in [0, 1) that depends on the text alone; used to hold out records."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:4], "big") / 2**32
 
 
 def _split(code: str, name: str) -> str:

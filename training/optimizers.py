@@ -37,7 +37,7 @@ def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -
     """AdamW (fused), AdamW with 8-bit state, or Muon for matrices beside AdamW.
 
     Raises:
-        ValueError: `adamw_8bit` without bitsandbytes or without a GPU.
+        ValueError: `adamw_8bit` without bitsandbytes.
     """
     settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
     if config.name == "muon":

@@ -27,10 +27,16 @@ from sfumato.training.sources import Record, open_source
 
 MAX_PIXELS = 32_000_000
 MIN_SIDE = 4
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SPLITS = ("train", "held_out", "held_out_combination")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 UNSEEN = ("cache_dir", "random_flip", "cache_latents", "cache_embeddings")  # settings that change no prepared picture
 RECORD = np.dtype([("bucket", "u2"), ("row", "u4"), ("split", "u1"), ("first_caption", "u8"), ("num_captions", "u4")])
+
+
+def _open(source: Path | bytes) -> Image.Image:
+    """A picture in a plain format; others, such as EPS, run programs of their own on what a stranger wrote."""
+    return Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS)
 
 
 def read_picture(
@@ -51,7 +57,7 @@ def read_picture(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PIL, on large and on odd pictures: we have our own words for both
-            picture = Image.open(source if isinstance(source, Path) else BytesIO(source))
+            picture = _open(source)
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels")
             if min(picture.size) < MIN_SIDE:
@@ -80,7 +86,7 @@ def read_picture(
         raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError("not a picture") from error
-    except (OSError, SyntaxError, EOFError, MemoryError, IndexError) as error:
+    except Exception as error:  # PIL raises nearly anything on a damaged file
         raise ValueError("damaged picture") from error
     wanted, how = (size[1], size[0]), Image.Resampling.LANCZOS
     if resize == "stretch":
@@ -259,10 +265,10 @@ def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, not
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                with Image.open(record.picture if isinstance(record.picture, Path) else BytesIO(record.picture)) as picture:
+                with _open(record.picture) as picture:
                     turned = picture.getexif().get(0x0112, 1) >= 5
                     width, height = picture.size[::-1] if turned else picture.size
-            except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError):
+            except Exception:
                 width = height = 1  # read_picture says what is wrong
         aspect = math.log(max(width, 1) / max(height, 1))
         bucket = min(range(len(buckets)), key=lambda k: abs(math.log(buckets[k][1] / buckets[k][0]) - aspect))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import fsspec
 import numpy as np
 
 from sfumato.training import openmoji, shapes
@@ -96,7 +97,7 @@ def _folder(folder: Path, config: DataConfig) -> Iterator[Record]:
             return _metadata(folder, folder / name, config)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if any(path.with_suffix(".txt").is_file() for path in files):
-        return (_in_folder(folder, str(p.relative_to(folder)), _text_file(p.with_suffix(".txt"))) for p in files)
+        return (_in_folder(folder, str(p.relative_to(folder)), _text_file(folder, p.with_suffix(".txt"))) for p in files)
     if any(path.parent == folder for path in files):
         raise ValueError(
             f"{folder} has pictures but no captions; add metadata.csv or metadata.jsonl (file_name, text), a .txt beside "
@@ -128,28 +129,38 @@ def _rows(path: Path) -> Iterator[dict | None]:
     # Bytes that are not UTF-8 pass as surrogates, so that one bad caption is one bad record.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         if path.suffix == ".csv":
-            yield from csv.DictReader(lines)
+            csv.field_size_limit(10_000_000)
+            try:
+                yield from csv.DictReader(lines)
+            except csv.Error:  # no line after it can be trusted
+                yield None
             return
         for line in lines:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield None
 
 
 def _in_folder(folder: Path, name: str, caption) -> Record:
     captions, fault = captions_of(caption)
-    path = (folder / name).resolve() if "\0" not in name else folder.parent
-    if not path.is_relative_to(folder):
-        fault = "outside the folder"
-    elif not path.is_file():
-        fault = "missing"
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            fault = "outside the folder"
+        elif not path.is_file():
+            fault = "missing"
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, characters that no file name has
+        return Record(name, fault="not a file name")
     return Record(name, path, captions, fault=fault)
 
 
-def _text_file(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
+def _text_file(folder: Path, path: Path) -> str:
+    if not path.is_file() or not path.resolve().is_relative_to(folder):
+        return ""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read(MAX_CAPTION_CHARACTERS + 1)
 
 
 def _tars(paths: list[Path], config: DataConfig) -> Iterator[Record]:
@@ -177,7 +188,8 @@ def _tars(paths: list[Path], config: DataConfig) -> Iterator[Record]:
                         if parts:
                             yield _joined(f"{path.name}/{key}", parts, config)
                         key, parts = here, {}
-                    parts[ending.lower()] = archive.extractfile(member).read()
+                    if (ending := ending.lower()) in ("txt", "cls", "json") or f".{ending}" in SUFFIXES:
+                        parts.setdefault(ending, archive.extractfile(member).read())
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             yield Record(path.name, fault=f"damaged archive, read up to the damage ({type(error).__name__})")
         if parts:
@@ -192,7 +204,7 @@ def _joined(name: str, parts: dict[str, bytes], config: DataConfig) -> Record:
             caption = json.loads(parts["json"]).get(config.caption_column or "text")
         if caption is None and (text := parts.get("txt", parts.get("cls"))) is not None:
             caption = text.decode("utf-8", "surrogateescape")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return Record(name, fault="damaged json")
     captions, fault = captions_of(caption)
     return Record(name, picture, captions, fault="no picture" if picture is None else fault)
@@ -217,20 +229,22 @@ def _table(where: dict, config: DataConfig) -> Iterator[Record]:
         )
     rows = rows.cast_column(image, datasets.Image(decode=False))
     label = features.get(caption)
-    return _cells(rows, image, caption, label.int2str if isinstance(label, datasets.ClassLabel) else None)
+    return _cells(rows, where["path"], image, caption, label.int2str if isinstance(label, datasets.ClassLabel) else None)
 
 
-def _cells(rows, image: str, caption: str, label_name: Callable[[int], str] | None) -> Iterator[Record]:
+def _cells(rows, name: str, image: str, caption: str, label_name: Callable[[int], str] | None) -> Iterator[Record]:
     for number, row in enumerate(rows):
         value, cell = row[caption], row[image] or {}
         if label_name and value is not None:
             value = label_name(value).replace("_", " ") if value >= 0 else None
         captions, fault = captions_of(value)
         body = cell.get("bytes")
-        if body is None and str(cell.get("path")).startswith(("hf://", "zip://")):
-            import fsspec
-
-            with fsspec.open(cell["path"]) as file:
-                body = file.read(MAX_FILE_BYTES)
-        # A path to a file of this machine inside a stranger's table is not followed.
-        yield Record(f"row {number}", body, captions, fault="no picture" if body is None else fault)
+        path = str(cell.get("path"))
+        if body is None and path.split("::")[-1].startswith(f"hf://datasets/{name}@"):
+            try:
+                with fsspec.open(path) as file:
+                    body = file.read(MAX_FILE_BYTES)
+            except (OSError, ValueError) as error:
+                fault = f"cannot be fetched ({type(error).__name__})"
+        # No other path inside a stranger's table is followed: it may name a file of this machine, or any address.
+        yield Record(f"row {number}", body, captions, fault=fault or ("no picture" if body is None else None))

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         code = loop.train(run)
-    except loop.checkpoints.CannotSave as error:
+    except (loop.checkpoints.CannotSave, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 4
     run.accelerator.wait_for_everyone()  # none tears the process group down while another still needs it
