@@ -81,6 +81,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     assert crashes.result(tmp_path / "run") == expected
 
 
+def test_damaged_newer_checkpoints_do_not_push_out_good_ones(tmp_path):
+    path = str(make_config(tmp_path))
+    main([path, "train.max_steps=6"])
+    for name in ("7", "8"):
+        (tmp_path / "run" / "checkpoints" / f"step-0000000{name}").mkdir()
+    with pytest.warns(UserWarning, match="goes on from step-00000006"):
+        main([path, "checkpoint.resume=auto", "train.max_steps=7"])
+    assert [p.name for p in checkpoints.folders(tmp_path / "run")] == ["step-00000006", "step-00000007"]
+    assert all(checkpoints.damage(p) is None for p in checkpoints.folders(tmp_path / "run"))
+
+
 def test_when_no_checkpoint_is_whole_the_run_stops_and_names_each(tmp_path, capsys):
     path = str(make_config(tmp_path))
     main([path])

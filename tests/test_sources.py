@@ -75,6 +75,7 @@ def pictures_and_captions():
         "transparent png": (encoded(Image.new("RGBA", (20, 20))), "x"),
         "animated gif": (animated.getvalue(), "x"),
         "EXIF-rotated png": (encoded(noise, exif=exif(6)), "x"),
+        "EPS named .png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n", "x"),
         "empty caption": (RED, "  "),
         "null caption": (RED, None),
         "caption of 100 KB": (RED, "word " * 20_000),
@@ -112,13 +113,30 @@ def outcomes(folder: Path) -> dict[str, str]:
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         (source / "metadata.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
         judge(label, source, "odd.png")
-    for label, name in {"file name ../outside.png": "../outside.png", "file name of nothing": "gone.png"}.items():
-        source = folder / f"n{name[:2]}"
+    names = {
+        "file name ../outside.png": "../outside.png",
+        "file name of nothing": "gone.png",
+        "file name of 5,000 letters": "n" * 5000,
+        "file name that is half a character": "\ud800.png",
+    }
+    for label, name in names.items():
+        source = folder / f"n{len(label)}"
         picture(source / "good.png")
         picture(folder / "outside.png")
         rows = [{"file_name": "good.png", "text": "good"}, {"file_name": name, "text": "x"}]
         (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        judge(label, source, name)
+        judge(label, source, name.encode("utf-8", "replace").decode())
+    source = folder / "link"
+    picture(source / "good.png")
+    (source / "good.txt").write_text("good")
+    picture(source / "odd.png")
+    (folder / "secret.txt").write_text("secret")
+    (source / "odd.txt").symlink_to(folder / "secret.txt")
+    judge("caption file that is a link out of the folder", source, "odd.png")
+    source = folder / "csv"
+    picture(source / "good.png")
+    (source / "metadata.csv").write_text("file_name,text\ngood.png,good\nodd.png," + "x" * 11_000_000 + "\n")
+    judge("CSV cell of 11 MB", source, "line 2")
     source = folder / "line"
     picture(source / "good.png")
     (source / "metadata.jsonl").write_text('{"file_name": "good.png", "text": "good"}\n{"file_name": \n{"text": "x"}\n')
@@ -168,7 +186,11 @@ def test_tars_are_read_without_extracting(tmp_path):
 def parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     columns = {
-        "picture": [{"bytes": RED, "path": None}, {"bytes": None, "path": "/etc/hostname"}, {"bytes": RED, "path": "x.png"}],
+        "picture": [
+            {"bytes": RED, "path": None},
+            {"bytes": None, "path": "zip://a::file:///etc/hostname"},
+            {"bytes": RED, "path": "x.png"},
+        ],
         "says": [["one", "eins"], ["two"], ["three", None]],
         "kind": [0, 1, 1],
     }

@@ -1,6 +1,6 @@
 """Prepared pictures: every record of a source is read, checked and resized once, and stored decoded.
 
-A prepared set is a folder of flat files, memory-mapped when used, so memory stays the same however many records there are:
+A prepared set is a folder of flat files, memory-mapped when used, so a run holds few bytes a record in memory:
 `pictures-HxW.bin` (uint8, `(N, H, W, C)`, one file a bucket), captions and names as text with their ends, and for each
 record its bucket, row, split and captions.
 """
