@@ -74,10 +74,6 @@ class CaptionedPictures(Dataset):
         flip = self.random_flip and rng.random() < 0.5
         return index, flip, number, u, seed
 
-    def caption(self, number: int) -> str:
-        """A caption by its number; '' for the one past the last."""
-        return self.pictures.captions[number] if number < len(self.pictures.captions) else ""
-
 
 class Positions(Sampler):
     """The positions that one process reads, endlessly: block after block of `batch_size`, dealt out to the processes."""
