@@ -15,7 +15,7 @@ from PIL import Image
 from test_data import claims, folder_config, picture
 
 from sfumato.training import config as configs
-from sfumato.training import pictures
+from sfumato.training import pictures, sources
 from sfumato.training.data import CaptionedPictures, batches
 from sfumato.training.latents import cached_texts
 
@@ -159,7 +159,37 @@ def outcomes(folder: Path) -> dict[str, str]:
     whole = tar(folder / "whole.tar", [*good, ("later.png", RED * 50), ("later.txt", b"x")])
     (folder / "cut.tar").write_bytes(whole.read_bytes()[:4000])
     judge("tar cut in the middle", folder / "cut.tar", "cut.tar")
+    for label, odd in parquet_rows().items():
+        source = folder / label.replace(" ", "-")
+        source.mkdir()
+        write_parquet(source / "0.parquet", [(RED, b"good"), odd])
+        judge(label, source, "row 1")
+    source = folder / "parquets"
+    source.mkdir()
+    write_parquet(source / "0.parquet", [(RED, b"good")])
+    (source / "1.parquet").write_bytes(b"PAR1 and no more")
+    judge("second parquet file damaged", source, "1.parquet")
     return table
+
+
+def parquet_rows():
+    """name -> (picture, caption) of a row; a caption that is not UTF-8 lies about its type."""
+    return {
+        "parquet row whose caption is not UTF-8": (RED, b"caf\xe9"),
+        "parquet row without a picture": (None, b"x"),
+        "parquet row without a caption": (RED, None),
+        "parquet row with a bomb": (claims(50_000, 50_000), b"x"),
+    }
+
+
+def write_parquet(path, rows):
+    """Rows of bare bytes, as tools other than `datasets` write them, and of captions that are declared to be text."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pictures, captions = zip(*rows)
+    binary = pa.array(captions, pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())
+    parquet.write_table(pa.table({"image": pa.array(pictures, pa.binary()), "text": text}), path, write_batch_size=16)
 
 
 def as_markdown(table: dict[str, str]) -> str:
@@ -214,6 +244,15 @@ def test_parquet_columns_lists_and_labels(tmp_path, parquet):
     assert [record["captions"] for record in labels] == [["sea lion"], ["cat"]]
     with pytest.raises(ValueError, match="no column image and text; it has picture, says, kind"):
         pictures.prepare(folder_config(tmp_path, parquet))
+
+
+def test_only_a_few_rows_of_a_large_row_group_are_held(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    body = RED + bytes(100_000)  # 200 MB in one row group
+    write_parquet(tmp_path / "1.parquet", [(body[:-1] + bytes([i % 256]), b"x") for i in range(2000)])
+    records = sources.open_source(folder_config(tmp_path, tmp_path / "1.parquet"))
+    held = [pa.total_allocated_bytes() for _ in records]
+    assert len(held) == 2000 and max(held) < 100_000_000
 
 
 def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):

@@ -60,11 +60,11 @@ def open_source(config: DataConfig) -> Iterator[Record]:
     if tars := [file for file in files if file.name.endswith((".tar", ".tar.gz", ".tgz"))]:
         return _tars(tars, config)
     if parquets := [file for file in files if file.suffix == ".parquet"]:
-        return _table({"path": "parquet", "data_files": [str(file) for file in parquets], "split": "train"}, config)
+        return _parquet(parquets, config)
     if path.is_dir():
         return _folder(path.resolve(), config)
     if config.name.count("/") == 1 and not config.name.startswith((".", "~", "/")) and not path.parent.exists():
-        return _table({"path": config.name, "split": config.split, "revision": config.revision}, config)
+        return _hub(config)
     raise ValueError(
         f"data.name={config.name!r} is neither openmoji nor shapes nor a folder, tar or parquet file that exists, "
         "nor a Hub id (owner/name)"
@@ -188,6 +188,8 @@ def _tars(paths: list[Path], config: DataConfig) -> Iterator[Record]:
                         if parts:
                             yield _joined(f"{path.name}/{key}", parts, config)
                         key, parts = here, {}
+                    if sum(map(len, parts.values())) + member.size > MAX_FILE_BYTES:
+                        continue  # a flood of members under one name
                     if (ending := ending.lower()) in ("txt", "cls", "json") or f".{ending}" in SUFFIXES:
                         parts.setdefault(ending, archive.extractfile(member).read())
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -210,41 +212,77 @@ def _joined(name: str, parts: dict[str, bytes], config: DataConfig) -> Record:
     return Record(name, picture, captions, fault="no picture" if picture is None else fault)
 
 
-def _table(where: dict, config: DataConfig) -> Iterator[Record]:
-    """Rows of a parquet file or Hub data set, read as a stream: nothing but the prepared pictures is stored."""
+def _datasets():
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("parquet files and Hub data sets need a package: pip install 'sfumato[datasets]'") from error
-    try:
-        rows = datasets.load_dataset(**where, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data.name={config.name!r} cannot be read: {error}") from error
-    features = rows.features or {}
+    return datasets
+
+
+def _columns(features: dict, config: DataConfig) -> tuple[str, str, Callable[[int], str] | None]:
+    """The names of the picture and caption columns, and what turns labels into names if captions are labels."""
     image, caption = config.image_column or "image", config.caption_column or "text"
     if features and (missing := [key for key in (image, caption) if key not in features]):
         raise ValueError(
             f"{config.name} has no column {' and '.join(missing)}; it has {', '.join(features)}. "
             "Name them with data.image_column and data.caption_column"
         )
-    rows = rows.cast_column(image, datasets.Image(decode=False))
-    label = features.get(caption)
-    return _cells(rows, where["path"], image, caption, label.int2str if isinstance(label, datasets.ClassLabel) else None)
+    return image, caption, getattr(features.get(caption), "int2str", None)
 
 
-def _cells(rows, name: str, image: str, caption: str, label_name: Callable[[int], str] | None) -> Iterator[Record]:
-    for number, row in enumerate(rows):
-        value, cell = row[caption], row[image] or {}
-        if label_name and value is not None:
-            value = label_name(value).replace("_", " ") if value >= 0 else None
-        captions, fault = captions_of(value)
-        body = cell.get("bytes")
-        path = str(cell.get("path"))
-        if body is None and path.split("::")[-1].startswith(f"hf://datasets/{name}@"):
+def _parquet(paths: list[Path], config: DataConfig) -> Iterator[Record]:
+    """Rows of parquet files, 32 at a time: `datasets` would hold a whole row group, which may be the file."""
+    features_of = _datasets().Features.from_arrow_schema
+    import pyarrow.parquet  # comes with datasets
+
+    try:
+        features = features_of(pyarrow.parquet.read_schema(paths[0]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.name={config.name!r} cannot be read: {error}") from error
+    image, caption, label_name = _columns(features, config)
+    number = 0
+    for path in paths:
+        try:
+            file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+            for batch in file.iter_batches(32, columns=[image, caption], use_threads=False):
+                for i in range(batch.num_rows):
+                    number += 1
+                    try:
+                        cell, value = batch[image][i].as_py(), batch[caption][i].as_py()
+                    except UnicodeDecodeError:
+                        yield Record(f"row {number - 1}", fault="caption is not UTF-8")
+                        continue
+                    body = cell if isinstance(cell, bytes) else cell.get("bytes") if isinstance(cell, dict) else None
+                    # No path inside a stranger's table is followed: it may name a file of this machine, or any address.
+                    yield _row(number - 1, body, value, label_name)
+        except (OSError, ValueError, KeyError) as error:
+            yield Record(path.name, fault=f"damaged parquet file, read up to the damage ({type(error).__name__})")
+
+
+def _hub(config: DataConfig) -> Iterator[Record]:
+    """Rows of a Hub data set, read as a stream: nothing but the prepared pictures is stored."""
+    datasets = _datasets()
+    try:
+        rows = datasets.load_dataset(config.name, split=config.split, revision=config.revision, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data.name={config.name!r} cannot be read: {error}") from error
+    image, caption, label_name = _columns(rows.features or {}, config)
+    for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+        cell, fault = row[image] or {}, None
+        body, path = cell.get("bytes"), str(cell.get("path"))
+        # Of paths in a stranger's table only those into the data set itself are followed.
+        if body is None and path.split("::")[-1].startswith(f"hf://datasets/{config.name}@"):
             try:
                 with fsspec.open(path) as file:
                     body = file.read(MAX_FILE_BYTES)
             except (OSError, ValueError) as error:
                 fault = f"cannot be fetched ({type(error).__name__})"
-        # No other path inside a stranger's table is followed: it may name a file of this machine, or any address.
-        yield Record(f"row {number}", body, captions, fault=fault or ("no picture" if body is None else None))
+        yield _row(number, body, row[caption], label_name, fault)
+
+
+def _row(number: int, body: bytes | None, value, label_name, fault: str | None = None) -> Record:
+    if label_name and value is not None:
+        value = label_name(value).replace("_", " ") if value >= 0 else None
+    captions, wrong = captions_of(value)
+    return Record(f"row {number}", body, captions, fault=fault or wrong or ("no picture" if body is None else None))
