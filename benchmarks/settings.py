@@ -18,6 +18,7 @@ SETTINGS = {
     "bf16": ["train.mixed_precision=bf16"],
     "gradient checkpointing": ["train.gradient_checkpointing=true"],
     "Muon for matrices": ["optim.name=muon"],
+    "8-bit AdamW": ["optim.name=adamw_8bit"],
     "batch 64": ["train.batch_size=64"],
     "batch 64, gradient checkpointing": ["train.batch_size=64", "train.gradient_checkpointing=true"],
     "compile, block by block": ["train.compile=regional"],

@@ -59,6 +59,16 @@ def joined_source() -> str:
     return f"# Written by Sfumato {__version__}, Apache-2.0.\n{scheduler}\n\n{pipeline.replace(_LINK, '')}"
 
 
+def sync(path: Path) -> None:
+    """Force a file, or a folder and all in it, to the disk, so that renaming it into place never shows it unwritten."""
+    for part in [*path.rglob("*"), path]:
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _prefixed(table: dict) -> dict:
     return {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in table.items()}
 
@@ -179,6 +189,7 @@ def export_pipeline(
     ModelCard(model_card(pipe, where or str(folder), facts, gallery)).save(new / "README.md")
     for path in new.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
+    sync(new)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

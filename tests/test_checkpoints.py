@@ -1,15 +1,21 @@
 """Nothing is lost on a crash: whatever moment it comes at, what is resumed ends as if nothing had happened."""
 
 import json
+import os
 import random
 import resource
 import signal
+import time
 
 import crashes
 import pytest
 import tiny
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from test_data import picture
 
-from sfumato.training import checkpoints
+from sfumato.training import checkpoints, loop
 from sfumato.training.train import main
 
 
@@ -151,6 +157,22 @@ def test_dropout_layers_resume_exactly(tmp_path):
     assert hashes[0] == hashes[1]
 
 
+def test_8_bit_optimizer_state_resumes_exactly(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    hashes = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        optim = {"name": "adamw_8bit", "lr_decay": "constant"}
+        path = str(tiny.config_file(tmp_path / name, optim=optim, text_encoder={"hidden_size": 128}))
+        if name == "parts":
+            main([path, "train.max_steps=3"])
+        main([path, *(["checkpoint.resume=auto"] if name == "parts" else [])])
+        hashes.append(crashes.result(tmp_path / name / "run"))
+    assert hashes[0] == hashes[1]
+    state = load_file(tmp_path / "whole" / "run" / "checkpoints" / "step-00000006" / "state.safetensors")
+    assert any(value.dtype == torch.uint8 for value in state.values())
+
+
 def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path, capsys):
     path = str(make_config(tmp_path))
     main([path, "train.max_steps=3"])
@@ -162,7 +184,49 @@ def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path,
     assert "the pictures are others" in capsys.readouterr().out
 
 
+def test_resume_keeps_the_words_of_a_run_whose_data_grew(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        picture(tmp_path / "f" / name / "1.png")
+    path = str(tiny.config_file(tmp_path, data={"name": str(tmp_path / "f")}, train={"max_steps": 2}))
+    main([path])
+    words = (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text()
+    picture(tmp_path / "f" / "hippopotamus" / "1.png")
+    assert main([path, "checkpoint.resume=auto", "train.max_steps=4"]) == 0
+    assert "the pictures are others" in capsys.readouterr().out
+    assert (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text() == words
+
+
+def test_a_changed_number_in_the_state_is_recognised(tmp_path):
+    path = str(make_config(tmp_path))
+    main([path, "train.max_steps=3"])
+    state = tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json"
+    assert checkpoints.damage(state.parent) is None
+    state.write_text(state.read_text().replace('"step": 3', '"step": 2'))
+    assert checkpoints.damage(state.parent) == "state.json has changed"
+
+
+def test_two_trainers_do_not_write_to_one_folder(tmp_path, capsys, monkeypatch):
+    path = str(make_config(tmp_path))
+    ready, tell = os.pipe()
+
+    def hold():
+        lock = FileLock(tmp_path / "run" / ".lock")
+        lock.acquire()
+        os.write(tell, b"x")
+        time.sleep(60)
+
+    (tmp_path / "run").mkdir()
+    child = crashes.fork(hold)
+    os.read(ready, 1)
+    monkeypatch.setattr(loop, "PATIENCE", 0.1)
+    assert main([path]) == 2
+    assert "another trainer is writing to" in capsys.readouterr().err
+    os.kill(child, signal.SIGKILL)
+    crashes.wait([child])
+    assert main([path]) == 0
+
+
 def test_no_pickle_is_written(tmp_path):
     main([str(make_config(tmp_path))])
-    endings = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    endings = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
     assert endings <= {".safetensors", ".json", ".jsonl", ".txt", ".py", ".md", ".png", ".yaml"}

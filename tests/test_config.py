@@ -1,5 +1,7 @@
 """Settings are checked before anything is loaded, and told by name."""
 
+import warnings
+
 import pytest
 import tiny
 
@@ -49,3 +51,19 @@ def test_all_wrong_settings_are_told_at_once(tmp_path):
 def test_missing_file_is_told(tmp_path):
     with pytest.raises(ValueError, match="no config file"):
         config.load(tmp_path / "none.yaml")
+
+
+def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
+    path = tiny.config_file(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config.load(path)
+    for override, needed in {
+        "objective.min_snr_gamma=3": "objective.weight=min_snr",
+        "objective.log_snr_mean=1": "objective.timesteps=normal",
+        "lora.alpha=4": "lora.rank",
+        "data.words=[cat]": "data.name=openmoji",
+        "data.split=test": "a Hub data set",
+    }.items():
+        with pytest.warns(UserWarning, match=f"{override.split('=')[0]}=.* has no effect without {needed}"):
+            config.load(path, [override])

@@ -60,6 +60,19 @@ def test_a_result_is_judged(tmp_path):
     assert told(findings(path), "fine", "averaged weights") or told(findings(path), "warning", "averaged weights")
 
 
+@pytest.mark.filterwarnings("ignore:.*captions are longer", "ignore:data.num_pictures", "ignore:validation.num_shapes")
+def test_a_result_with_a_damaged_checkpoint_and_two_sizes_is_judged(tmp_path):
+    for kind, size in {"tall": (20, 40), "wide": (40, 20)}.items():
+        for i in range(3):
+            picture(tmp_path / "f" / kind / f"{i}.png", size=size)
+    path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "buckets": [[24, 16], [16, 24]]})
+    main([str(path)])
+    (tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors").unlink()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    found = findings(path)
+    assert any("averaged weights" in what for _, what in found) and any("samples" in what for _, what in found)
+
+
 def test_dead_alike_and_tinted_samples():
     rng = np.random.default_rng(0)
     data = rng.random((8, 16, 16, 3))

@@ -1,12 +1,14 @@
 """A trained folder is trained further, whole or by LoRA, and the result goes where such results go."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.train import main
@@ -56,6 +58,39 @@ def test_a_half_precision_folder_is_trained_in_float32_at_the_wanted_size(tmp_pa
     assert {p.dtype for part in (after.unet, after.text_encoder) for p in part.parameters()} == {torch.float32}
 
 
+def test_resume_says_that_frozen_weights_are_others(tmp_path, base, capsys):
+    shutil.copytree(base, tmp_path / "base")
+    path = str(finetune_config(tmp_path, tmp_path / "base", optim={"lr_decay": "constant"}))
+    main([path, "train.max_steps=2"])
+    assert main([path, "checkpoint.resume=auto", "train.max_steps=3"]) == 0
+    assert "frozen weights" not in capsys.readouterr().out
+    file = tmp_path / "base" / "text_encoder" / "model.safetensors"
+    save_file({name: 1.1 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert main([path, "checkpoint.resume=auto", "train.max_steps=4"]) == 0
+    assert "frozen weights: " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("setting", ["text_encoder.pretrained", "vae.pretrained"])
+def test_a_pretrained_part_that_is_not_there_is_told(tmp_path, capsys, setting):
+    assert main([str(tiny.config_file(tmp_path)), f"{setting}={tmp_path / 'nothing'}"]) == 2
+    assert f"{setting}=" in (error := capsys.readouterr().err) and "cannot be opened" in error
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+def test_a_part_of_a_pipeline_and_a_part_alone_are_both_taken(tmp_path, base):
+    for source in (base, base / "text_encoder"):
+        if source != base:
+            shutil.copytree(base / "tokenizer", tmp_path / "alone")
+            shutil.copytree(source, source := tmp_path / "alone", dirs_exist_ok=True)
+        path = tiny.config_file(tmp_path, text_encoder={}, train={"max_steps": 1}, output_dir=str(tmp_path / source.name))
+        assert main([str(path), f"text_encoder.pretrained={source}"]) == 0
+        used, given = (
+            load_file(f / "text_encoder" / "model.safetensors") for f in (tmp_path / source.name / "pipeline", base)
+        )
+        assert all(torch.equal(used[name], given[name]) for name in given)
+
+
 def test_another_sampler_in_the_folder_does_not_matter(tmp_path, base):
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -97,6 +132,7 @@ def test_lora_resumes_exactly(tmp_path, base):
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect")
 def test_what_cannot_be_fine_tuned_is_told(tmp_path, base, capsys):
     assert main([str(finetune_config(tmp_path, tmp_path / "nowhere"))]) == 2
     assert "init_from" in capsys.readouterr().err
@@ -159,7 +195,7 @@ def test_8_bit_adam_without_its_package_is_told(tmp_path, capsys):
         import bitsandbytes  # noqa: F401
     except ImportError:
         assert main([str(tiny.config_file(tmp_path)), "optim.name=adamw_8bit"]) == 2
-        assert "pip install bitsandbytes" in capsys.readouterr().err
+        assert "sfumato[8bit]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def latent_config(folder, base, **data):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*captions are longer")
+@pytest.mark.filterwarnings("ignore:.*captions are longer", "ignore:.*has no effect")
 def test_cached_training_equals_uncached(tmp_path, base):
     losses = []
     for cached in (False, True):

@@ -46,6 +46,7 @@ def test_a_run_leaves_everything_where_it_belongs(tmp_path, capsys):
         "checkpoints",
         "pipeline",
         "evaluation.json",
+        ".lock",
     }
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 7))
@@ -203,6 +204,7 @@ def test_a_pretrained_text_encoder_is_frozen_and_kept(tmp_path):
     assert not any(name.startswith("raw.text_encoder") for name in weights(tmp_path, 6))
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect")
 @pytest.mark.parametrize(
     "override, message",
     [

@@ -31,6 +31,9 @@ def config_file(folder, **sections):
     content["data"]["cache_dir"] = str(folder / "cache")
     for name, values in sections.items():
         content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
+    if content["data"]["name"] != "shapes":
+        content["data"].pop("num_pictures")
+        content["validation"].pop("num_shapes")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content, allow_unicode=True))
     return path

@@ -2,12 +2,10 @@
 
 import inspect
 import json
-from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import file_exists
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -63,15 +61,18 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
-def build_text_encoder(config: TextEncoderConfig, captions: list[str]) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Tokenizer and text encoder, from random weights or pretrained (a folder or Hub id that holds both)."""
+def build_text_encoder(
+    config: TextEncoderConfig, captions: list[str], tokenizer: CLIPTokenizer | None = None
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer, where not given, and text encoder, from random weights or pretrained (a folder or Hub id with both)."""
     if config.pretrained is not None:
-        encoder = CLIPTextModel.from_pretrained(
-            config.pretrained, subfolder=_subfolder(config.pretrained, "text_encoder"), dtype=torch.float32
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(config.pretrained, subfolder=_subfolder(config.pretrained, "tokenizer"))
+        key, source = "text_encoder.pretrained", config.pretrained
+        encoder, whole = _pretrained(CLIPTextModel, key, source, "text_encoder", dtype=torch.float32)
+        tokenizer = tokenizer or CLIPTokenizer.from_pretrained(source, subfolder="tokenizer" if whole else "")
+        if len(tokenizer) < 256:  # transformers makes an empty one where there is none
+            raise ValueError(f"{key}={source!r} has no tokenizer beside its text encoder")
     else:
-        tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+        tokenizer = tokenizer or train_tokenizer(captions, config.vocab_size, config.max_length)
         encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -95,11 +96,19 @@ def build_text_encoder(config: TextEncoderConfig, captions: list[str]) -> tuple[
     return tokenizer, encoder.train(train)
 
 
-def _subfolder(source: str, part: str) -> str:
-    """`part` where `source` is a whole pipeline, else '' (a folder or repository with the model alone)."""
-    if Path(source).is_dir():
-        return part if (Path(source) / part).is_dir() else ""
-    return part if file_exists(source, "model_index.json") else ""
+def _pretrained(cls: type, key: str, source: str, part: str, **arguments):
+    """The model `part` of a whole pipeline, or of a folder or repository with that model alone; and whether it is whole.
+
+    Raises:
+        ValueError: neither is there; names the setting `key`.
+    """
+    try:
+        return cls.from_pretrained(source, subfolder=part, **arguments), True
+    except OSError as error:
+        try:
+            return cls.from_pretrained(source, **arguments), False
+        except OSError:
+            raise ValueError(f"{key}={source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
 def identity_vae(sample_size: int, channels: int = 3) -> AutoencoderKL:
@@ -154,11 +163,12 @@ def _known(arguments: dict, cls: type, section: str) -> None:
         )
 
 
-def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
+def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer | None = None) -> SfumatoPipeline:
     """All parts, random weights drawn from `config.seed`.
 
     Args:
         captions: all training captions, from which the tokenizer learns its words.
+        tokenizer: of a run that goes on; its words stay, whatever became of the captions.
 
     Raises:
         ValueError: an argument that the stock class does not have, or that contradicts another section.
@@ -168,15 +178,14 @@ def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
     _known(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)
     torch.manual_seed(config.seed)
-    tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions)
+    tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions, tokenizer)
     if config.vae.pretrained is None:
         vae = identity_vae(config.data.resolution, config.data.channels)
     else:
-        vae = AutoencoderKL.from_pretrained(config.vae.pretrained, subfolder=_subfolder(config.vae.pretrained, "vae"))
+        vae, _ = _pretrained(AutoencoderKL, "vae.pretrained", config.vae.pretrained, "vae")
         vae.requires_grad_(False).eval()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if config.data.resolution % factor:
-        raise ValueError(f"data.resolution={config.data.resolution} must be a multiple of the VAE's factor {factor}")
+    _divisible(config, factor)
     given = {
         "sample_size": config.data.resolution // factor,
         "in_channels": vae.config.latent_channels,
@@ -188,6 +197,12 @@ def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
     unet = UNet2DConditionModel(**{**_lists_to_tuples(config.unet), **given})
     strengthen_conditioning(unet)
     return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+
+
+def _divisible(config: Config, factor: int) -> None:
+    for side in (config.data.resolution, *(side for size in config.data.buckets for side in size)):
+        if side % factor:
+            raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
 
 
 def load_pipeline(config: Config) -> SfumatoPipeline:
@@ -208,8 +223,11 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError(f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents")
     if pipe.vae.config.in_channels != config.data.channels:
         raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
-    if config.data.resolution % pipe.vae_scale_factor:
-        raise ValueError(f"data.resolution={config.data.resolution} must be a multiple of {pipe.vae_scale_factor}")
+    _divisible(config, pipe.vae_scale_factor)
+    if pipe.unet.config.out_channels != channels:
+        raise ValueError(f"init_from={config.init_from!r} also predicts its variance, which this trainer does not train")
+    if pipe.scheduler.config.prediction_type == "epsilon" and config.objective.min_snr_floor:
+        raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     pipe.unet.register_to_config(sample_size=config.data.resolution // pipe.vae_scale_factor)
     torch.manual_seed(config.seed)
     pipe.vae.requires_grad_(False).eval()

@@ -7,14 +7,15 @@ the SHA-256 of every other file, so a torn or damaged folder is recognised. Old 
 import copy
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.export import sync
+from sfumato.training.config import Config
 from sfumato.training.ema import EMA
+from sfumato.training.pictures import PictureSet
+
+# Settings that a resumed run may change and still end bit for bit as one run.
+FREE = ("output_dir", "title", "checkpoint", "validation")
+FREE_KEYS = {"data": ("cache_dir", "max_bad_share"), "train": ("num_workers", "trackers")}
 
 
 class CannotSave(Exception):
@@ -141,12 +149,13 @@ def save(
         save_file(tensors, new / "state.safetensors")
         export_pipeline(pipe, new / "pipeline", facts, where=str(folder / "pipeline"))
         files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
-        (new / "state.json").write_text(json.dumps({**state, "files": files}))
-        _sync(new)
+        body = json.dumps({**state, "files": files})
+        (new / "state.json").write_text(json.dumps({**json.loads(body), "sha256": _sha256_of(body)}))
+        sync(new)
         if folder.exists():  # damaged, or it would have been resumed from
             _remove(folder)
         new.rename(folder)
-        _sync_one(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise CannotSave(
@@ -183,26 +192,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder and all in it to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its hashes; None where it is whole."""
     try:
-        files = dict(json.loads((folder / "state.json").read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        state = json.loads((folder / "state.json").read_text())
+        expected, files = state.pop("sha256"), dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "state.json is missing or damaged"
+    if _sha256_of(json.dumps(state)) != expected:
+        return "state.json has changed"
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -271,8 +273,53 @@ def last_step(metrics: Path) -> int:
 def read_state(folder: Path) -> dict:
     """The JSON state of a checkpoint, without the hashes."""
     state = json.loads((folder / "state.json").read_text())
-    state.pop("files")
-    return state
+    return {key: value for key, value in state.items() if key not in ("files", "sha256")}
+
+
+def origin(config: Config, accelerator: Accelerator, pictures: PictureSet, pipe: SfumatoPipeline) -> dict:
+    """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    for section, keys in FREE_KEYS.items():
+        settings[section] = {key: value for key, value in settings[section].items() if key not in keys}
+    frozen = hashlib.sha256()
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                frozen.update(parameter.detach().cpu().float().numpy())
+    return {
+        "config": settings,
+        "num_processes": accelerator.num_processes,
+        "data": pictures.fingerprint,
+        "frozen weights": frozen.hexdigest()[:16],
+    }
+
+
+def differences(stored: dict, now: dict) -> list[str]:
+    """What differs between the run that wrote a checkpoint and the one that goes on from it; a line each."""
+
+    def flat(values: dict, prefix: str = "") -> dict:
+        rows = {}
+        for key, value in values.items():
+            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return rows
+
+    # Through JSON, as the stored one went, so that a tuple equals its list.
+    before, after = flat({k: stored.get(k) for k in now}), flat(json.loads(json.dumps(now)))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    found = [f"{k.removeprefix('config.')}: {before.get(k)!r} before, {after.get(k)!r} now" for k in sorted(changed)]
+    order = {"config.seed", "config.data.buckets"}
+    if now["config"]["data"]["buckets"]:  # a block of one size is as long as all processes read at once
+        order |= {"num_processes", "config.train.batch_size"}
+    if "data" in changed:
+        found.append("so the result is not that of one run: the pictures are others, in another order")
+    elif changed & order:
+        found.append("so the result is not that of one run: the pictures come in another order")
+    elif changed:
+        found.append(
+            "so the result is not bit for bit that of one run. Still exact: weights, averages, optimizer, and that each "
+            "picture, its noise and noise level come once and in the same order"
+        )
+    return found
 
 
 def restore(folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:

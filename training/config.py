@@ -1,5 +1,6 @@
 """Every setting of a run, as plain dataclasses; read from YAML and the command line by OmegaConf, nowhere else."""
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ class DataConfig:
     image_column: str | None = None  # null: file_name in metadata files, image in parquet and Hub data sets
     caption_column: str | None = None  # null: text; a text, a list of which one is drawn each time, or a class label
     split: str = "train"  # Hub data sets
-    revision: str | None = None  # Hub data sets
+    revision: str | None = None  # Hub data sets: commit, tag or branch; null: as `main` is when the pictures are prepared
     max_records: int | None = None  # read no more than these
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
@@ -264,8 +265,33 @@ def check(config: Config) -> None:
         raise ValueError("these settings cannot work:\n  " + "\n  ".join(wrong))
 
 
+def idle(config: Config) -> list[str]:
+    """Settings that were changed from their defaults and have no effect beside the others; a line each."""
+    d, o, default = config.data, config.objective, Config()
+    given = config.init_from is not None
+    sizes = ("vocab_size", "max_length", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_std")
+    rules = [
+        (o.timesteps != "normal", "objective.timesteps=normal", "objective", ("log_snr_mean", "log_snr_std")),
+        (o.weight != "min_snr", "objective.weight=min_snr", "objective", ("min_snr_gamma", "min_snr_floor")),
+        (not config.lora.rank, "lora.rank", "lora", ("alpha", "target_modules")),
+        (config.lora.rank, "lora.rank=0", "text_encoder", ("train",)),
+        (given or config.text_encoder.pretrained, "a text encoder that is built anew", "text_encoder", sizes),
+        (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
+        (d.name != "shapes", "data.name=shapes", "data", ("num_pictures",)),
+        (d.name != "shapes", "data.name=shapes", "validation", ("num_shapes",)),
+        (d.name in ("openmoji", "shapes"), "pictures from files", "data", ("image_column", "caption_column", "resize")),
+        ("/" not in d.name or Path(d.name).expanduser().exists(), "a Hub data set", "data", ("split", "revision")),
+    ]
+    return [
+        f"{section}.{key}={value!r} has no effect without {needed}"
+        for off, needed, section, keys in rules
+        for key in keys
+        if off and (value := getattr(getattr(config, section), key)) != getattr(getattr(default, section), key)
+    ]
+
+
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and `key.subkey=value` overrides.
+    """Read a YAML file and `key.subkey=value` overrides; warns of settings without effect.
 
     Raises:
         ValueError: file missing, unknown key, wrong type, or a value that `check` refuses.
@@ -280,6 +306,8 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
     check(config)
+    for line in idle(config):
+        warnings.warn(line, stacklevel=2)
     return config
 
 

@@ -119,8 +119,6 @@ def batches(
         return batch
 
     block = config.train.batch_size * num_processes
-    if len(pictures.buckets) > 1:  # only where the batch size changed since a checkpoint
-        start = -(-start // block) * block
     dropout, flip = config.objective.caption_dropout, config.data.random_flip
     return iter(
         DataLoader(
@@ -128,6 +126,7 @@ def batches(
             batch_sampler=Positions(config.train.batch_size, rank, num_processes, start),
             collate_fn=collate,
             num_workers=config.train.num_workers,
+            multiprocessing_context="fork" if config.train.num_workers else None,  # workers share the mapped files
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )

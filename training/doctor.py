@@ -230,10 +230,9 @@ def _cost(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[F
 
 def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]:
     """What a finished run's pictures and weights look like."""
-    found = []
-    saved = checkpoints.folders(folder)
-    if saved:
-        tensors = load_file(saved[-1] / "state.safetensors")
+    found, whole = [], [saved for saved in checkpoints.folders(folder) if checkpoints.damage(saved) is None]
+    if whole:
+        tensors = load_file(whole[-1] / "state.safetensors")
         names = [name.removeprefix("ema.") for name in tensors if name.startswith("ema.")]
         apart = sum(float((tensors[f"ema.{n}"] - tensors[f"raw.{n}"]).square().sum()) for n in names)
         apart = (apart / sum(float(tensors[f"raw.{n}"].square().sum()) for n in names)) ** 0.5
@@ -250,6 +249,7 @@ def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]
     pipe = SfumatoPipeline.from_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     train = pictures.select("train")
+    train = train[pictures.table["bucket"][train] == pictures.table["bucket"][train[0]]]  # of one size
     chosen = [int(i) for i in train[:: max(1, len(train) // 8)][:8]]
     prompts = [pictures[i]["captions"][0] for i in chosen]
     images = pipe(
@@ -260,9 +260,8 @@ def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]
         output_type="np",
     ).images
     found += judge_samples(images, np.stack([pictures.picture(i) for i in chosen]) / 255)
-    if (folder / "metrics.jsonl").is_file():
-        lines = [json.loads(line) for line in checkpoints.lines(folder / "metrics.jsonl")]
-        if skipped := lines[-1]["skipped_steps"]:
+    if lines := checkpoints.lines(folder / "metrics.jsonl"):
+        if skipped := json.loads(lines[-1])["skipped_steps"]:
             found.append(
                 Finding(
                     "warning", f"{skipped} steps had a gradient that is not finite", "They were left out.", "Lower optim.lr."

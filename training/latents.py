@@ -12,6 +12,7 @@ from filelock import FileLock
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
+from sfumato.pipelines.export import sync
 from sfumato.training.pictures import PictureSet
 
 
@@ -60,6 +61,7 @@ def _stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what
                     array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
                 array[start : start + len(rows)] = rows
             array.flush()
+            sync(new)
             os.replace(new, path)
     return np.load(path, mmap_mode="r")
 

@@ -5,13 +5,14 @@ import os
 import signal
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
+from filelock import FileLock, Timeout
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,7 @@ from sfumato.training.pictures import prepare as prepare_pictures
 from sfumato.training.tracking import Log, trackers
 
 DIVERGED = 3
+PATIENCE = 20  # seconds for the data workers of a trainer that was killed to notice
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMA
     state: dict  # how far the run is; what a checkpoint keeps
+    origin: dict  # what else its numbers depend on
+    lock: FileLock  # held by the first process: one trainer writes to a folder
 
     @property
     def output_dir(self) -> Path:
@@ -60,27 +64,15 @@ def prepare(config: configs.Config) -> Run:
     """
     transformers_logging.disable_progress_bar()
     pictures = prepare_pictures(config.data)  # before any process waits for another: this may take hours
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate wants to be told
-        log_with=trackers(config) or None,
-        project_dir=config.output_dir,
-        mixed_precision=config.train.mixed_precision,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-    )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml spreads the same state over GPUs")
-    if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
-        raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
-    if accelerator.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(config.train.num_threads or max(1, (os.cpu_count() or 1) // local))
+    accelerator = start(config)
+    lock = FileLock(Path(config.output_dir) / ".lock", is_singleton=True)
+    on_main(accelerator, claim, lock)
     checkpoint = on_main(
         accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
     )
     captions = pictures.training_captions()
-    pipe = build_pipeline(config, captions)
-    if checkpoint:
-        pipe.register_modules(tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer") if checkpoint else None
+    pipe = build_pipeline(config, captions, tokenizer)
     warn_of_long_captions(pipe, captions)
     if config.validation.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
         raise ValueError(
@@ -96,6 +88,7 @@ def prepare(config: configs.Config) -> Run:
     elif config.train.compile == "regional":
         pipe.unet.compile_repeated_blocks()
     texts, latents = cached(config, pictures, pipe)
+    origin = checkpoints.origin(config, accelerator, pictures, pipe)
     optimizer = build_optimizer(config.optim, checkpoints.trained(denoiser))
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     ema = EMA(checkpoints.trained(denoiser), config.ema.decay, config.ema.offload)
@@ -107,10 +100,45 @@ def prepare(config: configs.Config) -> Run:
         if accelerator.scaler is not None and stored["scaler"]:
             accelerator.scaler.load_state_dict(stored["scaler"])
         state = {key: stored[key] for key in state}
+        if len(pictures.buckets) > 1:  # where the batch size changed, blocks of one size begin elsewhere
+            block = config.train.batch_size * accelerator.num_processes
+            state["images_seen"] = -(-state["images_seen"] // block) * block
         accelerator.print(f"goes on from {checkpoint}")
-        for line in differences(stored, origin(config, accelerator, pictures)):
+        for line in checkpoints.differences(stored, origin):
             accelerator.print(f"  {line}")
-    return Run(config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state)
+    return Run(config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state, origin, lock)
+
+
+def start(config: configs.Config) -> Accelerator:
+    """Join the other processes and share out the cores.
+
+    Raises:
+        ValueError: a way of sharding that this trainer does not know.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate wants to be told
+        log_with=trackers(config) or None,
+        project_dir=config.output_dir,
+        mixed_precision=config.train.mixed_precision,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml spreads the same state over GPUs")
+    if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
+        raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(config.train.num_threads or max(1, (os.cpu_count() or 1) // local))
+    return accelerator
+
+
+def claim(lock: FileLock) -> None:
+    """Take the run folder, so that no second trainer writes to it; the system gives it back however this process ends."""
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise ValueError(f"another trainer is writing to {Path(lock.lock_file).parent}; choose another output_dir") from None
 
 
 def cached(config: configs.Config, pictures: PictureSet, pipe: SfumatoPipeline) -> tuple[np.ndarray, np.ndarray | None]:
@@ -142,40 +170,6 @@ def on_main(accelerator: Accelerator, function, *arguments):
     if isinstance(result, ValueError):
         raise result
     return result
-
-
-def origin(config: configs.Config, accelerator: Accelerator, pictures: PictureSet) -> dict:
-    """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
-    settings = asdict(config)
-    for key in ("output_dir", "title", "checkpoint", "validation"):
-        settings.pop(key)
-    return {"config": settings, "num_processes": accelerator.num_processes, "data": pictures.fingerprint}
-
-
-def differences(stored: dict, now: dict) -> list[str]:
-    """What differs between the run that wrote a checkpoint and the one that goes on from it; a line each."""
-
-    def flat(values: dict, prefix: str = "") -> dict:
-        rows = {}
-        for key, value in values.items():
-            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return rows
-
-    # Through JSON, as the stored one went, so that a tuple equals its list.
-    before, after = flat({k: stored[k] for k in now}), flat(json.loads(json.dumps(now)))
-    found = [
-        f"{key.removeprefix('config.')}: {before.get(key)!r} before, {after.get(key)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-    if found:
-        found.append(
-            "so the result is not bit for bit that of one run. Still exact: weights, averages, optimizer, and that each "
-            "picture, its noise and noise level come once and in the same order"
-            if before["data"] == after["data"]
-            else "so the result is not that of one run: the pictures are others, in another order"
-        )
-    return found
 
 
 def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
@@ -237,7 +231,7 @@ def train(run: Run) -> int:
     loader = batches(run.pictures, c, run.texts, rank, world, state["images_seen"], run.latents)
     log = Log(c, accelerator, run.pictures, state["step"])
     stop = StopSignal()
-    bad_in_a_row, started = 0, time.monotonic() - state["seconds"]
+    bad_in_a_row, due, started = 0, False, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
 
     while done < 1 and not stopped and bad_in_a_row < c.train.max_bad_steps:
@@ -282,9 +276,11 @@ def train(run: Run) -> int:
         log.write(
             {**state, "loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm), "done": round(done, 5)}
         )
-        if (every(c.checkpoint.every_steps, state) and finite) or stopped or done >= 1:
+        due = due or every(c.checkpoint.every_steps, state)
+        if (due and finite) or stopped or done >= 1:
             log.sync()
             save(run)
+            due = False
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, run.denoiser):
                 log.preview(state["step"], checkpoints.shareable(pipe, run.denoiser))
@@ -336,7 +332,7 @@ def save(run: Run) -> None:
         **run.state,
         "ema_step": run.ema.optimization_step,
         "scaler": scaler.state_dict() if scaler is not None else None,
-        **origin(run.config, run.accelerator, run.pictures),
+        **run.origin,
     }
     with checkpoints.averaged(run.ema, run.denoiser):
         pipe = checkpoints.shareable(run.pipe, run.denoiser)

@@ -46,6 +46,6 @@ def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ValueError("optim.name=adamw_8bit needs a package: pip install bitsandbytes; or use adamw") from error
+            raise ValueError("optim.name=adamw_8bit needs a package: pip install 'sfumato[8bit]'; or use adamw") from error
         return AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)

@@ -21,6 +21,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from sfumato.pipelines.export import sync
 from sfumato.training import openmoji, shapes, sources
 from sfumato.training.config import DataConfig
 from sfumato.training.sources import Record, open_source
@@ -204,6 +205,7 @@ def prepare(config: DataConfig) -> PictureSet:
             new.mkdir()
             try:
                 _write(config, records, new)
+                sync(new)
                 new.rename(folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)

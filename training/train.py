@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (loop.checkpoints.CannotSave, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 4
+    finally:
+        run.lock.release(force=True)
     run.accelerator.wait_for_everyone()  # none tears the process group down while another still needs it
     run.accelerator.end_training()
     return code
