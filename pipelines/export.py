@@ -1,62 +1,37 @@
 """Write the folder that travels: stock classes, safetensors, both tokenizer forms, `pipeline.py` and a model card."""
 
+import copy
+import ctypes
 import json
 import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
-from sfumato.pipelines import pipeline_sfumato
+from sfumato.pipelines import pipeline_sfumato, trust
+from sfumato.pipelines.card import model_card
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm
 
-_LINK = "from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler\n"
-
-_CARD = """---
-{data}
----
-
-# {title}
-
-{made}
-
-<Gallery />
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{where}")
-image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps=30,
-             generator=torch.Generator().manual_seed(0)).images[0]
-```
-
-No flag and no other package than diffusers, transformers and torch is needed. With `pip install sfumato`,
-`SfumatoPipeline.from_pretrained("{where}")` adds guiders and per-call checks.
-
-## What it is
-
-{facts}
-
-## Limits
-
-It draws only what its training pictures show, at the resolution given above. It has not been checked for bias, and it
-can reproduce training pictures.
-
-Made by Sfumato {version}.
-"""
+TAKEN = ("README.md", "training_args.yaml")
+_LINKS = (
+    "from sfumato.pipelines.trust import check_folder\n",
+    "from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler\n",
+)
 
 
 def joined_source() -> str:
-    """`pipeline.py`: the scheduler's and the pipeline's source as one file without `sfumato` in its imports."""
-    scheduler = Path(scheduling_sfumato_ddpm.__file__).read_text(encoding="utf-8")
-    pipeline = Path(pipeline_sfumato.__file__).read_text(encoding="utf-8")
-    if _LINK not in pipeline:
-        raise RuntimeError("pipeline_sfumato.py no longer imports the scheduler in the one form that export knows")
-    return f"# Written by Sfumato {__version__}, Apache-2.0.\n{scheduler}\n\n{pipeline.replace(_LINK, '')}"
+    """`pipeline.py`: the sources of scheduler, trust and pipeline as one file without `sfumato` in its imports."""
+    modules = (scheduling_sfumato_ddpm, trust, pipeline_sfumato)
+    *others, pipeline = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    for link in _LINKS:
+        if link not in pipeline:
+            raise RuntimeError(f"pipeline_sfumato.py lacks the line that export takes out: {link}")
+        pipeline = pipeline.replace(link, "")
+    return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *others, pipeline])
 
 
 def sync(path: Path) -> None:
@@ -81,7 +56,7 @@ def _write_for_transformers_4(folder: Path) -> None:
     for file in (folder / "text_encoder").glob("*.safetensors"):
         weights = load_file(file)
         save_file(_prefixed(weights), file, metadata={"format": "pt"})
-    for index in (folder / "text_encoder").glob("*.safetensors.index.json"):
+    for index in (folder / "text_encoder").glob("*.safetensors.index*.json"):
         content = json.loads(index.read_text())
         content["weight_map"] = _prefixed(content["weight_map"])
         index.write_text(json.dumps(content, indent=2))
@@ -100,53 +75,50 @@ def _forget_local_paths(folder: Path) -> None:
             path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def model_card(pipe: SfumatoPipeline, where: str, facts: dict | None = None, gallery: list[tuple[str, str]] = ()) -> str:
-    """Text of the card.
+def _add_metadata(file: Path, metadata: dict) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["_sfumato"] = {**(config.get("_sfumato") or {}), "run": metadata}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    Args:
-        pipe: the model.
-        where: the path or repository that the snippets name.
-        facts: what the trainer knows. `title`, `license`, `language` and `base_model` are placed; the rest is listed.
-        gallery: pairs of prompt and picture, the latter relative to the folder.
-    """
-    facts = dict(facts or {})
-    base = facts.pop("base_model", None)
-    made = "A text-to-image diffusion model in Stable Diffusion's form, exported by Sfumato."
-    if base:
-        made = f"A text-to-image diffusion model, fine-tuned with Sfumato from `{base}`."
-    elif facts:
-        made = "A text-to-image diffusion model, trained from random weights with Sfumato."
-    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    parts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        license=facts.pop("license", None),
-        language=facts.pop("language", None),
-        tags=["diffusers", "sfumato", "text-to-image"]
-        + (["diffusers-training"] if facts else [])
-        + (["trained-from-scratch"] if facts and not base else []),
-        base_model=base if base and base.count("/") == 1 else None,
-        widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
-    )
-    lines = {
-        "Parameters": ", ".join(f"{name} {count:,}" for name, count in parts.items()),
-        "Resolution": f"{size * pipe.vae_scale_factor} pixels ({channels} channels at {size} inside the UNet)",
-        "Prediction": pipe.scheduler.config.prediction_type,
-        "Noise schedule": json.dumps(pipe.scheduler.config.get("_sfumato") or pipe.scheduler.config.beta_schedule),
-    }
-    title, guidance = facts.pop("title", "A Sfumato model"), facts.pop("guidance_scale", 3.0)
-    lines.update({name.replace("_", " ").capitalize(): value for name, value in facts.items()})
-    return _CARD.format(
-        made=made,
-        data=data.to_yaml(),
-        title=title,
-        where=where,
-        prompt=gallery[0][0] if gallery else "",
-        guidance_scale=guidance,
-        facts="\n".join(f"- {name}: {value}" for name, value in lines.items()),
-        version=__version__,
-    )
+
+def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw: dict | None, max_shard_size: str) -> None:
+    """All parts in float32, and beside them the copies that `variants` names."""
+    stock = pipe.to_stock()
+    stock.save_pretrained(folder, max_shard_size=max_shard_size)
+    if "raw" in variants and not raw:
+        raise ValueError("the variant raw needs the weights before averaging, which a run's checkpoints have")
+    copies = []
+    if "fp16" in variants:
+        copies += [("fp16", part, copy.deepcopy(getattr(stock, part)).half()) for part in ("unet", "text_encoder", "vae")]
+    if "raw" in variants:
+        for part in ("unet", "text_encoder"):
+            if tensors := {k.removeprefix(f"{part}."): v for k, v in raw.items() if k.startswith(f"{part}.")}:
+                module = copy.deepcopy(getattr(stock, part))
+                if unexpected := module.load_state_dict(tensors, strict=False).unexpected_keys:
+                    raise ValueError(f"raw weights of another model: {', '.join(unexpected[:3])}")
+                copies.append(("raw", part, module))
+    for variant, part, module in copies:
+        # Aside, and then only the weights: a save writes its dtype into config.json and removes the shards of others.
+        aside = folder / f".{variant}"
+        module.save_pretrained(aside, variant=variant, max_shard_size=max_shard_size)
+        for path in aside.glob(f"*.{variant}*"):
+            path.rename(folder / part / path.name)
+        shutil.rmtree(aside)
+
+
+def _take_over(source: Path, new: Path) -> None:
+    """Card, samples, settings and metadata of the folder a pipeline came from, but nothing that a link leads out to."""
+    for path in [source / name for name in TAKEN if (source / name).exists()] + sorted((source / "samples").glob("*.png")):
+        if not path.resolve().is_relative_to(source.resolve()) and not _is_hub_cache(path):
+            raise ValueError(f"{path} is a link out of its folder; it is not taken over")
+        target = new / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _is_hub_cache(path: Path) -> bool:
+    """The Hub's own cache keeps files as links from `snapshots/COMMIT/` to `blobs/` beside."""
+    return path.resolve().parent.name == "blobs" and path.resolve().parents[1] in path.absolute().parents
 
 
 def export_pipeline(
@@ -155,43 +127,93 @@ def export_pipeline(
     facts: dict | None = None,
     samples: list[tuple[str, "PIL.Image.Image"]] = (),  # noqa: F821
     where: str | None = None,
+    metadata: dict | None = None,
+    settings: str | None = None,
+    curve: "PIL.Image.Image | None" = None,  # noqa: F821
+    variants: list[str] = (),
+    raw: dict | None = None,
+    max_shard_size: str = "10GB",
+    source: str | os.PathLike | None = None,
 ) -> Path:
     """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
 
-    Everything is written beside and renamed into place at the end, so a crash leaves the old folder or none.
+    Written beside, synced to the disk and put into place in one step, so a crash leaves the old folder or the new one.
 
     Args:
         pipe: the model to share.
         folder: where to; an older export there is replaced.
-        facts: for the card, see `model_card`.
+        facts, where: for the card, see `card.model_card`; its snippets name `folder` where `where` is not given.
         samples: pairs of prompt and picture for the card's gallery.
-        where: the path or repository that the card's snippets name; `folder` where not given.
+        metadata: for programs, JSON; goes into the scheduler's config under `_sfumato`, key `run`.
+        settings: YAML for `training_args.yaml`.
+        curve: a picture of the training loss.
+        variants: `fp16`: a copy in half precision; `raw`: a copy of the weights before averaging.
+        raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
+        max_shard_size: weights are split into files of at most this size.
+        source: the exported folder that `pipe` was opened from; its card, samples and settings are taken over.
 
     Raises:
-        ValueError: `folder` exists and is not an exported pipeline.
+        ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} exists and is no pipeline; export to a new folder or remove it first")
+    if unknown := set(variants) - {"fp16", "raw"}:
+        raise ValueError(f"unknown variant {', '.join(sorted(unknown))}; there are fp16 and raw")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    pipe.save_pretrained(new)
+    try:
+        _fill(
+            pipe, new, facts, samples, where or str(folder), metadata, settings, curve, variants, raw, max_shard_size, source
+        )
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    for path in new.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
+    sync(new)
+    if folder.exists() and not _exchange(new, folder):
+        folder.rename(old)
+    if not folder.exists():
+        new.rename(folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return folder
+
+
+def _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source) -> None:
+    """Write everything into the empty folder `new`; arguments as for `export_pipeline`."""
+    _save_weights(pipe, new, variants, raw, max_shard_size)
     _write_for_transformers_4(new)
     _forget_local_paths(new)
+    if metadata:
+        _add_metadata(new / "scheduler" / "scheduler_config.json", metadata)
     (new / "pipeline.py").write_text(joined_source(), encoding="utf-8")
     gallery = []
     for number, (prompt, picture) in enumerate(samples):
         (new / "samples").mkdir(exist_ok=True)
         picture.save(new / "samples" / f"{number}.png")
         gallery.append((prompt, f"samples/{number}.png"))
-    ModelCard(model_card(pipe, where or str(folder), facts, gallery)).save(new / "README.md")
-    for path in new.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
-    sync(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
+    if curve is not None:
+        (new / "samples").mkdir(exist_ok=True)
+        curve.save(new / "samples" / "loss.png")
+    if settings is not None:
+        (new / "training_args.yaml").write_text(settings, encoding="utf-8")
+    if source is not None:
+        _take_over(Path(source), new)
+    if not (new / "README.md").exists():
+        shown = "samples/loss.png" if curve is not None else None
+        card = model_card(pipe, where, facts, gallery, shown, settings is not None, variants)
+        ModelCard(card).save(new / "README.md")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that there is never none; False where the system cannot (other than Linux)."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -1,16 +1,20 @@
 """Text to image with classifier-free guidance, over stock parts.
 
-Self-contained on purpose (torch, diffusers, transformers and the scheduler class only): this file travels inside shared
-model folders.
+Self-contained on purpose (torch, diffusers, transformers, the scheduler class and the check of folders only): this file
+travels inside shared model folders.
 """
 
 import copy
 import inspect
+import os
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Optional
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
-from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -18,6 +22,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 
 logger = logging.get_logger(__name__)
@@ -52,10 +57,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
-        guider: BaseGuidance | None = None,
-        safety_checker: object | None = None,
-        feature_extractor: object | None = None,
-        image_encoder: object | None = None,
+        guider: Optional[BaseGuidance] = None,  # noqa: UP045  (the form that diffusers 0.35 understands)
+        safety_checker: Optional[object] = None,  # noqa: UP045
+        feature_extractor: Optional[object] = None,  # noqa: UP045
+        image_encoder: Optional[object] = None,  # noqa: UP045
         requires_safety_checker: bool = False,
     ):
         super().__init__()
@@ -77,6 +82,25 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Open a folder or Hub repository of Stable Diffusion's form. Arguments as for `DiffusionPipeline`.
+
+        Only safetensors are opened, and no code of the folder runs.
+
+        Raises:
+            ValueError: see `trust.check_folder`.
+        """
+        folder = str(pretrained_model_name_or_path)
+        kwargs.setdefault("use_safetensors", True)
+        if not os.path.isdir(folder) and not kwargs.get("dduf_file"):
+            folder = cls.download(folder, **kwargs)
+            for name in ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision"):
+                kwargs.pop(name, None)
+        if os.path.isdir(folder):
+            check_folder(folder)
+        return super().from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it.
@@ -248,7 +272,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
         The passes run as one batch, except for guiders that change the network between passes.
         """
-        states = guider.prepare_inputs({"encoder_hidden_states": (prompt_embeds, negative_prompt_embeds)})
+        # Before diffusers 0.36 this was called prepare_inputs.
+        prepare = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
+        embeds = SimpleNamespace(cond=prompt_embeds, uncond=negative_prompt_embeds)
+        states = prepare(embeds, {"encoder_hidden_states": ("cond", "uncond")})
         if type(guider).prepare_models is BaseGuidance.prepare_models:
             context = torch.cat([state.encoder_hidden_states for state in states])
             output = self.unet(latents.repeat(len(states), 1, 1, 1), t, context, return_dict=False)[0]

@@ -1,7 +1,6 @@
-"""The command `sfumato`: `train`, `sample`, `export`, `doctor`. Heavy imports are inside the verbs: `--help` is instant."""
+"""The command `sfumato`: `train`, `sample`, `export`, `push`, `doctor`. Heavy imports are inside the verbs."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
     export.add_argument("folder", help="where to")
+    export.add_argument("--variants", nargs="*", default=[], choices=["fp16", "raw"], help="further copies of the weights")
+    export.add_argument("--max-shard-size", default="10GB", help="of a file of weights (default: %(default)s)")
+
+    push = verbs.add_parser("push", help="put a run's result or an exported folder on the Hub, in one commit")
+    push.add_argument("source", help="a run folder, a checkpoint or an exported folder")
+    push.add_argument("repo_id", help="NAME or OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--branch", help="where to (default: main)")
+    push.add_argument("--tag", help="name for the result")
+    push.add_argument("--pull-request", action="store_true", help="propose the change, where one may not write")
+    push.add_argument("--dry-run", action="store_true", help="list what would go and change nothing")
 
     doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
     doctor.add_argument("config", help="a YAML file, see configs/")
@@ -34,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     try:
-        return {"train": _train, "sample": _sample, "export": _export, "doctor": _doctor}[options.verb](options)
-    except (ValueError, ModuleNotFoundError) as error:
+        return globals()[f"_{options.verb}"](options)
+    except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
 
@@ -85,13 +95,38 @@ def _sample(options) -> int:
 def _export(options) -> int:
     model = _find_pipeline(options.source)
     from sfumato.pipelines import SfumatoPipeline, export_pipeline
+    from sfumato.pipelines.export import TAKEN
 
-    folder = export_pipeline(SfumatoPipeline.from_pretrained(model), options.folder)
-    if (Path(model) / "README.md").is_file():  # its card knows the licence, the data and the samples; a new one would not
-        shutil.copy(Path(model) / "README.md", folder)
-        if (Path(model) / "samples").is_dir():
-            shutil.copytree(Path(model) / "samples", folder / "samples")
+    raw, source = None, model
+    if not Path(model).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(model, allow_patterns=[*TAKEN, "samples/*.png"])
+    if "raw" in options.variants:
+        from sfumato.training import checkpoints
+
+        near = [Path(model).parent, *reversed(checkpoints.folders(Path(model).parent))]
+        raw = next((checkpoints.raw_weights(f) for f in near if (f / "state.safetensors").is_file()), None)
+    pipe = SfumatoPipeline.from_pretrained(model)
+    folder = export_pipeline(
+        pipe, options.folder, variants=options.variants, raw=raw, max_shard_size=options.max_shard_size, source=source
+    )
     print(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
+    return 0
+
+
+def _push(options) -> int:
+    model = _find_pipeline(options.source)
+    from sfumato.training import hub
+
+    if options.dry_run:
+        names = hub.files_to_push(Path(model))
+        repo_id = hub.check(options.repo_id, options.pull_request)
+        print(f"would push to {repo_id}, {options.branch or 'main'}:")
+        print("\n".join(f"{(Path(model) / name).stat().st_size:12,} {name}" for name in names))
+        return 0
+    address = hub.push(model, options.repo_id, options.private, options.branch, options.tag, options.pull_request)
+    print(f"pushed {address}")
     return 0
 
 

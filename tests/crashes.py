@@ -92,7 +92,7 @@ def fork(task, rank: int = 0, world: int = 1, port: int = 0, quiet: bool = True)
         os._exit(code)
 
 
-def wait(children: list[int], patience: float = 30) -> list[int]:
+def wait(children: list[int], patience: float = 90) -> list[int]:
     """Exit codes, negative for a signal; once one child has died the others have `patience` seconds."""
     codes, deadline = {}, None
     while len(codes) < len(children):

@@ -53,6 +53,12 @@ def test_missing_file_is_told(tmp_path):
         config.load(tmp_path / "none.yaml")
 
 
+def test_a_bare_no_is_no(tmp_path):
+    path = tiny.config_file(tmp_path, train={"mixed_precision": False})
+    loaded = config.load(path, ["train.compile=no"])
+    assert loaded.train.compile == loaded.train.mixed_precision == "no"
+
+
 def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
     path = tiny.config_file(tmp_path)
     with warnings.catch_warnings():

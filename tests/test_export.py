@@ -1,14 +1,17 @@
 """The folder that travels: stock classes, opened in fresh processes where sfumato cannot be imported."""
 
 import ast
+import inspect
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
 
+import crashes
 import diffusers
 import numpy as np
 import pytest
@@ -18,9 +21,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+from sfumato import cli
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.export import joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
+from sfumato.training import config as configs
+from sfumato.training.train import main
 
 FILES = {
     "README.md",
@@ -137,11 +143,101 @@ def test_loading_says_nothing_odd(exported, capfd):
     assert "not expected" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete"])
-def test_any_stock_scheduler_reads_the_trained_schedule(exported, name):
+STOCK = sorted(
+    name
+    for name in dir(diffusers)
+    if name.endswith("Scheduler")
+    and "trained_betas" in inspect.signature(getattr(diffusers, name).__init__).parameters
+    # RePaint takes a picture and a mask, CogVideoX shifts every schedule, the inverse ones end in noise, IPNDM keeps none.
+    and not name.startswith(("RePaint", "CogVideoX", "IPNDM", "UnCLIP", "CosineDPM"))
+    and "Inverse" not in name
+)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_stock_scheduler_keeps_the_trained_schedule_and_draws(exported, tmp_path, name):
     pipe, folder = exported
-    stock = getattr(diffusers, f"{name}Scheduler").from_pretrained(folder, subfolder="scheduler")
-    torch.testing.assert_close(stock.alphas_cumprod, pipe.scheduler.alphas_cumprod, rtol=0, atol=1e-7)
+    cls = getattr(diffusers, name)
+    swapped = cls.from_config(pipe.scheduler.config)
+    swapped.save_pretrained(tmp_path / "1")
+    stored = {
+        "swapped": swapped,
+        "read": cls.from_pretrained(folder, subfolder="scheduler"),
+        "again": cls.from_pretrained(tmp_path / "1"),
+    }
+    for how, scheduler in stored.items():
+        torch.testing.assert_close(scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod, rtol=0, atol=1e-7, msg=how)
+        assert scheduler.config.prediction_type == "v_prediction"
+        assert "trained_betas" not in scheduler.config.get("_use_default_values", [])
+    stored["again"].save_pretrained(tmp_path / "2")
+    assert (tmp_path / "1" / "scheduler_config.json").read_bytes() == (tmp_path / "2" / "scheduler_config.json").read_bytes()
+    drawing = SfumatoPipeline.from_pipe(pipe, scheduler=swapped)
+    drawing.set_progress_bar_config(disable=True)
+    images = drawing(
+        "a red circle", num_inference_steps=4, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images
+    assert np.isfinite(images).all()
+
+
+def test_there_are_many_stock_schedulers():
+    assert len(STOCK) > 15
+
+
+def test_half_raw_and_split_weights(exported, tmp_path):
+    pipe, _ = exported
+    raw = {f"unet.{name}": value + 1 for name, value in pipe.unet.state_dict().items()}
+    export_pipeline(pipe, tmp_path / "m", variants=["fp16", "raw"], raw=raw, max_shard_size="60KB")
+    assert (tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "m")
+    assert {plain.unet.dtype, plain.text_encoder.dtype, plain.vae.dtype} == {torch.float32}
+    np.testing.assert_allclose(draw(plain), draw(pipe), atol=1e-6)
+    half = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "m", variant="fp16", torch_dtype=torch.float16)
+    assert {half.unet.dtype, half.text_encoder.dtype} == {torch.float16}
+    for name, value in half.unet.state_dict().items():
+        assert torch.equal(value, pipe.unet.state_dict()[name].half())
+    unaveraged = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "m", subfolder="unet", variant="raw")
+    assert all(torch.equal(value, raw[f"unet.{name}"]) for name, value in unaveraged.state_dict().items())
+    bf16 = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "m", dtype=torch.bfloat16, device_map="cpu")
+    assert np.isfinite(draw(bf16)).all()
+    assert '`variant="fp16"`' in (tmp_path / "m" / "README.md").read_text()
+    with pytest.raises(ValueError, match="raw needs"):
+        export_pipeline(pipe, tmp_path / "n", variants=["raw"])
+
+
+def test_what_was_loaded_by_remote_code_is_exported_as_the_same_folder(exported, tmp_path):
+    _, folder = exported
+    remote = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    assert type(remote).__module__.startswith("diffusers_modules")
+    export_pipeline(remote, tmp_path / "again", source=folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(folder)).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize("moment", range(0, 60, 12))
+def test_killed_while_exporting_the_old_folder_or_the_new_one_opens(exported, tmp_path, moment):
+    pipe, _ = exported
+    export_pipeline(pipe, tmp_path / "model")
+    old = (tmp_path / "model" / "README.md").read_text()
+
+    def work():
+        seen = [0]
+
+        def hook(event, arguments):
+            if event in ("open", "os.rename", "os.chmod", "os.mkdir", "os.rmdir") and str(tmp_path) in str(arguments[0]):
+                seen[0] += 1
+                if seen[0] > moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        export_pipeline(pipe, tmp_path / "model", {"title": "New"})
+
+    assert crashes.wait([crashes.fork(work)]) == [-signal.SIGKILL]
+    assert (tmp_path / "model" / "README.md").read_text() == old
+    SfumatoPipeline.from_pretrained(tmp_path / "model")
+    export_pipeline(pipe, tmp_path / "model", {"title": "New"})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert "# New" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_saving_again_gives_the_same_folder(exported, tmp_path):
@@ -174,7 +270,7 @@ def test_travelling_code_is_one_self_contained_file():
             roots.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
             roots |= {name.name.split(".")[0] for name in node.names}
-    assert roots <= {"torch", "numpy", "PIL", "diffusers", "transformers"} | set(sys.stdlib_module_names)
+    assert roots <= {"torch", "numpy", "PIL", "safetensors", "diffusers", "transformers"} | set(sys.stdlib_module_names)
     classes = [
         n
         for n in tree.body
@@ -189,15 +285,16 @@ def test_code_in_a_folder_does_not_run_unasked(exported, tmp_path):
         diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder))
 
 
-def test_card_is_valid_complete_and_its_snippet_runs(exported, tmp_path):
+def test_card_is_valid_complete_and_every_snippet_runs(exported, tmp_path):
     _, folder = exported
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
-    assert "TODO" not in card.content and "{" not in card.text.split("```")[0]
+    assert "TODO" not in card.content and "None" not in card.content and "{}" not in card.content
     for item in card.data.to_dict()["widget"]:
         assert (folder / item["output"]["url"]).is_file()
-    snippet = re.search(r"```python\n(.*?)```", card.content, re.S).group(1)
-    run_child(snippet + f"\nimage.save({str(tmp_path / 'x.png')!r})\nassert image.size == (16, 16)")
+    snippets = re.findall(r"```python\n(.*?)```", card.content, re.S)
+    assert len(snippets) == 4
+    run_child("\n".join(f"{code}\nassert image.size == (16, 16)" for code in snippets))
 
 
 def test_export_replaces_an_export_but_nothing_else(exported, tmp_path):
@@ -223,3 +320,35 @@ def test_a_crash_while_exporting_leaves_the_old_folder(exported, tmp_path, monke
     with pytest.raises(OSError, match="No space"):
         export_pipeline(pipe, tmp_path / "model")
     assert {p: p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()} == before
+
+
+def test_what_a_run_shares_tells_how_it_was_made_and_repeats_it(tmp_path):
+    path = tiny.config_file(tmp_path, train={"max_steps": 12}, hub={"variants": ["fp16", "raw"]})
+    assert main([str(path)]) == 0
+    folder = tmp_path / "run" / "pipeline"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"training_args.yaml", "samples/0.png", "samples/loss.png"} < names
+    assert {f"unet/diffusion_pytorch_model.{v}safetensors" for v in ("", "fp16.", "raw.")} < names
+    assert {"text_encoder/model.raw.safetensors", "text_encoder/model.fp16.safetensors"} < names
+    text = "".join((folder / name).read_text() for name in names if name.endswith((".json", ".yaml")))
+    assert str(tmp_path) not in text
+    run = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_sfumato"]["run"]
+    assert run["step"] == 12 and run["objective"]["weight"] == "unit" and len(run["data"]["fingerprint"]) == 16
+    assert run["versions"]["diffusers"] == diffusers.__version__ and run["guidance_scale"] == 3.0
+    assert run["commit"] is None or len(run["commit"]) == 40
+    card = (folder / "README.md").read_text()
+    for fact in ("| Steps | 12 |", "| Pictures seen | 48 |", "minutes", "learning rate 0.001", "judged by", "Train it again"):
+        assert fact in card, fact
+    # The settings that travel make the same model, and export keeps what the folder tells.
+    again = configs.load(
+        folder / "training_args.yaml", [f"output_dir={tmp_path / 'again'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    )
+    (tmp_path / "again.yaml").write_text(configs.dump(again))
+    assert main([str(tmp_path / "again.yaml")]) == 0
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        assert (tmp_path / "again" / "pipeline" / f"{part}.safetensors").read_bytes() == (
+            folder / f"{part}.safetensors"
+        ).read_bytes()
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "shared"), "--variants", "fp16", "raw"]) == 0
+    for name in names:
+        assert (tmp_path / "shared" / name).read_bytes() == (folder / name).read_bytes(), name

@@ -63,13 +63,16 @@ def test_imports_go_from_training_to_pipelines_to_schedulers(path):
         assert not re.match(r"sfumato\.(cli|training\.train)$", name), f"{path} imports the entry {name}"
 
 
-@pytest.mark.parametrize("path", ["schedulers/scheduling_sfumato_ddpm.py", "pipelines/pipeline_sfumato.py"])
+@pytest.mark.parametrize(
+    "path", ["schedulers/scheduling_sfumato_ddpm.py", "pipelines/pipeline_sfumato.py", "pipelines/trust.py"]
+)
 def test_what_travels_is_self_contained(path):
     ours = {name for name in imports(ROOT / path) if name.startswith("sfumato")}
-    scheduler = "sfumato.schedulers.scheduling_sfumato_ddpm"
-    assert ours <= ({scheduler, f"{scheduler}.SfumatoDDPMScheduler"} if path.startswith("pipelines") else set())
+    scheduler, trust = "sfumato.schedulers.scheduling_sfumato_ddpm", "sfumato.pipelines.trust"
+    joined = {scheduler, f"{scheduler}.SfumatoDDPMScheduler", trust, f"{trust}.check_folder"}
+    assert ours <= (joined if path == "pipelines/pipeline_sfumato.py" else set())
     roots = {name.split(".")[0] for name in imports(ROOT / path)} - {"sfumato"}
-    assert roots <= {"torch", "numpy", "PIL", "diffusers", "transformers"} | set(sys.stdlib_module_names)
+    assert roots <= {"torch", "numpy", "PIL", "safetensors", "diffusers", "transformers"} | set(sys.stdlib_module_names)
 
 
 def test_config_knows_no_torch_and_omegaconf_is_known_there_only():

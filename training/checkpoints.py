@@ -29,7 +29,7 @@ from sfumato.training.ema import EMA
 from sfumato.training.pictures import PictureSet
 
 # Settings that a resumed run may change and still end bit for bit as one run.
-FREE = ("output_dir", "title", "checkpoint", "validation")
+FREE = ("output_dir", "title", "checkpoint", "validation", "hub")
 FREE_KEYS = {"data": ("cache_dir", "max_bad_share"), "train": ("num_workers", "trackers")}
 
 
@@ -126,7 +126,7 @@ def save_lora(pipe: SfumatoPipeline, folder: Path) -> None:
 
 
 def save(
-    output_dir: Path, tensors: dict[str, torch.Tensor], pipe: SfumatoPipeline, state: dict, facts: dict, keep: int
+    output_dir: Path, tensors: dict[str, torch.Tensor], pipe: SfumatoPipeline, state: dict, told: dict, keep: int
 ) -> Path:
     """Write one checkpoint, then remove all but the `keep` newest.
 
@@ -135,7 +135,7 @@ def save(
         tensors: from `collect`.
         pipe: with the averaged weights in it.
         state: what the loop needs to go on, as JSON; `step` names the folder.
-        facts: for the model card.
+        told: `facts`, `metadata` and `settings` for `export_pipeline`.
         keep: how many checkpoints to keep.
 
     Raises:
@@ -147,7 +147,7 @@ def save(
         _clear(folder.parent)
         new.mkdir(parents=True)
         save_file(tensors, new / "state.safetensors")
-        export_pipeline(pipe, new / "pipeline", facts, where=str(folder / "pipeline"))
+        export_pipeline(pipe, new / "pipeline", where=str(folder / "pipeline"), **told)
         files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         body = json.dumps({**state, "files": files})
         (new / "state.json").write_text(json.dumps({**json.loads(body), "sha256": _sha256_of(body)}))
@@ -268,6 +268,12 @@ def last_step(metrics: Path) -> int:
     """The last step that `metrics.jsonl` tells of; 0 for none."""
     whole = lines(metrics)
     return json.loads(whole[-1])["step"] if whole else 0
+
+
+def raw_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights before averaging, by name, of a checkpoint."""
+    tensors = load_file(folder / "state.safetensors")
+    return {name.removeprefix("raw."): value for name, value in tensors.items() if name.startswith("raw.")}
 
 
 def read_state(folder: Path) -> dict:

@@ -1,5 +1,6 @@
 """Every setting of a run, as plain dataclasses; read from YAML and the command line by OmegaConf, nowhere else."""
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,6 +144,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class HubConfig:
+    """Where the result goes on the Hub. Token, name and rights are checked before training starts."""
+
+    repo_id: str | None = None  # `name` or `owner/name`
+    push: bool = False  # push the result at the end
+    private: bool = False
+    every_steps: int | None = None  # push checkpoints too, in the background, each to a branch step-N
+    tag: str | None = None  # name for the result
+    pull_request: bool = False  # propose the result instead of writing it
+    variants: list[str] = field(default_factory=list)  # of the exported weights: fp16, raw (before averaging)
+    max_shard_size: str = "10GB"  # of a file of weights
+
+
+@dataclass
 class Config:
     output_dir: str = "runs/run"
     seed: int = 0
@@ -160,6 +175,7 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 def _check_data(config: Config, need) -> None:
@@ -228,10 +244,21 @@ def _check_run(config: Config, need) -> None:
         ("train", "max_minutes"),
         ("checkpoint", "every_steps"),
         ("validation", "every_steps"),
+        ("hub", "every_steps"),
     ):
         value = getattr(getattr(config, section), key)
         need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
+    hub, saved = config.hub, config.checkpoint.every_steps
+    need(hub.repo_id is not None or not (hub.push or hub.every_steps), "hub.repo_id", "say where to push to")
+    need(
+        hub.every_steps is None or (saved is not None and hub.every_steps % saved == 0),
+        "hub.every_steps",
+        f"pushes checkpoints, so it must be a multiple of checkpoint.every_steps={saved}",
+    )
+    need(set(hub.variants) <= {"fp16", "raw"}, "hub.variants", "choose fp16, raw or both")
+    need("raw" not in hub.variants or not config.lora.rank, "hub.variants", "raw is not for lora")
+    need(bool(re.fullmatch(r"\d+(KB|MB|GB)", hub.max_shard_size)), "hub.max_shard_size", "must be such as 500MB or 10GB")
     need(config.seed >= 0, "seed", "must not be negative")
     need(config.validation.num_shapes > 0, "validation.num_shapes", "must be positive")
     need(0 <= config.validation.guidance_scale < 1000, "validation.guidance_scale", "must be in [0, 1000)")
@@ -279,6 +306,8 @@ def idle(config: Config) -> list[str]:
         (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
         (d.name != "shapes", "data.name=shapes", "data", ("num_pictures",)),
         (d.name != "shapes", "data.name=shapes", "validation", ("num_shapes",)),
+        (not (config.hub.push or config.hub.every_steps), "hub.push", "hub", ("repo_id", "private")),
+        (not config.hub.push, "hub.push", "hub", ("tag", "pull_request")),
         (d.name in ("openmoji", "shapes"), "pictures from files", "data", ("image_column", "caption_column", "resize")),
         ("/" not in d.name or Path(d.name).expanduser().exists(), "a Hub data set", "data", ("split", "revision")),
     ]
@@ -301,7 +330,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     if bad := [item for item in overrides if "=" not in item]:
         raise ValueError(f"expected key=value, got {', '.join(bad)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given = [OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))]
+        for layer in given:
+            for key in ("train.mixed_precision", "train.compile"):
+                if OmegaConf.select(layer, key) is False:  # what YAML makes of a bare no
+                    OmegaConf.update(layer, key, "no")
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *given)
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.training import checkpoints, evaluation, openmoji
+from sfumato.training import checkpoints, evaluation, facts, hub
 from sfumato.training import config as configs
 from sfumato.training.build import Denoiser, build_pipeline
 from sfumato.training.data import batches, noise_for
@@ -29,7 +30,7 @@ from sfumato.training.pictures import PictureSet
 from sfumato.training.pictures import prepare as prepare_pictures
 from sfumato.training.tracking import Log, trackers
 
-DIVERGED = 3
+DIVERGED, NOT_PUSHED = 3, 5
 PATIENCE = 20  # seconds for the data workers of a trainer that was killed to notice
 
 
@@ -65,6 +66,8 @@ def prepare(config: configs.Config) -> Run:
     transformers_logging.disable_progress_bar()
     pictures = prepare_pictures(config.data)  # before any process waits for another: this may take hours
     accelerator = start(config)
+    if config.hub.push or config.hub.every_steps:
+        on_main(accelerator, hub.check, config.hub.repo_id, config.hub.pull_request)
     lock = FileLock(Path(config.output_dir) / ".lock", is_singleton=True)
     on_main(accelerator, claim, lock)
     checkpoint = on_main(
@@ -186,41 +189,21 @@ def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
         )
 
 
-def public_name(source: str) -> str:
-    """A Hub id or a word as it is; of a path of this machine, the last part."""
-    return Path(source).name if Path(source).expanduser().exists() else source
-
-
-def facts(run: Run) -> dict:
-    """What the model card tells of this run."""
-    c, state = run.config, run.state
-    known = {
-        "title": c.title,
-        "data": f"{public_name(c.data.name)}, {len(run.pictures.select('train'))} training pictures",
-        "steps": state["step"],
-        "pictures seen": state["images_seen"],
-        "training time": f"{state['seconds'] / 60:.1f} minutes",
-        "hardware": f"{run.accelerator.num_processes} x {run.accelerator.device.type}",
-        "batch size": c.train.batch_size * c.train.gradient_accumulation_steps * run.accelerator.num_processes,
-        "learning rate": c.optim.lr,
-        "weights": f"EMA, decay {c.ema.decay}",
-        "caption dropout": c.objective.caption_dropout,
-        "guidance_scale": c.validation.guidance_scale,
+def told(run: Run) -> dict:
+    """What an exported folder says of the run."""
+    known = facts.facts(run.config, run.accelerator, run.pictures, run.state)
+    return {
+        "facts": known,
+        "metadata": facts.metadata(run.config, run.pictures, run.state),
+        "settings": facts.public_settings(run.config),
     }
-    if c.init_from is not None:
-        known["base_model"] = public_name(c.init_from)
-    if c.lora.rank:
-        known["LoRA rank"] = c.lora.rank
-    if c.data.name == "openmoji":
-        known |= {"license": openmoji.LICENSE, "language": c.data.languages, "data licence": openmoji.ATTRIBUTION}
-    return known
 
 
 def train(run: Run) -> int:
     """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, `pipeline/`.
 
     Returns:
-        0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+        0 done, 3 diverged, 5 done but not pushed, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
     c, accelerator, pipe, state, ema = run.config, run.accelerator, run.pipe, run.state, run.ema
     scheduler, device, prediction_type = pipe.scheduler, accelerator.device, pipe.scheduler.config.prediction_type
@@ -230,7 +213,7 @@ def train(run: Run) -> int:
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = batches(run.pictures, c, run.texts, rank, world, state["images_seen"], run.latents)
     log = Log(c, accelerator, run.pictures, state["step"])
-    stop = StopSignal()
+    stop, pushes = StopSignal(), hub.BackgroundPush(run.output_dir / ".push")
     bad_in_a_row, due, started = 0, False, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
 
@@ -279,8 +262,13 @@ def train(run: Run) -> int:
         due = due or every(c.checkpoint.every_steps, state)
         if (due and finite) or stopped or done >= 1:
             log.sync()
-            save(run)
+            folder = save(run)
             due = False
+            if folder is not None and every(c.hub.every_steps, state) and done < 1:
+                branch = f"step-{state['step']}"
+                pushes.start(folder / "pipeline", repo_id=c.hub.repo_id, private=c.hub.private, branch=branch)
+        for line in pushes.news():
+            log.say(line)
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, run.denoiser):
                 log.preview(state["step"], checkpoints.shareable(pipe, run.denoiser))
@@ -297,7 +285,7 @@ def train(run: Run) -> int:
         return DIVERGED
     with checkpoints.averaged(ema, run.denoiser):
         finish(run, log)
-    return 0
+    return push_result(run, pushes) if c.hub.push and accelerator.is_main_process else 0
 
 
 def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -322,11 +310,11 @@ def fraction_done(config: configs.Config, state: dict) -> float:
     return max(by_steps, by_time)
 
 
-def save(run: Run) -> None:
+def save(run: Run) -> Path | None:
     """Write a checkpoint, from the first process; the others take part where the weights are sharded."""
     main = run.accelerator.is_main_process
     if not main and not checkpoints.is_sharded(run.denoiser):
-        return
+        return None
     scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.denoiser, run.optimizer, run.ema)
     stored = {
         **run.state,
@@ -337,7 +325,23 @@ def save(run: Run) -> None:
     with checkpoints.averaged(run.ema, run.denoiser):
         pipe = checkpoints.shareable(run.pipe, run.denoiser)
         if main:
-            checkpoints.save(run.output_dir, tensors, pipe, stored, facts(run), run.config.checkpoint.keep)
+            return checkpoints.save(run.output_dir, tensors, pipe, stored, told(run), run.config.checkpoint.keep)
+
+
+def push_result(run: Run, pushes: hub.BackgroundPush) -> int:
+    """Push `pipeline/`; a failure is told and costs nothing but the push."""
+    h, folder = run.config.hub, run.output_dir / "pipeline"
+    pushes.wait()
+    for line in pushes.news():
+        print(line)
+    try:
+        message = f"Step {run.state['step']}, trained with Sfumato"
+        address = hub.push(folder, h.repo_id, h.private, tag=h.tag, pull_request=h.pull_request, message=message)
+        print(f"pushed {address}")
+        return 0
+    except hub.CannotPush as error:
+        print(f"sfumato: not pushed: {error}. Later:  sfumato push {folder} {h.repo_id}", file=sys.stderr)
+        return NOT_PUSHED
 
 
 def every(steps: int | None, state: dict) -> bool:
@@ -348,18 +352,24 @@ def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and the exported folder."""
     main, pipe = run.accelerator.is_main_process, checkpoints.shareable(run.pipe, run.denoiser)
     prompts, pictures = log.preview(run.state["step"], pipe)
-    known = facts(run)
+    known = told(run)
     if run.config.data.name == "shapes":
         scores = evaluation.evaluate_shapes(pipe, run.config.validation, run.accelerator)
-        known["obedience on held-out captions"] = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
+        n, line = run.config.validation.num_shapes, ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
+        known["facts"]["obedience to held-out captions"] = f"{line}; {n} captions, judged by a program"
         if main:
             (run.output_dir / "evaluation.json").write_text(json.dumps(scores, indent=2))
-        log.say("right on held-out captions: " + known["obedience on held-out captions"])
+        log.say(f"right on held-out captions: {line}")
     folder = run.output_dir / "pipeline"
     if main:
         if run.config.lora.rank:
             checkpoints.save_lora(run.pipe, run.output_dir / "lora")
-        export_pipeline(pipe, folder, known, list(zip(prompts, pictures)))
+        h, curve = run.config.hub, facts.loss_curve(run.output_dir / "metrics.jsonl")
+        raw = checkpoints.raw_weights(checkpoints.folders(run.output_dir)[-1]) if "raw" in h.variants else None
+        export_pipeline(
+            pipe, folder, samples=list(zip(prompts, pictures)), curve=curve, variants=h.variants, raw=raw,
+            max_shard_size=h.max_shard_size, **known,
+        )  # fmt: skip
     log.close(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
 
 

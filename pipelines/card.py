@@ -1,0 +1,189 @@
+"""The model card of an exported folder: what the run knows, snippets that run, and nothing left to fill in."""
+
+import json
+
+from huggingface_hub import ModelCardData
+
+from sfumato import __version__
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+
+_CARD = """---
+{data}
+---
+
+# {title}
+
+{made}
+
+<Gallery />
+
+## Use it
+
+No flag and no other package than diffusers, transformers and torch is needed.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{where}")
+image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps=30,
+             generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+Another sampler, here one that needs few steps; the trained noise schedule goes with it:
+
+```python
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{where}")
+pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps=12).images[0]
+```
+
+Half of the memory:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)
+image = pipe({prompt!r}, guidance_scale={guidance_scale}).images[0]
+```
+
+With `pip install sfumato`, other guidance, and a check of every argument:
+
+```python
+from diffusers.guiders import AdaptiveProjectedGuidance
+from sfumato.pipelines import SfumatoPipeline
+
+pipe = SfumatoPipeline.from_pretrained("{where}")
+pipe = SfumatoPipeline.from_pipe(pipe, guider=AdaptiveProjectedGuidance(guidance_scale={guidance_scale}))
+image = pipe({prompt!r}, num_inference_steps=30).images[0]
+```
+
+## What it is
+
+{model}
+{training}
+## Intended use and limits
+
+To draw pictures like those it was trained on, from captions like theirs, for study and play. It draws only what its
+training pictures show, at the resolution given above; words that no caption had mean nothing to it. It has not been
+checked for bias or for harmful pictures, and it can reproduce training pictures. It is not for pictures that are taken
+for records of real persons or events.
+{again}
+Made by Sfumato {version}.
+"""
+
+_TRAINING = """
+## How it was trained
+
+{rows}
+{curve}{settings}"""
+
+_AGAIN = """
+## Train it again
+
+`training_args.yaml` in this folder is the whole config. With [Sfumato](https://pypi.org/project/sfumato) {version}:
+
+```sh
+sfumato train training_args.yaml output_dir=runs/again
+```
+"""
+
+# What a trainer tells, in the order of the card; other facts follow.
+ORDER = ("data", "data licence", "captions", "skipped records", "steps", "pictures seen", "training time", "hardware")
+
+
+def model_card(
+    pipe: SfumatoPipeline,
+    where: str,
+    facts: dict | None = None,
+    gallery: list[tuple[str, str]] = (),
+    curve: str | None = None,
+    settings: bool = False,
+    variants: list[str] = (),
+) -> str:
+    """Text of the card.
+
+    Args:
+        pipe: the model.
+        where: the path or repository that the snippets name.
+        facts: what the trainer knows. `title`, `license`, `language`, `datasets` and `base_model` are placed; the rest is
+            listed.
+        gallery: pairs of prompt and picture, the latter relative to the folder.
+        curve: a picture of the training loss, relative to the folder.
+        settings: whether `training_args.yaml` lies beside.
+        variants: of the weights, beside float32.
+    """
+    facts = dict(facts or {})
+    base, title = facts.pop("base_model", None), facts.pop("title", "A Sfumato model")
+    guidance, scratch = facts.pop("guidance_scale", 3.0), bool(facts) and not base
+    front = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=facts.pop("license", None),
+        language=facts.pop("language", None),
+        datasets=facts.pop("datasets", None),
+        tags=["diffusers", "sfumato", "text-to-image"]
+        + (["diffusers-training"] if scratch or base else [])
+        + (["trained-from-scratch"] if scratch else []),
+        base_model=base if base and base.count("/") == 1 else None,
+        base_model_relation="finetune" if base and base.count("/") == 1 else None,
+        widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
+    )
+    made = "A text-to-image diffusion model in Stable Diffusion's form, exported by Sfumato."
+    if base:
+        made = f"A text-to-image diffusion model, fine-tuned with Sfumato from `{base}`."
+    elif scratch:
+        made = "A text-to-image diffusion model, trained from random weights with Sfumato."
+    return _CARD.format(
+        data=front.to_yaml(),
+        title=title,
+        made=made,
+        where=where,
+        prompt=gallery[0][0] if gallery else "",
+        guidance_scale=guidance,
+        model=_describe(pipe, variants),
+        training=_tell(facts, curve, settings),
+        again=_AGAIN.format(version=__version__) if settings else "",
+        version=__version__,
+    )
+
+
+def _tell(facts: dict, curve: str | None, settings: bool) -> str:
+    """The section on training; empty where nothing is known of it."""
+    if not facts:
+        return ""
+    ordered = {name: facts.pop(name) for name in ORDER if name in facts} | facts
+    return _TRAINING.format(
+        rows="| | |\n|---|---|\n" + "".join(f"| {_capital(name)} | {value} |\n" for name, value in ordered.items()),
+        curve=f"\n![Training loss]({curve})\n" if curve else "",
+        settings="\nEvery setting: `training_args.yaml`.\n" if settings else "",
+    )
+
+
+def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
+    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    counts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
+    factor = pipe.vae_scale_factor
+    space = "on pixels: its VAE is the identity" if factor == 1 else f"on latents of {channels} channels at {height} x {width}"
+    scheduler = pipe.scheduler.config
+    notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key != "run"}
+    schedule = notes or {"beta_schedule": scheduler.beta_schedule}
+    rows = {
+        "Parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        "Resolution": f"{height * factor} x {width * factor} pixels, {pipe.vae.config.out_channels} channels; works {space}",
+        "Text": f"CLIP text encoder, up to {pipe.tokenizer.model_max_length} tokens, vocabulary of {len(pipe.tokenizer):,}",
+        "Prediction": f"{scheduler.prediction_type}, {scheduler.num_train_timesteps} noise levels",
+        "Noise schedule": f"`{json.dumps(schedule)}`"
+        + (", zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""),
+    }
+    if variants:
+        rows["Variants"] = ", ".join(f'`variant="{name}"`' for name in variants)
+    return "".join(f"- {name}: {value}\n" for name, value in rows.items())
+
+
+def _capital(name: str) -> str:
+    return name.replace("_", " ")[:1].upper() + name.replace("_", " ")[1:]

@@ -1,0 +1,243 @@
+"""Sharing through a loopback Hub: the real client pushes from one process and loads from others."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from loopback_hub import Hub
+from PIL import Image
+
+from sfumato.pipelines import export_pipeline
+
+# Draws with whatever class; sfumato cannot be imported. Arguments: a file for the pictures, then (class, keywords) as JSON.
+LOAD = """
+    import json, os, sys, urllib.request, numpy as np, torch
+    sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
+        lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "sfumato" else None)}))
+    import diffusers
+    images = {}
+    for i, (name, repo, keywords) in enumerate(json.loads(sys.argv[2])):
+        urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/mark").read()  # so that the log of requests tells the loads apart
+        pipe = getattr(diffusers, name).from_pretrained(repo, **keywords)
+        pipe.set_progress_bar_config(disable=True)
+        images[f"{i} {type(pipe).__name__}"] = pipe("a red circle", guidance_scale=3.0, num_inference_steps=3,
+            output_type="np", generator=torch.Generator().manual_seed(0)).images
+    np.savez(sys.argv[1], **images)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An exported folder and what it draws."""
+    folder = tmp_path_factory.mktemp("model")
+    pipe = tiny.pipeline(folder)
+    facts = {"title": "Tiny", "steps": 3}
+    export_pipeline(pipe, folder / "model", facts, [("a red circle", Image.new("RGB", (16, 16)))])
+    generator = torch.Generator().manual_seed(0)
+    images = pipe("a red circle", guidance_scale=3.0, num_inference_steps=3, output_type="np", generator=generator).images
+    return folder / "model", images
+
+
+@pytest.fixture
+def hub():
+    with Hub() as running:
+        yield running
+
+
+def run(hub, home, *command, token="writer", check=True):
+    """A child process that takes `hub` for the Hub; the command `sfumato`, or Python code."""
+    start = [sys.executable, "-m", "sfumato.cli"] if command[0] in ("push", "export", "train") else [sys.executable, "-c"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    child = subprocess.run(
+        [*start, *map(str, command)], env={**env, "OMP_NUM_THREADS": "1", **hub.env(home, token)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert not check or child.returncode == 0, child.stderr
+    return child
+
+
+def load(hub, tmp_path, *doors, home="reader"):
+    """Pictures by all doors, from a child without sfumato, and what it said."""
+    child = run(hub, tmp_path / home, textwrap.dedent(LOAD), tmp_path / "images", json.dumps(doors), token=None)
+    return dict(np.load(tmp_path / "images.npz")), child.stderr
+
+
+def test_pushed_once_and_loaded_by_every_door(hub, model, tmp_path):
+    folder, expected = model
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    said = run(hub, tmp_path / "home", "push", folder, "tiny", "--tag", "v1").stdout
+    assert f"pushed {hub.url}/ada/tiny/commit/" in said
+    repository = hub.repositories["ada/tiny"]
+    assert len(repository.history) == 1 and set(repository.tags) == {"v1"}
+    (sha,) = repository.history
+    assert set(repository.commits[sha]) == {str(path.relative_to(folder)) for path in before}
+    card = repository.commits[sha]["README.md"].decode()
+    assert 'from_pretrained("ada/tiny"' in card and str(folder) not in card
+    run(hub, tmp_path / "home", "push", folder, "ada/tiny")  # nothing new: no commit
+    assert repository.history == [sha]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    code = {"custom_pipeline": "ada/tiny", "trust_remote_code": True}
+    doors = [
+        ("DiffusionPipeline", "ada/tiny", {}),
+        ("StableDiffusionPipeline", "ada/tiny", {"revision": sha}),
+        ("AutoPipelineForText2Image", "ada/tiny", {"revision": "v1"}),
+        ("DiffusionPipeline", "ada/tiny", code),
+        ("DiffusionPipeline", "ada/tiny", {}),
+    ]
+    images, said = load(hub, tmp_path, *doors)
+    assert [name.split()[1] for name in images] == ["StableDiffusionPipeline"] * 3 + [
+        "SfumatoPipeline",
+        "StableDiffusionPipeline",
+    ]
+    for name, got in images.items():
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
+    for trouble in ("newly initialized", "not expected", "Expected types", "MISSING", "UNEXPECTED"):
+        assert trouble not in said
+    last = hub.requests[len(hub.requests) - hub.requests[::-1].index("GET /mark") :]
+    assert len(last) == 2, last  # the rest was in the cache
+
+
+def test_ours_opens_a_repository_and_exports_the_same_folder(hub, model, tmp_path):
+    folder, _ = model
+    run(hub, tmp_path / "home", "push", folder, "tiny")
+    run(hub, tmp_path / "home", "export", "ada/tiny", tmp_path / "again")
+    files = hub.repositories["ada/tiny"].commits[hub.repositories["ada/tiny"].history[0]]
+    again = {str(p.relative_to(tmp_path / "again")): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
+    assert again == files
+
+
+def test_a_dry_run_lists_and_changes_nothing(hub, model, tmp_path):
+    said = run(hub, tmp_path, "push", model[0], "tiny", "--dry-run").stdout
+    assert "would push to ada/tiny" in said and "unet/diffusion_pytorch_model.safetensors" in said
+    assert not hub.repositories
+
+
+def test_files_that_are_gone_go_and_a_branch_is_its_own(hub, model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model[0], folder)
+    run(hub, tmp_path, "push", folder, "tiny")
+    (folder / "samples" / "0.png").unlink()
+    run(hub, tmp_path, "push", folder, "tiny", "--branch", "step-2")
+    repository = hub.repositories["ada/tiny"]
+    assert "samples/0.png" in repository.commits[repository.branches["main"]]
+    assert "samples/0.png" not in repository.commits[repository.branches["step-2"]]
+    assert len(repository.history) == 2
+
+
+def test_a_pull_request_where_one_may_not_write(hub, model, tmp_path):
+    run(hub, tmp_path, "push", model[0], "tiny")
+    hub.repositories["press/tiny"] = hub.repositories.pop("ada/tiny")
+    said = run(hub, tmp_path, "push", model[0], "press/tiny", "--pull-request", check=False)
+    assert said.returncode == 0, said.stderr
+
+
+@pytest.mark.parametrize(
+    "token, repo_id, message",
+    [
+        (None, "tiny", "there is no Hub token; run `hf auth login`"),
+        ("wrong", "tiny", "the Hub does not know this token"),
+        ("reader", "tiny", "may only read"),
+        ("writer", "press/tiny", "ada may not write to press, only to ada, lab"),
+        ("writer", "a b", "is not allowed"),
+        ("writer", "ada/foreign", "holds something that Sfumato did not make"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line_and_known_before_training(hub, model, tmp_path, token, repo_id, message):
+    run(hub, tmp_path, "push", model[0], "foreign")
+    repository = hub.repositories["ada/foreign"]
+    repository.commit("main", {"thesis.tex": b"x"}, False)
+    commits = len(repository.history)
+    path = tiny.config_file(tmp_path, hub={"push": True, "repo_id": repo_id})
+    for command in (("push", model[0], repo_id), *([("train", path)] if token == "reader" else [])):  # the same check
+        child = run(hub, tmp_path, *command, token=token, check=False)
+        assert child.returncode == 2 and message in child.stderr, child.stderr
+        assert len([line for line in child.stderr.splitlines() if line.startswith("sfumato: ")]) == 1
+        assert "Traceback" not in child.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and len(repository.history) == commits
+
+
+def test_no_hub_at_all_is_one_line(hub, model, tmp_path):
+    hub.url = "http://127.0.0.1:9"
+    child = run(hub, tmp_path, "push", model[0], "tiny", check=False)
+    assert child.returncode == 2 and "the Hub cannot be reached" in child.stderr and "Traceback" not in child.stderr
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(hub, model, tmp_path):
+    hub.cut_uploads = 2
+    child = run(hub, tmp_path, "push", model[0], "tiny")
+    repository = hub.repositories["ada/tiny"]
+    assert len(repository.history) == 1 and hub.cut_uploads == 0, child.stdout
+    sent = [request for request in hub.requests if request.startswith("PUT")]
+    assert len(sent) <= len(repository.lfs) + 2  # what had arrived was not sent again
+
+
+def test_killed_while_pushing_leaves_the_old_revision_and_the_folder(hub, model, tmp_path):
+    folder, expected = model
+    run(hub, tmp_path / "home", "push", folder, "tiny")
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    weights = changed / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    before = {path: path.read_bytes() for path in changed.rglob("*") if path.is_file()}
+    hub.stall.clear()
+    env = {**os.environ, **hub.env(tmp_path / "home")}
+    child = subprocess.Popen([sys.executable, "-m", "sfumato.cli", "push", str(changed), "tiny"], env=env)
+    while not any(request.startswith("PUT") and "ada/tiny" in request for request in hub.requests[-1:]):
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    hub.stall.set()
+    assert len(hub.repositories["ada/tiny"].history) == 1
+    assert {path: path.read_bytes() for path in changed.rglob("*") if path.is_file()} == before
+    images, _ = load(hub, tmp_path, ("DiffusionPipeline", "ada/tiny", {}))
+    np.testing.assert_allclose(*images.values(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("plant", ["unet/weights.bin", "link"])
+def test_what_should_not_travel_is_refused(hub, model, tmp_path, plant):
+    folder = tmp_path / "model"
+    shutil.copytree(model[0], folder)
+    if plant == "link":
+        (tmp_path / "secret").write_text("secret")
+        (folder / "samples" / "1.png").symlink_to(tmp_path / "secret")
+    else:
+        (folder / plant).write_bytes(b"x")
+    child = run(hub, tmp_path, "push", folder, "tiny", check=False)
+    assert child.returncode == 2 and re.search("link out of|pickle", child.stderr) and not hub.repositories
+
+
+def test_training_pushes_checkpoints_in_the_background_and_the_result(hub, tmp_path):
+    path = tiny.config_file(tmp_path, hub={"push": True, "repo_id": "tiny", "every_steps": 3, "tag": "v1"})
+    said = run(hub, tmp_path, "train", path)
+    repository = hub.repositories["ada/tiny"]
+    assert set(repository.branches) == {"main", "step-3"} and set(repository.tags) == {"v1"}
+    assert said.stdout.count(f"pushed {hub.url}/ada/tiny/commit/") == 2
+    assert not (tmp_path / "run" / ".push").exists()
+    files, early = (repository.commits[repository.branches[name]] for name in ("main", "step-3"))
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert files[name] != early[name]
+    for file in (tmp_path / "run" / "pipeline").rglob("*.safetensors"):
+        assert file.read_bytes() == files[str(file.relative_to(tmp_path / "run" / "pipeline"))]
+    assert {"training_args.yaml", "samples/0.png"} <= set(files)
+    assert str(tmp_path).encode() not in b"".join(files[name] for name in files if not name.endswith(".safetensors"))
+
+
+def test_a_hub_that_refuses_costs_the_push_and_nothing_else(hub, tmp_path):
+    hub.full = True
+    path = tiny.config_file(tmp_path, hub={"push": True, "repo_id": "tiny", "every_steps": 3})
+    child = run(hub, tmp_path, "train", path, check=False)
+    assert child.returncode == 5 and "step-00000003 is not pushed: the Hub refused: " in child.stdout
+    assert "sfumato: not pushed: the Hub refused: " in child.stderr and "storage is full" in child.stderr
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+    hub.full = False
+    run(hub, tmp_path, "push", tmp_path / "run", "tiny")
+    assert len(hub.repositories["ada/tiny"].commits[hub.repositories["ada/tiny"].branches["main"]]) > 10

@@ -1,0 +1,126 @@
+"""A stranger's folder runs no code, unpickles nothing and does not fill the memory."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+
+import crashes
+import pytest
+import tiny
+
+from sfumato import cli
+from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.training.train import main
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    return export_pipeline(tiny.pipeline(folder), folder / "model")
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "model")
+
+
+class Payload:
+    """Touches a file when unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def sample(folder):
+    return cli.main(["sample", "x", "--model", str(folder), "--steps", "1", "--out", str(folder.parent / "x.png")])
+
+
+def test_planted_code_does_not_run(folder, tmp_path, capsys):
+    mark = f"import os; os.mkdir({str(tmp_path / 'ran')!r})\n"
+    for name in ("pipeline.py", "__init__.py", "unet/__init__.py"):
+        (folder / name).write_text(mark)
+    assert sample(folder) == 0
+    for name in ("unet/diffusers.py", "scheduler/scheduling_sfumato.py"):
+        (folder / name).write_text(mark)
+        assert sample(folder) == 2 and "contains custom code" in capsys.readouterr().err
+        (folder / name).unlink()
+        change(folder / "model_index.json", scheduler=["scheduling_sfumato", "Evil"])
+    change(folder / "model_index.json", _class_name=["pipeline", "SfumatoPipeline"])
+    assert sample(folder) == 2 and "contains custom code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part, name", [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")])
+def test_a_pickle_is_refused_with_the_reason(folder, tmp_path, capsys, part, name):
+    (folder / part / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    assert sample(folder) == 0  # beside safetensors it is not looked at
+    for path in (folder / part).glob("*.safetensors"):
+        path.unlink()
+    assert sample(folder) == 2
+    assert "a pickle, which can run code when opened" in capsys.readouterr().err
+    path = tiny.config_file(tmp_path, init_from=str(folder), unet=None, scheduler=None)
+    assert main([str(path)]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_safetensors_file_that_is_a_pickle_is_refused(folder, tmp_path, capsys):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    assert sample(folder) == 2
+    assert "is damaged" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("unet/config.json", {"block_out_channels": [10**9] * 2}),
+        ("unet/config.json", {"block_out_channels": [10**5] * 2}),
+        ("unet/config.json", {"in_channels": 10**9}),
+        ("unet/config.json", {"layers_per_block": 10**6}),
+        ("unet/config.json", {"transformer_layers_per_block": [[10**6]]}),
+        ("vae/config.json", {"layers_per_block": 10**6}),
+        ("vae/config.json", {"block_out_channels": [10**6]}),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**6}),
+        ("text_encoder/config.json", {"vocab_size": 10**10}),
+        ("text_encoder/config.json", {"max_position_embeddings": 10**10}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}),
+        ("unet/config.json", {"block_out_channels": "many"}),
+    ],
+)
+def test_an_absurd_config_is_refused_before_it_fills_the_memory(folder, file, values):
+    change(folder / file, **values)
+
+    def attempt():
+        limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 500_000_000
+        try:
+            SfumatoPipeline.from_pretrained(folder)
+        except ValueError as error:
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return 7 if str(folder / file.split("/")[0]) in str(error) and used < limit else 1
+        return 0
+
+    assert crashes.wait([crashes.fork(attempt)]) == [7]
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_damaged_json_is_told(folder, capsys, file):
+    (folder / file).write_text("{" * 100_000)
+    assert sample(folder) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_links_out_of_the_folder_are_not_taken_over(folder, tmp_path, capsys):
+    (tmp_path / "secret").write_text("secret")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    assert cli.main(["export", str(folder), str(tmp_path / "shared")]) == 2
+    assert "link out of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "shared").exists()

@@ -1,0 +1,150 @@
+"""What is told of a run: to readers in the card, to programs in the weights' metadata, and to who repeats it."""
+
+import hashlib
+import json
+import re
+import subprocess
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
+
+from sfumato import __version__
+from sfumato.training import openmoji
+from sfumato.training.checkpoints import lines
+from sfumato.training.config import CheckpointConfig, Config, DataConfig, HubConfig, dump
+from sfumato.training.pictures import PictureSet
+
+
+def public_name(source: str) -> str:
+    """A Hub id or a word as it is; of a path of this machine, the last part."""
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
+def public_settings(config: Config) -> str:
+    """The config as YAML, enough to repeat the run where the data are, without paths of this machine."""
+
+    def name(source):
+        return None if source is None else public_name(source)
+
+    clean = replace(
+        config,
+        output_dir=f"runs/{Path(config.output_dir).name}",
+        init_from=name(config.init_from),
+        data=replace(config.data, name=public_name(config.data.name), cache_dir=DataConfig().cache_dir),
+        vae=replace(config.vae, pretrained=name(config.vae.pretrained)),
+        text_encoder=replace(config.text_encoder, pretrained=name(config.text_encoder.pretrained)),
+        checkpoint=replace(config.checkpoint, resume=CheckpointConfig().resume),
+        hub=HubConfig(),
+    )
+    return dump(clean)
+
+
+def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state: dict) -> dict:
+    """What the card tells of a run."""
+    c, o = config, config.objective
+    batch = c.train.batch_size * c.train.gradient_accumulation_steps * accelerator.num_processes
+    weight = o.weight if o.weight == "unit" else f"min-SNR, gamma {o.min_snr_gamma}, floor {o.min_snr_floor}"
+    levels = o.timesteps if o.timesteps == "uniform" else f"log-SNR normal({o.log_snr_mean}, {o.log_snr_std})"
+    known = {
+        "title": c.title,
+        "data": f"{public_name(c.data.name)}, {len(pictures.select('train')):,} training pictures, "
+        f"{len(pictures) - len(pictures.select('train')):,} held out",
+        "captions": f"{len(pictures.captions):,}; dropped with probability {o.caption_dropout}, for guidance",
+        "skipped records": sum(map(len, pictures.skipped.values())),
+        "steps": f"{state['step']:,}",
+        "pictures seen": f"{state['images_seen']:,}",
+        "training time": f"{state['seconds'] / 60:.1f} minutes",
+        "hardware": f"{accelerator.num_processes} x {_device(accelerator)}",
+        "batch size": batch,
+        "optimizer": f"{c.optim.name}, learning rate {c.optim.lr}, {c.optim.lr_decay} after {c.optim.lr_warmup_steps} steps",
+        "noise levels trained": levels,
+        "loss weight": weight,
+        "precision": accelerator.mixed_precision,
+        "weights": f"EMA, decay {c.ema.decay}",
+        "seed": c.seed,
+        "versions": ", ".join(f"{name} {number}" for name, number in _versions().items() if number),
+        "guidance_scale": c.validation.guidance_scale,
+    }
+    if c.init_from is not None:
+        known["base_model"] = public_name(c.init_from)
+    if c.lora.rank:
+        known["LoRA rank"] = c.lora.rank
+    if c.data.name == "openmoji":
+        known |= {"license": openmoji.LICENSE, "language": c.data.languages, "data licence": openmoji.ATTRIBUTION}
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", c.data.name) and not Path(c.data.name).exists():
+        known["datasets"] = [c.data.name]
+    return known
+
+
+def metadata(config: Config, pictures: PictureSet, state: dict) -> dict:
+    """What programs may want to know of a run; it travels in the scheduler's config under `_sfumato`, key `run`."""
+    objective = asdict(config.objective)
+    return {
+        "step": state["step"],
+        "images_seen": state["images_seen"],
+        "objective": objective,
+        "guidance_scale": config.validation.guidance_scale,
+        "data": {"name": public_name(config.data.name), "fingerprint": pictures.fingerprint.rsplit("-", 1)[-1]},
+        "versions": _versions(),
+        "commit": _commit(),
+        "config_sha256": hashlib.sha256(public_settings(config).encode()).hexdigest(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found = {"sfumato": __version__}
+    for name in ("diffusers", "transformers", "accelerate", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    """The git commit of this code, where it is a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _device(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(accelerator.device)
+    return accelerator.device.type
+
+
+def loss_curve(metrics: Path, width: int = 640, height: int = 240) -> Image.Image | None:
+    """The smoothed loss of `metrics.jsonl` over the steps, on a logarithmic scale; None for fewer than ten steps."""
+    entries = [json.loads(line) for line in lines(metrics)]
+    losses = np.array([entry["loss"] for entry in entries if entry["loss"]], dtype=float)
+    if len(losses) < 10:
+        return None
+    window = max(1, len(losses) // 50)
+    smooth = np.log10(np.convolve(losses, np.ones(window) / window, "valid"))
+    low, high = smooth.min(), max(smooth.max(), smooth.min() + 1e-6)
+    left, bottom, top, right = 60, height - 30, 12, width - 12
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+    for part in (0.0, 0.5, 1.0):
+        y = bottom - part * (bottom - top)
+        pen.text((left - 6, y), f"{10 ** (low + part * (high - low)):.3g}", "black", font, anchor="rm")
+        x = left + part * (right - left)
+        pen.text((x, bottom + 6), f"{int(part * entries[-1]['step']):,}", "black", font, anchor="ma" if part < 1 else "ra")
+    xs = np.linspace(left, right, len(smooth))
+    ys = bottom - (smooth - low) / (high - low) * (bottom - top)
+    pen.line(list(zip(xs, ys)), (50, 80, 160), width=2)
+    pen.text((right, top), f"loss over steps, mean of {window}", "black", font, anchor="ra")
+    return sheet

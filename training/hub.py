@@ -1,0 +1,217 @@
+"""Put an exported folder on the Hub: checked before training starts, one commit a push, none where nothing changed.
+
+Nothing heavy is imported, so that `sfumato push` answers at once.
+"""
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"}
+KEPT = {".gitattributes"}  # the Hub's own, which no folder has
+ATTEMPTS, PAUSE = 3, 3.0  # the client itself has tried some times before each of ours fails
+
+
+class CannotPush(ValueError):
+    """Why a folder cannot go to the Hub, in one line that says what to do."""
+
+
+def files_to_push(folder: Path) -> list[str]:
+    """What of an exported folder goes to the Hub, relative to it.
+
+    Raises:
+        CannotPush: not an exported pipeline, or it holds what should not travel: pickles, links out of it.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise CannotPush(f"{folder} is no exported pipeline: it has no model_index.json; make one with `sfumato export`")
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CannotPush(f"{path} is a link out of the folder; only what lies in the folder is pushed")
+        if path.suffix in PICKLES:
+            raise CannotPush(f"{path} may hold a pickle, which runs code when opened; only safetensors are pushed")
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            found.append(name.as_posix())
+    return found
+
+
+def check(repo_id: str, pull_request: bool = False) -> str:
+    """Ask the Hub whether this person may push there; returns the full id, `owner/name`.
+
+    Raises:
+        CannotPush: bad name, no or a wrong token, no right to write, a repository of something else, no connection.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise CannotPush(f"hub.repo_id={repo_id!r} is not allowed: {error}") from error
+    if get_token() is None:
+        raise CannotPush("there is no Hub token; run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        user = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise CannotPush("the Hub does not know this token; run `hf auth login --force`, or mend HF_TOKEN") from error
+        raise CannotPush(f"the Hub does not answer: {_line(error)}") from error
+    except (httpx2.TransportError, OSError) as error:
+        raise CannotPush(f"the Hub cannot be reached: {_line(error)}") from error
+    repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+    owner = repo_id.split("/")[0]
+    writable = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise CannotPush("this Hub token may only read; make one that may write, and run `hf auth login`")
+    if owner not in writable and not pull_request:
+        raise CannotPush(f"{user['name']} may not write to {owner}, only to {', '.join(writable)}; or make it a pull request")
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        if owner not in writable:
+            raise CannotPush(f"there is no {repo_id} to make a pull request to") from None
+        return repo_id
+    except (HfHubHTTPError, httpx2.TransportError) as error:
+        raise CannotPush(f"the Hub does not answer: {_line(error)}") from error
+    held = {sibling.rfilename for sibling in info.siblings or []} - KEPT - {"README.md"}
+    if held and "sfumato" not in (info.tags or []) and not pull_request:
+        raise CannotPush(f"{repo_id} holds something that Sfumato did not make ({len(held)} files); choose another name")
+    return repo_id
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    branch: str | None = None,
+    tag: str | None = None,
+    pull_request: bool = False,
+    message: str | None = None,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Make the repository hold just what the folder holds, in one commit; no commit where it does so already.
+
+    Large files that arrived before a connection broke are not sent again. The local folder is only read; in the card that
+    travels, the snippets name the repository in place of the folder.
+
+    Args:
+        folder: an exported pipeline.
+        repo_id: `name` or `owner/name`; made where it does not exist.
+        private: make it private; no effect on one that exists.
+        branch: where to, made where it does not exist; `main` where not given.
+        tag: name for the result.
+        pull_request: propose the change instead of making it.
+        message: of the commit.
+        say: gets a line when an attempt fails and is repeated.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        CannotPush: see `files_to_push` and `check`; or the connection failed again and again.
+    """
+    folder = Path(folder)
+    names = files_to_push(folder)
+    repo_id = check(repo_id, pull_request)
+    api = HfApi()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _push_once(api, folder, names, repo_id, private, branch or "main", tag, pull_request, message)
+        except (httpx2.TransportError, OSError, RuntimeError) as error:  # the client wraps what an upload raises
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500 and cause.response.status_code != 429:
+                raise CannotPush(f"the Hub refused: {_line(cause)}") from error
+            if attempt == ATTEMPTS:
+                raise CannotPush(
+                    f"the connection to the Hub failed {ATTEMPTS} times: {_line(cause)}. The folder is as it was; "
+                    "push again, and what has arrived is not sent again"
+                ) from error
+            say(f"the connection to the Hub broke ({_line(cause)}); trying again")
+            time.sleep(PAUSE * attempt)
+    raise AssertionError("unreachable")
+
+
+def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, message) -> str:
+    if not pull_request:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if branch != "main" and not pull_request:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    try:
+        there = {file.rfilename for file in api.model_info(repo_id, revision=branch).siblings or []}
+    except RevisionNotFoundError:
+        there = set()
+    operations = [CommitOperationAdd(name, _content(folder / name, repo_id)) for name in names]
+    operations += [CommitOperationDelete(name) for name in sorted(there - set(names) - KEPT)]
+    done = api.create_commit(
+        repo_id, operations, commit_message=message or "Upload with Sfumato", revision=branch, create_pr=pull_request or None
+    )
+    if tag and not pull_request:
+        api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=False)
+    return done.pr_url or done.commit_url
+
+
+def _content(path: Path, repo_id: str) -> str | bytes:
+    if path.name != "README.md":
+        return str(path)
+    return re.sub(r'(from_pretrained\(\s*|custom_pipeline=)"[^"]*"', rf'\1"{repo_id}"', path.read_text("utf-8")).encode()
+
+
+def _line(error: Exception) -> str:
+    """The telling line of a client's error, which may have many."""
+    rows = [row.strip() for row in str(error).splitlines() if row.strip() and "Request ID" not in row]
+    return rows[-1] if rows else type(error).__name__
+
+
+class BackgroundPush:
+    """Pushes checkpoints while training goes on: one at a time, never waited for, never able to end the run."""
+
+    def __init__(self, hold: Path):
+        self.hold, self.said = hold, []
+        self._thread = None
+
+    def start(self, folder: Path, **arguments) -> None:
+        """Push `folder` unless a push is still under way. Its files are held by links, so it may be removed meanwhile."""
+        if self._thread is not None and self._thread.is_alive():
+            self._say(f"{folder.parent.name} is not pushed: the push before it is still under way")
+            return
+        shutil.rmtree(self.hold, ignore_errors=True)
+        shutil.copytree(folder, self.hold, copy_function=_link)
+
+        def work():
+            try:
+                outcome = f"pushed {push(self.hold, say=self._say, **arguments)}"
+            except Exception as error:  # whatever it is, the run goes on
+                outcome = f"{folder.parent.name} is not pushed: {_line(error)}"
+            self._say(outcome)
+            shutil.rmtree(self.hold, ignore_errors=True)
+
+        self._thread = threading.Thread(target=work, daemon=True)  # a daemon, so that no upload keeps a run from ending
+        self._thread.start()
+
+    def _say(self, text: str) -> None:
+        self.said.append(text)
+
+    def wait(self) -> None:
+        """Until the push under way, if any, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def news(self) -> list[str]:
+        """What has been said since the last call."""
+        said, self.said = self.said, []
+        return said
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:  # a disk without links
+        shutil.copy(source, target)
