@@ -9,14 +9,17 @@ import sys
 import textwrap
 import time
 
+import crashes
 import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
 from loopback_hub import Hub
 from PIL import Image
 
 from sfumato.pipelines import export_pipeline
+from sfumato.training.train import main
 
 # Draws with whatever class; sfumato cannot be imported. Arguments: a file for the pictures, then (class, keywords) as JSON.
 LOAD = """
@@ -55,7 +58,11 @@ def hub():
 
 def run(hub, home, *command, token="writer", check=True):
     """A child process that takes `hub` for the Hub; the command `sfumato`, or Python code."""
-    start = [sys.executable, "-m", "sfumato.cli"] if command[0] in ("push", "export", "train") else [sys.executable, "-c"]
+    if command[0] == "train":
+        child = train(hub, home, command[1], token)
+        assert not check or child.returncode == 0, child.stderr
+        return child
+    start = [sys.executable, "-m", "sfumato.cli"] if command[0] in ("push", "export") else [sys.executable, "-c"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     child = subprocess.run(
         [*start, *map(str, command)], env={**env, "OMP_NUM_THREADS": "1", **hub.env(home, token)},
@@ -63,6 +70,22 @@ def run(hub, home, *command, token="writer", check=True):
     )  # fmt: skip
     assert not check or child.returncode == 0, child.stderr
     return child
+
+
+def train(hub, home, config, token):
+    """The trainer in a fork, which has the imports behind it; the client's settings are as its environment would set them."""
+    home.mkdir(exist_ok=True)
+
+    def task():
+        sys.stdout, sys.stderr = (open(home / name, "w", buffering=1) for name in ("out", "err"))
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+            os.environ.pop(name, None)
+        os.environ.update(hub.env(home, token))
+        constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = hub.url, False, True
+        return main([str(config)])
+
+    (code,) = crashes.wait([crashes.fork(task, quiet=False)])
+    return subprocess.CompletedProcess("train", code, (home / "out").read_text(), (home / "err").read_text())
 
 
 def load(hub, tmp_path, *doors, home="reader"):
