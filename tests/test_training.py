@@ -70,8 +70,17 @@ def test_exported_weights_are_the_averaged_ones(tmp_path):
     assert not torch.equal(unet[name], kept[f"raw.unet.{name}"])
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("weight", ["unit", "min_snr"])
+@pytest.mark.parametrize(
+    "prediction_type, weight",
+    [
+        ("epsilon", "min_snr"),
+        ("sample", "unit"),
+        ("v_prediction", "min_snr"),
+        pytest.param("epsilon", "unit", marks=pytest.mark.slow),
+        pytest.param("sample", "min_snr", marks=pytest.mark.slow),
+        pytest.param("v_prediction", "unit", marks=pytest.mark.slow),
+    ],
+)
 def test_every_objective_learns_to_overfit_one_picture(tmp_path, prediction_type, weight):
     path = tiny.config_file(
         tmp_path,
