@@ -139,7 +139,7 @@ def model_card(
         made = "A text-to-image diffusion model, trained from random weights with Sfumato."
     return _CARD.format(
         data=front.to_yaml(),
-        title=title,
+        title=" ".join(title.split()),
         made=made,
         where=where,
         prompt=gallery[0][0] if gallery else "",
@@ -157,7 +157,7 @@ def _tell(facts: dict, curve: str | None, settings: bool) -> str:
         return ""
     ordered = {name: facts.pop(name) for name in ORDER if name in facts} | facts
     return _TRAINING.format(
-        rows="| | |\n|---|---|\n" + "".join(f"| {_capital(name)} | {value} |\n" for name, value in ordered.items()),
+        rows="| | |\n|---|---|\n" + "".join(f"| {_capital(name)} | {_cell(value)} |\n" for name, value in ordered.items()),
         curve=f"\n![Training loss]({curve})\n" if curve else "",
         settings="\nEvery setting: `training_args.yaml`.\n" if settings else "",
     )
@@ -183,6 +183,10 @@ def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
     if variants:
         rows["Variants"] = ", ".join(f'`variant="{name}"`' for name in variants)
     return "".join(f"- {name}: {value}\n" for name, value in rows.items())
+
+
+def _cell(value) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _capital(name: str) -> str:

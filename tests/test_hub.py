@@ -105,7 +105,7 @@ def test_pushed_once_and_loaded_by_every_door(hub, model, tmp_path):
     assert set(repository.commits[sha]) == {str(path.relative_to(folder)) for path in before}
     card = repository.commits[sha]["README.md"].decode()
     assert 'from_pretrained("ada/tiny"' in card and str(folder) not in card
-    run(hub, tmp_path / "home", "push", folder, "ada/tiny")  # nothing new: no commit
+    run(hub, tmp_path / "home", "push", folder, "ada/tiny", "--tag", "v1")  # nothing new: no commit
     assert repository.history == [sha]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     code = {"custom_pipeline": "ada/tiny", "trust_remote_code": True}
@@ -264,3 +264,19 @@ def test_a_hub_that_refuses_costs_the_push_and_nothing_else(hub, tmp_path):
     hub.full = False
     run(hub, tmp_path, "push", tmp_path / "run", "tiny")
     assert len(hub.repositories["ada/tiny"].commits[hub.repositories["ada/tiny"].branches["main"]]) > 10
+
+
+def test_a_tag_is_not_moved_and_a_foreign_card_is_kept(hub, model, tmp_path):
+    folder = shutil.copytree(model[0], tmp_path / "model")
+    foreign = '---\nlicense: mit\npipeline_tag: text-to-image\n---\n\n# Theirs\n\n`x.from_pretrained("some/control")`\n'
+    (folder / "README.md").write_text(foreign)
+    run(hub, tmp_path, "push", folder, "tiny", "--private", "--tag", "v1")
+    repository = hub.repositories["ada/tiny"]
+    card = repository.commits[repository.branches["main"]]["README.md"].decode()
+    assert repository.private and "# Theirs" in card and "some/control" in card and "- sfumato" in card
+    run(hub, tmp_path, "push", folder, "tiny")
+    assert len(repository.history) == 1  # ours to push to, and nothing new
+    (folder / "samples" / "0.png").unlink()
+    child = run(hub, tmp_path, "push", folder, "tiny", "--tag", "v1", check=False)
+    assert child.returncode == 2 and "the tag v1 names another state already" in child.stderr
+    assert repository.tags["v1"] == repository.history[0]

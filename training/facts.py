@@ -69,6 +69,8 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
         "versions": ", ".join(f"{name} {number}" for name, number in _versions().items() if number),
         "guidance_scale": c.validation.guidance_scale,
     }
+    if len(c.data.buckets) > 1:
+        known["picture sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
     if c.init_from is not None:
         known["base_model"] = public_name(c.init_from)
     if c.lora.rank:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -31,8 +31,9 @@ def files_to_push(folder: Path) -> list[str]:
         CannotPush: not an exported pipeline, or it holds what should not travel: pickles, links out of it.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise CannotPush(f"{folder} is no exported pipeline: it has no model_index.json; make one with `sfumato export`")
+    for name in ("model_index.json", "README.md"):
+        if not (folder / name).is_file():
+            raise CannotPush(f"{folder} is no exported pipeline: it has no {name}; make one with `sfumato export`")
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -154,14 +155,25 @@ def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, 
         repo_id, operations, commit_message=message or "Upload with Sfumato", revision=branch, create_pr=pull_request or None
     )
     if tag and not pull_request:
-        api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=False)
+        known = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        if known.get(tag, done.oid) != done.oid:
+            raise CannotPush(f"pushed {done.commit_url}, but the tag {tag} names another state already; choose another")
+        if tag not in known:
+            api.create_tag(repo_id, tag=tag, revision=done.oid)
     return done.pr_url or done.commit_url
 
 
 def _content(path: Path, repo_id: str) -> str | bytes:
+    """A file as it is; in our card, the snippets name the repository, and every card says that Sfumato was here."""
     if path.name != "README.md":
         return str(path)
-    return re.sub(r'(from_pretrained\(\s*|custom_pipeline=)"[^"]*"', rf'\1"{repo_id}"', path.read_text("utf-8")).encode()
+    card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True)
+    if "sfumato" not in (card.data.tags or []):
+        card.data.tags = [*(card.data.tags or []), "sfumato"]
+    text = str(card)
+    if "Made by Sfumato" in text and (where := re.search(r'from_pretrained\("([^"]*)"', text)):
+        text = text.replace(f'"{where[1]}"', f'"{repo_id}"')
+    return text.encode()
 
 
 def _line(error: Exception) -> str:
@@ -175,6 +187,7 @@ class BackgroundPush:
 
     def __init__(self, hold: Path):
         self.hold, self.said = hold, []
+        shutil.rmtree(hold, ignore_errors=True)  # of a run that was killed
         self._thread = None
 
     def start(self, folder: Path, **arguments) -> None:
@@ -182,8 +195,12 @@ class BackgroundPush:
         if self._thread is not None and self._thread.is_alive():
             self._say(f"{folder.parent.name} is not pushed: the push before it is still under way")
             return
-        shutil.rmtree(self.hold, ignore_errors=True)
-        shutil.copytree(folder, self.hold, copy_function=_link)
+        try:
+            shutil.rmtree(self.hold, ignore_errors=True)
+            shutil.copytree(folder, self.hold, copy_function=_link)
+        except OSError as error:
+            self._say(f"{folder.parent.name} is not pushed: {error}")
+            return
 
         def work():
             try:

@@ -50,6 +50,7 @@ class Run:
     ema: EMA
     state: dict  # how far the run is; what a checkpoint keeps
     origin: dict  # what else its numbers depend on
+    pushes: hub.BackgroundPush  # of checkpoints, to the Hub
     lock: FileLock  # held by the first process: one trainer writes to a folder
 
     @property
@@ -109,7 +110,10 @@ def prepare(config: configs.Config) -> Run:
         accelerator.print(f"goes on from {checkpoint}")
         for line in checkpoints.differences(stored, origin):
             accelerator.print(f"  {line}")
-    return Run(config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state, origin, lock)
+    pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
+    return Run(
+        config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state, origin, pushes, lock
+    )
 
 
 def start(config: configs.Config) -> Accelerator:
@@ -137,11 +141,14 @@ def start(config: configs.Config) -> Accelerator:
 
 def claim(lock: FileLock) -> None:
     """Take the run folder, so that no second trainer writes to it; the system gives it back however this process ends."""
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(lock.lock_file).parent
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
     except Timeout:
-        raise ValueError(f"another trainer is writing to {Path(lock.lock_file).parent}; choose another output_dir") from None
+        raise ValueError(f"another trainer is writing to {folder}; choose another output_dir") from None
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written: {error}") from error
 
 
 def cached(config: configs.Config, pictures: PictureSet, pipe: SfumatoPipeline) -> tuple[np.ndarray, np.ndarray | None]:
@@ -203,7 +210,7 @@ def train(run: Run) -> int:
     """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, `pipeline/`.
 
     Returns:
-        0 done, 3 diverged, 5 done but not pushed, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+        0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
     c, accelerator, pipe, state, ema = run.config, run.accelerator, run.pipe, run.state, run.ema
     scheduler, device, prediction_type = pipe.scheduler, accelerator.device, pipe.scheduler.config.prediction_type
@@ -213,7 +220,7 @@ def train(run: Run) -> int:
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = batches(run.pictures, c, run.texts, rank, world, state["images_seen"], run.latents)
     log = Log(c, accelerator, run.pictures, state["step"])
-    stop, pushes = StopSignal(), hub.BackgroundPush(run.output_dir / ".push")
+    stop, pushes = StopSignal(), run.pushes
     bad_in_a_row, due, started = 0, False, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
 
@@ -285,7 +292,7 @@ def train(run: Run) -> int:
         return DIVERGED
     with checkpoints.averaged(ema, run.denoiser):
         finish(run, log)
-    return push_result(run, pushes) if c.hub.push and accelerator.is_main_process else 0
+    return 0
 
 
 def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -328,12 +335,20 @@ def save(run: Run) -> Path | None:
             return checkpoints.save(run.output_dir, tensors, pipe, stored, told(run), run.config.checkpoint.keep)
 
 
-def push_result(run: Run, pushes: hub.BackgroundPush) -> int:
-    """Push `pipeline/`; a failure is told and costs nothing but the push."""
+def push_result(run: Run) -> int:
+    """Push `pipeline/`, from the first process; a failure is told and costs nothing but the push.
+
+    Returns:
+        0 pushed, or not asked for; 5 not pushed.
+    """
     h, folder = run.config.hub, run.output_dir / "pipeline"
-    pushes.wait()
-    for line in pushes.news():
+    if not run.accelerator.is_main_process:
+        return 0
+    run.pushes.wait()
+    for line in run.pushes.news():
         print(line)
+    if not h.push:
+        return 0
     try:
         message = f"Step {run.state['step']}, trained with Sfumato"
         address = hub.push(folder, h.repo_id, h.private, tag=h.tag, pull_request=h.pull_request, message=message)

@@ -283,6 +283,9 @@ def _hub(config: DataConfig) -> Iterator[Record]:
 
 def _row(number: int, body: bytes | None, value, label_name, fault: str | None = None) -> Record:
     if label_name and value is not None:
-        value = label_name(value).replace("_", " ") if value >= 0 else None
+        try:
+            value = label_name(value).replace("_", " ") if value >= 0 else None
+        except ValueError:
+            return Record(f"row {number}", fault="unknown label")
     captions, wrong = captions_of(value)
     return Record(f"row {number}", body, captions, fault=fault or wrong or ("no picture" if body is None else None))

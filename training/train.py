@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
     run.accelerator.end_training()
     faulthandler.cancel_dump_traceback_later()
+    code = code or loop.push_result(run)  # last, so that no process waits for an upload
     return code
 
 
