@@ -11,21 +11,22 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
-from sfumato.pipelines import pipeline_sfumato, trust
+from sfumato.pipelines import inputs, pipeline_sfumato, trust
 from sfumato.pipelines.card import model_card
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm
 
 TAKEN = ("README.md", "training_args.yaml")
 _LINKS = (
+    "from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels\n",
     "from sfumato.pipelines.trust import check_folder\n",
     "from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler\n",
 )
 
 
 def joined_source() -> str:
-    """`pipeline.py`: the sources of scheduler, trust and pipeline as one file without `sfumato` in its imports."""
-    modules = (scheduling_sfumato_ddpm, trust, pipeline_sfumato)
+    """`pipeline.py`: the sources of scheduler, trust, inputs and pipeline as one file without `sfumato` in its imports."""
+    modules = (scheduling_sfumato_ddpm, trust, inputs, pipeline_sfumato)
     *others, pipeline = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     for link in _LINKS:
         if link not in pipeline:

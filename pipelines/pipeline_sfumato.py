@@ -1,7 +1,7 @@
-"""Text to image with classifier-free guidance, over stock parts.
+"""Text to image, image to image and inpainting with any guider and scheduler of diffusers, over stock parts.
 
-Self-contained on purpose (torch, diffusers, transformers, the scheduler class and the check of folders only): this file
-travels inside shared model folders.
+Self-contained on purpose (torch, diffusers, transformers and of ours what `export.joined_source` joins): this file travels
+inside shared model folders.
 """
 
 import copy
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
@@ -22,6 +23,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 
@@ -132,91 +134,6 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             requires_safety_checker=self.config.requires_safety_checker,
         )
 
-    def check_inputs(
-        self,
-        prompt,
-        negative_prompt,
-        height,
-        width,
-        num_inference_steps,
-        guidance_scale,
-        num_images_per_prompt,
-        generator,
-        latents,
-        prompt_embeds,
-        negative_prompt_embeds,
-        output_type,
-        callback_on_step_end_tensor_inputs,
-    ):
-        """Refuse wrong types, sizes and ranges before anything is computed.
-
-        Raises:
-            TypeError, ValueError: naming what came, what is allowed and what to do.
-        """
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if text is not None and not isinstance(text, str):
-                if not isinstance(text, list) or not all(isinstance(item, str) for item in text):
-                    raise TypeError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}: {text!r}")
-                if not text:
-                    raise ValueError(f"`{name}` is an empty list; pass at least one string ('' for no condition)")
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("pass exactly one of `prompt` and `prompt_embeds`")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("pass at most one of `negative_prompt` and `negative_prompt_embeds`")
-        batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
-        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-            raise ValueError(
-                f"{len(negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
-            )
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if prompt_embeds.shape != negative_prompt_embeds.shape:
-                raise ValueError(
-                    f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
-                    f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
-                )
-        for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-        if num_inference_steps > self.scheduler.config.num_train_timesteps:
-            raise ValueError(
-                f"`num_inference_steps`={num_inference_steps} is more than the {self.scheduler.config.num_train_timesteps}"
-                " steps the model was trained with"
-            )
-        factor = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        for name, value in (("height", height), ("width", width)):
-            if not isinstance(value, int) or value < 1 or value % self.vae_scale_factor:
-                raise ValueError(f"`{name}` must be a positive multiple of {self.vae_scale_factor} pixels, got {value!r}")
-            if value % factor:
-                logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads inside, which may show.")
-        if guidance_scale is not None:
-            if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
-                raise TypeError(f"`guidance_scale` must be a number, got {type(guidance_scale).__name__}: {guidance_scale!r}")
-            if not 0 <= guidance_scale < float("inf"):
-                raise ValueError(f"`guidance_scale` must be finite and at least 0, got {guidance_scale}")
-            if "guidance_scale" not in self.guider.config:
-                raise ValueError(f"{type(self.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
-        num_images = batch_size * num_images_per_prompt
-        if isinstance(generator, list):
-            if len(generator) != num_images:
-                raise ValueError(f"{len(generator)} generators for {num_images} images; pass one, or one for each image")
-        if generator is not None and not all(
-            isinstance(g, torch.Generator) for g in (generator if isinstance(generator, list) else [generator])
-        ):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
-        if latents is not None:
-            expected = (
-                num_images,
-                self.unet.config.in_channels,
-                height // self.vae_scale_factor,
-                width // self.vae_scale_factor,
-            )
-            if tuple(latents.shape) != expected:
-                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        if unknown := [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]:
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, found {unknown}")
-
     def _embed(self, text: list[str], device) -> torch.Tensor:
         """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
         length = self.tokenizer.model_max_length
@@ -260,12 +177,29 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
-    def prepare_latents(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
-        """Starting noise `(num_images, C, h, w)` at the scale the scheduler starts from."""
+    def prepare_noise(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
+        """Standard normal noise `(num_images, C, h, w)`; `latents` where given."""
         shape = (num_images, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype)
+
+    def prepare_image(self, image, mask_image, height, width, batch_size, num_images_per_prompt, device, dtype):
+        """Picture `(B, C, H, W)` in [-1, 1], mask `(B, 1, H, W)` or None, and both in latent space."""
+        size = (height, width, batch_size, num_images_per_prompt)
+        pixels = to_pixels(image, self.vae.config.in_channels, *size).to(device, dtype)
+        mask = None if mask_image is None else to_mask(mask_image, *size).to(device, dtype)
+        x_0 = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        return pixels, mask, x_0, None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
+
+    def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`x_0` at the level of timestep `t` of the scheduler, in its own scale."""
+        return self.scheduler.add_noise(x_0, noise, t.reshape(1).expand(len(x_0)))
+
+    def renoised(self, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:
+        """From timestep `s` back up to `t` by fresh noise: sqrt(a) x_s + sqrt(1 - a) eps with a = abar_t / abar_s."""
+        a = (self.scheduler.alphas_cumprod[t] / self.scheduler.alphas_cumprod[s]).to(x_s)
+        return a.sqrt() * x_s + (1 - a).sqrt() * randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
 
     def predict(self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds):
         """One guided prediction, `(B, C, h, w)`: the guider says which passes are needed and combines them.
@@ -309,6 +243,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
+        image: object | None = None,
+        mask_image: object | None = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -322,11 +259,15 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        num_resamples: int = 1,
     ) -> ImagePipelineOutput | tuple:
-        """Draw pictures.
+        """Draw pictures from text; with `image`, change a picture; with `mask_image`, a part of it.
 
         Args:
             prompt, negative_prompt: one string or a list; the empty string means no condition.
+            image: a picture to start from, or of which to redraw a part; see `inputs.to_pixels`.
+            mask_image: where to redraw `image`: 1 is redrawn, 0 is kept to the last bit; see `inputs.to_mask`.
+            strength: how much of the way back into noise `image` is sent, over 0 and up to 1; 0.8, and 1 with a mask.
             height, width: in pixels; the size the model was trained at where not given.
             num_inference_steps: network evaluations (times two with guidance).
             guidance_scale: overrides the guider's own for this call (Ho and Salimans 2022, arXiv 2207.12598, in the form
@@ -339,17 +280,20 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             return_dict: return `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; returns tensors to go on with.
             callback_on_step_end_tensor_inputs: which tensors it gets.
+            num_resamples: with a mask, how often each step is taken and all but the last time undone by noise, so that
+                what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
 
         Raises:
-            TypeError, ValueError: see `check_inputs`.
+            TypeError, ValueError: see `inputs.check_inputs`.
         """
         sample_size = self.unet.config.sample_size
         sample_size = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
         height = sample_size[0] * self.vae_scale_factor if height is None else height
         width = sample_size[1] * self.vae_scale_factor if width is None else width
-        self.check_inputs(
-            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, num_images_per_prompt,
-            generator, latents, prompt_embeds, negative_prompt_embeds, output_type, callback_on_step_end_tensor_inputs,
+        check_inputs(
+            self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
+            num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,
+            callback_on_step_end_tensor_inputs, num_resamples,
         )  # fmt: skip
 
         # A fresh guider for each call: its state (step, momentum) must not leak, and a component is never changed.
@@ -365,18 +309,36 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             prompt_embeds, negative_prompt_embeds,
         )  # fmt: skip
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        timesteps, dtype = self.scheduler.timesteps, prompt_embeds.dtype
+        noise = self.prepare_noise(len(prompt_embeds), height, width, dtype, device, generator, latents)
+        latents, pixels, mask = noise * self.scheduler.init_noise_sigma, None, None
+        if image is not None:
+            batch = (len(prompt_embeds) // num_images_per_prompt, num_images_per_prompt)
+            pixels, mask, x_0, latent_mask = self.prepare_image(image, mask_image, height, width, *batch, device, dtype)
+            strength = (0.8 if mask is None else 1.0) if strength is None else strength
+            if strength < 1:
+                begin = (num_inference_steps - round(strength * num_inference_steps)) * self.scheduler.order
+                timesteps = timesteps[begin:]
+                if hasattr(self.scheduler, "set_begin_index"):
+                    self.scheduler.set_begin_index(begin)
+                latents = self.noised(x_0, noise, timesteps[0])
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(len(prompt_embeds), height, width, prompt_embeds.dtype, device, generator, latents)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=len(timesteps) // self.scheduler.order) as progress_bar:
             for i, t in enumerate(timesteps):
-                guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
-                model_input = self.scheduler.scale_model_input(latents, t)
-                output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds)
-                latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
+                last = i == len(timesteps) - 1
+                for again in reversed(range(1 if last else num_resamples)):
+                    guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
+                    model_input = self.scheduler.scale_model_input(latents, t)
+                    output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds)
+                    latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
+                    if mask is not None:
+                        kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])
+                        latents = latent_mask * latents + (1 - latent_mask) * kept
+                    if again:
+                        latents = self.renoised(latents, timesteps[i + 1], t, generator)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
@@ -384,12 +346,14 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                     latents = tensors.pop("latents", latents)
                     prompt_embeds = tensors.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = tensors.pop("negative_prompt_embeds", negative_prompt_embeds)
-                if (i + 1) % self.scheduler.order == 0 or i == len(timesteps) - 1:
+                if (i + 1) % self.scheduler.order == 0 or last:
                     progress_bar.update()
 
         image = latents
         if output_type != "latent":
             image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            if mask is not None:
+                image = mask * image + (1 - mask) * pixels
             image = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)

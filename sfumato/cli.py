@@ -22,6 +22,18 @@ def main(arguments: list[str] | None = None) -> int:
     sample.add_argument("--steps", type=int, default=30, help="sampling steps (default: %(default)s)")
     sample.add_argument("--guidance-scale", type=float, default=3.0, help="1 is none (default: %(default)s)")
     sample.add_argument("--negative-prompt", help="what to steer away from")
+    sample.add_argument(
+        "--sampler", help="ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a, heun (default: the model's)"
+    )
+    sample.add_argument("--guider", default="cfg", help="cfg, apg, zero-star, tangential (default: %(default)s)")
+    sample.add_argument(
+        "--guidance-interval", nargs=2, type=float, default=[0.0, 1.0], metavar=("START", "STOP"),
+        help="guide only in this part of the steps; outside it one pass instead of two (default: 0 1)",
+    )  # fmt: skip
+    sample.add_argument("--image", help="a picture to start from, or to redraw a part of")
+    sample.add_argument("--mask", help="a picture that is white where --image is redrawn")
+    sample.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1")
+    sample.add_argument("--gif", help="show the denoising, step by step, in this file")
 
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
@@ -73,22 +85,54 @@ def _find_pipeline(source: str) -> str:
 
 def _sample(options) -> int:
     model = _find_pipeline(options.model)
+    import json
+
     import torch
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from sfumato.pipelines import SfumatoPipeline
+    from sfumato.pipelines.choices import with_guider, with_sampler
     from sfumato.training.evaluation import grid
 
     pipe = SfumatoPipeline.from_pretrained(model)
+    if options.sampler:
+        pipe = with_sampler(pipe, options.sampler)
+    start, stop = options.guidance_interval
+    if options.guider != "cfg" or (start, stop) != (0.0, 1.0):
+        pipe = with_guider(pipe, options.guider, start=start, stop=stop)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    frames, given = [], {}
+    for name, path in (("image", options.image), ("mask_image", options.mask)):
+        if path:
+            with Image.open(path) as file:
+                given[name] = file.copy()
+    if options.strength is not None:
+        given["strength"] = options.strength
+
+    def keep(pipe, step, t, tensors):
+        shown = pipe.vae.decode(tensors["latents"] / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        frames.append(grid(pipe.image_processor.postprocess(shown), options.prompts))
+        return tensors
+
     pictures = pipe(
         options.prompts,
         [options.negative_prompt or ""] * len(options.prompts),
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))],
+        callback_on_step_end=keep if options.gif else None,
+        **given,
     ).images
-    grid(pictures, options.prompts).save(options.out)
+    settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif") and v is not None}
+    notes = PngInfo()
+    notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
+    sheet = grid(pictures, options.prompts)
+    sheet.save(options.out, **({"pnginfo": notes} if options.out.lower().endswith(".png") else {}))
     print(f"wrote {options.out}")
+    if options.gif:
+        frames[0].save(options.gif, save_all=True, append_images=[*frames[1:], *[sheet] * 10], duration=80, loop=0)
+        print(f"wrote {options.gif}")
     return 0
 
 

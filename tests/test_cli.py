@@ -1,11 +1,16 @@
 """The command `sfumato`, as a person types it."""
 
+import json
+
+import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.pipelines import export_pipeline
+from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.choices import GUIDERS, SAMPLERS, with_guider
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,47 @@ def test_sample_draws_a_grid_that_its_seed_repeats(model, tmp_path):
         grids.append(Image.open(out).tobytes())
     assert grids[0] == grids[1] != grids[2]
     assert Image.open(tmp_path / "a.png").width > 2 * 128
+
+
+def test_sampler_guider_and_settings_in_the_png(model, tmp_path):
+    command = ["sample", "--model", str(model), "披萨", "--steps", "3", "--out", str(tmp_path / "a.png"), "--seed", "5"]
+    command += ["--sampler", "unipc", "--guider", "apg", "--guidance-interval", "0.2", "0.8", "--gif", str(tmp_path / "a.gif")]
+    assert main(command) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        notes = json.loads(picture.text["sfumato"])
+    assert notes["prompts"] == ["披萨"] and notes["seed"] == 5 and notes["sampler"] == "unipc" and notes["guider"] == "apg"
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames >= 3
+
+
+def test_a_picture_and_a_mask_from_files(model, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "in.png")
+    Image.new("L", (16, 16), 0).save(tmp_path / "mask.png")
+    command = ["sample", "--model", str(model), "x", "--steps", "3", "--out", str(tmp_path / "a.png")]
+    assert main([*command, "--image", str(tmp_path / "in.png"), "--mask", str(tmp_path / "mask.png")]) == 0
+    assert Image.open(tmp_path / "a.png").getpixel((60, 60)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS])
+def test_every_sampler_draws(model, name, tmp_path):
+    assert (
+        main(["sample", "--model", str(model), "x", "--steps", "3", "--sampler", name, "--out", str(tmp_path / "a.png")]) == 0
+    )
+
+
+@pytest.mark.parametrize("name", [*GUIDERS])
+def test_every_guider_draws_and_is_idle_outside_its_interval(model, name):
+    pipe, passes = with_guider(SfumatoPipeline.from_pretrained(model), name, start=0.25, stop=0.75), []
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    image = pipe("x", num_inference_steps=8, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert np.isfinite(image).all() and passes == [1, 1, 2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("flag, kind", [("--sampler", "sampler"), ("--guider", "guider")])
+def test_unknown_names_are_told_with_the_known_ones(model, capsys, flag, kind):
+    assert main(["sample", "--model", str(model), "x", flag, "magic"]) == 2
+    assert f"unknown {kind} 'magic'; choose one of" in capsys.readouterr().err
 
 
 def test_export_takes_a_run_folder(model, tmp_path, capsys):

@@ -64,13 +64,13 @@ def test_imports_go_from_training_to_pipelines_to_schedulers(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["schedulers/scheduling_sfumato_ddpm.py", "pipelines/pipeline_sfumato.py", "pipelines/trust.py"]
+    "path",
+    ["schedulers/scheduling_sfumato_ddpm.py", "pipelines/pipeline_sfumato.py", "pipelines/trust.py", "pipelines/inputs.py"],
 )
 def test_what_travels_is_self_contained(path):
     ours = {name for name in imports(ROOT / path) if name.startswith("sfumato")}
-    scheduler, trust = "sfumato.schedulers.scheduling_sfumato_ddpm", "sfumato.pipelines.trust"
-    joined = {scheduler, f"{scheduler}.SfumatoDDPMScheduler", trust, f"{trust}.check_folder"}
-    assert ours <= (joined if path == "pipelines/pipeline_sfumato.py" else set())
+    joined = ("sfumato.schedulers.scheduling_sfumato_ddpm", "sfumato.pipelines.trust", "sfumato.pipelines.inputs")
+    assert all(name.startswith(joined) for name in ours) and (not ours or path == "pipelines/pipeline_sfumato.py")
     roots = {name.split(".")[0] for name in imports(ROOT / path)} - {"sfumato"}
     assert roots <= {"torch", "numpy", "PIL", "safetensors", "diffusers", "transformers"} | set(sys.stdlib_module_names)
 

@@ -1,0 +1,53 @@
+"""Samplers and guiders by name, for the command line and for benchmarks."""
+
+import diffusers
+from diffusers import guiders
+
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.schedulers import SfumatoDDPMScheduler
+
+# name -> diffusers' class, and what to set beside the trained schedule
+SAMPLERS = {
+    "ddpm": ("SfumatoDDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+# Not here: MagnitudeAwareGuidance of diffusers 0.42 takes a matrix norm over three dimensions, which fails on pictures.
+GUIDERS = {
+    "cfg": guiders.ClassifierFreeGuidance,
+    "apg": guiders.AdaptiveProjectedGuidance,
+    "zero-star": guiders.ClassifierFreeZeroStarGuidance,
+    "tangential": guiders.TangentialClassifierFreeGuidance,
+}
+
+
+def _choose(kind: str, name: str, known: dict):
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+    return known[name]
+
+
+def with_sampler(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
+    """The same model drawn by another sampler, on the schedule it was trained with.
+
+    Raises:
+        ValueError: no such sampler.
+    """
+    cls, more = _choose("sampler", name, SAMPLERS)
+    cls = SfumatoDDPMScheduler if name == "ddpm" else getattr(diffusers, cls)
+    return SfumatoPipeline.from_pipe(pipe, scheduler=cls.from_config(pipe.scheduler.config, **more))
+
+
+def with_guider(pipe: SfumatoPipeline, name: str, **settings) -> SfumatoPipeline:
+    """The same model under another guidance; `settings` as diffusers' guider takes them, such as `start` and `stop`.
+
+    Raises:
+        ValueError: no such guider.
+    """
+    return SfumatoPipeline.from_pipe(pipe, guider=_choose("guider", name, GUIDERS)(**settings))

@@ -1,0 +1,214 @@
+"""What a call of the pipeline is given: checked before anything is computed, and pictures and masks made into tensors.
+
+Self-contained on purpose (torch, numpy, PIL and diffusers only): this file travels inside shared model folders.
+"""
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils import logging
+from PIL import Image
+
+logger = logging.get_logger(__name__)
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def check_inputs(
+    pipe,
+    prompt,
+    negative_prompt,
+    image,
+    mask_image,
+    strength,
+    height,
+    width,
+    num_inference_steps,
+    guidance_scale,
+    num_images_per_prompt,
+    generator,
+    latents,
+    prompt_embeds,
+    negative_prompt_embeds,
+    output_type,
+    callback_on_step_end_tensor_inputs,
+    num_resamples,
+):
+    """Refuse wrong types, sizes and ranges before anything is computed.
+
+    Raises:
+        TypeError, ValueError: naming what came, what is allowed and what to do.
+    """
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if text is not None and not isinstance(text, str):
+            if not isinstance(text, list) or not all(isinstance(item, str) for item in text):
+                raise TypeError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}: {text!r}")
+            if not text:
+                raise ValueError(f"`{name}` is an empty list; pass at least one string ('' for no condition)")
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("pass exactly one of `prompt` and `prompt_embeds`")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("pass at most one of `negative_prompt` and `negative_prompt_embeds`")
+    batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+        raise ValueError(
+            f"{len(negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
+        )
+    if prompt_embeds is not None and negative_prompt_embeds is not None:
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ValueError(
+                f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
+                f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
+            )
+    for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+    if num_inference_steps > pipe.scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps`={num_inference_steps} is more than the {pipe.scheduler.config.num_train_timesteps}"
+            " steps the model was trained with"
+        )
+    factor = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1 or value % pipe.vae_scale_factor:
+            raise ValueError(f"`{name}` must be a positive multiple of {pipe.vae_scale_factor} pixels, got {value!r}")
+        if value % factor:
+            logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads inside, which may show.")
+    if guidance_scale is not None:
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
+            raise TypeError(f"`guidance_scale` must be a number, got {type(guidance_scale).__name__}: {guidance_scale!r}")
+        if not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"`guidance_scale` must be finite and at least 0, got {guidance_scale}")
+        if "guidance_scale" not in pipe.guider.config:
+            raise ValueError(f"{type(pipe.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
+    num_images = batch_size * num_images_per_prompt
+    if isinstance(generator, list):
+        if len(generator) != num_images:
+            raise ValueError(f"{len(generator)} generators for {num_images} images; pass one, or one for each image")
+    if generator is not None and not all(
+        isinstance(g, torch.Generator) for g in (generator if isinstance(generator, list) else [generator])
+    ):
+        raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
+    if latents is not None:
+        expected = (
+            num_images,
+            pipe.unet.config.in_channels,
+            height // pipe.vae_scale_factor,
+            width // pipe.vae_scale_factor,
+        )
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}")
+    _check_images(pipe, image, mask_image, strength, num_inference_steps, num_resamples)
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    if unknown := [k for k in callback_on_step_end_tensor_inputs if k not in pipe._callback_tensor_inputs]:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {pipe._callback_tensor_inputs}, found {unknown}")
+
+
+def _check_images(pipe, image, mask_image, strength, num_inference_steps, num_resamples) -> None:
+    if mask_image is not None and image is None:
+        raise ValueError("`mask_image` says what of `image` to redraw; pass `image` too")
+    if image is None and strength is not None:
+        raise ValueError("`strength` says how much of `image` to redraw; pass `image` too")
+    if strength is not None:
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be a number over 0 and at most 1, got {strength!r}")
+        if round(strength * num_inference_steps) < 1:
+            raise ValueError(f"`strength`={strength} of {num_inference_steps} steps leaves none to take; raise either")
+    if not isinstance(num_resamples, int) or isinstance(num_resamples, bool) or num_resamples < 1:
+        raise ValueError(f"`num_resamples` must be a whole number of at least 1, got {num_resamples!r}")
+    if num_resamples > 1:
+        if mask_image is None:
+            raise ValueError("`num_resamples` is for inpainting; pass `image` and `mask_image`")
+        if not isinstance(pipe.scheduler, (DDPMScheduler, DDIMScheduler)):
+            raise ValueError(f"`num_resamples` needs a DDPM or DDIM scheduler, not {type(pipe.scheduler).__name__}")
+
+
+def _stack(name: str, value, one_has: int) -> torch.Tensor:
+    """Array, tensor, or list of them as one float tensor with a batch dimension, unsigned integers and bools in [0, 1]."""
+    parts = value if isinstance(value, list) else [value]
+    tensors = []
+    for part in parts:
+        if not isinstance(part, (np.ndarray, torch.Tensor)):
+            raise TypeError(f"`{name}` must hold PIL pictures, arrays or tensors, got {type(part).__name__}")
+        tensor = torch.as_tensor(part)
+        if tensor.dtype in (torch.uint8, torch.bool):
+            tensor = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
+        if isinstance(part, np.ndarray) and tensor.ndim >= 3:  # channels last, as everywhere in diffusers
+            tensor = tensor.movedim(-1, -3)
+        tensors.append(tensor.float() if tensor.ndim == one_has + 1 else tensor.float()[None])
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        raise ValueError(f"`{name}` holds pictures of several sizes: {[tuple(t.shape[1:]) for t in tensors]}")
+    return torch.cat(tensors)
+
+
+def _fit_batch(name: str, tensor: torch.Tensor, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
+    if len(tensor) not in (1, batch_size):
+        raise ValueError(f"{len(tensor)} pictures in `{name}` for {batch_size} prompts; pass one, or as many as prompts")
+    return tensor.expand(batch_size, *tensor.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
+
+
+def to_pixels(image, channels: int, height: int, width: int, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
+    """`image` as `(B, C, height, width)` in [-1, 1].
+
+    Args:
+        image: PIL pictures, which are resized where they have another size; arrays `(H, W, C)` or tensors `(C, H, W)`, uint8
+            or float in [0, 1], with or without a batch dimension; or a list of any of them.
+        channels: C: 1 grey, 3 RGB, 4 RGBA.
+
+    Raises:
+        TypeError, ValueError: something else, another size, values out of range, as many as neither one nor the prompts.
+    """
+    parts = image if isinstance(image, list) else [image]
+    if all(isinstance(part, Image.Image) for part in parts):
+        sized = [part.convert(MODES[channels]) for part in parts]
+        sized = [p if p.size == (width, height) else p.resize((width, height), Image.Resampling.LANCZOS) for p in sized]
+        image = [np.asarray(part).reshape(height, width, channels) for part in sized]
+    pixels = _stack("image", image, one_has=3)
+    if tuple(pixels.shape[1:]) != (channels, height, width):
+        raise ValueError(
+            f"`image` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL picture"
+        )
+    if not (torch.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError("`image` must hold values from 0 to 1 (or be uint8)")
+    return _fit_batch("image", pixels * 2 - 1, batch_size, num_images_per_prompt)
+
+
+def to_mask(mask, height: int, width: int, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
+    """`mask` as `(B, 1, height, width)` in [0, 1]: 1 is redrawn, 0 is kept, between is blended.
+
+    Args:
+        mask: PIL pictures, which are resized where they have another size; arrays or tensors `(H, W)` or `(1, H, W)`
+            (arrays `(H, W, 1)`), bool, uint8 or float in [0, 1], with or without a batch dimension; or a list of them.
+
+    Raises:
+        TypeError, ValueError: as `to_pixels`.
+    """
+    parts = mask if isinstance(mask, list) else [mask]
+    if all(isinstance(part, Image.Image) for part in parts):
+        sized = [part.convert("L") for part in parts]
+        sized = [p if p.size == (width, height) else p.resize((width, height), Image.Resampling.BOX) for p in sized]
+        mask = [np.asarray(part)[..., None] for part in sized]
+    parts = mask if isinstance(mask, list) else [mask]
+    flat = [part[..., None] if isinstance(part, np.ndarray) and part.ndim == 2 else part for part in parts]
+    flat = [part[None] if isinstance(part, torch.Tensor) and part.ndim == 2 else part for part in flat]
+    values = _stack("mask_image", flat, one_has=3)
+    if tuple(values.shape[1:]) != (1, height, width):
+        raise ValueError(f"`mask_image` must be {height} x {width}, got {tuple(values.shape[1:])}; or pass a PIL picture")
+    if not (torch.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError("`mask_image` must hold values from 0 (keep) to 1 (redraw)")
+    return _fit_batch("mask_image", values, batch_size, num_images_per_prompt)
+
+
+def pad_for_outpainting(image: Image.Image, left=0, top=0, right=0, bottom=0) -> tuple[Image.Image, Image.Image]:
+    """A larger picture and its mask, for `pipe(prompt, image=picture, mask_image=mask, height=..., width=...)`.
+
+    Args:
+        image: what is to go on beyond its edges.
+        left, top, right, bottom: pixels to add; filled with the nearest edge, which the mask has drawn anew.
+    """
+    if min(left, top, right, bottom) < 0:
+        raise ValueError(f"pixels to add must not be negative, got {(left, top, right, bottom)}")
+    values = np.asarray(image)
+    more = [(top, bottom), (left, right)]
+    mask = np.pad(np.zeros(values.shape[:2], np.uint8), more, constant_values=255)
+    return Image.fromarray(np.pad(values, more + [(0, 0)] * (values.ndim - 2), mode="edge")), Image.fromarray(mask)
