@@ -226,6 +226,16 @@ def test_two_trainers_do_not_write_to_one_folder(tmp_path, capsys, monkeypatch):
     assert main([path]) == 0
 
 
+def test_what_may_change_on_resume_is_not_told(tmp_path, capsys):
+    path = str(make_config(tmp_path))
+    main([path, "optim.lr_decay=constant"])
+    capsys.readouterr()
+    more = ["data.max_bad_share=0.5", f"data.cache_dir={tmp_path / 'elsewhere'}", "checkpoint.keep=1", "title=Other"]
+    more += ["validation.num_shapes=2", "train.num_workers=1", "hub.max_shard_size=1GB"]
+    assert main([path, "optim.lr_decay=constant", "checkpoint.resume=auto", *more]) == 0
+    assert " before, " not in capsys.readouterr().out
+
+
 def test_no_pickle_is_written(tmp_path):
     main([str(make_config(tmp_path))])
     endings = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}

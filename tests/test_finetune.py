@@ -1,5 +1,6 @@
 """A trained folder is trained further, whole or by LoRA, and the result goes where such results go."""
 
+import json
 import shutil
 
 import numpy as np
@@ -68,6 +69,21 @@ def test_resume_says_that_frozen_weights_are_others(tmp_path, base, capsys):
     save_file({name: 1.1 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
     assert main([path, "checkpoint.resume=auto", "train.max_steps=4"]) == 0
     assert "frozen weights: " in capsys.readouterr().out
+
+
+def test_a_resumed_fine_tuning_keeps_its_tokenizer(tmp_path, base):
+    shutil.copytree(base, tmp_path / "base")
+    path = str(finetune_config(tmp_path, tmp_path / "base", text_encoder={}))
+    main([path, "text_encoder.train=true", "train.max_steps=2"])
+    words = (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text()
+    file = tmp_path / "base" / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    first, second = list(content["model"]["vocab"])[:2]
+    vocab = content["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(content))
+    main([path, "text_encoder.train=true", "train.max_steps=3", "checkpoint.resume=auto"])
+    assert (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text() == words
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect")

@@ -255,6 +255,41 @@ def test_only_a_few_rows_of_a_large_row_group_are_held(tmp_path):
     assert len(held) == 2000 and max(held) < 100_000_000
 
 
+def test_a_column_that_a_later_file_lacks_is_told_before_training(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "set").mkdir()
+    write_parquet(tmp_path / "set" / "0.parquet", [(RED, b"good")])
+    parquet.write_table(pa.table({"image": [RED], "caption": ["x"]}), tmp_path / "set" / "1.parquet")
+    with pytest.raises(ValueError, match="1.parquet must have one column text; it has image, caption"):
+        pictures.prepare(folder_config(tmp_path, tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    "cell, expected",
+    [
+        (b"a cat", (["a cat"], None)),
+        (b"caf\xe9", ([], "caption is not UTF-8")),
+        ({"en": "a"}, ([], "caption is no text")),
+        (float("nan"), ([], "caption is no text")),
+        (["a", None, " b "], (["a", "b"], None)),
+        (7, (["7"], None)),
+    ],
+)
+def test_what_a_caption_cell_may_be(cell, expected):
+    assert sources.captions_of(cell) == expected
+
+
+def test_a_stricter_share_judges_what_is_prepared_already(tmp_path):
+    for i in range(9):
+        picture(tmp_path / "f" / "cat" / f"{i}.png")
+    (tmp_path / "f" / "cat" / "9.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="skipped 1 of 10"):
+        first = pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.2))
+    assert pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.3)).fingerprint == first.fingerprint
+    with pytest.raises(ValueError, match="1 of 10 pictures"):
+        pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.05))
+
+
 def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -9,6 +9,8 @@ import shutil
 import crashes
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from sfumato import cli
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
@@ -70,6 +72,18 @@ def test_a_pickle_is_refused_with_the_reason(folder, tmp_path, capsys, part, nam
     path = tiny.config_file(tmp_path, init_from=str(folder), unet=None, scheduler=None)
     assert main([str(path)]) == 2
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("part, setting", [("vae", "vae.pretrained"), ("text_encoder", "text_encoder.pretrained")])
+def test_a_pretrained_part_that_is_a_pickle_is_refused(folder, tmp_path, capsys, part, setting):
+    """A sound state dict, so that nothing but the refusal keeps it from being opened."""
+    for path in (folder / part).glob("*.safetensors"):
+        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save(load_file(path), folder / part / name)
+        path.unlink()
+    assert main([str(tiny.config_file(tmp_path)), f"{setting}={folder}"]) == 2
+    assert f"{setting}=" in capsys.readouterr().err
 
 
 def test_a_safetensors_file_that_is_a_pickle_is_refused(folder, tmp_path, capsys):

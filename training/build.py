@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import warnings
 
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -68,7 +70,10 @@ def build_text_encoder(
     if config.pretrained is not None:
         key, source = "text_encoder.pretrained", config.pretrained
         encoder, whole = _pretrained(CLIPTextModel, key, source, "text_encoder", dtype=torch.float32)
-        tokenizer = tokenizer or CLIPTokenizer.from_pretrained(source, subfolder="tokenizer" if whole else "")
+        try:
+            tokenizer = tokenizer or CLIPTokenizer.from_pretrained(source, subfolder="tokenizer" if whole else "")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}={source!r}: its tokenizer cannot be opened: {error}") from error
         if len(tokenizer) < 256:  # transformers makes an empty one where there is none
             raise ValueError(f"{key}={source!r} has no tokenizer beside its text encoder")
     else:
@@ -99,15 +104,17 @@ def build_text_encoder(
 def _pretrained(cls: type, key: str, source: str, part: str, **arguments):
     """The model `part` of a whole pipeline, or of a folder or repository with that model alone; and whether it is whole.
 
+    Only safetensors are opened: a pickle can run code.
+
     Raises:
         ValueError: neither is there; names the setting `key`.
     """
     try:
-        return cls.from_pretrained(source, subfolder=part, **arguments), True
-    except OSError as error:
+        return cls.from_pretrained(source, subfolder=part, use_safetensors=True, **arguments), True
+    except (OSError, ValueError, SafetensorError) as error:
         try:
-            return cls.from_pretrained(source, **arguments), False
-        except OSError:
+            return cls.from_pretrained(source, use_safetensors=True, **arguments), False
+        except (OSError, ValueError, SafetensorError):
             raise ValueError(f"{key}={source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -174,7 +181,10 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         ValueError: an argument that the stock class does not have, or that contradicts another section.
     """
     if config.init_from is not None:
-        return load_pipeline(config)
+        pipe = load_pipeline(config)
+        if tokenizer is not None:
+            pipe.register_modules(tokenizer=tokenizer)
+        return pipe
     _known(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)
     torch.manual_seed(config.seed)
@@ -242,6 +252,20 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         alpha = config.lora.rank if config.lora.alpha is None else config.lora.alpha
         pipe.unet.add_adapter(LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=config.lora.target_modules))
     return pipe
+
+
+def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
+    """Say how many captions lose their end to the token limit; nothing is cut in silence."""
+    limit, long, longest = pipe.tokenizer.model_max_length, 0, 0
+    for start in range(0, len(captions), 1000):
+        lengths = [len(ids) for ids in pipe.tokenizer(captions[start : start + 1000], verbose=False).input_ids]
+        long, longest = long + sum(length > limit for length in lengths), max(longest, *lengths)
+    if long:
+        warnings.warn(
+            f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut; "
+            f"text_encoder.max_length={longest} would hold them all",
+            stacklevel=2,
+        )
 
 
 def strengthen_conditioning(unet: UNet2DConditionModel, factor: float = 3.0) -> None:

@@ -202,7 +202,7 @@ def damage(folder: Path) -> str | None:
         state = json.loads((folder / "state.json").read_text())
         expected, files = state.pop("sha256"), dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "state.json is missing or damaged"
+        return "state.json is missing, damaged or of an older version"
     if _sha256_of(json.dumps(state)) != expected:
         return "state.json has changed"
     for name, expected in files.items():
@@ -295,6 +295,8 @@ def origin(config: Config, accelerator: Accelerator, pictures: PictureSet, pipe:
     return {
         "config": settings,
         "num_processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
         "data": pictures.fingerprint,
         "frozen weights": frozen.hexdigest()[:16],
     }

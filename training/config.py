@@ -195,6 +195,10 @@ def _check_data(config: Config, need) -> None:
         "data.cache_latents",
         "goes with neither data.buckets nor data.random_flip",
     )
+    try:
+        Path(config.data.name).expanduser()
+    except RuntimeError as error:
+        need(False, "data.name", str(error))
     need(config.data.num_pictures > 0, "data.num_pictures", "must be positive")
     need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
 

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.training import checkpoints, evaluation, facts, hub
 from sfumato.training import config as configs
-from sfumato.training.build import Denoiser, build_pipeline
+from sfumato.training.build import Denoiser, build_pipeline, warn_of_long_captions
 from sfumato.training.data import batches, noise_for
 from sfumato.training.ema import EMA
 from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity
@@ -49,6 +48,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMA
     state: dict  # how far the run is; what a checkpoint keeps
+    saved: Path | None  # the newest checkpoint
     origin: dict  # what else its numbers depend on
     pushes: hub.BackgroundPush  # of checkpoints, to the Hub
     lock: FileLock  # held by the first process: one trainer writes to a folder
@@ -71,6 +71,15 @@ def prepare(config: configs.Config) -> Run:
         on_main(accelerator, hub.check, config.hub.repo_id, config.hub.pull_request)
     lock = FileLock(Path(config.output_dir) / ".lock", is_singleton=True)
     on_main(accelerator, claim, lock)
+    try:
+        return assemble(config, pictures, accelerator, lock)
+    except BaseException:
+        lock.release(force=True)
+        raise
+
+
+def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelerator, lock: FileLock) -> Run:
+    """Model, optimizer and averages, from random weights or from a checkpoint."""
     checkpoint = on_main(
         accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
     )
@@ -104,7 +113,7 @@ def prepare(config: configs.Config) -> Run:
         if accelerator.scaler is not None and stored["scaler"]:
             accelerator.scaler.load_state_dict(stored["scaler"])
         state = {key: stored[key] for key in state}
-        if len(pictures.buckets) > 1:  # where the batch size changed, blocks of one size begin elsewhere
+        if pictures.several_sizes:  # where the batch size changed, blocks of one size begin elsewhere
             block = config.train.batch_size * accelerator.num_processes
             state["images_seen"] = -(-state["images_seen"] // block) * block
         accelerator.print(f"goes on from {checkpoint}")
@@ -112,7 +121,21 @@ def prepare(config: configs.Config) -> Run:
             accelerator.print(f"  {line}")
     pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
     return Run(
-        config, accelerator, pictures, texts, latents, pipe, denoiser, model, optimizer, ema, state, origin, pushes, lock
+        config,
+        accelerator,
+        pictures,
+        texts,
+        latents,
+        pipe,
+        denoiser,
+        model,
+        optimizer,
+        ema,
+        state,
+        checkpoint,
+        origin,
+        pushes,
+        lock,
     )
 
 
@@ -178,22 +201,8 @@ def on_main(accelerator: Accelerator, function, *arguments):
             result = [error]
     (result,) = broadcast_object_list(result)
     if isinstance(result, ValueError):
-        raise result
+        raise ValueError(str(result)) from result
     return result
-
-
-def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
-    """Say how many captions lose their end to the token limit; nothing is cut in silence."""
-    limit, long, longest = pipe.tokenizer.model_max_length, 0, 0
-    for start in range(0, len(captions), 1000):
-        lengths = [len(ids) for ids in pipe.tokenizer(captions[start : start + 1000], verbose=False).input_ids]
-        long, longest = long + sum(length > limit for length in lengths), max(longest, *lengths)
-    if long:
-        warnings.warn(
-            f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut; "
-            f"text_encoder.max_length={longest} would hold them all",
-            stacklevel=2,
-        )
 
 
 def told(run: Run) -> dict:
@@ -221,7 +230,7 @@ def train(run: Run) -> int:
     loader = batches(run.pictures, c, run.texts, rank, world, state["images_seen"], run.latents)
     log = Log(c, accelerator, run.pictures, state["step"])
     stop, pushes = StopSignal(), run.pushes
-    bad_in_a_row, due, started = 0, False, time.monotonic() - state["seconds"]
+    bad_in_a_row, due, push_due, started = 0, False, False, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
 
     while done < 1 and not stopped and bad_in_a_row < c.train.max_bad_steps:
@@ -266,14 +275,14 @@ def train(run: Run) -> int:
         log.write(
             {**state, "loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm), "done": round(done, 5)}
         )
-        due = due or every(c.checkpoint.every_steps, state)
+        due, push_due = due or every(c.checkpoint.every_steps, state), push_due or every(c.hub.every_steps, state)
         if (due and finite) or stopped or done >= 1:
             log.sync()
-            folder = save(run)
-            due = False
-            if folder is not None and every(c.hub.every_steps, state) and done < 1:
+            run.saved = save(run) or run.saved
+            if push_due and accelerator.is_main_process and not stopped and done < 1:
                 branch = f"step-{state['step']}"
-                pushes.start(folder / "pipeline", repo_id=c.hub.repo_id, private=c.hub.private, branch=branch)
+                pushes.start(run.saved / "pipeline", repo_id=c.hub.repo_id, private=c.hub.private, branch=branch)
+            due = push_due = False
         for line in pushes.news():
             log.say(line)
         if every(c.validation.every_steps, state) and done < 1:
@@ -380,7 +389,7 @@ def finish(run: Run, log: Log) -> None:
         if run.config.lora.rank:
             checkpoints.save_lora(run.pipe, run.output_dir / "lora")
         h, curve = run.config.hub, facts.loss_curve(run.output_dir / "metrics.jsonl")
-        raw = checkpoints.raw_weights(checkpoints.folders(run.output_dir)[-1]) if "raw" in h.variants else None
+        raw = checkpoints.raw_weights(run.saved) if "raw" in h.variants else None
         export_pipeline(
             pipe, folder, samples=list(zip(prompts, pictures)), curve=curve, variants=h.variants, raw=raw,
             max_shard_size=h.max_shard_size, **known,

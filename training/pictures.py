@@ -31,7 +31,13 @@ MIN_SIDE = 4
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SPLITS = ("train", "held_out", "held_out_combination")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-UNSEEN = ("cache_dir", "random_flip", "cache_latents", "cache_embeddings")  # settings that change no prepared picture
+UNSEEN = (
+    "cache_dir",
+    "max_bad_share",
+    "random_flip",
+    "cache_latents",
+    "cache_embeddings",
+)  # settings that change no prepared picture
 RECORD = np.dtype([("bucket", "u2"), ("row", "u4"), ("split", "u1"), ("first_caption", "u8"), ("num_captions", "u4")])
 
 
@@ -123,6 +129,7 @@ class PictureSet(Sequence):
         buckets: the picture sizes, (height, width).
         table: an array of `RECORD`, a row a record.
         skipped: reason -> names of the records that could not be used.
+        num_records: with those that could not be used.
         noted: what was unusual about pictures that could -> how many.
         fingerprint: changes with anything that changes the pictures.
     """
@@ -130,6 +137,7 @@ class PictureSet(Sequence):
     def __init__(self, folder: Path):
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         self.skipped, self.noted, self.channels = report["skipped"], report["noted"], report["channels"]
+        self.num_records = report["records"]
         self.buckets = [tuple(size) for size in report["buckets"]]
         self.fingerprint = folder.name
         self.table = np.load(folder / "records.npy", mmap_mode="r")
@@ -150,6 +158,11 @@ class PictureSet(Sequence):
         first, count = int(row["first_caption"]), int(row["num_captions"])
         captions = [self.captions[first + k] for k in range(count)]
         return {"id": self.names[i], "captions": captions, "split": SPLITS[row["split"]]}
+
+    @property
+    def several_sizes(self) -> bool:
+        """Whether training pictures are of more than one size."""
+        return len(np.unique(self.table["bucket"][self.select("train")])) > 1
 
     def picture(self, i: int) -> np.ndarray:
         """Picture i, `(H, W, C)` uint8."""
@@ -209,7 +222,9 @@ def prepare(config: DataConfig) -> PictureSet:
                 new.rename(folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-    return PictureSet(folder)
+    pictures = PictureSet(folder)
+    _judge(config, pictures.num_records, len(pictures.select("train")), pictures.skipped)
+    return pictures
 
 
 def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
@@ -249,7 +264,8 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
     finally:
         for file in (*files, *texts.values(), *ends.values(), table):
             file.close()
-    _judge(config, seen, num_train, skipped)
+    if told := _judge(config, seen, num_train, skipped):
+        warnings.warn(told, stacklevel=3)
     for name, dtype in (("records", RECORD), *((f"{name}-ends", np.dtype("u8")) for name in texts)):
         raw = np.memmap(folder / f"{name}.bin", dtype, "r")
         np.save(folder / f"{name}.npy", raw)
@@ -277,7 +293,8 @@ def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, not
     return bucket, read_picture(record.picture, buckets[bucket], config.channels, config.resize, notes)
 
 
-def _judge(config: DataConfig, seen: int, num_train: int, skipped: dict[str, list[str]]) -> None:
+def _judge(config: DataConfig, seen: int, num_train: int, skipped: dict[str, list[str]]) -> str | None:
+    """What of the data cannot be used, in a line; None where all can. Raises ValueError where it is too much."""
     num_bad = sum(map(len, skipped.values()))
     report = "; ".join(
         f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -290,5 +307,4 @@ def _judge(config: DataConfig, seen: int, num_train: int, skipped: dict[str, lis
             f"{num_bad} of {seen} pictures in {config.name} cannot be used: {report}. "
             f"Mend or remove them, or allow more with data.max_bad_share (now {config.max_bad_share})"
         )
-    if skipped:
-        warnings.warn(f"skipped {num_bad} of {seen} pictures: {report}", stacklevel=4)
+    return f"skipped {num_bad} of {seen} pictures: {report}" if skipped else None

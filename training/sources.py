@@ -34,7 +34,11 @@ class Record:
 
 def captions_of(value) -> tuple[list[str], str | None]:
     """The usable captions in a cell (a text, a list of texts, or nothing), and what is wrong if there is none."""
-    texts = [str(text).strip() for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
+    values = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
+    if any(isinstance(text, dict) or text != text for text in values):
+        return [], "caption is no text"
+    values = [text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text for text in values]
+    texts = [str(text).strip() for text in values]
     texts = [text for text in texts if text]
     sound = [text for text in texts if text.encode("utf-8", "ignore").decode() == text]
     short = [text for text in sound if len(text) <= MAX_CAPTION_CHARACTERS]
@@ -232,7 +236,7 @@ def _columns(features: dict, config: DataConfig) -> tuple[str, str, Callable[[in
 
 
 def _parquet(paths: list[Path], config: DataConfig) -> Iterator[Record]:
-    """Rows of parquet files, 32 at a time: `datasets` would hold a whole row group, which may be the file."""
+    """Rows of parquet files, 16 at a time: `datasets` would hold a whole row group, which may be the file."""
     features_of = _datasets().Features.from_arrow_schema
     import pyarrow.parquet  # comes with datasets
 
@@ -245,7 +249,14 @@ def _parquet(paths: list[Path], config: DataConfig) -> Iterator[Record]:
     for path in paths:
         try:
             file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-            for batch in file.iter_batches(32, columns=[image, caption], use_threads=False):
+            columns = file.schema_arrow.names
+        except (OSError, pyarrow.ArrowException) as error:
+            yield Record(path.name, fault=f"damaged parquet file, not read ({type(error).__name__})")
+            continue
+        if odd := [name for name in (image, caption) if columns.count(name) != 1]:
+            raise ValueError(f"{path} must have one column {' and '.join(odd)}; it has {', '.join(columns)}")
+        try:
+            for batch in file.iter_batches(16, columns=[image, caption], use_threads=False):
                 for i in range(batch.num_rows):
                     number += 1
                     try:
@@ -256,7 +267,7 @@ def _parquet(paths: list[Path], config: DataConfig) -> Iterator[Record]:
                     body = cell if isinstance(cell, bytes) else cell.get("bytes") if isinstance(cell, dict) else None
                     # No path inside a stranger's table is followed: it may name a file of this machine, or any address.
                     yield _row(number - 1, body, value, label_name)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, pyarrow.ArrowException) as error:
             yield Record(path.name, fault=f"damaged parquet file, read up to the damage ({type(error).__name__})")
 
 
@@ -285,7 +296,9 @@ def _row(number: int, body: bytes | None, value, label_name, fault: str | None =
     if label_name and value is not None:
         try:
             value = label_name(value).replace("_", " ") if value >= 0 else None
-        except ValueError:
+        except (ValueError, TypeError):
             return Record(f"row {number}", fault="unknown label")
+    if body is not None and len(body) > MAX_FILE_BYTES:
+        body, fault = None, f"larger than {MAX_FILE_BYTES // 1_000_000} MB"
     captions, wrong = captions_of(value)
     return Record(f"row {number}", body, captions, fault=fault or wrong or ("no picture" if body is None else None))

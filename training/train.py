@@ -35,10 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         run.lock.release(force=True)
     run.accelerator.wait_for_everyone()  # none tears the process group down while another still needs it
     # All is done and saved. Should leaving the group hang, as it did in 2 of some 900 runs, this ends it and shows where.
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
     if run.accelerator.num_processes > 1:
         faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
-    run.accelerator.end_training()
-    faulthandler.cancel_dump_traceback_later()
+        run.accelerator.state.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
     code = code or loop.push_result(run)  # last, so that no process waits for an upload
     return code
 
