@@ -1,0 +1,148 @@
+"""Why a picture looks as it does: where each word was read, what changes without it, what was expected at each step.
+
+Works with every `SfumatoPipeline`, foreign Stable Diffusion folders included, and changes nothing in how it draws.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from PIL import Image, ImageDraw, ImageFont
+
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.schedulers import SfumatoDDPMScheduler
+
+
+@dataclass
+class Explanation:
+    """What `explain` found.
+
+    Attributes:
+        image: the picture.
+        words: the prompt's words, as far as the text encoder reads.
+        heat: `(words, H, W)`: the share of cross-attention that each place gives to each word, averaged over layers, heads
+            and steps (DAAM; Tang et al. 2022, arXiv 2210.04885). With the share of the marks before and after the text it
+            adds up to 1 at each place.
+        ablation: `(words, H, W)` in [0, 1]: how much each place changes, on average over the colours, when the word is left
+            out and the noise is the same; None unless asked for.
+        expected: `(steps, H, W, C)` in [0, 1]: the picture that the network expected at each step, x_0 of its prediction.
+    """
+
+    image: Image.Image
+    words: list[str]
+    heat: np.ndarray
+    ablation: np.ndarray | None
+    expected: np.ndarray
+
+    def figure(self, min_side: int = 128) -> Image.Image:
+        """One picture: the result, then each word's heat over it, then, where known, what changes without the word."""
+        scale = max(1, min_side // self.image.width)
+        rows = [self.heat] + ([self.ablation] if self.ablation is not None else [])
+        width, height, text = self.image.width * scale + 6, self.image.height * scale + 22, 16
+        sheet = Image.new("RGB", (width * (1 + len(self.words)) + 6, height * len(rows) + 6), "white")
+        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+        picture = np.asarray(self.image.convert("RGB"), float)
+        red = np.array([255.0, 0.0, 0.0])
+        for row, maps in enumerate(rows):
+            cells = [("", np.zeros_like(maps[0]))] + list(zip(self.words, maps))
+            for column, (word, heat) in enumerate(cells):
+                share = (heat / max(heat.max(), 1e-9))[..., None] * 0.8
+                grey = picture if column == 0 else picture.mean(-1, keepdims=True).repeat(3, -1)
+                shown = Image.fromarray(np.uint8(grey * (1 - share) + red * share))
+                x, y = 6 + column * width, 6 + row * height
+                sheet.paste(shown.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
+                title = word if row == 0 else f"without {word}" if column else ""
+                pen.text((x, y + height - 22 + 2), title, "black", font)
+        return sheet.crop((0, 0, sheet.width, sheet.height - (22 - text) + 6))
+
+
+@torch.no_grad()
+def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) -> Explanation:
+    """Draw one picture and keep what shows why it looks so.
+
+    Args:
+        pipe: the model.
+        prompt: one text.
+        ablate: draw again without each word, which takes as many pictures more.
+        call: arguments of the pipeline's call. `generator` must be a fresh one where `ablate` is set: its state is used again.
+
+    Raises:
+        ValueError: several prompts or pictures; a model without cross-attention; an empty prompt.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"`prompt` must be one text with words, got {prompt!r}")
+    if call.get("num_images_per_prompt", 1) != 1:
+        raise ValueError("explain draws one picture; leave `num_images_per_prompt` out")
+    generator = call.pop("generator", None) or torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    call.pop("output_type", None)
+    layers = [m for name, m in pipe.unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
+    if not layers:
+        raise ValueError("this model has no cross-attention, so there is nothing to show")
+    maps, expected = [], []
+    hooks = [layer.register_forward_hook(lambda *a: maps.append(_attention(*a)), with_kwargs=True) for layer in layers]
+    predict = pipe.predict
+
+    def noting(guider, model_input, t, *rest):
+        output = predict(guider, model_input, t, *rest)
+        expected.append(_expected(pipe, output[:1], model_input[:1], t))
+        return output
+
+    pipe.predict = noting
+    try:
+        image = pipe(prompt, generator=generator, output_type="pil", **call).images[0]
+    finally:
+        del pipe.predict
+        for hook in hooks:
+            hook.remove()
+    tokens = _gather(maps, image.height, image.width)
+    spans = [match.span() for match in re.finditer(r"\S+", prompt)]
+    offsets = pipe.tokenizer(
+        prompt, return_offsets_mapping=True, truncation=True, max_length=pipe.tokenizer.model_max_length
+    )["offset_mapping"]  # fmt: skip
+    belongs = [[k for k, (a, b) in enumerate(offsets) if start <= a < b <= end] for start, end in spans]
+    read = [(span, numbers) for span, numbers in zip(spans, belongs) if numbers]
+    heat = np.stack([tokens[numbers].sum(0) for _, numbers in read])
+    without = None
+    if ablate:
+        without = []
+        for (start, end), _ in read:
+            generator.set_state(state)
+            rest = f"{prompt[:start]}{prompt[end:]}".strip()
+            other = pipe(rest, generator=generator, output_type="pil", **call).images[0]
+            without.append(
+                np.abs(np.asarray(image, float) - np.asarray(other, float)).reshape(*heat.shape[1:], -1).mean(-1) / 255
+            )
+        without = np.stack(without)
+    words = [prompt[start:end] for (start, end), _ in read]
+    return Explanation(image, words, heat, without, np.stack(expected))
+
+
+def _attention(layer: Attention, inputs: tuple, keywords: dict, output) -> torch.Tensor:
+    """The layer's attention of the picture with the prompt, `(places, tokens)`, mean over heads."""
+    hidden = inputs[0] if inputs else keywords["hidden_states"]
+    text = keywords["encoder_hidden_states"] if "encoder_hidden_states" in keywords else inputs[1]
+    query = layer.head_to_batch_dim(layer.to_q(hidden[:1]))  # the conditional pass comes first
+    key = layer.head_to_batch_dim(layer.to_k(text[:1]))
+    return layer.get_attention_scores(query, key).float().mean(0).cpu()
+
+
+def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:
+    """All layers' and steps' maps as one, `(tokens, height, width)`."""
+    total = 0.0
+    for scores in maps:
+        h = max(1, round((len(scores) * height / width) ** 0.5))
+        grid = scores.T.reshape(1, scores.shape[1], h, len(scores) // h)
+        total = total + F.interpolate(grid, (height, width), mode="bilinear")[0]
+    return (total / len(maps)).numpy()
+
+
+def _expected(pipe: SfumatoPipeline, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> np.ndarray:
+    """x_0 of a prediction, as a picture `(H, W, C)` in [0, 1]. Every scheduler's `scale_model_input` gives x_t as trained."""
+    known = SfumatoDDPMScheduler.from_config(pipe.scheduler.config)
+    x_0 = known.convert(output, x_t, t.long(), known.config.prediction_type, "sample")
+    shown = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(shown, output_type="np")[0]
