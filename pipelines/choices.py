@@ -37,8 +37,10 @@ def with_sampler(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
     """The same model drawn by another sampler, on the schedule it was trained with.
 
     Raises:
-        ValueError: no such sampler.
+        ValueError: no such sampler, or one that cannot draw with what the model predicts.
     """
+    if name == "euler-a" and pipe.scheduler.config.prediction_type == "sample":
+        raise ValueError("diffusers' euler-a cannot draw with a model that predicts the picture itself; use dpm++-sde")
     cls, more = _choose("sampler", name, SAMPLERS)
     cls = SfumatoDDPMScheduler if name == "ddpm" else getattr(diffusers, cls)
     return SfumatoPipeline.from_pipe(pipe, scheduler=cls.from_config(pipe.scheduler.config, **more))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.choices import GUIDERS, SAMPLERS, with_guider
+from sfumato.pipelines.choices import GUIDERS, SAMPLERS, with_guider, with_sampler
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +99,9 @@ def test_wrong_input_is_one_clear_line(arguments, message, capsys):
 def test_wrong_steps_are_refused(model, capsys):
     assert main(["sample", "--model", str(model), "x", "--steps", "0"]) == 2
     assert "num_inference_steps" in capsys.readouterr().err
+
+
+def test_a_sampler_that_cannot_draw_with_the_model_is_told(tmp_path):
+    pipe = tiny.pipeline(tmp_path, scheduler={"prediction_type": "sample"})
+    with pytest.raises(ValueError, match="use dpm\\+\\+-sde"):
+        with_sampler(pipe, "euler-a")
