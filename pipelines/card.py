@@ -67,13 +67,16 @@ image = pipe({prompt!r}, num_inference_steps=30).images[0]
 {training}
 ## Intended use and limits
 
-To draw pictures like those it was trained on, from captions like theirs, for study and play. It draws only what its
-training pictures show, at the resolution given above; words that no caption had mean nothing to it. It has not been
-checked for bias or for harmful pictures, and it can reproduce training pictures. It is not for pictures that are taken
-for records of real persons or events.
+{limits} It has not been checked for bias or for harmful pictures, and it can reproduce training pictures. It is not for
+pictures that are taken for records of real persons or events.
 {again}
 Made by Sfumato {version}.
 """
+
+_LIMITS = """To draw pictures like those it was trained on, from captions like theirs, for study and play. It draws only what
+its training pictures show, at the resolution given above; words that no caption had mean nothing to it."""
+_OTHER_LIMITS = """To draw pictures from text, for study and play. Beside what Sfumato trained, the limits and licences of the
+model or the parts it started from hold."""
 
 _TRAINING = """
 ## How it was trained
@@ -118,7 +121,8 @@ def model_card(
     """
     facts = dict(facts or {})
     base, title = facts.pop("base_model", None), facts.pop("title", "A Sfumato model")
-    guidance, scratch = facts.pop("guidance_scale", 3.0), bool(facts) and not base
+    guidance, parts = facts.pop("guidance_scale", 3.0), [name for name in facts if name.startswith("pretrained")]
+    scratch = bool(facts) and not base and not parts
     front = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -126,7 +130,7 @@ def model_card(
         language=facts.pop("language", None),
         datasets=facts.pop("datasets", None),
         tags=["diffusers", "sfumato", "text-to-image"]
-        + (["diffusers-training"] if scratch or base else [])
+        + (["diffusers-training"] if facts or base else [])
         + (["trained-from-scratch"] if scratch else []),
         base_model=base if base and base.count("/") == 1 else None,
         base_model_relation="finetune" if base and base.count("/") == 1 else None,
@@ -135,6 +139,8 @@ def model_card(
     made = "A text-to-image diffusion model in Stable Diffusion's form, exported by Sfumato."
     if base:
         made = f"A text-to-image diffusion model, fine-tuned with Sfumato from `{base}`."
+    elif parts:
+        made = "A text-to-image diffusion model, its UNet trained from random weights with Sfumato."
     elif scratch:
         made = "A text-to-image diffusion model, trained from random weights with Sfumato."
     return _CARD.format(
@@ -144,6 +150,7 @@ def model_card(
         where=where,
         prompt=gallery[0][0] if gallery else "",
         guidance_scale=guidance,
+        limits=_LIMITS if scratch else _OTHER_LIMITS,
         model=_describe(pipe, variants),
         training=_tell(facts, curve, settings),
         again=_AGAIN.format(version=__version__) if settings else "",
@@ -180,9 +187,12 @@ def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
         "Noise schedule": f"`{json.dumps(schedule)}`"
         + (", zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""),
     }
-    if variants:
-        rows["Variants"] = ", ".join(f'`variant="{name}"`' for name in variants)
-    return "".join(f"- {name}: {value}\n" for name, value in rows.items())
+    return "".join(f"- {name}: {value}\n" for name, value in rows.items()) + (variants_line(variants) if variants else "")
+
+
+def variants_line(variants: list[str]) -> str:
+    """The line on further copies of the weights."""
+    return "- Variants: " + ", ".join(f'`variant="{name}"`' for name in variants) + "\n"
 
 
 def _cell(value) -> str:

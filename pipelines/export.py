@@ -4,6 +4,7 @@ import copy
 import ctypes
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
 from sfumato.pipelines import inputs, pipeline_sfumato, trust
-from sfumato.pipelines.card import model_card
+from sfumato.pipelines.card import model_card, variants_line
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm
 
@@ -35,14 +36,19 @@ def joined_source() -> str:
     return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *others, pipeline])
 
 
+def sync_entry(path: Path) -> None:
+    """Force a file, or the list of what a folder holds, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync(path: Path) -> None:
     """Force a file, or a folder and all in it, to the disk, so that renaming it into place never shows it unwritten."""
     for part in [*path.rglob("*"), path]:
-        handle = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_entry(part)
 
 
 def _prefixed(table: dict) -> dict:
@@ -107,14 +113,25 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw:
         shutil.rmtree(aside)
 
 
-def _take_over(source: Path, new: Path) -> None:
-    """Card, samples, settings and metadata of the folder a pipeline came from, but nothing that a link leads out to."""
+def _take_over(source: Path, new: Path, where: str, variants: list[str]) -> None:
+    """Card, samples, settings of the folder a pipeline came from, but nothing that a link leads out to.
+
+    In a card of ours, the snippets and the list of variants follow.
+    """
     for path in [source / name for name in TAKEN if (source / name).exists()] + sorted((source / "samples").glob("*.png")):
         if not path.resolve().is_relative_to(source.resolve()) and not _is_hub_cache(path):
             raise ValueError(f"{path} is a link out of its folder; it is not taken over")
         target = new / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    card = new / "README.md"
+    if card.is_file() and "Made by Sfumato" in (text := card.read_text("utf-8", "replace")):
+        if old := re.search(r'from_pretrained\("([^"]*)"', text):
+            text = text.replace(f'"{old[1]}"', f'"{where}"')
+        text = re.sub(r"^- Variants: .*\n", "", text, flags=re.M)
+        if variants:
+            text = re.sub(r"^(- Noise schedule: .*\n)", lambda line: line[1] + variants_line(variants), text, flags=re.M)
+        card.write_text(text, "utf-8")
 
 
 def _is_hub_cache(path: Path) -> bool:
@@ -156,19 +173,18 @@ def export_pipeline(
     Raises:
         ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} exists and is no pipeline; export to a new folder or remove it first")
+    where, folder = where or str(folder), Path(folder).resolve()
+    _may_replace(folder)
     if unknown := set(variants) - {"fp16", "raw"}:
         raise ValueError(f"unknown variant {', '.join(sorted(unknown))}; there are fp16 and raw")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+    if old.exists() and not folder.exists():  # a crash came between two renames
+        old.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        _fill(
-            pipe, new, facts, samples, where or str(folder), metadata, settings, curve, variants, raw, max_shard_size, source
-        )
+        _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -181,7 +197,23 @@ def export_pipeline(
         new.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    sync_entry(folder.parent)
     return folder
+
+
+def _may_replace(folder: Path) -> None:
+    """Raise ValueError unless there is nothing at `folder`, or an export and nothing but it."""
+    if not folder.exists():
+        return
+    ours = folder.is_dir() and (folder / "pipeline.py").is_file() and (folder / "model_index.json").is_file()
+    if not ours or not (folder / "pipeline.py").read_text("utf-8", "replace").startswith("# Written by Sfumato"):
+        raise ValueError(
+            f"{folder} exists and is no pipeline that Sfumato exported; export to a new folder or remove it first"
+        )
+    parts = json.loads((folder / "model_index.json").read_text("utf-8"))
+    known = {"model_index.json", "pipeline.py", "samples", *TAKEN, *(name for name in parts if not name.startswith("_"))}
+    if more := sorted(path.name for path in folder.iterdir() if path.name not in known):
+        raise ValueError(f"{folder} holds more than an export, and it would be lost: {', '.join(more[:5])}; export elsewhere")
 
 
 def _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source) -> None:
@@ -203,7 +235,7 @@ def _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants,
     if settings is not None:
         (new / "training_args.yaml").write_text(settings, encoding="utf-8")
     if source is not None:
-        _take_over(Path(source), new)
+        _take_over(Path(source), new, where, variants)
     if not (new / "README.md").exists():
         shown = "samples/loss.png" if curve is not None else None
         card = model_card(pipe, where, facts, gallery, shown, settings is not None, variants)

@@ -130,7 +130,7 @@ def _stack(name: str, value, one_has: int) -> torch.Tensor:
     for part in parts:
         if not isinstance(part, (np.ndarray, torch.Tensor)):
             raise TypeError(f"`{name}` must hold PIL pictures, arrays or tensors, got {type(part).__name__}")
-        tensor = torch.as_tensor(part)
+        tensor = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
         if tensor.dtype in (torch.uint8, torch.bool):
             tensor = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
         if isinstance(part, np.ndarray) and tensor.ndim >= 3:  # channels last, as everywhere in diffusers

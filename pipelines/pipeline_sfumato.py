@@ -96,12 +96,11 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """
         folder = str(pretrained_model_name_or_path)
         kwargs.setdefault("use_safetensors", True)
-        if not os.path.isdir(folder) and not kwargs.get("dduf_file"):
+        if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
             for name in ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision"):
                 kwargs.pop(name, None)
-        if os.path.isdir(folder):
-            check_folder(folder)
+        check_folder(folder, skip=set(kwargs))
         return super().from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -136,7 +135,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
         """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
-        length = self.tokenizer.model_max_length
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         ids = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         for prompt, full in zip(text, self.tokenizer(text, verbose=False).input_ids):
             if len(full) > length:

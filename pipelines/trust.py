@@ -11,54 +11,76 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-MAX_TIMESTEPS = 100_000
+MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
+PARTS = ("vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder")
+MODELS = {  # (library and class as model_index.json names them) -> module
+    ("diffusers", "UNet2DConditionModel"): "diffusers",
+    ("diffusers", "AutoencoderKL"): "diffusers",
+    ("diffusers", "AutoencoderTiny"): "diffusers",
+    ("diffusers", "AsymmetricAutoencoderKL"): "diffusers",
+    ("transformers", "CLIPTextModel"): "transformers",
+    ("transformers", "CLIPTextModelWithProjection"): "transformers",
+    ("transformers", "CLIPVisionModelWithProjection"): "transformers",
+    ("stable_diffusion", "StableDiffusionSafetyChecker"): "diffusers.pipelines.stable_diffusion.safety_checker",
+}
 
 
-def check_folder(folder: str | Path) -> None:
-    """Refuse a pipeline folder that would run code or fill the memory when it is opened.
+def check_folder(folder: str | Path, skip: set[str] = frozenset()) -> None:
+    """Refuse a pipeline folder that would unpickle or fill the memory when it is opened.
 
     Remote code needs no check here: diffusers runs none without `trust_remote_code=True`.
+
+    Args:
+        folder: a folder of Stable Diffusion's form.
+        skip: parts that are not opened, since the caller brings others.
 
     Raises:
         ValueError: weights that are there as a pickle only, that are damaged, or that a config contradicts in size.
     """
     folder = Path(folder)
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder} is no pipeline: its model_index.json is missing or damaged") from error
-    for name, entry in parts.items():
-        part = folder / name
-        if not part.is_dir() or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+    index = _read(folder / "model_index.json")
+    for name in PARTS:
+        part, entry = folder / name, index.get(name)
+        if name in skip or not part.is_dir() or not isinstance(entry, list) or not all(isinstance(w, str) for w in entry):
             continue
-        safe = [path for path in part.glob("*.safetensors")]
-        if pickles := [path.name for path in part.iterdir() if path.suffix in PICKLES]:
-            if not safe:
-                raise ValueError(
-                    f"{part} holds its weights only as {pickles[0]}, a pickle, which can run code when opened; only "
-                    "safetensors are. Convert it where its code may do no harm, or ask its author to"
-                )
+        safe = list(part.glob("*.safetensors"))
+        pickles = [path.name for path in part.iterdir() if path.suffix.lower() in PICKLES]
+        if pickles and not safe:
+            raise ValueError(
+                f"{part} holds its weights only as {pickles[0]}, a pickle, which can run code when opened; only safetensors "
+                "are. Convert it where its code may do no harm, or ask its author to"
+            )
+        for listing in part.glob("*.safetensors.index*.json"):
+            shards = _read(listing).get("weight_map", {})
+            odd = [str(f) for f in (shards.values() if isinstance(shards, dict) else ["?"]) if not _is_shard(f)]
+            if odd:
+                raise ValueError(f"{listing} names {odd[0]!r}, which is no safetensors file beside it")
         if (part / "scheduler_config.json").is_file():
             steps = _read(part / "scheduler_config.json").get("num_train_timesteps", 1000)
             if not isinstance(steps, int) or not 0 < steps <= MAX_TIMESTEPS:
                 raise ValueError(f"{part}: num_train_timesteps={steps!r}; at most {MAX_TIMESTEPS} are allowed")
         elif safe and (part / "config.json").is_file():
-            _check_size(part, entry, safe)
+            _check_size(part, tuple(entry), safe)
+
+
+def _is_shard(name) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
 def _read(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged") from error
+        raise ValueError(f"{path} is missing or damaged") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged")
     return content
 
 
-def _check_size(part: Path, entry: list[str], files: list[Path]) -> None:
+def _check_size(part: Path, entry: tuple[str, ...], files: list[Path]) -> None:
     """Compare what the config would build, on torch's meta device, with what the weights hold."""
+    if entry not in MODELS:
+        raise ValueError(f"{part} is a {'.'.join(entry)}, which is no part of a model of this form")
     shapes = {}
     for path in files:  # variants repeat names
         try:
@@ -68,18 +90,15 @@ def _check_size(part: Path, entry: list[str], files: list[Path]) -> None:
             raise ValueError(f"{path} is damaged: {error}") from error
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     config = _read(part / "config.json")
-    cls = getattr(importlib.import_module(entry[0]), entry[1], None) if entry[0] in ("diffusers", "transformers") else None
-    if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
-        return  # diffusers says what it thinks of that
-    for key, value in config.items():  # depth first: what is too deep cannot even be sketched
-        depth = len(value) if isinstance(value, list) else 0
-        if "layers" in key:
-            depth = max([depth, *(number for number in _numbers(value))])
-        if depth > max(len(shapes), 100):
-            raise ValueError(f"{part}: {key} asks for {depth:,} parts, the weights hold {len(shapes):,} tensors")
+    if depth := _depth(config, max(len(shapes), 100)):  # first, since what is too deep cannot even be sketched
+        raise ValueError(f"{part}: its config asks for {depth}, its weights hold {len(shapes):,} tensors")
+    if max(_numbers(config.get("sample_size"))) > MAX_SAMPLE_SIZE:
+        raise ValueError(f"{part}: sample_size={config['sample_size']!r}; at most {MAX_SAMPLE_SIZE} is opened")
+    cls = getattr(importlib.import_module(MODELS[entry]), entry[1])
     try:
         with torch.device("meta"):
-            sketch = cls.from_config(config) if entry[0] == "diffusers" else cls(cls.config_class.from_dict(config))
+            diffusers_model = hasattr(cls, "load_config")
+            sketch = cls.from_config(config) if diffusers_model else cls(cls.config_class.from_dict(config))
     except Exception as error:
         raise ValueError(f"{part}: its config does not describe a {entry[1]}: {error}") from error
     wanted = sum(parameter.numel() for parameter in sketch.parameters())
@@ -87,7 +106,24 @@ def _check_size(part: Path, entry: list[str], files: list[Path]) -> None:
         raise ValueError(f"{part}: its config asks for {wanted:,} numbers, its weights hold {stored:,}; it will not be opened")
 
 
+def _depth(config: dict, limit: int) -> str | None:
+    """What in a config asks for more than `limit` layers, alone or multiplied with the rest; None where nothing does."""
+    product, queue = 1, [config]
+    while queue:
+        for key, value in queue.pop().items():
+            if isinstance(value, dict):
+                queue.append(value)
+            elif isinstance(value, list) and len(value) > limit:
+                return f"{len(value):,} {key}"
+            elif "layers" in key:
+                product *= max(1, *_numbers(value))
+                if product > limit:
+                    return f"{product:,} layers ({key})"
+    return None
+
+
 def _numbers(value) -> list[int]:
+    """The whole numbers in nested lists, and 0."""
     if isinstance(value, list):
-        return [number for item in value for number in _numbers(item)]
-    return [value] if isinstance(value, int) else []
+        return [0] + [number for item in value for number in _numbers(item)]
+    return [0, value] if isinstance(value, int) else [0]

@@ -125,6 +125,9 @@ def _sample(options) -> int:
         **given,
     ).images
     settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif") and v is not None}
+    for name in {"model", "image", "mask"} & settings.keys():
+        if Path(settings[name]).exists():  # a name, not where it lies on this machine
+            settings[name] = Path(settings[name]).resolve().name
     notes = PngInfo()
     notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
     sheet = grid(pictures, options.prompts)
@@ -165,8 +168,10 @@ def _push(options) -> int:
 
     if options.dry_run:
         names = hub.files_to_push(Path(model))
-        repo_id = hub.check(options.repo_id, options.pull_request)
+        repo_id = hub.check(options.repo_id, options.pull_request, options.private)
         print(f"would push to {repo_id}, {options.branch or 'main'}:")
+        for name in hub.stale(repo_id, options.branch or "main", names):
+            print(f"     removed {name}")
         print("\n".join(f"{(Path(model) / name).stat().st_size:12,} {name}" for name in names))
         return 0
     address = hub.push(model, options.repo_id, options.private, options.branch, options.tag, options.pull_request)

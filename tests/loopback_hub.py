@@ -21,7 +21,8 @@ class Repository:
     """Files of each commit, and the branches, tags and pull requests that name commits."""
 
     def __init__(self):
-        self.commits, self.branches, self.tags, self.pulls, self.lfs = {"0" * 40: {}}, {"main": "0" * 40}, {}, {}, {}
+        first = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        self.commits, self.branches, self.tags, self.pulls, self.lfs = {"0" * 40: first}, {"main": "0" * 40}, {}, {}, {}
         self.private, self.history = False, []
 
     def resolve(self, revision: str) -> str | None:

@@ -40,7 +40,13 @@ def test_sampler_guider_and_settings_in_the_png(model, tmp_path):
     assert main(command) == 0
     with Image.open(tmp_path / "a.png") as picture:
         notes = json.loads(picture.text["sfumato"])
-    assert notes["prompts"] == ["披萨"] and notes["seed"] == 5 and notes["sampler"] == "unipc" and notes["guider"] == "apg"
+    assert (
+        notes["model"] == model.name
+        and notes["prompts"] == ["披萨"]
+        and notes["seed"] == 5
+        and notes["sampler"] == "unipc"
+        and notes["guider"] == "apg"
+    )
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames >= 3
 
@@ -78,7 +84,8 @@ def test_unknown_names_are_told_with_the_known_ones(model, capsys, flag, kind):
 def test_export_takes_a_run_folder(model, tmp_path, capsys):
     assert main(["export", str(model.parent), str(tmp_path / "shared")]) == 0
     assert (tmp_path / "shared" / "pipeline.py").is_file()
-    assert (tmp_path / "shared" / "README.md").read_text() == (model / "README.md").read_text()  # licence and facts stay
+    card = (model / "README.md").read_text().replace(f'"{model}"', f'"{tmp_path / "shared"}"')
+    assert (tmp_path / "shared" / "README.md").read_text() == card  # licence and facts stay
     assert "from_pretrained" in capsys.readouterr().out
 
 

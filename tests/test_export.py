@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato import cli
-from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines import SfumatoPipeline, export, export_pipeline
 from sfumato.pipelines.export import joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training import config as configs
@@ -210,8 +210,42 @@ def test_what_was_loaded_by_remote_code_is_exported_as_the_same_folder(exported,
     assert type(remote).__module__.startswith("diffusers_modules")
     export_pipeline(remote, tmp_path / "again", source=folder)
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.name != "README.md":
             assert (tmp_path / "again" / path.relative_to(folder)).read_bytes() == path.read_bytes(), path
+    card = (folder / "README.md").read_text().replace(f'"{folder}"', f'"{tmp_path / "again"}"')
+    assert (tmp_path / "again" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_killed_between_the_renames_of_a_system_without_exchange(exported, tmp_path, monkeypatch, renames):
+    pipe, _ = exported
+    export_pipeline(pipe, tmp_path / "model", {"title": "Old"})
+    monkeypatch.setattr(export, "_exchange", lambda one, other: False)
+
+    def work():
+        seen = []
+
+        def hook(event, arguments):
+            if event == "os.rename" and ".model" in str(arguments):
+                seen.append(arguments)
+                if len(seen) == renames:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        export_pipeline(pipe, tmp_path / "model", {"title": "New"})
+
+    assert crashes.wait([crashes.fork(work)]) == [-signal.SIGKILL]
+    assert (tmp_path / "model").exists() == (renames == 1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCard, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            export_pipeline(pipe, tmp_path / "model")
+    assert "# Old" in (tmp_path / "model" / "README.md").read_text()
+    SfumatoPipeline.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("moment", range(0, 60, 12))
@@ -303,9 +337,17 @@ def test_export_replaces_an_export_but_nothing_else(exported, tmp_path):
     (tmp_path / "precious" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="is no pipeline"):
         export_pipeline(pipe, tmp_path / "precious")
+    export_pipeline(pipe, tmp_path / "clone")
+    (tmp_path / "clone" / "notes.md").write_text("x")
+    with pytest.raises(ValueError, match="holds more than an export.*notes.md"):
+        export_pipeline(pipe, tmp_path / "clone")
+    (tmp_path / "clone" / "notes.md").rename(tmp_path / "precious" / "notes.md")
+    (tmp_path / "link").symlink_to(tmp_path / "clone")
+    export_pipeline(pipe, tmp_path / "link", {"title": "New"})
+    assert "# New" in (tmp_path / "clone" / "README.md").read_text()
     for _ in range(2):
         export_pipeline(pipe, tmp_path / "model")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "precious"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clone", "link", "model", "precious"]
 
 
 def test_a_crash_while_exporting_leaves_the_old_folder(exported, tmp_path, monkeypatch):
@@ -350,5 +392,9 @@ def test_what_a_run_shares_tells_how_it_was_made_and_repeats_it(tmp_path):
             folder / f"{part}.safetensors"
         ).read_bytes()
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "shared"), "--variants", "fp16", "raw"]) == 0
-    for name in names:
+    for name in names - {"README.md"}:
         assert (tmp_path / "shared" / name).read_bytes() == (folder / name).read_bytes(), name
+    shared = (tmp_path / "shared" / "README.md").read_text()
+    assert shared == card.replace(f'"{folder}"', f'"{tmp_path / "shared"}"') and "Variants" in shared
+    assert cli.main(["export", str(tmp_path / "shared"), str(tmp_path / "plain")]) == 0
+    assert "Variants" not in (tmp_path / "plain" / "README.md").read_text()

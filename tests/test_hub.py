@@ -102,7 +102,7 @@ def test_pushed_once_and_loaded_by_every_door(hub, model, tmp_path):
     repository = hub.repositories["ada/tiny"]
     assert len(repository.history) == 1 and set(repository.tags) == {"v1"}
     (sha,) = repository.history
-    assert set(repository.commits[sha]) == {str(path.relative_to(folder)) for path in before}
+    assert set(repository.commits[sha]) == {str(path.relative_to(folder)) for path in before} | {".gitattributes"}
     card = repository.commits[sha]["README.md"].decode()
     assert 'from_pretrained("ada/tiny"' in card and str(folder) not in card
     run(hub, tmp_path / "home", "push", folder, "ada/tiny", "--tag", "v1")  # nothing new: no commit
@@ -135,7 +135,10 @@ def test_ours_opens_a_repository_and_exports_the_same_folder(hub, model, tmp_pat
     run(hub, tmp_path / "home", "export", "ada/tiny", tmp_path / "again")
     files = hub.repositories["ada/tiny"].commits[hub.repositories["ada/tiny"].history[0]]
     again = {str(p.relative_to(tmp_path / "again")): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
-    assert again == files
+    text = files["README.md"].decode().replace('"ada/tiny"', f'"{tmp_path / "again"}"')
+    assert again.pop("README.md").decode() == text and again == {
+        k: v for k, v in files.items() if k not in ("README.md", ".gitattributes")
+    }
 
 
 def test_a_dry_run_lists_and_changes_nothing(hub, model, tmp_path):
@@ -149,6 +152,7 @@ def test_files_that_are_gone_go_and_a_branch_is_its_own(hub, model, tmp_path):
     shutil.copytree(model[0], folder)
     run(hub, tmp_path, "push", folder, "tiny")
     (folder / "samples" / "0.png").unlink()
+    assert "removed samples/0.png" in run(hub, tmp_path, "push", folder, "tiny", "--dry-run").stdout
     run(hub, tmp_path, "push", folder, "tiny", "--branch", "step-2")
     repository = hub.repositories["ada/tiny"]
     assert "samples/0.png" in repository.commits[repository.branches["main"]]
@@ -161,6 +165,8 @@ def test_a_pull_request_where_one_may_not_write(hub, model, tmp_path):
     hub.repositories["press/tiny"] = hub.repositories.pop("ada/tiny")
     said = run(hub, tmp_path, "push", model[0], "press/tiny", "--pull-request", check=False)
     assert said.returncode == 0, said.stderr
+    repository = hub.repositories["press/tiny"]
+    assert repository.branches["main"] == repository.history[0] and "refs/pr/1" in repository.pulls
 
 
 @pytest.mark.parametrize(
@@ -216,6 +222,7 @@ def test_killed_while_pushing_leaves_the_old_revision_and_the_folder(hub, model,
     child = subprocess.Popen([sys.executable, "-m", "sfumato.cli", "push", str(changed), "tiny"], env=env)
     while not any(request.startswith("PUT") and "ada/tiny" in request for request in hub.requests[-1:]):
         time.sleep(0.02)
+        assert child.poll() is None
     child.kill()
     child.wait()
     hub.stall.set()
@@ -264,6 +271,20 @@ def test_a_hub_that_refuses_costs_the_push_and_nothing_else(hub, tmp_path):
     hub.full = False
     run(hub, tmp_path, "push", tmp_path / "run", "tiny")
     assert len(hub.repositories["ada/tiny"].commits[hub.repositories["ada/tiny"].branches["main"]]) > 10
+
+
+def test_private_is_not_made_of_a_public_one(hub, model, tmp_path):
+    run(hub, tmp_path, "push", model[0], "tiny")
+    child = run(hub, tmp_path, "push", model[0], "tiny", "--private", check=False)
+    assert child.returncode == 2 and "ada/tiny is public, and private was asked for" in child.stderr
+
+
+def test_a_card_that_cannot_be_read_is_one_line(hub, model, tmp_path):
+    folder = shutil.copytree(model[0], tmp_path / "model")
+    for text in ("---\ntitle: a: b\n---\n", "---\nlicense: mit\n---\nno tag for what it does\n"):
+        (folder / "README.md").write_text(text)
+        child = run(hub, tmp_path, "push", folder, "tiny", check=False)
+        assert child.returncode == 2 and "Traceback" not in child.stderr and "sfumato: the Hub refused: " in child.stderr
 
 
 def test_a_tag_is_not_moved_and_a_foreign_card_is_kept(hub, model, tmp_path):

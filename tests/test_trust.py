@@ -99,6 +99,8 @@ def test_a_safetensors_file_that_is_a_pickle_is_refused(folder, tmp_path, capsys
         ("unet/config.json", {"block_out_channels": [10**5] * 2}),
         ("unet/config.json", {"in_channels": 10**9}),
         ("unet/config.json", {"layers_per_block": 10**6}),
+        ("unet/config.json", {"layers_per_block": 90, "transformer_layers_per_block": 90}),
+        ("unet/config.json", {"sample_size": 16_000}),
         ("unet/config.json", {"transformer_layers_per_block": [[10**6]]}),
         ("vae/config.json", {"layers_per_block": 10**6}),
         ("vae/config.json", {"block_out_channels": [10**6]}),
@@ -129,6 +131,36 @@ def test_damaged_json_is_told(folder, capsys, file):
     (folder / file).write_text("{" * 100_000)
     assert sample(folder) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_a_list_of_shards_may_name_no_pickle(folder, tmp_path, capsys):
+    (folder / "unet" / "weights.dat").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "decoy.safetensors")
+    for name in ("weights.dat", "../unet/weights.safetensors", 7):
+        listing = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
+        (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(listing))
+        assert sample(folder) == 2
+        assert "no safetensors file beside it" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
+def test_a_part_of_another_kind_is_refused_but_for_what_the_caller_brings(folder, tmp_path):
+    shutil.copytree(folder / "text_encoder", folder / "safety_checker")
+    change(folder / "model_index.json", safety_checker=["transformers", "CLIPModel"])
+    with pytest.raises(ValueError, match="safety_checker is a transformers.CLIPModel, which is no part"):
+        SfumatoPipeline.from_pretrained(folder)
+    assert SfumatoPipeline.from_pretrained(folder, safety_checker=None).safety_checker is None
+
+
+def test_an_endless_tokenizer_is_held_to_what_the_text_encoder_reads(folder):
+    change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=3 * 10**7)
+    assert sample(folder) == 0
+
+
+def test_settings_of_strangers_name_no_secrets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = tiny.config_file(tmp_path, title="${oc.env:SECRET}")
+    assert main([str(path)]) == 2
+    assert "are not read" in (error := capsys.readouterr().err) and "hunter2" not in error
 
 
 def test_links_out_of_the_folder_are_not_taken_over(folder, tmp_path, capsys):

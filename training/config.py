@@ -260,6 +260,8 @@ def _check_run(config: Config, need) -> None:
         "hub.every_steps",
         f"pushes checkpoints, so it must be a multiple of checkpoint.every_steps={saved}",
     )
+    need(not (hub.pull_request and hub.every_steps), "hub.every_steps", "checkpoints go to branches, not to a pull request")
+    need(not (hub.pull_request and hub.tag), "hub.tag", "a pull request cannot be tagged")
     need(set(hub.variants) <= {"fp16", "raw"}, "hub.variants", "choose fp16, raw or both")
     need("raw" not in hub.variants or not config.lora.rank, "hub.variants", "raw is not for lora")
     need(bool(re.fullmatch(r"\d+(KB|MB|GB)", hub.max_shard_size)), "hub.max_shard_size", "must be such as 500MB or 10GB")
@@ -335,6 +337,8 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ValueError(f"expected key=value, got {', '.join(bad)}")
     try:
         given = [OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))]
+        if any("${" in OmegaConf.to_yaml(layer) for layer in given):
+            raise ValueError(f"{path}: values of the form ${{...}} are not read; a stranger's could name secrets of yours")
         for layer in given:
             for key in ("train.mixed_precision", "train.compile"):
                 if OmegaConf.select(layer, key) is False:  # what YAML makes of a bare no

@@ -21,7 +21,8 @@ from sfumato.training.pictures import PictureSet
 
 def public_name(source: str) -> str:
     """A Hub id or a word as it is; of a path of this machine, the last part."""
-    return Path(source).name if Path(source).expanduser().exists() else source
+    known = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists()
+    return source if known else Path(source).name
 
 
 def public_settings(config: Config) -> str:
@@ -69,14 +70,19 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
         "versions": ", ".join(f"{name} {number}" for name, number in _versions().items() if number),
         "guidance_scale": c.validation.guidance_scale,
     }
-    if len(c.data.buckets) > 1:
+    for key, source in (("text encoder", c.text_encoder.pretrained), ("VAE", c.vae.pretrained)):
+        if source is not None:
+            known[f"pretrained {key}"] = public_name(source)
+    if c.data.buckets:
         known["picture sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
     if c.init_from is not None:
         known["base_model"] = public_name(c.init_from)
     if c.lora.rank:
         known["LoRA rank"] = c.lora.rank
     if c.data.name == "openmoji":
-        known |= {"license": openmoji.LICENSE, "language": c.data.languages, "data licence": openmoji.ATTRIBUTION}
+        known |= {"language": c.data.languages, "data licence": openmoji.ATTRIBUTION}
+        if not any(name.startswith(("base_model", "pretrained")) for name in known):  # else theirs counts too
+            known["license"] = openmoji.LICENSE
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", c.data.name) and not Path(c.data.name).exists():
         known["datasets"] = [c.data.name]
     return known

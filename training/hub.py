@@ -14,6 +14,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"}
 KEPT = {".gitattributes"}  # the Hub's own, which no folder has
@@ -46,7 +47,7 @@ def files_to_push(folder: Path) -> list[str]:
     return found
 
 
-def check(repo_id: str, pull_request: bool = False) -> str:
+def check(repo_id: str, pull_request: bool = False, private: bool = False) -> str:
     """Ask the Hub whether this person may push there; returns the full id, `owner/name`.
 
     Raises:
@@ -82,6 +83,8 @@ def check(repo_id: str, pull_request: bool = False) -> str:
         return repo_id
     except (HfHubHTTPError, httpx2.TransportError) as error:
         raise CannotPush(f"the Hub does not answer: {_line(error)}") from error
+    if private and not info.private and not pull_request:
+        raise CannotPush(f"{repo_id} is public, and private was asked for; make it private on the Hub first")
     held = {sibling.rfilename for sibling in info.siblings or []} - KEPT - {"README.md"}
     if held and "sfumato" not in (info.tags or []) and not pull_request:
         raise CannotPush(f"{repo_id} holds something that Sfumato did not make ({len(held)} files); choose another name")
@@ -106,7 +109,7 @@ def push(
     Args:
         folder: an exported pipeline.
         repo_id: `name` or `owner/name`; made where it does not exist.
-        private: make it private; no effect on one that exists.
+        private: make it private; one that exists must be.
         branch: where to, made where it does not exist; `main` where not given.
         tag: name for the result.
         pull_request: propose the change instead of making it.
@@ -121,13 +124,17 @@ def push(
     """
     folder = Path(folder)
     names = files_to_push(folder)
-    repo_id = check(repo_id, pull_request)
+    if tag and pull_request:
+        raise CannotPush("a pull request cannot be tagged; leave the tag out")
+    repo_id = check(repo_id, pull_request, private)
     api = HfApi()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return _push_once(api, folder, names, repo_id, private, branch or "main", tag, pull_request, message)
         except (httpx2.TransportError, OSError, RuntimeError) as error:  # the client wraps what an upload raises
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            if getattr(cause, "filename", None):
+                raise CannotPush(f"{cause.filename} cannot be read: {cause.strerror}") from error
             if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500 and cause.response.status_code != 429:
                 raise CannotPush(f"the Hub refused: {_line(cause)}") from error
             if attempt == ATTEMPTS:
@@ -137,7 +144,18 @@ def push(
                 ) from error
             say(f"the connection to the Hub broke ({_line(cause)}); trying again")
             time.sleep(PAUSE * attempt)
+        except (ValueError, YAMLError) as error:
+            raise error if isinstance(error, CannotPush) else CannotPush(f"the Hub refused: {_line(error)}") from error
     raise AssertionError("unreachable")
+
+
+def stale(repo_id: str, branch: str, names: list[str]) -> list[str]:
+    """What the branch holds that the folder does not, and that a push therefore removes."""
+    try:
+        there = {file.rfilename for file in HfApi().model_info(repo_id, revision=branch).siblings or []}
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return []
+    return sorted(there - set(names) - KEPT)
 
 
 def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, message) -> str:
@@ -145,12 +163,8 @@ def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, 
         api.create_repo(repo_id, private=private or None, exist_ok=True)
     if branch != "main" and not pull_request:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    try:
-        there = {file.rfilename for file in api.model_info(repo_id, revision=branch).siblings or []}
-    except RevisionNotFoundError:
-        there = set()
     operations = [CommitOperationAdd(name, _content(folder / name, repo_id)) for name in names]
-    operations += [CommitOperationDelete(name) for name in sorted(there - set(names) - KEPT)]
+    operations += [CommitOperationDelete(name) for name in stale(repo_id, branch, names)]
     done = api.create_commit(
         repo_id, operations, commit_message=message or "Upload with Sfumato", revision=branch, create_pr=pull_request or None
     )

@@ -68,7 +68,7 @@ def prepare(config: configs.Config) -> Run:
     pictures = prepare_pictures(config.data)  # before any process waits for another: this may take hours
     accelerator = start(config)
     if config.hub.push or config.hub.every_steps:
-        on_main(accelerator, hub.check, config.hub.repo_id, config.hub.pull_request)
+        on_main(accelerator, hub.check, config.hub.repo_id, config.hub.pull_request, config.hub.private)
     lock = FileLock(Path(config.output_dir) / ".lock", is_singleton=True)
     on_main(accelerator, claim, lock)
     try:

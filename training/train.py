@@ -30,9 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = loop.train(run)
     except (loop.checkpoints.CannotSave, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
-        return 4
-    finally:
         run.lock.release(force=True)
+        return 4
     run.accelerator.wait_for_everyone()  # none tears the process group down while another still needs it
     # All is done and saved. Should leaving the group hang, as it did in 2 of some 900 runs, this ends it and shows where.
     for tracker in run.accelerator.trackers:
@@ -42,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.accelerator.state.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
     code = code or loop.push_result(run)  # last, so that no process waits for an upload
+    run.lock.release(force=True)
     return code
 
 
