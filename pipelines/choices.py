@@ -9,7 +9,8 @@ from sfumato.schedulers import SfumatoDDPMScheduler
 # name -> diffusers' class, and what to set beside the trained schedule
 SAMPLERS = {
     "ddpm": ("SfumatoDDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
+    # diffusers' DDIM clips x_0 but not the eps that goes with it, and many small steps add the difference up (LOG.md).
+    "ddim": ("DDIMScheduler", {"thresholding": False, "clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
