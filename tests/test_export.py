@@ -398,3 +398,15 @@ def test_what_a_run_shares_tells_how_it_was_made_and_repeats_it(tmp_path):
     assert shared == card.replace(f'"{folder}"', f'"{tmp_path / "shared"}"') and "Variants" in shared
     assert cli.main(["export", str(tmp_path / "shared"), str(tmp_path / "plain")]) == 0
     assert "Variants" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_a_model_that_learned_its_variance_draws_the_same_in_stock_diffusers(tmp_path):
+    """So it needs no code of ours to travel."""
+    pipe = tiny.pipeline(tmp_path, scheduler={"prediction_type": "epsilon", "variance_type": "learned_range"})
+    unet = diffusers.UNet2DConditionModel.from_config({**pipe.unet.config, "out_channels": 6})
+    pipe.register_modules(unet=unet)
+    export_pipeline(pipe, tmp_path / "model")
+    for cls in (diffusers.DiffusionPipeline, SfumatoPipeline):
+        again = cls.from_pretrained(tmp_path / "model")
+        again.set_progress_bar_config(disable=True)
+        np.testing.assert_allclose(draw(again), draw(pipe), atol=1e-6)
