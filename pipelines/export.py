@@ -52,7 +52,8 @@ def sync(path: Path) -> None:
 
 
 def _prefixed(table: dict) -> dict:
-    return {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in table.items()}
+    kept = ("text_model.", "text_projection.")
+    return {key if key.startswith(kept) else f"text_model.{key}": value for key, value in table.items()}
 
 
 def _write_for_transformers_4(folder: Path) -> None:
