@@ -27,8 +27,7 @@ options = parser.parse_args()
 pipe = SfumatoPipeline.from_pretrained(options.model)
 pipe.set_progress_bar_config(disable=True)
 size, rng = pipe.unet.config.sample_size, np.random.default_rng(0)
-scenes = shapes.scenes(held_out=True)
-scenes = scenes[:: max(1, len(scenes) // options.pictures)][: options.pictures]
+scenes = shapes.scenes(held_out=True, count=options.pictures)
 colours, kinds = list(shapes.COLOURS), list(shapes.SHAPES)
 wanted = [
     shapes.Scene(

@@ -67,8 +67,7 @@ parser.add_argument("--captions", type=int, default=64)
 parser.add_argument("--out", default="benchmarks/results/samplers.json")
 options = parser.parse_args()
 pipe = SfumatoPipeline.from_pretrained(options.model)
-scenes = shapes.scenes(held_out=True)
-scenes = scenes[:: max(1, len(scenes) // options.captions)][: options.captions]
+scenes = shapes.scenes(held_out=True, count=options.captions)
 prompts = [scene.caption for scene in scenes]
 far = with_sampler(pipe, "ddim")
 far.set_progress_bar_config(disable=True)

@@ -144,5 +144,4 @@ def _expected(pipe: SfumatoPipeline, output: torch.Tensor, x_t: torch.Tensor, t:
     """x_0 of a prediction, as a picture `(H, W, C)` in [0, 1]. Every scheduler's `scale_model_input` gives x_t as trained."""
     known = SfumatoDDPMScheduler.from_config(pipe.scheduler.config)
     x_0 = known.convert(output, x_t, t.long(), known.config.prediction_type, "sample")
-    shown = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    return pipe.image_processor.postprocess(shown, output_type="np")[0]
+    return pipe.image_processor.postprocess(pipe.decode_latents(x_0), output_type="np")[0]

@@ -91,10 +91,10 @@ def _add_metadata(file: Path, metadata: dict) -> None:
 
 def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw: dict | None, max_shard_size: str) -> None:
     """All parts in float32, and beside them the copies that `variants` names."""
-    stock = pipe.to_stock()
-    stock.save_pretrained(folder, max_shard_size=max_shard_size)
     if "raw" in variants and not raw:
         raise ValueError("the variant raw needs the weights before averaging, which a run's checkpoints have")
+    stock = pipe.to_stock()
+    stock.save_pretrained(folder, max_shard_size=max_shard_size)
     copies = []
     if "fp16" in variants:
         copies += [("fp16", part, copy.deepcopy(getattr(stock, part)).half()) for part in ("unet", "text_encoder", "vae")]

@@ -191,6 +191,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         x_0 = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
         return pixels, mask, x_0, None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
 
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, h, w)` to pictures `(B, C, H, W)`, about [-1, 1]."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+
     def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`x_0` at the level of timestep `t` of the scheduler, in its own scale."""
         return self.scheduler.add_noise(x_0, noise, t.reshape(1).expand(len(x_0)))
@@ -350,7 +354,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
         image = latents
         if output_type != "latent":
-            image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            image = self.decode_latents(latents)
             if mask is not None:
                 image = mask * image + (1 - mask) * pixels
             image = self.image_processor.postprocess(image, output_type=output_type)

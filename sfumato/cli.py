@@ -111,8 +111,7 @@ def _sample(options) -> int:
         given["strength"] = options.strength
 
     def keep(pipe, step, t, tensors):
-        shown = pipe.vae.decode(tensors["latents"] / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        frames.append(grid(pipe.image_processor.postprocess(shown), options.prompts))
+        frames.append(grid(pipe.image_processor.postprocess(pipe.decode_latents(tensors["latents"])), options.prompts))
         return tensors
 
     pictures = pipe(

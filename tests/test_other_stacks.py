@@ -1,16 +1,15 @@
 """The shared folder in other people's environments: diffusers 0.35 with transformers 4.57, and ONNX by way of optimum."""
 
 import json
-import os
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from loopback_hub import Hub
+from test_export import run_child
 from test_hub import LOAD, run
 
 from sfumato.pipelines import export_pipeline
@@ -48,14 +47,6 @@ def model(tmp_path_factory):
     return folder / "model", images
 
 
-def child(old, code, *arguments, **env):
-    env = {**os.environ, "PYTHONPATH": str(old), "HF_HUB_OFFLINE": "1", **env}
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def test_old_diffusers_and_transformers_draw_the_same_picture(old, model, tmp_path):
     folder, expected = model
     with Hub() as hub:
@@ -63,15 +54,10 @@ def test_old_diffusers_and_transformers_draw_the_same_picture(old, model, tmp_pa
         doors = [
             (name, "ada/tiny", {}) for name in ("DiffusionPipeline", "StableDiffusionPipeline", "AutoPipelineForText2Image")
         ]
-        said = child(old, LOAD, tmp_path / "stock", json.dumps(doors), **hub.env(tmp_path / "reader", None))
+        env = {"PYTHONPATH": str(old), **hub.env(tmp_path / "reader", None)}
+        said = run_child(LOAD, tmp_path / "stock", json.dumps(doors), **env).stderr
         code = {"custom_pipeline": "ada/tiny", "trust_remote_code": True}
-        child(
-            old,
-            LOAD,
-            tmp_path / "ours",
-            json.dumps([("DiffusionPipeline", "ada/tiny", code)]),
-            **hub.env(tmp_path / "r", None),
-        )
+        run_child(LOAD, tmp_path / "ours", json.dumps([("DiffusionPipeline", "ada/tiny", code)]), **env)
     for trouble in ("newly initialized", "not expected", "Expected types"):
         assert trouble not in said
     images = {**np.load(tmp_path / "stock.npz"), **np.load(tmp_path / "ours.npz")}
@@ -82,5 +68,5 @@ def test_old_diffusers_and_transformers_draw_the_same_picture(old, model, tmp_pa
 
 def test_onnx_draws_the_same_picture(old, model, tmp_path):
     folder, expected = model
-    child(old, DRAW_ONNX, folder, tmp_path / "images.npy")
+    run_child(DRAW_ONNX, folder, tmp_path / "images.npy", PYTHONPATH=str(old))
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-3)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.export import sync
+from sfumato.pipelines.export import sync, sync_entry
 from sfumato.training.config import Config
 from sfumato.training.ema import EMA
 from sfumato.training.pictures import PictureSet
@@ -155,7 +155,7 @@ def save(
         if folder.exists():  # damaged, or it would have been resumed from
             _remove(folder)
         new.rename(folder)
-        sync(folder.parent)
+        sync_entry(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise CannotSave(

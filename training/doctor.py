@@ -230,9 +230,10 @@ def _cost(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[F
 
 def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]:
     """What a finished run's pictures and weights look like."""
-    found, whole = [], [saved for saved in checkpoints.folders(folder) if checkpoints.damage(saved) is None]
-    if whole:
-        tensors = load_file(whole[-1] / "state.safetensors")
+    found, newest = [], reversed(checkpoints.folders(folder))
+    whole = next((saved for saved in newest if checkpoints.damage(saved) is None), None)
+    if whole is not None:
+        tensors = load_file(whole / "state.safetensors")
         names = [name.removeprefix("ema.") for name in tensors if name.startswith("ema.")]
         apart = sum(float((tensors[f"ema.{n}"] - tensors[f"raw.{n}"]).square().sum()) for n in names)
         apart = (apart / sum(float(tensors[f"raw.{n}"].square().sum()) for n in names)) ** 0.5

@@ -57,7 +57,6 @@ def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_
 
 def evaluate_shapes(pipe: SfumatoPipeline, config: ValidationConfig, accelerator: Accelerator) -> dict[str, float]:
     """Obedience on held-out captions of `shapes`: share right for each attribute and for all together."""
-    scenes = shapes.scenes(held_out=True)
-    scenes = scenes[:: max(1, len(scenes) // config.num_shapes)][: config.num_shapes]  # evenly: they are sorted by colour
+    scenes = shapes.scenes(held_out=True, count=config.num_shapes)
     pictures = draw_pictures(pipe, [scene.caption for scene in scenes], config, accelerator)
     return shapes_obedience([np.asarray(picture) for picture in pictures], scenes)

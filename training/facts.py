@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def metadata(config: Config, pictures: PictureSet, state: dict) -> dict:
     }
 
 
+@cache
 def _versions() -> dict[str, str | None]:
     found = {"sfumato": __version__}
     for name in ("diffusers", "transformers", "accelerate", "torch"):
@@ -113,6 +115,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
+@cache
 def _commit() -> str | None:
     """The git commit of this code, where it is a checkout."""
     here = Path(__file__).resolve().parents[1]

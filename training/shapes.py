@@ -45,12 +45,16 @@ class Scene:
         return f"a {self.size} {self.colour} {self.shape} at the {self.place} on {self.ground}"
 
 
-def scenes(held_out: bool) -> list[Scene]:
-    """All combinations that are held out, or all that are not; the division never changes."""
+def scenes(held_out: bool, count: int | None = None) -> list[Scene]:
+    """The combinations that are held out, or those that are not; the division never changes.
+
+    Of all, or of no more than `count`, evenly spread: they are sorted by colour.
+    """
     everything = [Scene(*values) for values in itertools.product(COLOURS, SHAPES, SIZES, PLACES, GROUNDS)]
     order = np.random.default_rng(0).permutation(len(everything))
     chosen = order[:NUM_HELD_OUT] if held_out else order[NUM_HELD_OUT:]
-    return [everything[i] for i in sorted(chosen)]
+    found = [everything[i] for i in sorted(chosen)]
+    return found if count is None else found[:: max(1, len(found) // count)][:count]
 
 
 def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> np.ndarray:
