@@ -1,10 +1,10 @@
 """Samplers against network evaluations: obedience on held-out captions of `shapes`, and distance to where many steps lead.
 
-    python benchmarks/samplers.py [--model runs/shapes/pipeline] [--captions 64] [--out benchmarks/results/samplers.json]
+    python benchmarks/samplers.py [--model runs/two_shapes/pipeline --figures 2] [--captions 64] [--out FILE.json]
 
-Obedience: share of captions of which a program reads all five attributes off the picture, at guidance 1.5. Distance: root mean
+Obedience: share of captions of which a program reads everything off the picture, at guidance 1.5. Distance: root mean
 square difference, pixels in [0, 1], to DDIM with 1,000 steps from the same noise; only for samplers that add no noise.
-Writes a chart beside the figures.
+Writes charts beside the figures.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from chart import lines
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import SAMPLERS, with_sampler
@@ -22,7 +22,6 @@ from sfumato.training import shapes
 from sfumato.training.metrics import shapes_obedience
 
 STEPS = (4, 8, 15, 30, 50)
-COLOURS = ("#3050a0", "#c04030", "#30904a", "#906010", "#8040a0", "#108090", "#404040", "#d07090", "#60a010")
 
 
 def draw(pipe, prompts, steps, batch=64):
@@ -34,40 +33,14 @@ def draw(pipe, prompts, steps, batch=64):
     return np.concatenate(images)
 
 
-def chart(table: dict, path: Path, width: int = 720, height: int = 360) -> None:
-    """Obedience over network evaluations (logarithmic), a line a sampler."""
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    left, right, top, bottom = 50, width - 130, 15, height - 40
-    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
-    evaluations = sorted({row["evaluations"] for rows in table.values() for row in rows})
-    low, high = np.log(evaluations[0]), np.log(evaluations[-1])
-    for value in (4, 8, 15, 30, 50, 100):
-        if np.log(value) <= high:
-            x = left + (np.log(value) - low) / (high - low) * (right - left)
-            pen.text((x, bottom + 6), str(value), "black", font, anchor="ma")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        pen.text((left - 6, bottom - share * (bottom - top)), f"{share:.0%}", "black", font, anchor="rm")
-    pen.text(((left + right) / 2, height - 16), "network evaluations of the conditional pass", "black", font, anchor="ma")
-    for colour, (name, rows) in zip(COLOURS, table.items()):
-        points = [
-            (left + (np.log(r["evaluations"]) - low) / (high - low) * (right - left), bottom - r["all"] * (bottom - top))
-            for r in rows
-        ]
-        pen.line(points, colour, 2)
-        for x, y in points:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        pen.text((right + 12, top + 18 * list(table).index(name)), name, colour, font)
-    sheet.save(path)
-
-
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="runs/shapes/pipeline")
+parser.add_argument("--model", default="runs/two_shapes/pipeline")
+parser.add_argument("--figures", type=int, default=2, help="in a picture of the model's data set, 1 or 2")
 parser.add_argument("--captions", type=int, default=64)
 parser.add_argument("--out", default="benchmarks/results/samplers.json")
 options = parser.parse_args()
 pipe = SfumatoPipeline.from_pretrained(options.model)
-scenes = shapes.scenes(held_out=True, count=options.captions)
+scenes = shapes.scenes(held_out=True, count=options.captions, num_figures=options.figures)
 prompts = [scene.caption for scene in scenes]
 far = with_sampler(pipe, "ddim")
 far.set_progress_bar_config(disable=True)
@@ -99,4 +72,7 @@ out = Path(options.out)
 out.write_text(
     json.dumps({"model": Path(options.model).parent.name, "captions": len(prompts), "table": table}, indent=1) + "\n"
 )
-chart(table, out.with_suffix(".png"))
+for name, label in (("all", "captions drawn right"), ("distance", "distance to DDIM with 1,000 steps")):
+    curves = {n: [(r["evaluations"], r[name]) for r in rows] for n, rows in table.items() if name in rows[0]}
+    file = out.with_name(out.stem + ("" if name == "all" else f"_{name}") + ".png")
+    lines(curves, "network evaluations of the conditional pass", label, file, log=True)

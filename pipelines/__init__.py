@@ -1,5 +1,16 @@
-from sfumato.pipelines.export import export_pipeline
-from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import SfumatoDDPMScheduler  # diffusers' loader takes classes from modules that are imported
+"""Pipeline, export, and choices by name. What needs torch is imported when it is asked for."""
 
-__all__ = ["SfumatoDDPMScheduler", "SfumatoPipeline", "export_pipeline"]
+import importlib
+
+_HOMES = {
+    "SfumatoDDPMScheduler": "sfumato.schedulers",  # here too, since diffusers' loader looks beside the pipeline
+    "SfumatoPipeline": "sfumato.pipelines.pipeline_sfumato",
+    "export_pipeline": "sfumato.pipelines.export",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,8 +1,10 @@
 """The model card of an exported folder: what the run knows, snippets that run, and nothing left to fill in."""
 
 import json
+from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 
 from sfumato import __version__
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
@@ -26,7 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{where}")
-image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps=30,
+image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
              generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
@@ -47,7 +49,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)
-image = pipe({prompt!r}, guidance_scale={guidance_scale}).images[0]
+image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
 With `pip install sfumato`, other guidance, and a check of every argument:
@@ -58,7 +60,7 @@ from sfumato.pipelines import SfumatoPipeline
 
 pipe = SfumatoPipeline.from_pretrained("{where}")
 pipe = SfumatoPipeline.from_pipe(pipe, guider=AdaptiveProjectedGuidance(guidance_scale={guidance_scale}))
-image = pipe({prompt!r}, num_inference_steps=30).images[0]
+image = pipe({prompt!r}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
 ## What it is
@@ -94,6 +96,9 @@ sfumato train training_args.yaml output_dir=runs/again
 ```
 """
 
+# How to draw where a card does not say it.
+ADVICE = {"num_inference_steps": 30, "guidance_scale": 3.0}
+
 # What a trainer tells, in the order of the card; other facts follow.
 ORDER = ("data", "data licence", "captions", "skipped records", "steps", "pictures seen", "training time", "hardware")
 
@@ -112,8 +117,8 @@ def model_card(
     Args:
         pipe: the model.
         where: the path or repository that the snippets name.
-        facts: what the trainer knows. `title`, `license`, `language`, `datasets` and `base_model` are placed; the rest is
-            listed.
+        facts: what the trainer knows. `title`, `license`, `language`, `datasets`, `base_model` and what `ADVICE` names are
+            placed; the rest is listed.
         gallery: pairs of prompt and picture, the latter relative to the folder.
         curve: a picture of the training loss, relative to the folder.
         settings: whether `training_args.yaml` lies beside.
@@ -121,7 +126,8 @@ def model_card(
     """
     facts = dict(facts or {})
     base, title = facts.pop("base_model", None), facts.pop("title", "A Sfumato model")
-    guidance, parts = facts.pop("guidance_scale", 3.0), [name for name in facts if name.startswith("pretrained")]
+    advice = {name: facts.pop(name, default) for name, default in ADVICE.items()}
+    parts = [name for name in facts if name.startswith("pretrained")]
     scratch = bool(facts) and not base and not parts
     front = ModelCardData(
         library_name="diffusers",
@@ -134,6 +140,7 @@ def model_card(
         + (["trained-from-scratch"] if scratch else []),
         base_model=base if base and base.count("/") == 1 else None,
         base_model_relation="finetune" if base and base.count("/") == 1 else None,
+        inference={"parameters": advice},
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
     made = "A text-to-image diffusion model in Stable Diffusion's form, exported by Sfumato."
@@ -149,13 +156,27 @@ def model_card(
         made=made,
         where=where,
         prompt=gallery[0][0] if gallery else "",
-        guidance_scale=guidance,
+        **advice,
         limits=_LIMITS if scratch else _OTHER_LIMITS,
         model=_describe(pipe, variants),
         training=_tell(facts, curve, settings),
         again=_AGAIN.format(version=__version__) if settings else "",
         version=__version__,
     )
+
+
+def recommended(source: str) -> dict:
+    """How the card of a folder or Hub id says to draw: `num_inference_steps` and `guidance_scale`, `ADVICE` where it does not.
+
+    In the card they are `inference.parameters`, which the Hub knows.
+    """
+    try:
+        file = Path(source) / "README.md" if Path(source).is_dir() else source
+        told = (ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("inference") or {})["parameters"]
+    except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError):  # no card, or one of another form
+        return dict(ADVICE)
+    told = told if isinstance(told, dict) else {}
+    return {name: type(default)(told.get(name, default)) for name, default in ADVICE.items()}
 
 
 def _tell(facts: dict, curve: str | None, settings: bool) -> str:

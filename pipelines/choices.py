@@ -1,10 +1,4 @@
-"""Samplers and guiders by name, for the command line and for benchmarks."""
-
-import diffusers
-from diffusers import guiders
-
-from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import SfumatoDDPMScheduler
+"""Samplers, guiders and runtimes by name. Importing this loads nothing heavy, so that configs and `--help` may."""
 
 # name -> diffusers' class, and what to set beside the trained schedule
 SAMPLERS = {
@@ -19,38 +13,121 @@ SAMPLERS = {
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
-# Not here: MagnitudeAwareGuidance of diffusers 0.42 takes a matrix norm over three dimensions, which fails on pictures.
+# name -> diffusers' class
 GUIDERS = {
-    "cfg": guiders.ClassifierFreeGuidance,
-    "apg": guiders.AdaptiveProjectedGuidance,
-    "zero-star": guiders.ClassifierFreeZeroStarGuidance,
-    "tangential": guiders.TangentialClassifierFreeGuidance,
+    "cfg": "ClassifierFreeGuidance",
+    "apg": "AdaptiveProjectedGuidance",
+    "zero-star": "ClassifierFreeZeroStarGuidance",
+    "tangential": "TangentialClassifierFreeGuidance",
+    "magnitude-aware": "MagnitudeAwareGuidance",
+    # Away from what a weaker version of the model draws from the same prompt (Karras et al. 2024, arXiv 2406.02507).
+    "autoguidance": "ClassifierFreeGuidance",
+    # These add a second guidance, away from what the model draws with its innermost self-attention disturbed.
+    "pag": "PerturbedAttentionGuidance",
+    "slg": "SkipLayerGuidance",
+    "seg": "SmoothedEnergyGuidance",
 }
+# name -> the package that it needs
+RUNTIMES = {"torch": None, "bf16": None, "onnx": "onnxruntime", "openvino": "openvino"}
 
 
-def _choose(kind: str, name: str, known: dict):
+def check_name(kind: str, name: str, known: dict) -> None:
+    """Raise ValueError, with the known names, unless `name` is one of them."""
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
-    return known[name]
 
 
-def with_sampler(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
-    """The same model drawn by another sampler, on the schedule it was trained with.
+def replaced(pipe, **parts):
+    """The same pipeline with other parts; all others are shared, and keep their precision."""
+    from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+
+    new = SfumatoPipeline(**{**pipe.components, **parts}, requires_safety_checker=pipe.config.requires_safety_checker)
+    new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return new
+
+
+def with_sampler(pipe, name: str):
+    """The same `SfumatoPipeline` drawn by another sampler, on the schedule it was trained with.
 
     Raises:
         ValueError: no such sampler, or one that cannot draw with what the model predicts.
     """
+    import diffusers
+
+    from sfumato.schedulers import SfumatoDDPMScheduler
+
+    check_name("sampler", name, SAMPLERS)
     if name == "euler-a" and pipe.scheduler.config.prediction_type == "sample":
         raise ValueError("diffusers' euler-a cannot draw with a model that predicts the picture itself; use dpm++-sde")
-    cls, more = _choose("sampler", name, SAMPLERS)
+    cls, more = SAMPLERS[name]
     cls = SfumatoDDPMScheduler if name == "ddpm" else getattr(diffusers, cls)
-    return SfumatoPipeline.from_pipe(pipe, scheduler=cls.from_config(pipe.scheduler.config, **more))
+    return replaced(pipe, scheduler=cls.from_config(pipe.scheduler.config, **more))
 
 
-def with_guider(pipe: SfumatoPipeline, name: str, **settings) -> SfumatoPipeline:
-    """The same model under another guidance; `settings` as diffusers' guider takes them, such as `start` and `stop`.
+def with_guider(pipe, name: str, weak=None, **settings):
+    """The same `SfumatoPipeline` under another guidance.
+
+    Args:
+        weak: the pipeline of a weaker model, for `autoguidance`: an earlier checkpoint of the same run.
+        settings: as diffusers' guider takes them, such as `start`, `stop`, `guidance_rescale`.
 
     Raises:
-        ValueError: no such guider.
+        ValueError: no such guider, or one that does not go with this model.
     """
-    return SfumatoPipeline.from_pipe(pipe, guider=_choose("guider", name, GUIDERS)(**settings))
+    from diffusers import guiders, hooks
+
+    check_name("guider", name, GUIDERS)
+    if (weak is None) == (name == "autoguidance"):
+        raise ValueError("autoguidance, and no other guider, takes a weaker model beside: an earlier checkpoint of the run")
+    cls, given = _mended(name, getattr(guiders, GUIDERS[name])), {}
+    if name == "pag":
+        layers = hooks.LayerSkipConfig(**_middle(pipe), skip_attention=False, skip_attention_scores=True, skip_ff=False)
+        given = {"perturbed_guidance_config": layers, "perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
+    elif name == "slg":
+        layers = hooks.LayerSkipConfig(**_middle(pipe))
+        given = {"skip_layer_config": layers, "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    elif name == "seg":
+        given = {"seg_guidance_config": hooks.SmoothedEnergyGuidanceConfig(**_middle(pipe))}
+    guider = cls(**{**given, **settings})
+    if weak is not None:
+        for part, key in (("scheduler", "prediction_type"), ("unet", "in_channels"), ("unet", "out_channels")):
+            here, there = (getattr(p, part).config[key] for p in (pipe, weak))
+            if here != there:
+                raise ValueError(f"the weaker model has {key} {there}, this one {here}")
+        guider.weak = weak.to(pipe.device)
+    return replaced(pipe, guider=guider)
+
+
+def _mended(name: str, cls: type) -> type:
+    """diffusers' guider, without what is wrong in 0.42."""
+    if name == "magnitude-aware":
+
+        class MagnitudeAwareGuidance(cls):
+            """Its norm over three dimensions fails: pictures come to it as rows."""
+
+            def forward(self, pred_cond, pred_uncond=None):
+                output = super().forward(pred_cond.flatten(1), None if pred_uncond is None else pred_uncond.flatten(1))
+                output["pred"] = output.pred.reshape(pred_cond.shape)
+                return output
+
+        return MagnitudeAwareGuidance
+    if name == "seg":
+
+        class SmoothedEnergyGuidance(cls):
+            """It does not count its passes, and so never smooths anything."""
+
+            def prepare_models(self, denoiser):
+                self._count_prepared += 1
+                super().prepare_models(denoiser)
+
+        return SmoothedEnergyGuidance
+    return cls
+
+
+def _middle(pipe) -> dict:
+    """Where in the UNet its innermost self-attention is, in the words of diffusers' configs."""
+    names = [name for name, _ in pipe.unet.named_modules() if name.endswith(".transformer_blocks")]
+    inner = [name for name in names if name.startswith("mid_block")] or [n for n in names if n.startswith("down")][-1:]
+    if not inner or "forward" in vars(pipe.unet):
+        raise ValueError("this guider reaches into the network's self-attention, which this model or its runtime does not let")
+    return {"fqn": inner[0], "indices": list(range(len(pipe.unet.get_submodule(inner[0]))))}

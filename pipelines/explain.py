@@ -77,9 +77,10 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
     if call.get("num_images_per_prompt", 1) != 1:
         raise ValueError("explain draws one picture; leave `num_images_per_prompt` out")
     generator = call.pop("generator", None) or torch.Generator().manual_seed(0)
-    state = generator.get_state()
-    call.pop("output_type", None)
+    state, _ = generator.get_state(), call.pop("output_type", None)
     layers = [m for name, m in pipe.unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
+    if "forward" in vars(pipe.unet):
+        raise ValueError("another runtime shows nothing of what the network does inside; explain with the plain pipeline")
     if not layers:
         raise ValueError("this model has no cross-attention, so there is nothing to show")
     maps, expected = [], []

@@ -18,6 +18,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 logging.get_logger("diffusers.guiders.guider_utils").addFilter(lambda record: "experimental" not in str(record.msg))
 
 
-class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     """Draws pictures from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
 
     Opens every folder of Stable Diffusion's form, ours and foreign, with `SfumatoPipeline.from_pretrained(folder)`, and
@@ -49,8 +50,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["guider", "safety_checker", "feature_extractor", "image_encoder"]
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "guider"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _num_passes, _one_by_one = 0, False
 
     def __init__(
         self,
@@ -207,24 +209,40 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def predict(self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds):
         """One guided prediction, `(B, C, h, w)`: the guider says which passes are needed and combines them.
 
-        The passes run as one batch, except for guiders that change the network between passes.
+        The passes run as one batch; one after another where a guider changes the network between passes or has a `weak`
+        model for the second, or once a batch of them has not fitted into memory.
         """
         # Before diffusers 0.36 this was called prepare_inputs.
         prepare = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
         embeds = SimpleNamespace(cond=prompt_embeds, uncond=negative_prompt_embeds)
         states = prepare(embeds, {"encoder_hidden_states": ("cond", "uncond")})
-        if type(guider).prepare_models is BaseGuidance.prepare_models:
+        self._num_passes += len(states)
+        weak = getattr(guider, "weak", None)
+        alike = type(guider).prepare_models is BaseGuidance.prepare_models and weak is None
+        if alike and not self._one_by_one:
             context = torch.cat([state.encoder_hidden_states for state in states])
-            output = self.unet(latents.repeat(len(states), 1, 1, 1), t, context, return_dict=False)[0]
-            for state, part in zip(states, output.chunk(len(states))):
-                guider.prepare_models(self.unet)
-                state.noise_pred = part
-        else:
-            for state in states:
-                guider.prepare_models(self.unet)
-                state.noise_pred = self.unet(latents, t, state.encoder_hidden_states, return_dict=False)[0]
-                guider.cleanup_models(self.unet)
+            try:
+                output = self.unet(latents.repeat(len(states), 1, 1, 1), t, context, return_dict=False)[0]
+                for state, part in zip(states, output.chunk(len(states))):
+                    guider.prepare_models(self.unet)
+                    state.noise_pred = part
+                return guider(states)[0]
+            except torch.OutOfMemoryError:
+                if len(states) == 1:
+                    raise
+                logger.warning("The passes of guidance do not fit into memory as one batch: from here on one by one.")
+                self._one_by_one = True
+        for i, state in enumerate(states):
+            guider.prepare_models(self.unet)
+            unet = weak.unet if weak is not None and i > 0 else self.unet
+            state.noise_pred = unet(latents, t, state.encoder_hidden_states, return_dict=False)[0]
+            guider.cleanup_models(self.unet)
         return guider(states)[0]
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of the network for each picture of the last call: two a step with guidance, one outside its interval."""
+        return self._num_passes
 
     @property
     def guidance_scale(self) -> float:
@@ -299,14 +317,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             callback_on_step_end_tensor_inputs, num_resamples,
         )  # fmt: skip
 
-        # A fresh guider for each call: its state (step, momentum) must not leak, and a component is never changed.
-        guider = copy.deepcopy(self.guider)
+        weak = getattr(self.guider, "weak", None)  # a fresh guider for each call: its state (step, momentum) must not leak
+        guider = copy.deepcopy(self.guider, {id(weak): weak}) or ClassifierFreeGuidance()
         if guidance_scale is not None:
             guider.guidance_scale = float(guidance_scale)
         self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
         self._do_classifier_free_guidance = guider._enabled and guider.num_conditions > 1
 
-        device = self._execution_device
+        device, self._num_passes, self._one_by_one = self._execution_device, 0, False
+        if weak is not None:
+            negative_prompt_embeds = weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt, device, num_images_per_prompt, self.do_classifier_free_guidance, negative_prompt,
             prompt_embeds, negative_prompt_embeds,

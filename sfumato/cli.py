@@ -7,6 +7,8 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (2 for wrong input)."""
+    from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS
+
     parser = argparse.ArgumentParser(prog="sfumato", description="Train, sample and share text-conditional diffusion models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -19,17 +21,17 @@ def main(arguments: list[str] | None = None) -> int:
     sample.add_argument("--model", required=True, help="an exported folder, a run folder, or a Hub id")
     sample.add_argument("--out", default="grid.png", help="where the grid goes (default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
-    sample.add_argument("--steps", type=int, default=30, help="sampling steps (default: %(default)s)")
-    sample.add_argument("--guidance-scale", type=float, default=3.0, help="1 is none (default: %(default)s)")
+    sample.add_argument("--steps", type=int, help="sampling steps (default: what the model's card names, else 30)")
+    sample.add_argument("--guidance-scale", type=float, help="1 is none (default: what the model's card names, else 3)")
     sample.add_argument("--negative-prompt", help="what to steer away from")
-    sample.add_argument(
-        "--sampler", help="ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a, heun (default: the model's)"
-    )
-    sample.add_argument("--guider", default="cfg", help="cfg, apg, zero-star, tangential (default: %(default)s)")
+    sample.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's)")
+    sample.add_argument("--guider", default="cfg", help=f"{', '.join(GUIDERS)} (default: %(default)s)")
+    sample.add_argument("--weak", help="for the guider autoguidance: an earlier checkpoint of the same run")
     sample.add_argument(
         "--guidance-interval", nargs=2, type=float, default=[0.0, 1.0], metavar=("START", "STOP"),
         help="guide only in this part of the steps; outside it one pass instead of two (default: 0 1)",
     )  # fmt: skip
+    sample.add_argument("--runtime", default="torch", help=f"on a CPU: {', '.join(RUNTIMES)} (default: %(default)s)")
     sample.add_argument("--image", help="a picture to start from, or to redraw a part of")
     sample.add_argument("--mask", help="a picture that is white where --image is redrawn")
     sample.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1")
@@ -83,6 +85,28 @@ def _find_pipeline(source: str) -> str:
     return source
 
 
+def _opened(options, model: str):
+    """The model with the sampler, guider and runtime that `options` name."""
+    import torch
+
+    from sfumato.pipelines import SfumatoPipeline
+    from sfumato.pipelines.choices import with_guider, with_sampler
+
+    pipe = SfumatoPipeline.from_pretrained(model)
+    if options.sampler:
+        pipe = with_sampler(pipe, options.sampler)
+    pipe.to("cuda" if torch.cuda.is_available() and options.runtime == "torch" else "cpu")
+    start, stop = options.guidance_interval
+    if options.guider != "cfg" or options.weak or (start, stop) != (0.0, 1.0):
+        weak = SfumatoPipeline.from_pretrained(_find_pipeline(options.weak)) if options.weak else None
+        pipe = with_guider(pipe, options.guider, weak, start=start, stop=stop)
+    if options.runtime != "torch":
+        from sfumato.pipelines.runtimes import with_runtime
+
+        pipe = with_runtime(pipe, options.runtime)
+    return pipe
+
+
 def _sample(options) -> int:
     model = _find_pipeline(options.model)
     import json
@@ -91,17 +115,13 @@ def _sample(options) -> int:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from sfumato.pipelines import SfumatoPipeline
-    from sfumato.pipelines.choices import with_guider, with_sampler
+    from sfumato.pipelines.card import recommended
     from sfumato.training.evaluation import grid
 
-    pipe = SfumatoPipeline.from_pretrained(model)
-    if options.sampler:
-        pipe = with_sampler(pipe, options.sampler)
-    start, stop = options.guidance_interval
-    if options.guider != "cfg" or (start, stop) != (0.0, 1.0):
-        pipe = with_guider(pipe, options.guider, start=start, stop=stop)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = _opened(options, model)
+    advice = recommended(model)
+    options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
+    options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     frames, given = [], {}
     for name, path in (("image", options.image), ("mask_image", options.mask)):
         if path:
@@ -124,14 +144,14 @@ def _sample(options) -> int:
         **given,
     ).images
     settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif") and v is not None}
-    for name in {"model", "image", "mask"} & settings.keys():
+    for name in {"model", "image", "mask", "weak"} & settings.keys():
         if Path(settings[name]).exists():  # a name, not where it lies on this machine
             settings[name] = Path(settings[name]).resolve().name
     notes = PngInfo()
-    notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
+    notes.add_itxt("sfumato", json.dumps({**settings, "passes": pipe.num_passes}, ensure_ascii=False))
     sheet = grid(pictures, options.prompts)
     sheet.save(options.out, **({"pnginfo": notes} if options.out.lower().endswith(".png") else {}))
-    print(f"wrote {options.out}")
+    print(f"wrote {options.out} ({options.steps} steps, {pipe.num_passes} passes of the network for each picture)")
     if options.gif:
         frames[0].save(options.gif, save_all=True, append_images=[*frames[1:], *[sheet] * 10], duration=80, loop=0)
         print(f"wrote {options.gif}")

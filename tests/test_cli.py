@@ -2,15 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 import tiny
-import torch
 from PIL import Image
 
 from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.choices import GUIDERS, SAMPLERS, with_guider, with_sampler
+from sfumato.pipelines.card import recommended
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +45,7 @@ def test_sampler_guider_and_settings_in_the_png(model, tmp_path):
         and notes["sampler"] == "unipc"
         and notes["guider"] == "apg"
     )
+    assert notes["guidance_scale"] == 3.0 and notes["passes"] == 5  # two of three steps are in the interval
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames >= 3
 
@@ -59,23 +58,7 @@ def test_a_picture_and_a_mask_from_files(model, tmp_path):
     assert Image.open(tmp_path / "a.png").getpixel((60, 60)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS])
-def test_every_sampler_draws(model, name, tmp_path):
-    assert (
-        main(["sample", "--model", str(model), "x", "--steps", "3", "--sampler", name, "--out", str(tmp_path / "a.png")]) == 0
-    )
-
-
-@pytest.mark.parametrize("name", [*GUIDERS])
-def test_every_guider_draws_and_is_idle_outside_its_interval(model, name):
-    pipe, passes = with_guider(SfumatoPipeline.from_pretrained(model), name, start=0.25, stop=0.75), []
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
-    image = pipe("x", num_inference_steps=8, output_type="np", generator=torch.Generator().manual_seed(0)).images
-    assert np.isfinite(image).all() and passes == [1, 1, 2, 2, 2, 2, 1, 1]
-
-
-@pytest.mark.parametrize("flag, kind", [("--sampler", "sampler"), ("--guider", "guider")])
+@pytest.mark.parametrize("flag, kind", [("--sampler", "sampler"), ("--guider", "guider"), ("--runtime", "runtime")])
 def test_unknown_names_are_told_with_the_known_ones(model, capsys, flag, kind):
     assert main(["sample", "--model", str(model), "x", flag, "magic"]) == 2
     assert f"unknown {kind} 'magic'; choose one of" in capsys.readouterr().err
@@ -108,7 +91,42 @@ def test_wrong_steps_are_refused(model, capsys):
     assert "num_inference_steps" in capsys.readouterr().err
 
 
-def test_a_sampler_that_cannot_draw_with_the_model_is_told(tmp_path):
-    pipe = tiny.pipeline(tmp_path, scheduler={"prediction_type": "sample"})
-    with pytest.raises(ValueError, match="use dpm\\+\\+-sde"):
-        with_sampler(pipe, "euler-a")
+def test_steps_and_scale_are_what_the_card_says(model, tmp_path):
+    shared = tmp_path / "shared"
+    export_pipeline(
+        SfumatoPipeline.from_pretrained(model), shared, facts={"guidance_scale": 2.0, "num_inference_steps": 4, "data": "x"}
+    )
+    for folder, steps, scale in ((model, 30, 3.0), (shared, 4, 2.0)):
+        assert recommended(str(folder)) == {"num_inference_steps": steps, "guidance_scale": scale}
+    assert main(["sample", "--model", str(shared), "x", "--out", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        notes = json.loads(picture.text["sfumato"])
+    assert (notes["steps"], notes["guidance_scale"], notes["passes"]) == (4, 2.0, 8)
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no front matter", "---\ninference: [1]\n---\n", "---\ninference: {parameters: 3}\n---\n"]
+)
+def test_a_card_of_another_form_is_no_hindrance(card, tmp_path):
+    (tmp_path / "README.md").write_text(card)
+    assert recommended(str(tmp_path)) == {"num_inference_steps": 30, "guidance_scale": 3.0}
+
+
+def test_autoguidance_by_an_earlier_checkpoint(model, tmp_path, capsys):
+    weak = export_pipeline(tiny.pipeline(tmp_path, seed=1), tmp_path / "weak")
+    command = [
+        "sample",
+        "--model",
+        str(model),
+        "x",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "a.png"),
+        "--guider",
+        "autoguidance",
+    ]
+    assert main([*command, "--weak", str(weak)]) == 0
+    assert "2 steps, 4 passes" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "an earlier checkpoint" in capsys.readouterr().err

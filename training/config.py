@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sfumato.pipelines.choices import GUIDERS, SAMPLERS
+
 
 @dataclass
 class DataConfig:
@@ -34,6 +36,7 @@ class DataConfig:
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
     words: list[str] = field(default_factory=list)  # openmoji: only pictures with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
+    num_figures: int = 1  # shapes: in each picture, 1 or 2
     max_bad_share: float = 0.01  # a source with a larger share of unusable pictures stops the run
     cache_latents: bool = False  # encode all pictures by the VAE once, before training, and keep the result on disk
     cache_embeddings: bool = False  # the same for captions and a frozen text encoder
@@ -128,8 +131,11 @@ class ValidationConfig:
 
     every_steps: int | None = 1000
     prompts: list[str] = field(default_factory=list)  # empty: captions of held-out pictures
-    num_inference_steps: int = 30
+    sampler: str = "ddpm"  # ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a or heun; stored in the exported folder
+    num_inference_steps: int = 30  # it and the scale go into the exported folder's card
     guidance_scale: float = 3.0
+    guider: str = "cfg"  # cfg, apg, zero-star, tangential, magnitude-aware, pag, slg or seg
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # the part of the steps that is guided
     seed: int = 0
     num_shapes: int = 256  # shapes: held-out captions judged at the end
 
@@ -200,6 +206,7 @@ def _check_data(config: Config, need) -> None:
     except RuntimeError as error:
         need(False, "data.name", str(error))
     need(config.data.num_pictures > 0, "data.num_pictures", "must be positive")
+    need(config.data.num_figures in (1, 2), "data.num_figures", "must be 1 or 2")
     need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
 
 
@@ -269,6 +276,11 @@ def _check_run(config: Config, need) -> None:
     need(config.validation.num_shapes > 0, "validation.num_shapes", "must be positive")
     need(0 <= config.validation.guidance_scale < 1000, "validation.guidance_scale", "must be in [0, 1000)")
     need(config.validation.num_inference_steps > 0, "validation.num_inference_steps", "must be positive")
+    need(config.validation.sampler in SAMPLERS, "validation.sampler", f"choose one of {', '.join(SAMPLERS)}")
+    guiders = [name for name in GUIDERS if name != "autoguidance"]  # which needs a model that the run does not have yet
+    need(config.validation.guider in guiders, "validation.guider", f"choose one of {', '.join(guiders)}")
+    start, stop = (*config.validation.guidance_interval, -1, -1)[:2]
+    need(0 <= start <= stop <= 1, "validation.guidance_interval", "must be two numbers in [0, 1], the lower one first")
     need(
         config.train.max_steps is not None or config.train.max_minutes is not None,
         "train.max_minutes",
@@ -310,7 +322,7 @@ def idle(config: Config) -> list[str]:
         (config.lora.rank, "lora.rank=0", "text_encoder", ("train",)),
         (given or config.text_encoder.pretrained, "a text encoder that is built anew", "text_encoder", sizes),
         (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
-        (d.name != "shapes", "data.name=shapes", "data", ("num_pictures",)),
+        (d.name != "shapes", "data.name=shapes", "data", ("num_pictures", "num_figures")),
         (d.name != "shapes", "data.name=shapes", "validation", ("num_shapes",)),
         (not (config.hub.push or config.hub.every_steps), "hub.push", "hub", ("repo_id", "private")),
         (not config.hub.push, "hub.push", "hub", ("tag", "pull_request")),

@@ -7,9 +7,20 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training import shapes
-from sfumato.training.config import ValidationConfig
+from sfumato.training.config import Config, ValidationConfig
 from sfumato.training.metrics import shapes_obedience
+
+
+def as_drawn(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline:
+    """The model with the sampler and the guider that `config` names.
+
+    Raises:
+        ValueError: they do not go with the model.
+    """
+    start, stop = config.guidance_interval
+    return with_guider(with_sampler(pipe, config.sampler), config.guider, start=start, stop=stop)
 
 
 def draw_pictures(
@@ -55,8 +66,8 @@ def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_
     return sheet
 
 
-def evaluate_shapes(pipe: SfumatoPipeline, config: ValidationConfig, accelerator: Accelerator) -> dict[str, float]:
+def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, float]:
     """Obedience on held-out captions of `shapes`: share right for each attribute and for all together."""
-    scenes = shapes.scenes(held_out=True, count=config.num_shapes)
-    pictures = draw_pictures(pipe, [scene.caption for scene in scenes], config, accelerator)
+    scenes = shapes.scenes(held_out=True, count=config.validation.num_shapes, num_figures=config.data.num_figures)
+    pictures = draw_pictures(pipe, [scene.caption for scene in scenes], config.validation, accelerator)
     return shapes_obedience([np.asarray(picture) for picture in pictures], scenes)

@@ -70,6 +70,7 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
         "seed": c.seed,
         "versions": ", ".join(f"{name} {number}" for name, number in _versions().items() if number),
         "guidance_scale": c.validation.guidance_scale,
+        "num_inference_steps": c.validation.num_inference_steps,
     }
     for key, source in (("text encoder", c.text_encoder.pretrained), ("VAE", c.vae.pretrained)):
         if source is not None:

@@ -92,6 +92,7 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
             f"validation.num_inference_steps={config.validation.num_inference_steps}: "
             f"the model has {pipe.scheduler.config.num_train_timesteps} steps"
         )
+    evaluation.as_drawn(pipe, config.validation)
     pipe.vae.to(accelerator.device)
     denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(accelerator.device)
     if config.train.gradient_checkpointing:
@@ -287,7 +288,7 @@ def train(run: Run) -> int:
             log.say(line)
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, run.denoiser):
-                log.preview(state["step"], checkpoints.shareable(pipe, run.denoiser))
+                log.preview(state["step"], shareable(run))
 
     stop.release()
     if stopped:
@@ -339,7 +340,7 @@ def save(run: Run) -> Path | None:
         **run.origin,
     }
     with checkpoints.averaged(run.ema, run.denoiser):
-        pipe = checkpoints.shareable(run.pipe, run.denoiser)
+        pipe = shareable(run)
         if main:
             return checkpoints.save(run.output_dir, tensors, pipe, stored, told(run), run.config.checkpoint.keep)
 
@@ -368,17 +369,22 @@ def push_result(run: Run) -> int:
         return NOT_PUSHED
 
 
+def shareable(run: Run) -> SfumatoPipeline:
+    """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
+    return evaluation.as_drawn(checkpoints.shareable(run.pipe, run.denoiser), run.config.validation)
+
+
 def every(steps: int | None, state: dict) -> bool:
     return steps is not None and state["step"] % steps == 0
 
 
 def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and the exported folder."""
-    main, pipe = run.accelerator.is_main_process, checkpoints.shareable(run.pipe, run.denoiser)
+    main, pipe = run.accelerator.is_main_process, shareable(run)
     prompts, pictures = log.preview(run.state["step"], pipe)
     known = told(run)
     if run.config.data.name == "shapes":
-        scores = evaluation.evaluate_shapes(pipe, run.config.validation, run.accelerator)
+        scores = evaluation.evaluate_shapes(pipe, run.config, run.accelerator)
         n, line = run.config.validation.num_shapes, ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
         known["facts"]["obedience to held-out captions"] = f"{line}; {n} captions, judged by a program"
         if main:

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 
-from sfumato.training.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Scene, coverage
+from sfumato.training.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Pair, Scene, coverage
 
 # A picture counts as showing a figure only if the best template covers it this well (soft intersection over union).
 MIN_OVERLAP = 0.7
@@ -19,22 +19,18 @@ def _unit_area(shape: str) -> float:
     return coverage(shape, 0.5, 0.5, 0.25, 64).mean() / 0.25**2
 
 
-def read_scene(picture: np.ndarray) -> Scene | None:
-    """Read colour, shape, size, place and ground off a picture of the `shapes` data set.
-
-    Args:
-        picture: `(H, H, 3)` uint8, H at least 24.
-
-    Returns:
-        The scene, or None where no single clean figure can be made out.
-
-    The ground is the median of the border. Along the line from ground to figure colour each pixel gets a coverage in
-    [0, 1]; its centroid is the place, and the template that overlaps it best gives shape and size.
-    """
-    resolution = picture.shape[0]
-    pixels = picture.astype(float)
+def _ground(pixels: np.ndarray) -> str:
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-    ground = _nearest(np.median(border, axis=0), GROUNDS)
+    return _nearest(np.median(border, axis=0), GROUNDS)
+
+
+def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, float, tuple[float, float]] | None:
+    """Colour, shape, radius and centre of the one figure in a square part of a picture; radius in shares of `side` pixels.
+
+    Along the line from ground to figure colour each pixel gets a coverage in [0, 1]; its centroid is the centre, and the
+    template that overlaps it best gives the shape.
+    """
+    resolution = len(pixels)
     difference = pixels - np.array(GROUNDS[ground], float)
     core = np.linalg.norm(difference, axis=-1) > 80
     if core.sum() < 4:
@@ -52,13 +48,50 @@ def read_scene(picture: np.ndarray) -> Scene | None:
         template = coverage(shape, x, y, radius, resolution)
         overlap = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
         if overlap > best_overlap:
-            size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
-            best, best_overlap = Scene(colour, shape, size, _nearest((x, y), PLACES), ground), overlap
+            best, best_overlap = (colour, shape, radius * resolution / side, (x, y)), overlap
     return best
 
 
-def shapes_obedience(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
-    """Share of pictures that show what their caption says, for each attribute and for all five together (`all`)."""
+def read_scene(picture: np.ndarray) -> Scene | None:
+    """Read colour, shape, size, place and ground off a picture of the `shapes` data set with one figure.
+
+    Args:
+        picture: `(H, H, 3)` uint8, H at least 24.
+
+    Returns:
+        The scene, or None where no single clean figure can be made out.
+    """
+    pixels = picture.astype(float)
+    ground = _ground(pixels)
+    figure = _read_figure(pixels, ground, len(pixels))
+    if figure is None:
+        return None
+    colour, shape, radius, centre = figure
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
+    return Scene(colour, shape, size, _nearest(centre, PLACES), ground)
+
+
+def read_quarters(picture: np.ndarray) -> tuple[list[tuple[str, str] | None], str]:
+    """Colour and shape in each quarter (rows first; None: nothing or nothing clean), and the ground.
+
+    Args:
+        picture: `(H, H, 3)` uint8, H even and at least 24.
+    """
+    pixels, half = picture.astype(float), len(picture) // 2
+    ground = _ground(pixels)
+    quarters = [pixels[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+    figures = [_read_figure(quarter, ground, len(pixels)) for quarter in quarters]
+    return [figure and figure[:2] for figure in figures], ground
+
+
+def shapes_obedience(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, float]:
+    """Share of pictures that show what their caption says: each attribute by itself, and all of it (`all`).
+
+    Of two figures: `ground`; `colours` and `shapes`, whichever figure has them; `all`, each figure in its own colour.
+    """
+    if isinstance(scenes[0], Pair):
+        right = [_pair_right(*read_quarters(picture), scene) for picture, scene in zip(pictures, scenes)]
+        return {name: float(np.mean([r[name] for r in right])) for name in right[0]}
     read = [read_scene(picture) for picture in pictures]
     result = {
         name: float(np.mean([r is not None and getattr(r, name) == getattr(s, name) for r, s in zip(read, scenes)]))
@@ -67,3 +100,15 @@ def shapes_obedience(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[st
     result["all"] = float(np.mean([r == s for r, s in zip(read, scenes)]))
     result["unreadable"] = float(np.mean([r is None for r in read]))
     return result
+
+
+def _pair_right(quarters: list, ground: str, scene: Pair) -> dict[str, bool]:
+    seen = sorted(figure for figure in quarters if figure)
+    colours, shapes = (sorted(values) for values in zip(*scene.figures))
+    return {
+        "colours": [colour for colour, _ in seen] == colours,
+        "shapes": sorted(shape for _, shape in seen) == shapes,
+        "ground": ground == scene.ground,
+        "all": seen == sorted(scene.figures) and ground == scene.ground,
+        "unreadable": len(seen) != 2,
+    }

@@ -1,11 +1,14 @@
-"""The `shapes` data set: one figure on a plain ground, drawn by code, with captions that can be checked exactly.
+"""The `shapes` data set: one or two figures on a plain ground, drawn by code, with captions that can be checked exactly.
 
-Every picture is one combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728); 256 of the
-combinations are held out, so that obedience is measured on captions that training never showed.
+With one figure every picture is one combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728).
+With two, which differ in colour and shape, the caption leaves open where they are: 360 pairs, each said in one of its two
+orders, on 4 grounds. 256 of the combinations are held out, so that obedience is measured on captions that training never
+showed; of two figures whole pairs are, so that the two are never seen together.
 """
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -27,12 +30,13 @@ PLACES = {
     )
 }
 GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 195), "pink": (255, 190, 205), "cream": (255, 240, 185)}
+PAIR_RADIUS = 0.165
 NUM_HELD_OUT = 256
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption of the data set says."""
+    """What a caption with one figure says."""
 
     colour: str
     shape: str
@@ -45,15 +49,45 @@ class Scene:
         return f"a {self.size} {self.colour} {self.shape} at the {self.place} on {self.ground}"
 
 
-def scenes(held_out: bool, count: int | None = None) -> list[Scene]:
-    """The combinations that are held out, or those that are not; the division never changes.
+@dataclass(frozen=True)
+class Pair:
+    """What a caption with two figures says: colour and shape of each, and the ground."""
+
+    figures: tuple[tuple[str, str], tuple[str, str]]
+    ground: str
+
+    @property
+    def caption(self) -> str:
+        said = [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in self.figures]
+        return f"{said[0]} and {said[1]} on {self.ground}"
+
+
+@cache
+def _everything(num_figures: int) -> tuple[list, list]:
+    """All combinations: those trained on, and those held out; the division never changes."""
+    rng = np.random.default_rng(0)
+    if num_figures == 1:
+        everything = [Scene(*values) for values in itertools.product(COLOURS, SHAPES, SIZES, PLACES, GROUNDS)]
+        order = rng.permutation(len(everything))
+        chosen, rest = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:]
+        return [everything[i] for i in sorted(rest)], [everything[i] for i in sorted(chosen)]
+    figures = list(itertools.combinations(itertools.product(COLOURS, SHAPES), 2))
+    pairs = [(a, b) for a, b in figures if a[0] != b[0] and a[1] != b[1]]
+    held_out = set(rng.permutation(len(pairs))[: NUM_HELD_OUT // len(GROUNDS)])
+    found = [], []
+    for i, pair in enumerate(pairs):
+        for ground in GROUNDS:
+            orders = [pair, pair[::-1]]
+            found[i in held_out].extend(Pair(p, ground) for p in (orders if i not in held_out else [orders[rng.integers(2)]]))
+    return found
+
+
+def scenes(held_out: bool, count: int | None = None, num_figures: int = 1) -> list[Scene] | list[Pair]:
+    """The combinations that are held out, or those that are not.
 
     Of all, or of no more than `count`, evenly spread: they are sorted by colour.
     """
-    everything = [Scene(*values) for values in itertools.product(COLOURS, SHAPES, SIZES, PLACES, GROUNDS)]
-    order = np.random.default_rng(0).permutation(len(everything))
-    chosen = order[:NUM_HELD_OUT] if held_out else order[NUM_HELD_OUT:]
-    found = [everything[i] for i in sorted(chosen)]
+    found = _everything(num_figures)[held_out]
     return found if count is None else found[:: max(1, len(found) // count)][:count]
 
 
@@ -77,10 +111,19 @@ def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> 
     return inside.reshape(resolution, 4, resolution, 4).mean((1, 3))
 
 
-def draw(scene: Scene, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene, `(resolution, resolution, 3)` uint8; `rng` shakes centre (3%) and radius (6%) a little."""
-    x, y = np.array(PLACES[scene.place]) + rng.uniform(-0.03, 0.03, 2)
-    radius = SIZES[scene.size] * rng.uniform(0.94, 1.06)
-    mask = coverage(scene.shape, x, y, radius, resolution)[..., None]
-    picture = mask * np.array(COLOURS[scene.colour]) + (1 - mask) * np.array(GROUNDS[scene.ground])
+def draw(scene: Scene | Pair, resolution: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw a scene, `(resolution, resolution, 3)` uint8; `rng` shakes centre (3%) and radius (6%) a little.
+
+    The two figures of a pair are in two quarters of the picture, which `rng` chooses.
+    """
+    if isinstance(scene, Pair):
+        quarters = [((i % 2) / 2 + 0.25, (i // 2) / 2 + 0.25) for i in rng.permutation(4)[:2]]
+        figures = [(*figure, centre, PAIR_RADIUS) for figure, centre in zip(scene.figures, quarters)]
+    else:
+        figures = [(scene.colour, scene.shape, PLACES[scene.place], SIZES[scene.size])]
+    picture = np.array(GROUNDS[scene.ground], float)
+    for colour, shape, centre, radius in figures:
+        x, y = np.array(centre) + rng.uniform(-0.03, 0.03, 2)
+        mask = coverage(shape, x, y, radius * rng.uniform(0.94, 1.06), resolution)[..., None]
+        picture = mask * np.array(COLOURS[colour]) + (1 - mask) * picture
     return np.round(picture).astype(np.uint8)

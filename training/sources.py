@@ -87,7 +87,7 @@ def _openmoji(config: DataConfig) -> Iterator[Record]:
 
 
 def _shapes(config: DataConfig) -> Iterator[Record]:
-    train, held_out = shapes.scenes(held_out=False), shapes.scenes(held_out=True)
+    train, held_out = (shapes.scenes(held_out=held, num_figures=config.num_figures) for held in (False, True))
     scenes = [(train[i % len(train)], "train") for i in range(config.num_pictures)] + [(s, "held_out") for s in held_out]
     rng = np.random.default_rng(0)
     for i, (scene, split) in enumerate(scenes):

@@ -1,0 +1,100 @@
+"""Run the network by another engine, for speed on a CPU: bfloat16, ONNX Runtime or OpenVINO.
+
+The text encoder, the VAE and the sampler stay as they are: they take a hundredth of the time. An engine is built for each
+shape that the network is given, at its first call.
+"""
+
+import copy
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable
+
+import torch
+from diffusers.guiders.guider_utils import BaseGuidance
+
+from sfumato.pipelines.choices import RUNTIMES, check_name, replaced
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+
+
+class _Network(torch.nn.Module):
+    """The UNet with tensors in and one tensor out, which is what the engines convert."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t, t, context):
+        return self.unet(x_t, t, context, return_dict=False)[0]
+
+
+def _bf16(unet, inputs: tuple) -> Callable:
+    half = copy.deepcopy(unet).to(torch.bfloat16, memory_format=torch.channels_last)
+    return lambda x_t, t, context: half(x_t.bfloat16(), t, context.bfloat16(), return_dict=False)[0].float()
+
+
+def _as_onnx(unet, inputs: tuple) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of tracing: every shape is fixed here
+        torch.onnx.export(_Network(unet), inputs, file, input_names=["x_t", "t", "context"], dynamo=False)
+    return file.getvalue()
+
+
+def _onnx(unet, inputs: tuple) -> Callable:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = onnxruntime.InferenceSession(_as_onnx(unet, inputs), options, providers=["CPUExecutionProvider"])
+
+    def run(x_t, t, context):
+        given = {"x_t": x_t.numpy(), "t": t.numpy(), "context": context.numpy()}
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return run
+
+
+def _openvino(unet, inputs: tuple) -> Callable:
+    import openvino
+
+    core = openvino.Core()
+    # Where the processor has bfloat16, OpenVINO would take it unasked.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(core.read_model(_as_onnx(unet, inputs)), "CPU", settings)
+    return lambda *inputs: torch.from_numpy(compiled([x.numpy() for x in inputs])[0].copy())
+
+
+BUILDERS = {"bf16": _bf16, "onnx": _onnx, "openvino": _openvino}
+
+
+def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
+    """The same model, its UNet run by another engine on the CPU: `bf16`, `onnx` or `openvino`; `torch` changes nothing.
+
+    OpenVINO 2026.4 is for processes that draw and end: in long-lived ones that did much else, crashes were seen after it.
+    `onnx` and `openvino` compute in float32 and draw the same pictures to 1e-4; `bf16` differs by what eight bits of
+    mantissa do, and is fast where the processor has AVX512-BF16 or AMX.
+
+    Raises:
+        ValueError: no such runtime; a model that is not on the CPU; a guider that reaches into the network.
+        ModuleNotFoundError: the engine is not installed.
+    """
+    check_name("runtime", name, RUNTIMES)
+    if name == "torch":
+        return pipe
+    if pipe.device.type != "cpu":
+        raise ValueError(f"the other runtimes are for the CPU, and this model is on {pipe.device}")
+    if type(pipe.guider).prepare_models is not BaseGuidance.prepare_models:
+        raise ValueError(f"{type(pipe.guider).__name__} reaches into the network, which it cannot under another runtime")
+    if RUNTIMES[name] and importlib.util.find_spec(RUNTIMES[name]) is None:
+        raise ModuleNotFoundError(f"this runtime needs a package: pip install 'sfumato[{name}]'")
+    unet, engines = copy.copy(pipe.unet), {}
+
+    def forward(x_t, t, encoder_hidden_states, return_dict=False):
+        inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in engines:
+            engines[shapes] = BUILDERS[name](pipe.unet, inputs)
+        return (engines[shapes](*inputs).to(x_t.dtype),)
+
+    unet.forward = forward
+    return replaced(pipe, unet=unet)
