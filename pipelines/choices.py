@@ -11,7 +11,8 @@ SAMPLERS = {
     "deis": ("DEISMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
+    # Its trapezoid in sigma needs steps that shrink evenly: the trained ones leap from 20,000 to 10 at once (LOG.md).
+    "heun": ("HeunDiscreteScheduler", {"use_exponential_sigmas": True}),
 }
 # name -> diffusers' class
 GUIDERS = {
@@ -80,7 +81,9 @@ def with_guider(pipe, name: str, weak=None, **settings):
     if (weak is None) == (name == "autoguidance"):
         raise ValueError("autoguidance, and no other guider, takes a weaker model beside: an earlier checkpoint of the run")
     cls, given = _mended(name, getattr(guiders, GUIDERS[name])), {}
-    if name == "pag":
+    if name == "apg":  # by diffusers' own defaults (eta 1, no momentum) it is plain guidance; these are the paper's
+        given = {"eta": 0.0, "adaptive_projected_guidance_momentum": -0.5}
+    elif name == "pag":
         layers = hooks.LayerSkipConfig(**_middle(pipe), skip_attention=False, skip_attention_scores=True, skip_ff=False)
         given = {"perturbed_guidance_config": layers, "perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
     elif name == "slg":
@@ -111,6 +114,19 @@ def _mended(name: str, cls: type) -> type:
                 return output
 
         return MagnitudeAwareGuidance
+    if name == "apg":
+
+        class AdaptiveProjectedGuidance(cls):
+            """Its update starts from the unconditional prediction, which then keeps what the projection should leave out."""
+
+            def forward(self, pred_cond, pred_uncond=None):
+                told = self.guidance_scale, self.use_original_formulation
+                self.guidance_scale, self.use_original_formulation = self.guidance_scale - 1, True  # cond + (scale - 1) update
+                output = super().forward(pred_cond, pred_uncond)
+                self.guidance_scale, self.use_original_formulation = told
+                return output
+
+        return AdaptiveProjectedGuidance
     if name == "seg":
 
         class SmoothedEnergyGuidance(cls):

@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     sample = verbs.add_parser("sample", help="draw pictures with a trained model")
     sample.add_argument("prompts", nargs="+", help="what to draw; one picture for each")
     sample.add_argument("--model", required=True, help="an exported folder, a run folder, or a Hub id")
-    sample.add_argument("--out", default="grid.png", help="where the grid goes (default: %(default)s)")
+    sample.add_argument("--out", "--grid", default="grid.png", help="where the grid goes (default: %(default)s)")
+    sample.add_argument("--each", metavar="FOLDER", help="write each picture by itself too, as it is, in this folder")
     sample.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
     sample.add_argument("--steps", type=int, help="sampling steps (default: what the model's card names, else 30)")
     sample.add_argument("--guidance-scale", type=float, help="1 is none (default: what the model's card names, else 3)")
@@ -109,11 +110,8 @@ def _opened(options, model: str):
 
 def _sample(options) -> int:
     model = _find_pipeline(options.model)
-    import json
-
     import torch
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     from sfumato.pipelines.card import recommended
     from sfumato.training.evaluation import grid
@@ -143,19 +141,35 @@ def _sample(options) -> int:
         callback_on_step_end=keep if options.gif else None,
         **given,
     ).images
-    settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif") and v is not None}
+    settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif", "each") and v is not None}
     for name in {"model", "image", "mask", "weak"} & settings.keys():
         if Path(settings[name]).exists():  # a name, not where it lies on this machine
             settings[name] = Path(settings[name]).resolve().name
-    notes = PngInfo()
-    notes.add_itxt("sfumato", json.dumps({**settings, "passes": pipe.num_passes}, ensure_ascii=False))
+    settings["passes"] = pipe.num_passes
     sheet = grid(pictures, options.prompts)
-    sheet.save(options.out, **({"pnginfo": notes} if options.out.lower().endswith(".png") else {}))
+    _write(sheet, Path(options.out), settings)
     print(f"wrote {options.out} ({options.steps} steps, {pipe.num_passes} passes of the network for each picture)")
+    if options.each:
+        Path(options.each).mkdir(parents=True, exist_ok=True)
+        for i, (picture, prompt) in enumerate(zip(pictures, options.prompts)):
+            own = {**settings, "prompts": [prompt], "seed": options.seed + i}
+            _write(picture, Path(options.each) / f"{options.seed + i:05d}.png", own)
+        print(f"wrote {len(pictures)} pictures in {options.each}")
     if options.gif:
         frames[0].save(options.gif, save_all=True, append_images=[*frames[1:], *[sheet] * 10], duration=80, loop=0)
         print(f"wrote {options.gif}")
     return 0
+
+
+def _write(picture, path: Path, settings: dict) -> None:
+    """Save a picture; in a PNG, with the settings that draw it again."""
+    import json
+
+    from PIL.PngImagePlugin import PngInfo
+
+    notes = PngInfo()
+    notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
+    picture.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))
 
 
 def _export(options) -> int:

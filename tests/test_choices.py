@@ -91,6 +91,18 @@ def test_perturbed_attention_is_the_identity_in_the_middle(pipe):
     torch.testing.assert_close(got, none + 3 * (plain - none) + 2 * (plain - disturbed), atol=1e-5, rtol=1e-4)
 
 
+def test_apg_is_its_formula(pipe):
+    """cond + (s - 1) times what of cond - uncond is orthogonal to cond, for each picture (Sadat et al. 2024, eta 0)."""
+    cond, uncond = 0.3 * torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))  # too short for its limit
+    guider = with_guider(pipe, "apg", guidance_scale=5.0).guider
+    guider.set_state(0, 3, torch.tensor(500))
+    flat, moved = cond.flatten(1), (cond - uncond).flatten(1)
+    orthogonal = moved - (moved * flat).sum(1, keepdim=True) / flat.square().sum(1, keepdim=True) * flat
+    expected = cond + 4 * orthogonal.reshape(cond.shape)
+    torch.testing.assert_close(guider.forward(pred_cond=cond, pred_uncond=uncond).pred, expected)
+    assert guider.guidance_scale == 5.0
+
+
 def test_magnitude_aware_guidance_is_its_formula(pipe):
     """MAMBO-G: uncond + (1 + (s - 1) exp(-alpha |cond - uncond| / |uncond|)) (cond - uncond), for each picture."""
     guider = with_guider(pipe, "magnitude-aware", guidance_scale=5.0, alpha=2.0).guider

@@ -130,3 +130,16 @@ def test_autoguidance_by_an_earlier_checkpoint(model, tmp_path, capsys):
     assert "2 steps, 4 passes" in capsys.readouterr().out
     assert main(command) == 2
     assert "an earlier checkpoint" in capsys.readouterr().err
+
+
+def test_each_picture_can_be_drawn_again_by_what_it_says(model, tmp_path):
+    """Its own prompt and seed are in its PNG, and draw it again alone."""
+    out = ["--steps", "2", "--out", str(tmp_path / "a.png"), "--each"]
+    assert main(["sample", "--model", str(model), "red heart", "披萨", "--seed", "7", *out, str(tmp_path / "both")]) == 0
+    with Image.open(tmp_path / "both" / "00008.png") as picture:
+        assert picture.size == (16, 16)
+        notes, pixels = json.loads(picture.text["sfumato"]), picture.tobytes()
+    assert notes["prompts"] == ["披萨"] and notes["seed"] == 8
+    again = [*notes["prompts"], "--seed", str(notes["seed"]), *out, str(tmp_path / "one")]
+    assert main(["sample", "--model", str(model), *again]) == 0
+    assert Image.open(tmp_path / "one" / "00008.png").tobytes() == pixels

@@ -60,3 +60,24 @@ def test_coverage_is_centred(shape):
     centres = (np.arange(64) + 0.5) / 64
     assert mask.sum(0) @ centres / mask.sum() == pytest.approx(0.5, abs=1e-3)
     assert mask.sum(1) @ centres / mask.sum() == pytest.approx(0.5, abs=0.01)
+
+
+def test_pairs_are_read_in_any_quarters_and_binding_is_judged():
+    rng = np.random.default_rng(4)
+    everything = scenes(held_out=False, num_figures=2) + scenes(held_out=True, num_figures=2)
+    pictures = [draw(scene, 24, rng) for scene in everything]
+    assert shapes_obedience(pictures, everything)["all"] > 0.99
+    for scene, picture in list(zip(everything, pictures))[::37]:
+        (a, b), (c, d) = scene.figures
+        swapped = dataclasses.replace(scene, figures=((a, d), (c, b)))  # the right colours and shapes, wrongly bound
+        scores = shapes_obedience([picture], [swapped])
+        assert (scores["colours"], scores["shapes"], scores["all"]) == (1, 1, 0)
+        assert shapes_obedience([picture], [dataclasses.replace(scene, figures=scene.figures[::-1])])["all"] == 1
+
+
+def test_held_out_pairs_are_never_seen_together():
+    train, held_out = scenes(held_out=False, num_figures=2), scenes(held_out=True, num_figures=2)
+    assert len(held_out) == NUM_HELD_OUT and len(train) == 2 * (180 * 4 - NUM_HELD_OUT)
+    assert not {frozenset(s.figures) for s in train} & {frozenset(s.figures) for s in held_out}
+    assert {figure for s in held_out for figure in s.figures} <= {figure for s in train for figure in s.figures}
+    assert all(a != c and b != d for (a, b), (c, d) in (s.figures for s in train + held_out))

@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from sfumato.pipelines import export_pipeline
 from sfumato.training import checkpoints
 from sfumato.training.build import Denoiser
 from sfumato.training.ema import EMA
@@ -64,7 +65,7 @@ def test_sharded_state_equals_whole_state(tmp_path):
         image = shared("a red circle", num_inference_steps=2, output_type="pt").images
         assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
         if rank == 0:
-            checkpoints.save(folder, tensors, shared, {"step": 3}, {}, keep=1)
+            checkpoints.save(folder, tensors, lambda new, _: export_pipeline(shared, new / "pipeline"), {"step": 3}, keep=1)
         torch.distributed.barrier()
 
         saved = tmp_path / "0" / "checkpoints" / "step-00000003"

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.card import recommended
 from sfumato.training import config as configs
-from sfumato.training import loop
+from sfumato.training import loop, tasks
 from sfumato.training.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -158,13 +161,13 @@ def test_a_half_written_checkpoint_is_not_taken(tmp_path):
 
 def test_nan_never_reaches_the_weights(tmp_path, monkeypatch):
     """Every gradient from step 4 on is NaN: steps are skipped and counted, the run stops, the checkpoint stays good."""
-    real, calls = loop.weighted_mse, []
+    real, calls = tasks.weighted_mse, []
 
     def poisoned(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) > 3 else 1.0)
 
-    monkeypatch.setattr(loop, "weighted_mse", poisoned)
+    monkeypatch.setattr(tasks, "weighted_mse", poisoned)
     assert main([str(tiny.config_file(tmp_path, train={"max_steps": 50, "max_bad_steps": 5}))]) == 3
     lines = metrics(tmp_path)
     assert len(lines) == 8 and lines[-1]["skipped_steps"] == 5 and lines[-1]["loss"] is None
@@ -173,13 +176,13 @@ def test_nan_never_reaches_the_weights(tmp_path, monkeypatch):
 
 
 def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
-    real, calls = loop.weighted_mse, []
+    real, calls = tasks.weighted_mse, []
 
     def poisoned(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(loop, "weighted_mse", poisoned)
+    monkeypatch.setattr(tasks, "weighted_mse", poisoned)
     assert main([str(tiny.config_file(tmp_path))]) == 0
     assert metrics(tmp_path)[-1]["skipped_steps"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 6).values())
@@ -285,3 +288,29 @@ def test_two_processes_follow_one(tmp_path):
         assert done.returncode == 0, done.stderr
         losses[processes] = [line["loss"] for line in metrics(folder)]
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-4)
+
+
+def test_the_sampler_and_guider_of_validation_draw_the_grids_and_the_sampler_travels(tmp_path):
+    """The folder names the sampler that drew its samples, so stock diffusers draws them again without a word about it."""
+    chosen = {"sampler": "dpm++", "num_inference_steps": 5, "guidance_scale": 2.0, "prompts": ["a red circle"]}
+    path = str(tiny.config_file(tmp_path, validation=chosen))
+    assert main([path, "train.max_steps=3"]) == 0
+    folder = tmp_path / "run" / "pipeline"
+    stock = DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    assert type(stock) is StableDiffusionPipeline and type(stock.scheduler) is DPMSolverMultistepScheduler
+    again = stock("a red circle", **recommended(str(folder)), generator=torch.Generator().manual_seed(0)).images[0]
+    assert recommended(str(folder)) == {"num_inference_steps": 5, "guidance_scale": 2.0}
+    drawn = np.asarray(Image.open(folder / "samples" / "0.png"), int)
+    assert np.abs(np.asarray(again, int) - drawn).max() <= 1
+    # Training itself goes on with the schedule, whatever draws; another guider draws another picture.
+    assert main([path, "checkpoint.resume=auto", "validation.guider=apg", "validation.guidance_interval=[0.2,0.8]"]) == 0
+    assert metrics(tmp_path)[-1]["step"] == 6
+    assert np.abs(np.asarray(Image.open(folder / "samples" / "0.png"), int) - drawn).max() > 1
+
+
+def test_a_sampler_that_cannot_draw_is_told_before_training(tmp_path, capsys):
+    path = tiny.config_file(tmp_path, scheduler={"prediction_type": "sample"}, validation={"sampler": "euler-a"})
+    assert main([str(path)]) == 2
+    assert "euler-a cannot draw" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -32,6 +32,36 @@ class Denoiser(torch.nn.Module):
         return self.unet(x_t, t, embeddings, return_dict=False)[0]
 
 
+class VariationalAutoencoder(torch.nn.Module):
+    """Encoder, a latent drawn by given noise, and decoder as one forward pass (Kingma and Welling 2014)."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pictures `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
+        latent = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(latent.mean + latent.std * noise).sample, latent.mean, latent.logvar
+
+
+def build_autoencoder(config: Config) -> VariationalAutoencoder:
+    """A stock `AutoencoderKL` of random weights, drawn from `config.seed`.
+
+    Raises:
+        ValueError: an argument that the class does not have, or that contradicts `data`.
+    """
+    arguments = config.autoencoder.model
+    _known(arguments, AutoencoderKL, "autoencoder.model")
+    given = {"sample_size": config.data.resolution, "in_channels": config.data.channels, "out_channels": config.data.channels}
+    if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
+        raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(**{**_lists_to_tuples(arguments), **given})
+    _divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
+    return VariationalAutoencoder(vae)
+
+
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-level BPE is learned from `captions`.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CLIPTextModel
 
-from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.export import sync, sync_entry
 from sfumato.training.config import Config
 from sfumato.training.ema import EMA
@@ -126,16 +126,15 @@ def save_lora(pipe: SfumatoPipeline, folder: Path) -> None:
 
 
 def save(
-    output_dir: Path, tensors: dict[str, torch.Tensor], pipe: SfumatoPipeline, state: dict, told: dict, keep: int
+    output_dir: Path, tensors: dict[str, torch.Tensor], write: Callable[[Path, Path], object], state: dict, keep: int
 ) -> Path:
     """Write one checkpoint, then remove all but the `keep` newest.
 
     Args:
         output_dir: the run folder.
         tensors: from `collect`.
-        pipe: with the averaged weights in it.
+        write: writes the model, its averaged weights, into a folder; is given that, and the name it will have.
         state: what the loop needs to go on, as JSON; `step` names the folder.
-        told: `facts`, `metadata` and `settings` for `export_pipeline`.
         keep: how many checkpoints to keep.
 
     Raises:
@@ -147,7 +146,7 @@ def save(
         _clear(folder.parent)
         new.mkdir(parents=True)
         save_file(tensors, new / "state.safetensors")
-        export_pipeline(pipe, new / "pipeline", where=str(folder / "pipeline"), **told)
+        write(new, folder)
         files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         body = json.dumps({**state, "files": files})
         (new / "state.json").write_text(json.dumps({**json.loads(body), "sha256": _sha256_of(body)}))
@@ -282,13 +281,13 @@ def read_state(folder: Path) -> dict:
     return {key: value for key, value in state.items() if key not in ("files", "sha256")}
 
 
-def origin(config: Config, accelerator: Accelerator, pictures: PictureSet, pipe: SfumatoPipeline) -> dict:
+def origin(config: Config, accelerator: Accelerator, pictures: PictureSet, parts: tuple[torch.nn.Module, ...]) -> dict:
     """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
     for section, keys in FREE_KEYS.items():
         settings[section] = {key: value for key, value in settings[section].items() if key not in keys}
     frozen = hashlib.sha256()
-    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+    for module in parts:
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 frozen.update(parameter.detach().cpu().float().numpy())

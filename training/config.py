@@ -58,6 +58,15 @@ class TextEncoderConfig:
 
 
 @dataclass
+class AutoencoderConfig:
+    """`task: autoencoder`: the VAE that is trained, and its loss."""
+
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' AutoencoderKL
+    kl_weight: float = 1e-4  # on the Kullback-Leibler divergence of each latent number from N(0, 1)
+    sharpness_weight: float = 0.0  # on the error of differences between neighbouring pixels
+
+
+@dataclass
 class VaeConfig:
     """None: the identity, for a model that works on pixels. Else the folder or Hub id of an `AutoencoderKL`."""
 
@@ -168,12 +177,14 @@ class Config:
     output_dir: str = "runs/run"
     seed: int = 0
     title: str = "A Sfumato model"
+    task: Literal["text_to_image", "autoencoder"] = "text_to_image"  # what is trained: see training/tasks.py
     init_from: str | None = None  # fine-tune the model in this folder, of Stable Diffusion's form, or with this Hub id
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DConditionModel
     vae: VaeConfig = field(default_factory=VaeConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of SfumatoDDPMScheduler
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -233,6 +244,12 @@ def _check_models(config: Config, need) -> None:
         "objective.weight",
         "divides by an SNR of zero with epsilon prediction and zero terminal SNR",
     )
+    need(config.autoencoder.kl_weight >= 0, "autoencoder.kl_weight", "must not be negative")
+    need(config.autoencoder.sharpness_weight >= 0, "autoencoder.sharpness_weight", "must not be negative")
+    if config.task == "autoencoder":
+        need(config.init_from is None, "init_from", "is not for task=autoencoder")
+        need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")
+        need(config.train.compile != "regional", "train.compile", "choose no or unet for task=autoencoder")
     need(config.lora.rank >= 0, "lora.rank", "must not be negative")
     need(config.lora.rank == 0 or config.init_from is not None, "lora.rank", "adapts a trained model: set init_from")
     if config.init_from is not None:

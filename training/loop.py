@@ -1,6 +1,5 @@
 """The one training loop, top to bottom."""
 
-import json
 import os
 import signal
 import sys
@@ -8,25 +7,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from filelock import FileLock, Timeout
-from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.training import checkpoints, evaluation, facts, hub
+from sfumato.training import checkpoints, hub
 from sfumato.training import config as configs
-from sfumato.training.build import Denoiser, build_pipeline, warn_of_long_captions
-from sfumato.training.data import batches, noise_for
+from sfumato.training.data import batches
 from sfumato.training.ema import EMA
-from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity
-from sfumato.training.objectives import loss_weight, lr_scale, sample_timesteps, weighted_mse
+from sfumato.training.objectives import lr_scale
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet
 from sfumato.training.pictures import prepare as prepare_pictures
+from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
 from sfumato.training.tracking import Log, trackers
 
 DIVERGED, NOT_PUSHED = 3, 5
@@ -40,11 +35,8 @@ class Run:
     config: configs.Config
     accelerator: Accelerator
     pictures: PictureSet
-    texts: np.ndarray  # token ids or embeddings of every caption
-    latents: np.ndarray | None  # x_0 of every picture, where kept
-    pipe: SfumatoPipeline
-    denoiser: Denoiser  # the pipeline's UNet and text encoder
-    model: torch.nn.Module  # the denoiser as Accelerate runs it
+    task: TextToImage | Autoencoder
+    model: torch.nn.Module  # the task's module as Accelerate runs it
     optimizer: torch.optim.Optimizer
     ema: EMA
     state: dict  # how far the run is; what a checkpoint keeps
@@ -79,37 +71,18 @@ def prepare(config: configs.Config) -> Run:
 
 
 def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelerator, lock: FileLock) -> Run:
-    """Model, optimizer and averages, from random weights or from a checkpoint."""
+    """Task, optimizer and averages, from random weights or from a checkpoint."""
     checkpoint = on_main(
         accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
     )
-    captions = pictures.training_captions()
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer") if checkpoint else None
-    pipe = build_pipeline(config, captions, tokenizer)
-    warn_of_long_captions(pipe, captions)
-    if config.validation.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
-        raise ValueError(
-            f"validation.num_inference_steps={config.validation.num_inference_steps}: "
-            f"the model has {pipe.scheduler.config.num_train_timesteps} steps"
-        )
-    evaluation.as_drawn(pipe, config.validation)
-    pipe.vae.to(accelerator.device)
-    denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(accelerator.device)
-    if config.train.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    if config.train.compile == "unet":
-        pipe.unet.compile()
-    elif config.train.compile == "regional":
-        pipe.unet.compile_repeated_blocks()
-    texts, latents = cached(config, pictures, pipe)
-    origin = checkpoints.origin(config, accelerator, pictures, pipe)
-    optimizer = build_optimizer(config.optim, checkpoints.trained(denoiser))
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
-    ema = EMA(checkpoints.trained(denoiser), config.ema.decay, config.ema.offload)
+    task = TASKS[config.task](config, pictures, checkpoint, accelerator)
+    origin = checkpoints.origin(config, accelerator, pictures, task.parts)
+    model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, checkpoints.trained(task.module)))
+    ema = EMA(checkpoints.trained(task.module), config.ema.decay, config.ema.offload)
     state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
     if checkpoint:
         stored = checkpoints.read_state(checkpoint)
-        checkpoints.restore(checkpoint, denoiser, optimizer, ema)
+        checkpoints.restore(checkpoint, task.module, optimizer, ema)
         ema.optimization_step = stored["ema_step"]
         if accelerator.scaler is not None and stored["scaler"]:
             accelerator.scaler.load_state_dict(stored["scaler"])
@@ -121,23 +94,7 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
         for line in checkpoints.differences(stored, origin):
             accelerator.print(f"  {line}")
     pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
-    return Run(
-        config,
-        accelerator,
-        pictures,
-        texts,
-        latents,
-        pipe,
-        denoiser,
-        model,
-        optimizer,
-        ema,
-        state,
-        checkpoint,
-        origin,
-        pushes,
-        lock,
-    )
+    return Run(config, accelerator, pictures, task, model, optimizer, ema, state, checkpoint, origin, pushes, lock)
 
 
 def start(config: configs.Config) -> Accelerator:
@@ -175,23 +132,6 @@ def claim(lock: FileLock) -> None:
         raise ValueError(f"output_dir={str(folder)!r} cannot be written: {error}") from error
 
 
-def cached(config: configs.Config, pictures: PictureSet, pipe: SfumatoPipeline) -> tuple[np.ndarray, np.ndarray | None]:
-    """Token ids or embeddings of all captions, and latents of all pictures where they are to be kept.
-
-    Raises:
-        ValueError: embeddings of a text encoder that is trained, or latents of a pixel model.
-    """
-    data, latents = config.data, None
-    if data.cache_latents and is_identity(pipe.vae):
-        raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
-    if data.cache_embeddings and any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
-        raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
-    if data.cache_latents:
-        latents = cached_latents(pictures, pipe.vae, data.cache_dir)
-    encoder = pipe.text_encoder if data.cache_embeddings else None
-    return cached_texts(pictures, pipe.tokenizer, encoder, data.cache_dir), latents
-
-
 def on_main(accelerator: Accelerator, function, *arguments):
     """The result, or the ValueError, of a call that the first process makes for all."""
     result = [None]
@@ -206,49 +146,29 @@ def on_main(accelerator: Accelerator, function, *arguments):
     return result
 
 
-def told(run: Run) -> dict:
-    """What an exported folder says of the run."""
-    known = facts.facts(run.config, run.accelerator, run.pictures, run.state)
-    return {
-        "facts": known,
-        "metadata": facts.metadata(run.config, run.pictures, run.state),
-        "settings": facts.public_settings(run.config),
-    }
-
-
 def train(run: Run) -> int:
-    """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, `pipeline/`.
+    """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, what the task makes.
 
     Returns:
         0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
-    c, accelerator, pipe, state, ema = run.config, run.accelerator, run.pipe, run.state, run.ema
-    scheduler, device, prediction_type = pipe.scheduler, accelerator.device, pipe.scheduler.config.prediction_type
-    parameters, o = checkpoints.trained(run.denoiser), c.objective
+    c, accelerator, task, state, ema = run.config, run.accelerator, run.task, run.state, run.ema
+    device, parameters = accelerator.device, checkpoints.trained(task.module)
     model, optimizer = run.model, run.optimizer
-    snr = scheduler.snr(torch.arange(scheduler.config.num_train_timesteps)).to(device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    loader = batches(run.pictures, c, run.texts, rank, world, state["images_seen"], run.latents)
-    log = Log(c, accelerator, run.pictures, state["step"])
+    loader = batches(run.pictures, c, task.texts, rank, world, state["images_seen"], task.latents)
+    log = Log(c, accelerator, state["step"])
     stop, pushes = StopSignal(), run.pushes
     bad_in_a_row, due, push_due, started = 0, False, False, time.monotonic() - state["seconds"]
     done, stopped = fraction_done(c, state), 0
 
     while done < 1 and not stopped and bad_in_a_row < c.train.max_bad_steps:
-        # One optimizer step: draw x_0, eps and t, noise, predict, compare; summed over the accumulated batches.
+        # One optimizer step, its loss summed over the accumulated batches.
         losses = []
         for _ in range(c.train.gradient_accumulation_steps):
             batch = next(loader)
             with accelerator.accumulate(model):
-                x_0 = batch["x_0"].to(device) if "x_0" in batch else encode(pipe.vae, batch["pixel_values"].to(device))
-                torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
-                noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)
-                t = sample_timesteps(batch["u"].to(device), snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
-                x_t = scheduler.add_noise(x_0, noise, t)
-                prediction = model(x_t, t, batch["text"].to(device))
-                target = scheduler.training_target(x_0, noise, t)
-                weight = loss_weight(snr[t], prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor)
-                loss = weighted_mse(prediction, target, weight)
+                loss = task.loss(model, batch)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
                 if accelerator.sync_gradients:
@@ -287,8 +207,8 @@ def train(run: Run) -> int:
         for line in pushes.news():
             log.say(line)
         if every(c.validation.every_steps, state) and done < 1:
-            with checkpoints.averaged(ema, run.denoiser):
-                log.preview(state["step"], shareable(run))
+            with checkpoints.averaged(ema, task.module):
+                log.show(state["step"], *task.show())
 
     stop.release()
     if stopped:
@@ -300,7 +220,7 @@ def train(run: Run) -> int:
             f" The checkpoints are good. Lower optim.lr (now {c.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
-    with checkpoints.averaged(ema, run.denoiser):
+    with checkpoints.averaged(ema, task.module):
         finish(run, log)
     return 0
 
@@ -330,19 +250,19 @@ def fraction_done(config: configs.Config, state: dict) -> float:
 def save(run: Run) -> Path | None:
     """Write a checkpoint, from the first process; the others take part where the weights are sharded."""
     main = run.accelerator.is_main_process
-    if not main and not checkpoints.is_sharded(run.denoiser):
+    if not main and not checkpoints.is_sharded(run.task.module):
         return None
-    scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.denoiser, run.optimizer, run.ema)
+    scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.task.module, run.optimizer, run.ema)
     stored = {
         **run.state,
         "ema_step": run.ema.optimization_step,
         "scaler": scaler.state_dict() if scaler is not None else None,
         **run.origin,
     }
-    with checkpoints.averaged(run.ema, run.denoiser):
-        pipe = shareable(run)
+    with checkpoints.averaged(run.ema, run.task.module):
+        write = run.task.writer(run.state)
         if main:
-            return checkpoints.save(run.output_dir, tensors, pipe, stored, told(run), run.config.checkpoint.keep)
+            return checkpoints.save(run.output_dir, tensors, write, stored, run.config.checkpoint.keep)
 
 
 def push_result(run: Run) -> int:
@@ -369,38 +289,18 @@ def push_result(run: Run) -> int:
         return NOT_PUSHED
 
 
-def shareable(run: Run) -> SfumatoPipeline:
-    """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
-    return evaluation.as_drawn(checkpoints.shareable(run.pipe, run.denoiser), run.config.validation)
-
-
 def every(steps: int | None, state: dict) -> bool:
     return steps is not None and state["step"] % steps == 0
 
 
 def finish(run: Run, log: Log) -> None:
-    """Last grid, scores where they can be had, and the exported folder."""
-    main, pipe = run.accelerator.is_main_process, shareable(run)
-    prompts, pictures = log.preview(run.state["step"], pipe)
-    known = told(run)
-    if run.config.data.name == "shapes":
-        scores = evaluation.evaluate_shapes(pipe, run.config, run.accelerator)
-        n, line = run.config.validation.num_shapes, ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
-        known["facts"]["obedience to held-out captions"] = f"{line}; {n} captions, judged by a program"
-        if main:
-            (run.output_dir / "evaluation.json").write_text(json.dumps(scores, indent=2))
-        log.say(f"right on held-out captions: {line}")
-    folder = run.output_dir / "pipeline"
-    if main:
-        if run.config.lora.rank:
-            checkpoints.save_lora(run.pipe, run.output_dir / "lora")
-        h, curve = run.config.hub, facts.loss_curve(run.output_dir / "metrics.jsonl")
-        raw = checkpoints.raw_weights(run.saved) if "raw" in h.variants else None
-        export_pipeline(
-            pipe, folder, samples=list(zip(prompts, pictures)), curve=curve, variants=h.variants, raw=raw,
-            max_shard_size=h.max_shard_size, **known,
-        )  # fmt: skip
-    log.close(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
+    """Last grid, scores where they can be had, and what the task makes."""
+    shown = run.task.show()
+    log.show(run.state["step"], *shown)
+    *said, last = run.task.finish(run.state, run.saved, *shown)
+    for line in said:
+        log.say(line)
+    log.close(last)
 
 
 class StopSignal:

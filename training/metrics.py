@@ -3,6 +3,7 @@
 from functools import cache
 
 import numpy as np
+import torch
 
 from sfumato.training.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Pair, Scene, coverage
 
@@ -50,6 +51,23 @@ def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, 
         if overlap > best_overlap:
             best, best_overlap = (colour, shape, radius * resolution / side, (x, y)), overlap
     return best
+
+
+def picture_quality(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+    """How near pictures are to the true ones; both `(N, H, W, C)` uint8.
+
+    Returns:
+        `PSNR` in dB, the mean over pictures of 10 log10(255^2 / MSE), at most 100; `SSIM`, the mean structural similarity
+        (Wang et al. 2004), where torchmetrics is installed (extra `[metrics]`).
+    """
+    mse = np.square(true.astype(float) - drawn.astype(float)).mean((1, 2, 3))
+    found = {"PSNR": float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 255**2 * 1e-10))))}
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except ModuleNotFoundError:
+        return found
+    pair = (torch.from_numpy(x.astype(np.float32) / 255).permute(0, 3, 1, 2) for x in (drawn, true))
+    return {**found, "SSIM": float(ssim(*pair, data_range=1.0))}
 
 
 def read_scene(picture: np.ndarray) -> Scene | None:

@@ -1,8 +1,8 @@
 """The `shapes` data set: one or two figures on a plain ground, drawn by code, with captions that can be checked exactly.
 
 With one figure every picture is one combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728).
-With two, which differ in colour and shape, the caption leaves open where they are: 360 pairs, each said in one of its two
-orders, on 4 grounds. 256 of the combinations are held out, so that obedience is measured on captions that training never
+With two, which differ in colour and shape, the caption leaves open where they are: 180 pairs, said in either order, on 4
+grounds. 256 of the combinations are held out, so that obedience is measured on captions that training never
 showed; of two figures whole pairs are, so that the two are never seen together.
 """
 

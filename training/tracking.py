@@ -12,11 +12,9 @@ from accelerate.utils import is_tensorboard_available
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.checkpoints import lines
 from sfumato.training.config import Config, dump
-from sfumato.training.evaluation import draw_pictures, grid
-from sfumato.training.pictures import PictureSet
+from sfumato.training.evaluation import grid
 
 
 def trackers(config: Config) -> list[str]:
@@ -34,21 +32,12 @@ def trackers(config: Config) -> list[str]:
     return list(config.train.trackers)
 
 
-def preview_prompts(config: Config, pictures: PictureSet) -> list[str]:
-    """The configured prompts, else captions of up to twelve held-out pictures, else of training pictures."""
-    if config.validation.prompts:
-        return list(config.validation.prompts)
-    chosen = pictures.select("held_out") if len(pictures.select("held_out")) else pictures.select("train")
-    return [pictures[int(i)]["captions"][0] for i in chosen[:: max(1, len(chosen) // 12)][:12]]
-
-
 class Log:
     """`metrics.jsonl`, the progress bar and the sample grids; silent on all processes but the first."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, pictures: PictureSet, step: int):
+    def __init__(self, config: Config, accelerator: Accelerator, step: int):
         self.config, self.accelerator = config, accelerator
         self.main, self.folder = accelerator.is_main_process, Path(config.output_dir)
-        self.prompts = preview_prompts(config, pictures)
         self.bar = tqdm(
             total=1.0,
             disable=not self.main,
@@ -90,17 +79,16 @@ class Log:
         if self.main:
             os.fsync(self.file.fileno())
 
-    def preview(self, step: int, pipe: SfumatoPipeline) -> tuple[list[str], list[Image.Image]]:
-        """Draw the fixed prompts with the fixed seeds; returns prompts and pictures."""
-        pictures = draw_pictures(pipe, self.prompts, self.config.validation, self.accelerator)
-        if self.main:
-            sheet = grid(pictures, self.prompts)
-            sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
-            for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **layout)
-        return self.prompts, pictures
+    def show(self, step: int, captions: list[str], pictures: list[Image.Image]) -> None:
+        """Keep a grid of pictures with their captions, and hand it to the trackers."""
+        if not self.main:
+            return
+        sheet = grid(pictures, captions)
+        sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **layout)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

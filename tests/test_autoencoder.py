@@ -1,0 +1,127 @@
+"""A VAE trained by the same loop, and a latent model on it."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.metrics import picture_quality
+from sfumato.training.objectives import autoencoder_loss
+from sfumato.training.train import main
+
+MODEL = {
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+
+
+def vae_config(folder, **sections):
+    folder.mkdir(exist_ok=True)
+    sections = {
+        "task": "autoencoder",
+        "autoencoder": {"model": MODEL},
+        "unet": {},
+        "text_encoder": {},
+        "scheduler": {},
+        **sections,
+    }
+    return str(tiny.config_file(folder, **sections))
+
+
+def test_the_loss_is_its_formula():
+    """MSE + w KL(N(m, s^2) || N(0, 1)) + sharpness x error of neighbours' differences."""
+    rng = torch.Generator().manual_seed(0)
+    rebuilt, pixels = torch.randn(2, 2, 3, 8, 8, generator=rng)
+    mean, logvar = torch.randn(2, 2, 4, 4, 4, generator=rng)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
+    plain = (rebuilt - pixels).square().mean()
+    torch.testing.assert_close(autoencoder_loss(rebuilt, mean, logvar, pixels, 0.3, 0.0), plain + 0.3 * kl)
+    # A constant shift blurs nothing; a moved edge does.
+    shifted = autoencoder_loss(pixels + 1, mean * 0, logvar * 0, pixels, 0.0, 5.0)
+    torch.testing.assert_close(shifted, torch.tensor(1.0))
+    assert autoencoder_loss(rebuilt, mean, logvar, pixels, 0.0, 1.0) > plain
+
+
+def test_picture_quality_is_psnr_and_ssim():
+    true = np.random.default_rng(0).integers(0, 236, (3, 16, 16, 3), dtype=np.uint8)
+    assert picture_quality(true, true)["PSNR"] == pytest.approx(100)
+    found = picture_quality(true, true + 20)
+    assert found["PSNR"] == pytest.approx(20 * np.log10(255 / 20))
+    pytest.importorskip("torchmetrics")
+    assert picture_quality(true, true)["SSIM"] == pytest.approx(1) and 0.5 < found["SSIM"] < 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    assert main([vae_config(folder), "train.max_steps=60", "optim.lr=3e-3", "checkpoint.every_steps=30"]) == 0
+    return folder / "run"
+
+
+def test_it_learns_and_hands_over_a_stock_folder(trained):
+    vae = AutoencoderKL.from_pretrained(trained / "vae")
+    scores = json.loads((trained / "evaluation.json").read_text())
+    assert scores["scaling factor"] == vae.config.scaling_factor
+    assert scores["PSNR"] > 12 and len(scores["latent mean"]) == 4
+    losses = [json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert (trained / "samples" / "step-00000060.png").is_file()
+    assert (trained / "checkpoints" / "step-00000030" / "vae" / "config.json").is_file()
+
+
+def test_resume_is_exact(tmp_path):
+    whole, parts = vae_config(tmp_path / "whole"), vae_config(tmp_path / "parts")
+    assert main([whole]) == 0
+    assert main([parts, "train.max_steps=3", "optim.lr_decay=constant"]) == 0
+    assert main([whole, "checkpoint.resume=null", f"output_dir={tmp_path / 'again'}", "optim.lr_decay=constant"]) == 0
+    assert main([parts, "checkpoint.resume=auto", "optim.lr_decay=constant"]) == 0
+    a, b = (load_file(f / "checkpoints/step-00000006/state.safetensors") for f in (tmp_path / "again", tmp_path / "parts/run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_path, cached):
+    path = str(tiny.config_file(tmp_path, vae={"pretrained": str(trained)}, data={"cache_latents": cached}))
+    assert main([path]) == 0
+    folder = tmp_path / "run" / "pipeline"
+    stock = DiffusionPipeline.from_pretrained(folder)
+    assert type(stock) is StableDiffusionPipeline and stock.unet.config.sample_size == 8
+    assert stock.vae.config.scaling_factor == AutoencoderKL.from_pretrained(trained / "vae").config.scaling_factor
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+    images = []
+    for pipe in (stock, SfumatoPipeline.from_pretrained(folder)):
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).images)
+    assert images[0].shape == (1, 16, 16, 3)
+    np.testing.assert_allclose(*images, atol=1e-5)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(stock)
+    other.set_progress_bar_config(disable=True)
+    assert other("a red circle", image=images[0], strength=0.5, **call).images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("autoencoder.model.latent_chanels=4", "has no argument latent_chanels"),
+        ("autoencoder.model.in_channels=4", "contradicts what data says"),
+        ("data.resolution=17", "multiples of the VAE's factor"),
+        ("autoencoder.kl_weight=-1", "must not be negative"),
+        ("hub.push=true", "which task=autoencoder does not make"),
+        ("init_from=somewhere", "is not for task=autoencoder"),
+        ("task=magic", "task"),
+    ],
+)
+def test_what_cannot_be_is_told(tmp_path, capsys, change, message):
+    more = ["hub.repo_id=x"] if "hub" in change else []
+    assert main([vae_config(tmp_path / "x"), change, *more]) == 2
+    assert message in capsys.readouterr().err
