@@ -28,7 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{where}")
-image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
+{given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
              generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
@@ -39,7 +39,7 @@ from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("{where}")
 pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps=12).images[0]
+{given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps=12).images[0]
 ```
 
 Half of the memory:
@@ -49,7 +49,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)
-image = pipe({prompt!r}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
+{given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
 With `pip install sfumato`, other guidance, and a check of every argument:
@@ -60,7 +60,7 @@ from sfumato.pipelines import SfumatoPipeline
 
 pipe = SfumatoPipeline.from_pretrained("{where}")
 pipe = SfumatoPipeline.from_pipe(pipe, guider=AdaptiveProjectedGuidance(guidance_scale={guidance_scale}))
-image = pipe({prompt!r}, num_inference_steps={num_inference_steps}).images[0]
+{given}image = pipe({call}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
 ## What it is
@@ -131,7 +131,7 @@ def model_card(
     scratch = bool(facts) and not base and not parts
     front = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="image-to-image" if pipe.sees_masks else "text-to-image",
         license=facts.pop("license", None),
         language=facts.pop("language", None),
         datasets=facts.pop("datasets", None),
@@ -155,7 +155,7 @@ def model_card(
         title=" ".join(title.split()),
         made=made,
         where=where,
-        prompt=gallery[0][0] if gallery else "",
+        **_call(pipe, gallery[0][0] if gallery else ""),
         **advice,
         limits=_LIMITS if scratch else _OTHER_LIMITS,
         model=_describe(pipe, variants),
@@ -163,6 +163,19 @@ def model_card(
         again=_AGAIN.format(version=__version__) if settings else "",
         version=__version__,
     )
+
+
+def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
+    """The arguments of the snippets' calls, and the lines that they need before."""
+    if not pipe.sees_masks:
+        return {"call": repr(prompt), "given": ""}
+    lines = (
+        "# The picture to change, and white where: here all of a white one.\nfrom PIL import Image\n"
+        "size = (pipe.vae.config.sample_size,) * 2\n"
+        'picture, mask = Image.new("RGB", size, "white"), Image.new("L", size, 255)\n'
+    )
+    call = f"{prompt!r}, image=picture, mask_image=mask, height=size[1], width=size[0], strength=1.0"
+    return {"call": call, "given": lines}
 
 
 def recommended(source: str) -> dict:
@@ -192,7 +205,7 @@ def _tell(facts: dict, curve: str | None, settings: bool) -> str:
 
 
 def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
-    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    size, channels = pipe.unet.config.sample_size, pipe.vae.config.latent_channels
     height, width = (size, size) if isinstance(size, int) else size
     counts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
     factor = pipe.vae_scale_factor

@@ -89,7 +89,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
 
     def noting(guider, model_input, t, *rest):
         output = predict(guider, model_input, t, *rest)
-        expected.append(_expected(pipe, output[:1], model_input[:1], t))
+        expected.append(_expected(pipe, output[:1], model_input[:1, : pipe.vae.config.latent_channels], t))
         return output
 
     pipe.predict = noting

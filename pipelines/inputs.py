@@ -91,7 +91,7 @@ def check_inputs(
     if latents is not None:
         expected = (
             num_images,
-            pipe.unet.config.in_channels,
+            pipe.vae.config.latent_channels,
             height // pipe.vae_scale_factor,
             width // pipe.vae_scale_factor,
         )

@@ -113,8 +113,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self.to_stock().save_pretrained(save_directory, **kwargs)
 
     def to_stock(self) -> DiffusionPipeline:
-        """The same model as a `StableDiffusionPipeline` that shares all weights with this one."""
-        from diffusers import StableDiffusionPipeline
+        """The same model as a `StableDiffusionPipeline`, or for inpainting, that shares all weights with this one."""
+        from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
         # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
         # 1.0 clips the very same way and is left alone.
@@ -123,7 +123,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
         ours = isinstance(self.scheduler, SfumatoDDPMScheduler)
         scheduler = (DDPMScheduler if ours else type(self.scheduler)).from_config(config)
-        return StableDiffusionPipeline(
+        cls = StableDiffusionInpaintPipeline if self.sees_masks else StableDiffusionPipeline
+        return cls(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -180,7 +181,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     def prepare_noise(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
         """Standard normal noise `(num_images, C, h, w)`; `latents` where given."""
-        shape = (num_images, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        factor = self.vae_scale_factor
+        shape = (num_images, self.vae.config.latent_channels, height // factor, width // factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype)
@@ -192,6 +194,26 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         mask = None if mask_image is None else to_mask(mask_image, *size).to(device, dtype)
         x_0 = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
         return pixels, mask, x_0, None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether the UNet gets mask and masked picture beside the noise, as those of Stable Diffusion inpainting do."""
+        return self.unet is not None and self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+
+    def prepare_seen(self, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
+        """What such a UNet gets beside the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the rest of the picture.
+
+        Without a mask, all is to be drawn.
+        """
+        if mask is None:
+            size = [side * self.vae_scale_factor for side in noise.shape[-2:]]
+            mask, pixels = (
+                noise.new_ones(len(noise), 1, *size),
+                noise.new_zeros(len(noise), self.vae.config.in_channels, *size),
+            )
+        mask = (mask >= 0.5).to(noise)
+        shown = self.vae.encode(pixels * (1 - mask)).latent_dist.mode() * self.vae.config.scaling_factor
+        return torch.cat([F.interpolate(mask, shown.shape[-2:]), shown], dim=1)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, h, w)` to pictures `(B, C, H, W)`, about [-1, 1]."""
@@ -307,10 +329,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
         """
-        sample_size = self.unet.config.sample_size
-        sample_size = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
-        height = sample_size[0] * self.vae_scale_factor if height is None else height
-        width = sample_size[1] * self.vae_scale_factor if width is None else width
+        size = self.unet.config.sample_size
+        size = [side * self.vae_scale_factor for side in ([size] * 2 if isinstance(size, int) else size)]
+        height, width = size[0] if height is None else height, size[1] if width is None else width
         check_inputs(
             self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
             num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,
@@ -345,6 +366,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 if hasattr(self.scheduler, "set_begin_index"):
                     self.scheduler.set_begin_index(begin)
                 latents = self.noised(x_0, noise, timesteps[0])
+        seen = self.prepare_seen(pixels, mask, noise) if self.sees_masks else None
         self._num_timesteps = len(timesteps)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -355,9 +377,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 for again in reversed(range(1 if last else num_resamples)):
                     guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
                     model_input = self.scheduler.scale_model_input(latents, t)
+                    model_input = model_input if seen is None else torch.cat([model_input, seen], dim=1)
                     output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds)
                     latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
-                    if mask is not None:
+                    if mask is not None and seen is None:
                         kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])
                         latents = latent_mask * latents + (1 - latent_mask) * kept
                     if again:

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.config import Config, TextEncoderConfig
+from sfumato.training.latents import is_identity
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -148,17 +149,20 @@ def _pretrained(cls: type, key: str, source: str, part: str, **arguments):
             raise ValueError(f"{key}={source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
-def identity_vae(sample_size: int, channels: int = 3) -> AutoencoderKL:
+def identity_vae(sample_size: int, channels: int = 3, latent_channels: int | None = None) -> AutoencoderKL:
     """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
+
+    Latent channels beyond the picture's, if any, are zero: Stable Diffusion's inpainting knows none but 4.
 
     Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
     +-K fix the group norm's variance at K^2 / (channels + 1) whatever the picture; its weight undoes the division.
     """
+    latent_channels = latent_channels or channels
     vae = AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
         block_out_channels=(2 * channels + 2,),
-        latent_channels=channels,
+        latent_channels=latent_channels,
         norm_num_groups=1,
         mid_block_add_attention=False,
         use_quant_conv=False,
@@ -179,7 +183,7 @@ def identity_vae(sample_size: int, channels: int = 3) -> AutoencoderKL:
                 half.conv_in.weight[2 * colour + 1, colour, 1, 1] = -1
                 half.conv_out.weight[colour, 2 * colour, 1, 1] = 1
                 half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
-        vae.encoder.conv_out.bias[channels:] = -30.0  # log-variance: no noise
+        vae.encoder.conv_out.bias[latent_channels:] = -30.0  # log-variance: no noise
     return vae.requires_grad_(False).eval()
 
 
@@ -220,7 +224,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     torch.manual_seed(config.seed)
     tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions, tokenizer)
     if config.vae.pretrained is None:
-        vae = identity_vae(config.data.resolution, config.data.channels)
+        vae = identity_vae(config.data.resolution, config.data.channels, 4 if config.task == "inpainting" else None)
     else:
         vae, _ = _pretrained(AutoencoderKL, "vae.pretrained", config.vae.pretrained, "vae")
         vae.requires_grad_(False).eval()
@@ -228,7 +232,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     _divisible(config, factor)
     given = {
         "sample_size": config.data.resolution // factor,
-        "in_channels": vae.config.latent_channels,
+        "in_channels": _num_inputs(config, vae),
         "out_channels": vae.config.latent_channels,
         "cross_attention_dim": text_encoder.config.hidden_size,
     }
@@ -237,6 +241,26 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     unet = UNet2DConditionModel(**{**_lists_to_tuples(config.unet), **given})
     strengthen_conditioning(unet)
     return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+
+
+def _num_inputs(config: Config, vae: AutoencoderKL) -> int:
+    """Channels that the UNet reads: the noisy latents, for inpainting also the mask and the masked picture's latents."""
+    return vae.config.latent_channels * (2 if config.task == "inpainting" else 1) + (config.task == "inpainting")
+
+
+def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> None:
+    """More channels in and out, their weights zero: what the UNet computes stays as it is until they are trained."""
+    for name, ins, outs in (("conv_in", in_channels, None), ("conv_out", None, out_channels)):
+        old = getattr(unet, name)
+        ins, outs = ins or old.in_channels, outs or old.out_channels
+        new = torch.nn.Conv2d(ins, outs, old.kernel_size, padding=old.padding)
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.zero_()
+            new.weight[: old.out_channels, : old.in_channels] = old.weight
+            new.bias[: old.out_channels] = old.bias
+        setattr(unet, name, new)
+    unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
 
 
 def _divisible(config: Config, factor: int) -> None:
@@ -259,12 +283,18 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
     if type(pipe.scheduler) is not SfumatoDDPMScheduler:  # the sampler that the folder names; its schedule is what counts
         pipe.register_modules(scheduler=SfumatoDDPMScheduler.from_config(pipe.scheduler.config))
     channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != latents:
-        raise ValueError(f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents")
+    if channels == latents == pipe.unet.config.out_channels and config.task == "inpainting":
+        if is_identity(pipe.vae):
+            pipe.register_modules(vae=identity_vae(config.data.resolution, pipe.vae.config.in_channels, 4))
+            latents = 4
+        widen(pipe.unet, _num_inputs(config, pipe.vae), latents)
+    elif channels != _num_inputs(config, pipe.vae):
+        model = f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents"
+        raise ValueError(f"{model}, not one for {config.task}")
     if pipe.vae.config.in_channels != config.data.channels:
         raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
     _divisible(config, pipe.vae_scale_factor)
-    if pipe.unet.config.out_channels != channels:
+    if pipe.unet.config.out_channels != latents:
         raise ValueError(f"init_from={config.init_from!r} also predicts its variance, which this trainer does not train")
     if pipe.scheduler.config.prediction_type == "epsilon" and config.objective.min_snr_floor:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")

@@ -177,7 +177,7 @@ class Config:
     output_dir: str = "runs/run"
     seed: int = 0
     title: str = "A Sfumato model"
-    task: Literal["text_to_image", "autoencoder"] = "text_to_image"  # what is trained: see training/tasks.py
+    task: Literal["text_to_image", "inpainting", "autoencoder"] = "text_to_image"  # what is trained: see training/tasks.py
     init_from: str | None = None  # fine-tune the model in this folder, of Stable Diffusion's form, or with this Hub id
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -250,6 +250,11 @@ def _check_models(config: Config, need) -> None:
         need(config.init_from is None, "init_from", "is not for task=autoencoder")
         need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")
         need(config.train.compile != "regional", "train.compile", "choose no or unet for task=autoencoder")
+    need(
+        not (config.task in ("inpainting", "autoencoder") and config.data.cache_latents),
+        "data.cache_latents",
+        f"task={config.task} needs the pictures",
+    )
     need(config.lora.rank >= 0, "lora.rank", "must not be negative")
     need(config.lora.rank == 0 or config.init_from is not None, "lora.rank", "adapts a trained model: set init_from")
     if config.init_from is not None:

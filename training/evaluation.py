@@ -31,9 +31,17 @@ def as_drawn(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline
 
 
 def draw_pictures(
-    pipe: SfumatoPipeline, prompts: list[str], config: ValidationConfig, accelerator: Accelerator, batch_size: int = 32
+    pipe: SfumatoPipeline,
+    prompts: list[str],
+    config: ValidationConfig,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+    given: list[np.ndarray] | None = None,
+    masks: list[np.ndarray] | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt, the same whatever the number of processes: picture i has seed `config.seed` + i.
+
+    With `given` pictures `(H, W, C)` uint8 and `masks` `(H, W)`, those are redrawn where the mask is true.
 
     Returns:
         All pictures in order, on every process.
@@ -48,6 +56,7 @@ def draw_pictures(
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
+            **({} if given is None else {"image": [given[i] for i in numbers], "mask_image": [masks[i] for i in numbers]}),
         ).images
     pairs = gather_object(list(zip(mine, drawn)))
     return [picture for _, picture in sorted(pairs, key=lambda pair: pair[0])]

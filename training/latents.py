@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from filelock import FileLock
 from numpy.lib.format import open_memmap
@@ -18,8 +19,8 @@ from sfumato.training.pictures import PictureSet
 
 def is_identity(vae: AutoencoderKL) -> bool:
     """Whether this VAE passes pixels through unchanged (a single level as narrow as `identity_vae` builds it)."""
-    channels = vae.config.latent_channels
-    return tuple(vae.config.block_out_channels) == (2 * channels + 2,) and vae.config.in_channels == channels
+    channels = vae.config.in_channels
+    return tuple(vae.config.block_out_channels) == (2 * channels + 2,) and vae.config.latent_channels in (channels, 4)
 
 
 def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
@@ -31,7 +32,7 @@ def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
 def encode(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
     """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`."""
     if is_identity(vae):
-        return pixel_values
+        return F.pad(pixel_values, (0, 0, 0, 0, 0, vae.config.latent_channels - pixel_values.shape[1]))
     return vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
 
 

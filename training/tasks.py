@@ -15,6 +15,7 @@ from sfumato.training.build import Denoiser, build_autoencoder, build_pipeline, 
 from sfumato.training.config import Config
 from sfumato.training.data import noise_for
 from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity, to_pixel_values
+from sfumato.training.masks import random_mask
 from sfumato.training.metrics import picture_quality
 from sfumato.training.objectives import autoencoder_loss, loss_weight, sample_timesteps, weighted_mse
 from sfumato.training.pictures import PictureSet
@@ -76,11 +77,15 @@ class TextToImage:
         torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
         noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)
         t = sample_timesteps(batch["u"].to(device), self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
-        x_t = scheduler.add_noise(x_0, noise, t)
+        x_t = self.network_input(scheduler.add_noise(x_0, noise, t), batch)
         prediction = model(x_t, t, batch["text"].to(device))
         target = scheduler.training_target(x_0, noise, t)
         weight = loss_weight(self.snr[t], scheduler.config.prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor)
         return weighted_mse(prediction, target, weight)
+
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> torch.Tensor:
+        """What the UNet gets: the noisy latents."""
+        return x_t
 
     def shareable(self) -> SfumatoPipeline:
         """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
@@ -126,6 +131,35 @@ class TextToImage:
                 max_shard_size=h.max_shard_size, **known,
             )  # fmt: skip
         return [*said, f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})"]
+
+
+class Inpainting(TextToImage):
+    """A UNet that also gets a mask and the picture outside of it, as Stable Diffusion's inpainting models do.
+
+    From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels of zero weight.
+    """
+
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> torch.Tensor:
+        """The noisy latents, and beside them what is given: a random mask, and the picture outside of it."""
+        pixels = batch["pixel_values"].to(x_t.device)
+        masks = np.stack([random_mask(np.random.default_rng(int(s)), *pixels.shape[-2:]) for s in batch["noise_seed"]])
+        mask = torch.from_numpy(masks)[:, None].to(x_t)
+        return torch.cat([x_t, self.pipe.prepare_seen(pixels, mask, x_t)], dim=1)
+
+    def show(self) -> tuple[list[str], list[Image.Image]]:
+        """Held-out pictures, their middle drawn anew."""
+        chosen = self.pictures.select("held_out")
+        chosen = chosen if len(chosen) else self.pictures.select("train")
+        chosen = [int(i) for i in chosen[:: max(1, len(chosen) // 12)][:12]]
+        given = [self.pictures.picture(i) for i in chosen]
+        masks = [np.zeros(picture.shape[:2], bool) for picture in given]
+        for mask in masks:
+            height, width = mask.shape
+            mask[height // 4 : -height // 4, width // 4 : -width // 4] = True
+        captions = [self.pictures[i]["captions"][0] for i in chosen]
+        return captions, evaluation.draw_pictures(
+            self.shareable(), captions, self.config.validation, self.accelerator, given=given, masks=masks
+        )
 
 
 class Autoencoder:
@@ -197,4 +231,4 @@ class Autoencoder:
         return [f"held-out pictures: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
 
 
-TASKS = {"text_to_image": TextToImage, "autoencoder": Autoencoder}
+TASKS = {"text_to_image": TextToImage, "inpainting": Inpainting, "autoencoder": Autoencoder}
