@@ -1,0 +1,60 @@
+"""Change a picture by changing its caption: DDIM inversion, on any model.
+
+SDEdit (Meng et al. 2022), which begins with fresh noise, is `pipe(prompt, image=..., strength=...)`.
+"""
+
+import torch
+
+from sfumato.pipelines.choices import with_sampler
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.schedulers import SfumatoDDPMScheduler
+
+
+@torch.no_grad()
+def invert(
+    pipe: SfumatoPipeline, image, prompt: str, strength: float = 0.8, num_inference_steps: int = 50, iterations: int = 3
+) -> torch.Tensor:
+    """The noise from which DDIM draws `image` by `prompt` without guidance (Song et al. 2021, arXiv 2010.02502, section 4.3).
+
+    Each DDIM step x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps is turned round: x_t is the fixed point of what leads back to
+    x_s, found by iteration (Pan et al. 2023, arXiv 2309.04907).
+
+    Args:
+        image, prompt: one picture as `inputs.to_pixels` takes it, and what it shows.
+        strength, num_inference_steps: of the call that is to follow.
+        iterations: network evaluations for each step.
+
+    Returns:
+        `(1, C, h, w)` for `edit`'s call: `pipe(other_prompt, image=image, strength=strength, latents=noise)` with DDIM.
+    """
+    pipe = with_sampler(pipe, "ddim")
+    scheduler, device = SfumatoDDPMScheduler.from_config(pipe.scheduler.config), pipe._execution_device
+    pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+    taken = max(1, round(strength * num_inference_steps))
+    text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)
+    size = pipe.unet.config.sample_size
+    height, width = (side * pipe.vae_scale_factor for side in ([size] * 2 if isinstance(size, int) else size))
+    _, _, x_0, _ = pipe.prepare_image(image, None, height, width, 1, 1, device, text.dtype)
+    prediction, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod.to(x_0)
+    x_s, abar_s = x_0, pipe.scheduler.final_alpha_cumprod.to(x_0)
+    for t in reversed(pipe.scheduler.timesteps[-taken:]):
+        x_t = x_s
+        for _ in range(iterations):
+            eps = scheduler.convert(pipe.unet(x_t, t, text, return_dict=False)[0], x_t, t, prediction, "epsilon")
+            x_t = (abar[t] / abar_s).sqrt() * (x_s - (1 - abar_s).sqrt() * eps) + (1 - abar[t]).sqrt() * eps
+        x_s, abar_s = x_t, abar[t]
+    return (x_s - abar_s.sqrt() * x_0) / (1 - abar_s).sqrt()
+
+
+def edit(pipe: SfumatoPipeline, image, source: str, prompt: str, strength: float = 0.8, num_inference_steps: int = 50, **call):
+    """Draw `image`, which shows `source`, again as `prompt`: what both say stays where it is.
+
+    Args:
+        call: further arguments of the pipeline's call, such as `guidance_scale`.
+
+    Returns:
+        As the pipeline's call.
+    """
+    noise = invert(pipe, image, source, strength, num_inference_steps)
+    given = {"image": image, "strength": strength, "latents": noise, "num_inference_steps": num_inference_steps}
+    return with_sampler(pipe, "ddim")(prompt, **given, **call)
