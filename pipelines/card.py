@@ -143,13 +143,15 @@ def model_card(
         inference={"parameters": advice},
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
-    made = "A text-to-image diffusion model in Stable Diffusion's form, exported by Sfumato."
+    made = "An inpainting" if pipe.sees_masks else "A text-to-image"
     if base:
-        made = f"A text-to-image diffusion model, fine-tuned with Sfumato from `{base}`."
+        made += f" diffusion model, fine-tuned with Sfumato from `{base}`."
     elif parts:
-        made = "A text-to-image diffusion model, its UNet trained from random weights with Sfumato."
+        made += " diffusion model, its UNet trained from random weights with Sfumato."
     elif scratch:
-        made = "A text-to-image diffusion model, trained from random weights with Sfumato."
+        made += " diffusion model, trained from random weights with Sfumato."
+    else:
+        made += " diffusion model in Stable Diffusion's form, exported by Sfumato."
     return _CARD.format(
         data=front.to_yaml(),
         title=" ".join(title.split()),

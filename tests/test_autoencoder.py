@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import load_file
 
+from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.metrics import picture_quality
 from sfumato.training.objectives import autoencoder_loss
@@ -57,7 +64,6 @@ def test_picture_quality_is_psnr_and_ssim():
     assert picture_quality(true, true)["PSNR"] == pytest.approx(100)
     found = picture_quality(true, true + 20)
     assert found["PSNR"] == pytest.approx(20 * np.log10(255 / 20))
-    pytest.importorskip("torchmetrics")
     assert picture_quality(true, true)["SSIM"] == pytest.approx(1) and 0.5 < found["SSIM"] < 1
 
 
@@ -104,9 +110,13 @@ def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_pa
         images.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).images)
     assert images[0].shape == (1, 16, 16, 3)
     np.testing.assert_allclose(*images, atol=1e-5)
-    other = StableDiffusionImg2ImgPipeline.from_pipe(stock)
-    other.set_progress_bar_config(disable=True)
-    assert other("a red circle", image=images[0], strength=0.5, **call).images.shape == (1, 16, 16, 3)
+    mask = np.ones((1, 16, 16, 1), np.float32)
+    for cls, more in ((StableDiffusionImg2ImgPipeline, {}), (StableDiffusionInpaintPipeline, {"mask_image": mask})):
+        other = cls.from_pipe(stock)
+        other.set_progress_bar_config(disable=True)
+        size = {"height": 16, "width": 16} if more else {}
+        drawn = other("a red circle", image=images[0], strength=0.7, **more, **size, **call).images
+        assert drawn.shape == (1, 16, 16, 3) and np.isfinite(drawn).all()
 
 
 @pytest.mark.parametrize(
@@ -125,3 +135,9 @@ def test_what_cannot_be_is_told(tmp_path, capsys, change, message):
     more = ["hub.repo_id=x"] if "hub" in change else []
     assert main([vae_config(tmp_path / "x"), change, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_its_data(tmp_path, capsys):
+    path = vae_config(tmp_path / "x")
+    assert cli(["doctor", path]) == 0
+    assert "pictures" in capsys.readouterr().out

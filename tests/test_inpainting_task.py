@@ -1,5 +1,7 @@
 """A UNet that sees masks: trained by the same loop, opened by stock Stable Diffusion inpainting."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny
@@ -68,6 +70,17 @@ def test_stock_inpainting_opens_it_and_draws_the_same(trained):
     stock_all = draw(stock, image=picture, mask_image=everything, height=16, width=16, strength=1.0)
     np.testing.assert_allclose(draw(ours), stock_all, atol=1e-5)  # no mask: all is drawn
     assert list((trained / "samples").glob("*.png"))
+
+
+def test_every_snippet_of_its_card_runs(trained):
+    card = (trained / "pipeline" / "README.md").read_text()
+    assert "An inpainting diffusion model, trained from random weights" in card and "image-to-image" in card
+    snippets = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        scope = {}
+        exec(snippet.replace("num_inference_steps=12", "num_inference_steps=2"), scope)
+        assert scope["image"].size == (16, 16)
 
 
 def test_the_network_reads_what_is_outside_the_mask_and_not_what_is_inside(trained):

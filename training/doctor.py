@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training import checkpoints
-from sfumato.training.build import Denoiser, build_pipeline
+from sfumato.training.build import Denoiser, build_autoencoder, build_pipeline
 from sfumato.training.config import Config
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA
@@ -47,6 +47,9 @@ def examine(config: Config) -> list[Finding]:
         ValueError: the data or the settings cannot be used at all.
     """
     pictures = prepare(config.data)
+    if config.task == "autoencoder":
+        build_autoencoder(config)
+        return _data(config, pictures)
     pipe = build_pipeline(config, pictures.training_captions())
     findings = _data(config, pictures) + _captions(config, pictures, pipe) + _schedule(config, pipe)
     findings += _cost(config, pictures, pipe)

@@ -1,15 +1,18 @@
 """What can be trained: each task has its network, its loss, what it shows and what it hands over. The loop is the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.export import sync, sync_entry
 from sfumato.training import checkpoints, evaluation, facts
 from sfumato.training.build import Denoiser, build_autoencoder, build_pipeline, warn_of_long_captions
 from sfumato.training.config import Config
@@ -170,6 +173,8 @@ class Autoencoder:
 
     def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
         self.config, self.pictures, self.accelerator = config, pictures, accelerator
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("task=autoencoder is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
         self.module = build_autoencoder(config).to(accelerator.device)
         self.parts, self.latents = (self.module.vae,), None
         self.texts = np.zeros((len(pictures.captions) + 1, 1), np.int64)  # captions are not read
@@ -225,10 +230,23 @@ class Autoencoder:
         scores["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
         scores["scaling factor"] = vae.config.scaling_factor
         if self.accelerator.is_main_process:
-            vae.save_pretrained(folder / "vae")
+            self._put(folder / "vae")
             (folder / "evaluation.json").write_text(json.dumps(scores, indent=2))
         shown = ", ".join(f"{name} {scores[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in scores)
         return [f"held-out pictures: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
+
+    def _put(self, folder: Path) -> None:
+        """Write the VAE beside its place, sync it to the disk and rename it into place."""
+        new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.module.vae.save_pretrained(new)
+        sync(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        sync_entry(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 TASKS = {"text_to_image": TextToImage, "inpainting": Inpainting, "autoencoder": Autoencoder}
