@@ -143,19 +143,17 @@ def model_card(
         inference={"parameters": advice},
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
-    made = "An inpainting" if pipe.sees_masks else "A text-to-image"
+    made = " in Stable Diffusion's form, exported by Sfumato."
     if base:
-        made += f" diffusion model, fine-tuned with Sfumato from `{base}`."
+        made = f", fine-tuned with Sfumato from `{base}`."
     elif parts:
-        made += " diffusion model, its UNet trained from random weights with Sfumato."
+        made = ", its UNet trained from random weights with Sfumato."
     elif scratch:
-        made += " diffusion model, trained from random weights with Sfumato."
-    else:
-        made += " diffusion model in Stable Diffusion's form, exported by Sfumato."
+        made = ", trained from random weights with Sfumato."
     return _CARD.format(
         data=front.to_yaml(),
         title=" ".join(title.split()),
-        made=made,
+        made=f"{'An inpainting' if pipe.sees_masks else 'A text-to-image'} diffusion model{made}",
         where=where,
         **_call(pipe, gallery[0][0] if gallery else ""),
         **advice,
