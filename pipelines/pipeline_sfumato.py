@@ -367,8 +367,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     self.scheduler.set_begin_index(begin)
                 latents = self.noised(x_0, noise, timesteps[0])
         seen = self.prepare_seen(pixels, mask, noise) if self.sees_masks else None
-        self._num_timesteps = len(timesteps)
-        # Deterministic samplers take no generator.
+        self._num_timesteps = len(timesteps)  # deterministic samplers take no generator:
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
         with self.progress_bar(total=len(timesteps) // self.scheduler.order) as progress_bar:
