@@ -20,14 +20,13 @@ from chart import lines
 
 from sfumato.cli import _find_pipeline
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.pipelines.choices import SECOND, with_guider, with_sampler
 from sfumato.training import config as configs
 from sfumato.training import pictures as prepared
 from sfumato.training import shapes
 from sfumato.training.metrics import shapes_obedience
 
 SCALES = (1.0, 1.5, 2.5, 4.0, 7.0)
-SECOND = {"pag": "perturbed_guidance_scale", "slg": "skip_layer_guidance_scale", "seg": "seg_guidance_scale"}
 COPIES, STEPS = 4, 15
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -81,7 +80,7 @@ for name, settings in guiders.items():
     for scale in SCALES:
         kind, given = name.split(",")[0], {**settings, "guidance_scale": scale}
         if kind in SECOND:  # beside plain guidance
-            given |= {"guidance_scale": 1.5, SECOND[kind]: scale - 1}
+            given |= {"guidance_scale": 1.5, f"{SECOND[kind]}_scale": scale - 1}
         chosen, images = with_guider(pipe, kind, **given), []
         chosen.set_progress_bar_config(disable=True)
         for start in range(0, len(numbers), 64):

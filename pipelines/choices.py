@@ -23,11 +23,13 @@ GUIDERS = {
     "magnitude-aware": "MagnitudeAwareGuidance",
     # Away from what a weaker version of the model draws from the same prompt (Karras et al. 2024, arXiv 2406.02507).
     "autoguidance": "ClassifierFreeGuidance",
-    # These add a second guidance, away from what the model draws with its innermost self-attention disturbed.
+    # These, `SECOND`, add to plain guidance, away from what the model draws with its innermost self-attention disturbed.
     "pag": "PerturbedAttentionGuidance",
     "slg": "SkipLayerGuidance",
     "seg": "SmoothedEnergyGuidance",
 }
+# name -> how the settings of the guidance that it adds begin
+SECOND = {"pag": "perturbed_guidance", "slg": "skip_layer_guidance", "seg": "seg_guidance"}
 # name -> the package that it needs
 RUNTIMES = {"torch": None, "bf16": None, "onnx": "onnxruntime", "openvino": "openvino"}
 
@@ -83,14 +85,16 @@ def with_guider(pipe, name: str, weak=None, **settings):
     cls, given = _mended(name, getattr(guiders, GUIDERS[name])), {}
     if name == "apg":  # by diffusers' own defaults (eta 1, no momentum) it is plain guidance; these are the paper's
         given = {"eta": 0.0, "adaptive_projected_guidance_momentum": -0.5}
-    elif name == "pag":
+    elif name in SECOND:  # where plain guidance is off, diffusers gives their pass the wrong prompt: one interval for both
+        kind, interval = SECOND[name], {"start": settings.get("start", 0.0), "stop": settings.get("stop", 1.0)}
+        given = {f"{kind}_{end}": value for end, value in interval.items()}
+    if name == "pag":
         layers = hooks.LayerSkipConfig(**_middle(pipe), skip_attention=False, skip_attention_scores=True, skip_ff=False)
-        given = {"perturbed_guidance_config": layers, "perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
+        given["perturbed_guidance_config"] = layers
     elif name == "slg":
-        layers = hooks.LayerSkipConfig(**_middle(pipe))
-        given = {"skip_layer_config": layers, "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+        given["skip_layer_config"] = hooks.LayerSkipConfig(**_middle(pipe))
     elif name == "seg":
-        given = {"seg_guidance_config": hooks.SmoothedEnergyGuidanceConfig(**_middle(pipe))}
+        given["seg_guidance_config"] = hooks.SmoothedEnergyGuidanceConfig(**_middle(pipe))
     guider = cls(**{**given, **settings})
     if weak is not None:
         for part, key in (("scheduler", "prediction_type"), ("unet", "in_channels"), ("unet", "out_channels")):

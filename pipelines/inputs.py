@@ -78,7 +78,11 @@ def check_inputs(
             raise TypeError(f"`guidance_scale` must be a number, got {type(guidance_scale).__name__}: {guidance_scale!r}")
         if not 0 <= guidance_scale < float("inf"):
             raise ValueError(f"`guidance_scale` must be finite and at least 0, got {guidance_scale}")
-        if "guidance_scale" not in pipe.guider.config:
+        settings = {"guidance_scale"} if pipe.guider is None else set(pipe.guider.config)
+        second = {"perturbed_guidance_scale", "skip_layer_guidance_scale", "seg_guidance_scale"} & settings
+        if guidance_scale == 1 and second:
+            raise ValueError(f"{type(pipe.guider).__name__} works beside plain guidance: `guidance_scale` must not be 1")
+        if "guidance_scale" not in settings:
             raise ValueError(f"{type(pipe.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
     num_images = batch_size * num_images_per_prompt
     if isinstance(generator, list):

@@ -10,10 +10,8 @@ import tiny
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, with_guider, with_sampler
+from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, SECOND, with_guider, with_sampler
 from sfumato.pipelines.runtimes import with_runtime
-
-SECOND = {"pag": "perturbed_guidance_scale", "slg": "skip_layer_guidance_scale", "seg": "seg_guidance_scale"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_a_choice_keeps_precision_and_quiet(tmp_path):
 
 @pytest.mark.parametrize("name", [*GUIDERS])
 def test_every_guider_draws_and_is_idle_outside_its_interval(pipe, weak, name):
-    given = {"weak": weak} if name == "autoguidance" else {SECOND[name]: 0.0} if name in SECOND else {}
+    given = {"weak": weak} if name == "autoguidance" else {f"{SECOND[name]}_scale": 0.0} if name in SECOND else {}
     chosen, passes = with_guider(pipe, name, start=0.25, stop=0.75, **given), []
     hooks = [p.unet.register_forward_pre_hook(lambda m, inputs: passes.append(len(inputs[0]))) for p in (pipe, weak)]
     image = draw(chosen, num_inference_steps=8)
@@ -68,11 +66,23 @@ def test_disturbed_attention_is_a_third_pass_that_leaves_the_network_as_it_was(t
     with torch.no_grad():  # of random weights, attention is nearly the same everywhere, and smoothing it changes nothing
         pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight *= 50
     before = draw(pipe)
-    chosen = with_guider(pipe, name, guidance_scale=3.0, **{SECOND[name]: 2.0})
+    chosen = with_guider(pipe, name, guidance_scale=3.0, **{f"{SECOND[name]}_scale": 2.0})
     image = draw(chosen, num_inference_steps=4)
     assert 4 * 3 - 1 <= chosen.num_passes <= 4 * 3  # diffusers leaves pag and slg out of the very first step
     assert np.abs(image - draw(pipe, guidance_scale=3.0, num_inference_steps=4)).max() > 1e-4
     np.testing.assert_array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("name", [*SECOND])
+def test_both_guidances_have_one_interval_and_need_a_scale(pipe, name):
+    """Where plain guidance is off, diffusers gives the other's pass the empty prompt, undisturbed."""
+    chosen, sizes = with_guider(pipe, name, start=0.25, stop=0.75), []
+    hook = pipe.unet.register_forward_pre_hook(lambda m, inputs: sizes.append(1))
+    draw(chosen, num_inference_steps=8)
+    hook.remove()
+    assert sum(sizes) == chosen.num_passes == 4 * 1 + 2 + 3 * 3  # diffusers leaves the first step of the interval to one
+    with pytest.raises(ValueError, match="works beside plain guidance"):
+        draw(chosen, guidance_scale=1.0)
 
 
 def test_perturbed_attention_is_the_identity_in_the_middle(pipe):
