@@ -5,8 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
 
 from sfumato import __version__
+from sfumato.pipelines.inputs import MODES
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
 _CARD = """---
@@ -55,11 +57,10 @@ pipe = DiffusionPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)
 With `pip install sfumato`, other guidance, and a check of every argument:
 
 ```python
-from diffusers.guiders import AdaptiveProjectedGuidance
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import with_guider
 
-pipe = SfumatoPipeline.from_pretrained("{where}")
-pipe = SfumatoPipeline.from_pipe(pipe, guider=AdaptiveProjectedGuidance(guidance_scale={guidance_scale}))
+pipe = with_guider(SfumatoPipeline.from_pretrained("{where}"), "apg", guidance_scale={guidance_scale})
 {given}image = pipe({call}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
@@ -169,10 +170,12 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     """The arguments of the snippets' calls, and the lines that they need before."""
     if not pipe.sees_masks:
         return {"call": repr(prompt), "given": ""}
+    size = pipe.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
     lines = (
         "# The picture to change, and white where: here all of a white one.\nfrom PIL import Image\n"
-        "size = (pipe.vae.config.sample_size,) * 2\n"
-        'picture, mask = Image.new("RGB", size, "white"), Image.new("L", size, 255)\n'
+        f"size = ({width * pipe.vae_scale_factor}, {height * pipe.vae_scale_factor})\n"
+        f'picture, mask = Image.new("{MODES[pipe.vae.config.in_channels]}", size, "white"), Image.new("L", size, 255)\n'
     )
     call = f"{prompt!r}, image=picture, mask_image=mask, height=size[1], width=size[0], strength=1.0"
     return {"call": call, "given": lines}
@@ -186,10 +189,16 @@ def recommended(source: str) -> dict:
     try:
         file = Path(source) / "README.md" if Path(source).is_dir() else source
         told = (ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("inference") or {})["parameters"]
-    except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError):  # no card, or one of another form
-        return dict(ADVICE)
+    except (OSError, ValueError, LookupError, TypeError, YAMLError, HfHubHTTPError):  # no card, or one of another form
+        told = {}
     told = told if isinstance(told, dict) else {}
-    return {name: type(default)(told.get(name, default)) for name, default in ADVICE.items()}
+    steps, scale = (told.get(name) for name in ADVICE)
+    found = dict(ADVICE)
+    if type(steps) is int and 0 < steps <= 1000:
+        found["num_inference_steps"] = steps
+    if type(scale) in (int, float) and 0 <= scale < 1000:
+        found["guidance_scale"] = float(scale)
+    return found
 
 
 def _tell(facts: dict, curve: str | None, settings: bool) -> str:
@@ -211,7 +220,7 @@ def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
     factor = pipe.vae_scale_factor
     space = "on pixels: its VAE is the identity" if factor == 1 else f"on latents of {channels} channels at {height} x {width}"
     scheduler = pipe.scheduler.config
-    notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key != "run"}
+    notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
     schedule = notes or {"beta_schedule": scheduler.beta_schedule}
     rows = {
         "Parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),

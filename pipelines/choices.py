@@ -64,7 +64,14 @@ def with_sampler(pipe, name: str):
         raise ValueError("diffusers' euler-a cannot draw with a model that predicts the picture itself; use dpm++-sde")
     cls, more = SAMPLERS[name]
     cls = SfumatoDDPMScheduler if name == "ddpm" else getattr(diffusers, cls)
-    return replaced(pipe, scheduler=cls.from_config(pipe.scheduler.config, **more))
+    # What an earlier choice set goes; what it replaced of the trained config comes back, and is kept with the notes.
+    config = dict(pipe.scheduler.config)
+    notes = dict(config.get("_sfumato") or {})
+    trained = notes.setdefault("trained", {k: config[k] for k in ("thresholding", "clip_sample") if k in config})
+    config = {k: v for k, v in config.items() if k not in ("algorithm_type", "use_exponential_sigmas")}
+    scheduler = cls.from_config({**config, **trained}, **more)
+    scheduler.register_to_config(_sfumato=notes)
+    return replaced(pipe, scheduler=scheduler)
 
 
 def with_guider(pipe, name: str, weak=None, **settings):
@@ -101,7 +108,7 @@ def with_guider(pipe, name: str, weak=None, **settings):
             here, there = (getattr(p, part).config[key] for p in (pipe, weak))
             if here != there:
                 raise ValueError(f"the weaker model has {key} {there}, this one {here}")
-        guider.weak = weak.to(pipe.device)
+        guider.weak = weak
     return replaced(pipe, guider=guider)
 
 

@@ -27,6 +27,8 @@ def invert(
     Returns:
         `(1, C, h, w)` for `edit`'s call: `pipe(other_prompt, image=image, strength=strength, latents=noise)` with DDIM.
     """
+    if pipe.sees_masks:
+        raise ValueError("inversion is for models that see no mask; with this one, redraw a part by `mask_image`")
     pipe = with_sampler(pipe, "ddim")
     scheduler, device = SfumatoDDPMScheduler.from_config(pipe.scheduler.config), pipe._execution_device
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -35,15 +37,19 @@ def invert(
     size = pipe.unet.config.sample_size
     height, width = (side * pipe.vae_scale_factor for side in ([size] * 2 if isinstance(size, int) else size))
     _, _, x_0, _ = pipe.prepare_image(image, None, height, width, 1, 1, device, text.dtype)
-    prediction, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod.to(x_0)
-    x_s, abar_s = x_0, pipe.scheduler.final_alpha_cumprod.to(x_0)
+    prediction, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod.to(device, torch.float32)
+    stride, x_s = scheduler.config.num_train_timesteps // num_inference_steps, x_0
     for t in reversed(pipe.scheduler.timesteps[-taken:]):
+        # As diffusers' DDIM has it, which is not always the next step of its list.
+        abar_s = abar[t - stride] if t >= stride else pipe.scheduler.final_alpha_cumprod.to(abar)
         x_t = x_s
         for _ in range(iterations):
             eps = scheduler.convert(pipe.unet(x_t, t, text, return_dict=False)[0], x_t, t, prediction, "epsilon")
             x_t = (abar[t] / abar_s).sqrt() * (x_s - (1 - abar_s).sqrt() * eps) + (1 - abar[t]).sqrt() * eps
-        x_s, abar_s = x_t, abar[t]
-    return (x_s - abar_s.sqrt() * x_0) / (1 - abar_s).sqrt()
+        x_s = x_t
+    if taken == num_inference_steps:  # the call begins with the noise as it is
+        return x_s
+    return (x_s - abar[t].sqrt() * x_0) / (1 - abar[t]).sqrt()
 
 
 def edit(pipe: SfumatoPipeline, image, source: str, prompt: str, strength: float = 0.8, num_inference_steps: int = 50, **call):

@@ -189,6 +189,13 @@ def export_pipeline(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    put(new, folder)
+    return folder
+
+
+def put(new: Path, folder: Path) -> None:
+    """Sync a folder that is written in full to the disk and put it into place: a crash leaves the old one or the new one."""
+    old = folder.with_name(f".{folder.name}.old")
     for path in new.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
     sync(new)
@@ -199,7 +206,6 @@ def export_pipeline(
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     sync_entry(folder.parent)
-    return folder
 
 
 def _may_replace(folder: Path) -> None:

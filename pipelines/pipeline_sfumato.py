@@ -179,6 +179,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
+    def weak_embeds(self, weak, prompt, prompt_embeds, device) -> torch.Tensor:
+        """What a weaker model's text encoder makes of the prompt; the model follows this one in device and precision."""
+        for part in (weak.unet, weak.text_encoder):
+            part.to(device, self.unet.dtype)
+        return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
+
     def prepare_noise(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
         """Standard normal noise `(num_images, C, h, w)`; `latents` where given."""
         factor = self.vae_scale_factor
@@ -257,8 +263,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         for i, state in enumerate(states):
             guider.prepare_models(self.unet)
             unet = weak.unet if weak is not None and i > 0 else self.unet
-            state.noise_pred = unet(latents, t, state.encoder_hidden_states, return_dict=False)[0]
-            guider.cleanup_models(self.unet)
+            try:
+                state.noise_pred = unet(latents, t, state.encoder_hidden_states, return_dict=False)[0]
+            finally:  # or the network would stay changed for all who share it
+                guider.cleanup_models(self.unet)
         return guider(states)[0]
 
     @property
@@ -347,7 +355,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
         device, self._num_passes, self._one_by_one = self._execution_device, 0, False
         if weak is not None:
-            negative_prompt_embeds = weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
+            negative_prompt_embeds = self.weak_embeds(weak, prompt, prompt_embeds, device)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt, device, num_images_per_prompt, self.do_classifier_free_guidance, negative_prompt,
             prompt_embeds, negative_prompt_embeds,

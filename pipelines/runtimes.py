@@ -36,7 +36,9 @@ def _bf16(unet, inputs: tuple) -> Callable:
 def _as_onnx(unet, inputs: tuple) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tracing: every shape is fixed here
-        torch.onnx.export(_Network(unet), inputs, file, input_names=["x_t", "t", "context"], dynamo=False)
+        torch.onnx.export(
+            _Network(copy.deepcopy(unet).float()), inputs, file, input_names=["x_t", "t", "context"], dynamo=False
+        )
     return file.getvalue()
 
 

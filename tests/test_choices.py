@@ -1,5 +1,6 @@
 """Samplers, guiders and runtimes by name: each against what it claims to compute."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import tiny
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, SECOND, with_guider, with_sampler
+from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, SECOND, replaced, with_guider, with_sampler
 from sfumato.pipelines.runtimes import with_runtime
 
 
@@ -37,6 +38,25 @@ def test_the_module_of_names_loads_nothing_heavy():
 @pytest.mark.parametrize("name", [*SAMPLERS])
 def test_every_sampler_draws(pipe, name):
     assert np.isfinite(draw(with_sampler(pipe, name))).all()
+
+
+@pytest.mark.parametrize("first", [*SAMPLERS])
+def test_no_sampler_leaves_anything_behind(pipe, first, tmp_path):
+    """Whatever was chosen before, in memory and through disk, a sampler is the same, and `ddpm` is what was trained."""
+    chosen = with_sampler(pipe, first)
+    chosen.scheduler.save_pretrained(tmp_path)
+    stored = replaced(pipe, scheduler=type(chosen.scheduler).from_pretrained(tmp_path))
+    keys = ("thresholding", "clip_sample", "algorithm_type", "use_exponential_sigmas", "prediction_type", "trained_betas")
+    for second in SAMPLERS:
+        expected = with_sampler(pipe, second).scheduler.config
+        for got in (with_sampler(chosen, second).scheduler.config, with_sampler(stored, second).scheduler.config):
+            for key in keys:
+                if key in expected:
+                    assert got[key] == expected[key], (first, second, key)
+
+
+def tiny_half(pipe):
+    return copy.deepcopy(pipe).to(torch.bfloat16)
 
 
 def test_a_choice_keeps_precision_and_quiet(tmp_path):
@@ -133,10 +153,13 @@ def test_autoguidance_steers_away_from_the_weaker_model(pipe, weak):
         got = chosen.predict(chosen.guider, x, t, cond, theirs)
         strong, poor = (p.unet(x, t, c).sample for p, c in ((pipe, cond), (weak, theirs)))
     torch.testing.assert_close(got, poor + 3 * (strong - poor), atol=1e-5, rtol=1e-4)
-    # Away from itself is nowhere; and the weaker model's text encoder is asked, whatever the negative prompt.
+    # Away from itself is nowhere.
     itself = with_guider(pipe, "autoguidance", pipe, guidance_scale=3.0)
     np.testing.assert_allclose(draw(itself), draw(pipe, guidance_scale=1.0), atol=1e-5)
-    np.testing.assert_array_equal(draw(chosen), draw(chosen, negative_prompt="a blue square"))
+    with pytest.raises(ValueError, match="not from a negative prompt"):
+        draw(chosen, negative_prompt="a blue square")
+    half = with_guider(tiny_half(pipe), "autoguidance", copy.deepcopy(weak))
+    assert np.isfinite(draw(half)).all()  # the weaker model follows in precision
 
 
 def test_no_guider_but_autoguidance_takes_a_weak_model(pipe, weak, tmp_path):

@@ -105,7 +105,17 @@ def test_steps_and_scale_are_what_the_card_says(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "card", ["", "no front matter", "---\ninference: [1]\n---\n", "---\ninference: {parameters: 3}\n---\n"]
+    "card",
+    [
+        "",
+        "no front matter",
+        "---\ninference: [1]\n---\n",
+        "---\ninference: {parameters: 3}\n---\n",
+        "---\ninference: {parameters: {num_inference_steps: [4], guidance_scale: .inf}}\n---\n",
+        "---\ninference: {parameters: {num_inference_steps: null, guidance_scale: many}}\n---\n",
+        "---\ninference: {parameters: {num_inference_steps: 1000000, guidance_scale: true}}\n---\n",
+        "---\n{ : [\n---\n",
+    ],
 )
 def test_a_card_of_another_form_is_no_hindrance(card, tmp_path):
     (tmp_path / "README.md").write_text(card)

@@ -35,6 +35,9 @@ def test_round_trip(tmp_path):
         ("validation.guidance_interval=[0.8,0.2]", "the lower one first"),
         ("validation.guidance_interval=[0.5]", "two numbers"),
         ("data.num_figures=3", "must be 1 or 2"),
+        (["task=inpainting", "data.name=x", "data.buckets=[[16,16]]"], "pictures of one size"),
+        (["task=autoencoder", "lora.rank=4"], "is for task=text_to_image"),
+        (["validation.guider=pag", "validation.guidance_scale=1"], "must not be 1 with guider pag"),
         ("seed", "key=value"),
         ("data.channels=2", "must be 1, 3 or 4"),
         ("data.buckets=[[16,16]]", "not for openmoji and shapes"),
@@ -45,7 +48,7 @@ def test_round_trip(tmp_path):
 )
 def test_wrong_settings_are_named(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
-        config.load(tiny.config_file(tmp_path), [override])
+        config.load(tiny.config_file(tmp_path), override if isinstance(override, list) else [override])
 
 
 def test_all_wrong_settings_are_told_at_once(tmp_path):

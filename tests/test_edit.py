@@ -9,16 +9,27 @@ from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.edit import edit, invert
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-def test_what_is_inverted_is_drawn_again(tmp_path, prediction_type):
-    pipe = tiny.pipeline(tmp_path, scheduler={"prediction_type": prediction_type})
+# 30 does not divide 1,000; at strength 1 eps of random weights is too rough to lead back.
+@pytest.mark.parametrize(
+    "prediction_type, strength, steps",
+    [
+        ("v_prediction", 0.5, 20),
+        ("epsilon", 0.5, 20),
+        ("v_prediction", 1.0, 50),
+        ("v_prediction", 0.6, 30),
+        ("epsilon", 0.6, 30),
+    ],
+)
+def test_what_is_inverted_is_drawn_again(tmp_path, prediction_type, strength, steps):
+    # A schedule that leaves a trace of the picture at its end; cosine's leaves none.
+    pipe = tiny.pipeline(tmp_path, scheduler={"prediction_type": prediction_type, "beta_schedule": "scaled_linear"})
     picture = np.random.default_rng(0).uniform(0.2, 0.8, (16, 16, 3)).astype(np.float32)
-    call = {"strength": 0.5, "num_inference_steps": 20, "guidance_scale": 1.0, "output_type": "np"}
+    call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "np"}
     again = edit(pipe, picture, "a red circle", "a red circle", **call).images[0]
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     anew = with_sampler(pipe, "ddim")("a red circle", image=picture, latents=noise, **call).images[0]
     error, other = (float(np.sqrt(np.square(drawn - picture).mean())) for drawn in (again, anew))
-    assert error < 0.1 * other, (error, other)
+    assert error < 0.03 * other, (error, other)
     changed = edit(pipe, picture, "a red circle", "a blue square", **{**call, "guidance_scale": 5.0}).images[0]
     assert np.abs(changed - again).max() > 1e-3
 

@@ -228,6 +228,10 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     else:
         vae, _ = _pretrained(AutoencoderKL, "vae.pretrained", config.vae.pretrained, "vae")
         vae.requires_grad_(False).eval()
+        if vae.config.in_channels != config.data.channels:
+            raise ValueError(f"data.channels={config.data.channels}: vae.pretrained takes {vae.config.in_channels}")
+        if config.task == "inpainting" and vae.config.latent_channels != 4:
+            raise ValueError("task=inpainting needs a VAE of 4 latent channels: Stable Diffusion's inpainting knows no other")
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     _divisible(config, factor)
     given = {

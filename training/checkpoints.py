@@ -312,6 +312,9 @@ def differences(stored: dict, now: dict) -> list[str]:
 
     # Through JSON, as the stored one went, so that a tuple equals its list.
     before, after = flat({k: stored.get(k) for k in now}), flat(json.loads(json.dumps(now)))
+    # A setting that came with a later version was then what its default says.
+    default = flat(json.loads(json.dumps({"config": asdict(Config())})))
+    before = {**{key: default[key] for key in after.keys() & default.keys()}, **before}
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     found = [f"{k.removeprefix('config.')}: {before.get(k)!r} before, {after.get(k)!r} now" for k in sorted(changed)]
     order = {"config.seed", "config.data.buckets"}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sfumato.pipelines.choices import GUIDERS, SAMPLERS
+from sfumato.pipelines.choices import GUIDERS, SAMPLERS, SECOND
 
 
 @dataclass
@@ -206,7 +206,6 @@ def _check_data(config: Config, need) -> None:
         "must be pairs [height, width] of at least 8 pixels, and is not for openmoji and shapes, which are square",
     )
     need(config.data.channels == 3 or not drawn, "data.channels", f"{config.data.name} is drawn in 3 channels")
-    need(config.data.channels == 3 or config.vae.pretrained is None, "data.channels", "a pretrained VAE takes 3 channels")
     need(
         not (config.data.cache_latents and (config.data.buckets or config.data.random_flip)),
         "data.cache_latents",
@@ -246,12 +245,15 @@ def _check_models(config: Config, need) -> None:
     )
     need(config.autoencoder.kl_weight >= 0, "autoencoder.kl_weight", "must not be negative")
     need(config.autoencoder.sharpness_weight >= 0, "autoencoder.sharpness_weight", "must not be negative")
+    other = config.task in ("inpainting", "autoencoder")
+    need(not (other and config.data.buckets), "data.buckets", f"task={config.task} takes pictures of one size")
+    need(config.task == "text_to_image" or config.lora.rank == 0, "lora.rank", "is for task=text_to_image")
     if config.task == "autoencoder":
         need(config.init_from is None, "init_from", "is not for task=autoencoder")
         need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")
         need(config.train.compile != "regional", "train.compile", "choose no or unet for task=autoencoder")
     need(
-        not (config.task in ("inpainting", "autoencoder") and config.data.cache_latents),
+        not (other and config.data.cache_latents),
         "data.cache_latents",
         f"task={config.task} needs the pictures",
     )
@@ -301,6 +303,8 @@ def _check_run(config: Config, need) -> None:
     need(config.validation.sampler in SAMPLERS, "validation.sampler", f"choose one of {', '.join(SAMPLERS)}")
     guiders = [name for name in GUIDERS if name != "autoguidance"]  # which needs a model that the run does not have yet
     need(config.validation.guider in guiders, "validation.guider", f"choose one of {', '.join(guiders)}")
+    alone = config.validation.guider in SECOND and config.validation.guidance_scale == 1
+    need(not alone, "validation.guidance_scale", f"must not be 1 with guider {config.validation.guider}")
     start, stop = (*config.validation.guidance_interval, -1, -1)[:2]
     need(0 <= start <= stop <= 1, "validation.guidance_interval", "must be two numbers in [0, 1], the lower one first")
     need(
@@ -343,6 +347,8 @@ def idle(config: Config) -> list[str]:
         (not config.lora.rank, "lora.rank", "lora", ("alpha", "target_modules")),
         (config.lora.rank, "lora.rank=0", "text_encoder", ("train",)),
         (given or config.text_encoder.pretrained, "a text encoder that is built anew", "text_encoder", sizes),
+        (config.task != "autoencoder", "task=autoencoder", "autoencoder", ("model", "kl_weight", "sharpness_weight")),
+        (config.task == "inpainting", "task=text_to_image", "validation", ("prompts",)),
         (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
         (d.name != "shapes", "data.name=shapes", "data", ("num_pictures", "num_figures")),
         (d.name != "shapes", "data.name=shapes", "validation", ("num_shapes",)),

@@ -17,7 +17,7 @@ from sfumato.training.pictures import PictureSet
 def captions_to_show(pictures: PictureSet) -> list[str]:
     """Captions of up to twelve held-out pictures, else of training pictures."""
     chosen = pictures.select("held_out") if len(pictures.select("held_out")) else pictures.select("train")
-    return [pictures[int(i)]["captions"][0] for i in chosen[:: max(1, len(chosen) // 12)][:12]]
+    return [pictures[int(i)]["captions"][0] for i in chosen[shapes.evenly(len(chosen), 12)]]
 
 
 def as_drawn(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline:

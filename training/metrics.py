@@ -60,14 +60,18 @@ def picture_quality(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
         `PSNR` in dB, the mean over pictures of 10 log10(255^2 / MSE), at most 100; `SSIM`, the mean structural similarity
         (Wang et al. 2004), where torchmetrics is installed (extra `[metrics]`).
     """
-    mse = np.square(true.astype(float) - drawn.astype(float)).mean((1, 2, 3))
-    found = {"PSNR": float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 255**2 * 1e-10))))}
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except ModuleNotFoundError:
-        return found
-    pair = (torch.from_numpy(x.astype(np.float32) / 255).permute(0, 3, 1, 2) for x in (drawn, true))
-    return {**found, "SSIM": float(ssim(*pair, data_range=1.0))}
+        ssim = None
+    found = {"PSNR": []} if ssim is None else {"PSNR": [], "SSIM": []}
+    for pair in zip(true, drawn):
+        a, b = (x.astype(np.float32) / 255 for x in pair)
+        found["PSNR"].append(10 * np.log10(1 / max(float(np.square(a - b).mean()), 1e-10)))
+        if ssim is not None:
+            pair = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (b, a))
+            found["SSIM"].append(float(ssim(*pair, data_range=1.0)))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def read_scene(picture: np.ndarray) -> Scene | None:

@@ -1,7 +1,6 @@
 """What can be trained: each task has its network, its loss, what it shows and what it hands over. The loop is the same."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.export import sync, sync_entry
+from sfumato.pipelines.export import put
 from sfumato.training import checkpoints, evaluation, facts
 from sfumato.training.build import Denoiser, build_autoencoder, build_pipeline, warn_of_long_captions
 from sfumato.training.config import Config
@@ -22,6 +21,7 @@ from sfumato.training.masks import random_mask
 from sfumato.training.metrics import picture_quality
 from sfumato.training.objectives import autoencoder_loss, loss_weight, sample_timesteps, weighted_mse
 from sfumato.training.pictures import PictureSet
+from sfumato.training.shapes import NUM_HELD_OUT, evenly
 
 
 class TextToImage:
@@ -39,6 +39,8 @@ class TextToImage:
 
     def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
         self.config, self.pictures, self.accelerator = config, pictures, accelerator
+        if checkpoint and not (checkpoint / "pipeline" / "tokenizer").is_dir():
+            raise ValueError(f"{checkpoint} is of another task than {config.task}")
         captions = pictures.training_captions()
         tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer") if checkpoint else None
         self.pipe = pipe = build_pipeline(config, captions, tokenizer)
@@ -118,7 +120,7 @@ class TextToImage:
         if config.data.name == "shapes":
             scores = evaluation.evaluate_shapes(pipe, config, self.accelerator)
             line = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
-            count = config.validation.num_shapes
+            count = min(config.validation.num_shapes, NUM_HELD_OUT)
             known["facts"]["obedience to held-out captions"] = f"{line}; {count} captions, judged by a program"
             said.append(f"right on held-out captions: {line}")
             if main:
@@ -153,7 +155,7 @@ class Inpainting(TextToImage):
         """Held-out pictures, their middle drawn anew."""
         chosen = self.pictures.select("held_out")
         chosen = chosen if len(chosen) else self.pictures.select("train")
-        chosen = [int(i) for i in chosen[:: max(1, len(chosen) // 12)][:12]]
+        chosen = [int(i) for i in chosen[evenly(len(chosen), 12)]]
         given = [self.pictures.picture(i) for i in chosen]
         masks = [np.zeros(picture.shape[:2], bool) for picture in given]
         for mask in masks:
@@ -194,7 +196,7 @@ class Autoencoder:
     def _held_out(self, count: int) -> np.ndarray:
         chosen = self.pictures.select("held_out")
         chosen = chosen if len(chosen) else self.pictures.select("train")
-        return chosen[:: max(1, len(chosen) // count)][:count]
+        return chosen[evenly(len(chosen), count)]
 
     @torch.no_grad()
     def _rebuilt(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -217,36 +219,30 @@ class Autoencoder:
 
     def writer(self, state: dict):
         """As of `TextToImage`: a checkpoint holds the stock folder `vae/`."""
+        self._set_scale(64)
         return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
+
+    def _set_scale(self, count: int) -> np.ndarray:
+        """Set the scaling factor, so that latents have variance 1; returns those of `count` training pictures."""
+        train = self.pictures.select("train")
+        latents = self._rebuilt(train[evenly(len(train), count)])[2]
+        self.module.vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        return latents
 
     def finish(self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
         """Sets the scaling factor, so that latents have variance 1, and writes `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
-        train = self.pictures.select("train")
-        latents = self._rebuilt(train[:: max(1, len(train) // 512)][:512])[2]
-        vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        latents = self._set_scale(512)
         scores = picture_quality(*self._rebuilt(self._held_out(512))[:2])
         scores["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
         scores["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
         scores["scaling factor"] = vae.config.scaling_factor
         if self.accelerator.is_main_process:
-            self._put(folder / "vae")
+            vae.save_pretrained(folder / ".vae.new")
+            put(folder / ".vae.new", folder / "vae")
             (folder / "evaluation.json").write_text(json.dumps(scores, indent=2))
         shown = ", ".join(f"{name} {scores[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in scores)
         return [f"held-out pictures: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
-
-    def _put(self, folder: Path) -> None:
-        """Write the VAE beside its place, sync it to the disk and rename it into place."""
-        new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.module.vae.save_pretrained(new)
-        sync(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        sync_entry(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 TASKS = {"text_to_image": TextToImage, "inpainting": Inpainting, "autoencoder": Autoencoder}
