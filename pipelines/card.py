@@ -170,11 +170,9 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     """The arguments of the snippets' calls, and the lines that they need before."""
     if not pipe.sees_masks:
         return {"call": repr(prompt), "given": ""}
-    size = pipe.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
     lines = (
         "# The picture to change, and white where: here all of a white one.\nfrom PIL import Image\n"
-        f"size = ({width * pipe.vae_scale_factor}, {height * pipe.vae_scale_factor})\n"
+        f"size = {pipe.trained_size[::-1]}\n"
         f'picture, mask = Image.new("{MODES[pipe.vae.config.in_channels]}", size, "white"), Image.new("L", size, 255)\n'
     )
     call = f"{prompt!r}, image=picture, mask_image=mask, height=size[1], width=size[0], strength=1.0"

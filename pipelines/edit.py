@@ -34,9 +34,7 @@ def invert(
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
     taken = max(1, round(strength * num_inference_steps))
     text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)
-    size = pipe.unet.config.sample_size
-    height, width = (side * pipe.vae_scale_factor for side in ([size] * 2 if isinstance(size, int) else size))
-    _, _, x_0, _ = pipe.prepare_image(image, None, height, width, 1, 1, device, text.dtype)
+    _, _, x_0, _ = pipe.prepare_image(image, None, *pipe.trained_size, 1, 1, device, text.dtype)
     prediction, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod.to(device, torch.float32)
     stride, x_s = scheduler.config.num_train_timesteps // num_inference_steps, x_0
     for t in reversed(pipe.scheduler.timesteps[-taken:]):

@@ -59,9 +59,9 @@ def check_inputs(
                 f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
                 f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
             )
-    if getattr(pipe.guider, "weak", None) is not None and (negative_prompt or negative_prompt_embeds is not None):
-        if negative_prompt_embeds is not None or any(negative_prompt):
-            raise ValueError("autoguidance steers away from a weaker model, not from a negative prompt; leave it out")
+    steered = negative_prompt_embeds is not None or any(negative_prompt or ())
+    if steered and getattr(pipe.guider, "weak", None) is not None:
+        raise ValueError("autoguidance steers away from a weaker model, not from a negative prompt; leave it out")
     for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")

@@ -202,6 +202,13 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return pixels, mask, x_0, None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
 
     @property
+    def trained_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that the model was trained on."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
     def sees_masks(self) -> bool:
         """Whether the UNet gets mask and masked picture beside the noise, as those of Stable Diffusion inpainting do."""
         return self.unet is not None and self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
@@ -337,9 +344,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
         """
-        size = self.unet.config.sample_size
-        size = [side * self.vae_scale_factor for side in ([size] * 2 if isinstance(size, int) else size)]
-        height, width = size[0] if height is None else height, size[1] if width is None else width
+        height, width = (own if side is None else side for side, own in zip((height, width), self.trained_size))
         check_inputs(
             self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
             num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,
@@ -375,7 +380,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     self.scheduler.set_begin_index(begin)
                 latents = self.noised(x_0, noise, timesteps[0])
         seen = self.prepare_seen(pixels, mask, noise) if self.sees_masks else None
-        self._num_timesteps = len(timesteps)  # deterministic samplers take no generator:
+        self._num_timesteps = len(timesteps)
+        # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
         with self.progress_bar(total=len(timesteps) // self.scheduler.order) as progress_bar:

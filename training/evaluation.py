@@ -14,10 +14,15 @@ from sfumato.training.metrics import shapes_obedience
 from sfumato.training.pictures import PictureSet
 
 
-def captions_to_show(pictures: PictureSet) -> list[str]:
-    """Captions of up to twelve held-out pictures, else of training pictures."""
+def to_show(pictures: PictureSet, count: int) -> list[int]:
+    """Numbers of up to `count` held-out pictures, else of training pictures, evenly spread."""
     chosen = pictures.select("held_out") if len(pictures.select("held_out")) else pictures.select("train")
-    return [pictures[int(i)]["captions"][0] for i in chosen[shapes.evenly(len(chosen), 12)]]
+    return [int(i) for i in chosen[shapes.evenly(len(chosen), count)]]
+
+
+def captions_to_show(pictures: PictureSet) -> list[str]:
+    """Captions of up to twelve pictures that `to_show` chooses."""
+    return [pictures[i]["captions"][0] for i in to_show(pictures, 12)]
 
 
 def as_drawn(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline:

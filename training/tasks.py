@@ -153,15 +153,13 @@ class Inpainting(TextToImage):
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures, their middle drawn anew."""
-        chosen = self.pictures.select("held_out")
-        chosen = chosen if len(chosen) else self.pictures.select("train")
-        chosen = [int(i) for i in chosen[evenly(len(chosen), 12)]]
+        chosen = evaluation.to_show(self.pictures, 12)
         given = [self.pictures.picture(i) for i in chosen]
         masks = [np.zeros(picture.shape[:2], bool) for picture in given]
         for mask in masks:
             height, width = mask.shape
             mask[height // 4 : -height // 4, width // 4 : -width // 4] = True
-        captions = [self.pictures[i]["captions"][0] for i in chosen]
+        captions = evaluation.captions_to_show(self.pictures)
         return captions, evaluation.draw_pictures(
             self.shareable(), captions, self.config.validation, self.accelerator, given=given, masks=masks
         )
@@ -193,13 +191,8 @@ class Autoencoder:
         noise = noise_for(batch["noise_seed"], (vae.config.latent_channels, *size), pixels.device)
         return autoencoder_loss(*model(pixels, noise), pixels, a.kl_weight, a.sharpness_weight)
 
-    def _held_out(self, count: int) -> np.ndarray:
-        chosen = self.pictures.select("held_out")
-        chosen = chosen if len(chosen) else self.pictures.select("train")
-        return chosen[evenly(len(chosen), count)]
-
     @torch.no_grad()
-    def _rebuilt(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _rebuilt(self, numbers: list[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures `(N, H, W, C)` uint8, the same from their latents, and the latents' means `(N, c, h, w)`."""
         vae, shown = self.module.vae, np.stack([self.pictures.picture(int(i)) for i in numbers])
         rebuilt, means = [], []
@@ -212,9 +205,9 @@ class Autoencoder:
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures, each beside what comes back from its latents."""
-        numbers = self._held_out(6)
+        numbers = evaluation.to_show(self.pictures, 6)
         pairs = [picture for both in zip(*self._rebuilt(numbers)[:2]) for picture in both]
-        names = [name for i in numbers for name in (self.pictures[int(i)]["captions"][0], "from its latents")]
+        names = [name for i in numbers for name in (self.pictures[i]["captions"][0], "from its latents")]
         return names, [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pairs]
 
     def writer(self, state: dict):
@@ -233,7 +226,7 @@ class Autoencoder:
         """Sets the scaling factor, so that latents have variance 1, and writes `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
         latents = self._set_scale(512)
-        scores = picture_quality(*self._rebuilt(self._held_out(512))[:2])
+        scores = picture_quality(*self._rebuilt(evaluation.to_show(self.pictures, 512))[:2])
         scores["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
         scores["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
         scores["scaling factor"] = vae.config.scaling_factor
