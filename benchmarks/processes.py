@@ -27,7 +27,7 @@ ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTH
 def launch(processes: int, folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     command += ["--num_processes", str(processes), "training/train.py", options.config, f"output_dir={folder}"]
-    command += ["train.max_minutes=null", "validation.num_shapes=2", "train.trackers=[]", *overrides]
+    command += ["train.max_minutes=null", "validation.num_judged=2", "train.trackers=[]", *overrides]
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -4,6 +4,7 @@ import importlib
 
 _HOMES = {
     "SfumatoDDPMScheduler": "sfumato.schedulers",  # here too, since diffusers' loader looks beside the pipeline
+    "Cascade": "sfumato.pipelines.cascade",
     "SfumatoPipeline": "sfumato.pipelines.pipeline_sfumato",
     "export_pipeline": "sfumato.pipelines.export",
 }

@@ -10,6 +10,7 @@ from yaml import YAMLError
 from sfumato import __version__
 from sfumato.pipelines.inputs import MODES
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.schedulers import SfumatoFlowScheduler, trained
 
 _CARD = """---
 {data}
@@ -61,7 +62,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider
 
 pipe = with_guider(SfumatoPipeline.from_pretrained("{where}"), "apg", guidance_scale={guidance_scale})
-{given}image = pipe({call}, num_inference_steps={num_inference_steps}).images[0]
+{given}image = pipe({ours}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
 ## What it is
@@ -129,10 +130,10 @@ def model_card(
     base, title = facts.pop("base_model", None), facts.pop("title", "A Sfumato model")
     advice = {name: facts.pop(name, default) for name, default in ADVICE.items()}
     parts = [name for name in facts if name.startswith("pretrained")]
-    scratch = bool(facts) and not base and not parts
+    scratch, kind = bool(facts) and not base and not parts, _kind(pipe)
     front = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="image-to-image" if pipe.sees_masks else "text-to-image",
+        pipeline_tag="text-to-image" if kind == "A text-to-image" else "image-to-image",
         license=facts.pop("license", None),
         language=facts.pop("language", None),
         datasets=facts.pop("datasets", None),
@@ -144,6 +145,7 @@ def model_card(
         inference={"parameters": advice},
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
+    call = _call(pipe, gallery[0][0] if gallery else "")
     made = " in Stable Diffusion's form, exported by Sfumato."
     if base:
         made = f", fine-tuned with Sfumato from `{base}`."
@@ -154,9 +156,10 @@ def model_card(
     return _CARD.format(
         data=front.to_yaml(),
         title=" ".join(title.split()),
-        made=f"{'An inpainting' if pipe.sees_masks else 'A text-to-image'} diffusion model{made}",
+        made=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{made}",
         where=where,
-        **_call(pipe, gallery[0][0] if gallery else ""),
+        **call,
+        ours=call["call"].replace("image=edges", "control_image=edges"),
         **advice,
         limits=_LIMITS if scratch else _OTHER_LIMITS,
         model=_describe(pipe, variants),
@@ -166,14 +169,38 @@ def model_card(
     )
 
 
+def _kind(pipe: SfumatoPipeline) -> str:
+    if pipe.controlnet is not None:
+        return "A controlled text-to-image"
+    return {None: "A text-to-image", "masks": "An inpainting", "low_res": "An upscaling"}[pipe.reads]
+
+
+def _flows(pipe: SfumatoPipeline) -> bool:
+    return isinstance(trained(pipe.scheduler), SfumatoFlowScheduler)
+
+
 def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     """The arguments of the snippets' calls, and the lines that they need before."""
-    if not pipe.sees_masks:
+    factor, (height, width) = pipe.vae_scale_factor, pipe.trained_size
+    mode = MODES[pipe.vae.config.in_channels]
+    if pipe.reads == "low_res":
+        lines = (
+            "# The smaller picture, here a white one, in the size of the latents.\nfrom PIL import Image\n"
+            f'small = Image.new("{mode}", {(width // factor, height // factor)}, "white")\n'
+        )
+        return {"call": f"{prompt!r}, image=small", "given": lines}
+    if pipe.controlnet is not None:
+        lines = (
+            "# The map to follow: here a black one, with no edges.\nfrom PIL import Image\n"
+            f'edges = Image.new("{MODES[pipe.controlnet.config.conditioning_channels]}", {(width, height)})\n'
+        )
+        return {"call": f"{prompt!r}, image=edges", "given": lines}
+    if pipe.reads != "masks":
         return {"call": repr(prompt), "given": ""}
     lines = (
         "# The picture to change, and white where: here all of a white one.\nfrom PIL import Image\n"
         f"size = {pipe.trained_size[::-1]}\n"
-        f'picture, mask = Image.new("{MODES[pipe.vae.config.in_channels]}", size, "white"), Image.new("L", size, 255)\n'
+        f'picture, mask = Image.new("{mode}", size, "white"), Image.new("L", size, 255)\n'
     )
     call = f"{prompt!r}, image=picture, mask_image=mask, height=size[1], width=size[0], strength=1.0"
     return {"call": call, "given": lines}
@@ -219,12 +246,14 @@ def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
     space = "on pixels: its VAE is the identity" if factor == 1 else f"on latents of {channels} channels at {height} x {width}"
     scheduler = pipe.scheduler.config
     notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
-    schedule = notes or {"beta_schedule": scheduler.beta_schedule}
+    schedule = notes or {"beta_schedule": scheduler.get("beta_schedule")}
+    if _flows(pipe):
+        schedule = {"flow": "straight", "shift": trained(pipe.scheduler).config.shift}
     rows = {
         "Parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "Resolution": f"{height * factor} x {width * factor} pixels, {pipe.vae.config.out_channels} channels; works {space}",
         "Text": f"CLIP text encoder, up to {pipe.tokenizer.model_max_length} tokens, vocabulary of {len(pipe.tokenizer):,}",
-        "Prediction": f"{scheduler.prediction_type}, {scheduler.num_train_timesteps} noise levels",
+        "Prediction": f"{trained(pipe.scheduler).prediction_type}, {scheduler.num_train_timesteps} noise levels",
         "Noise schedule": f"`{json.dumps(schedule)}`"
         + (", zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""),
     }

@@ -14,6 +14,7 @@ SAMPLERS = {
     # Its trapezoid in sigma needs steps that shrink evenly: the trained ones leap from 20,000 to 10 at once (LOG.md).
     "heun": ("HeunDiscreteScheduler", {"use_exponential_sigmas": True}),
 }
+FLOW_SAMPLERS = ("euler", "dpm++", "unipc")  # those that draw with models of flow matching
 # name -> diffusers' class
 GUIDERS = {
     "cfg": "ClassifierFreeGuidance",
@@ -44,7 +45,8 @@ def replaced(pipe, **parts):
     """The same pipeline with other parts; all others are shared, and keep their precision."""
     from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
-    new = SfumatoPipeline(**{**pipe.components, **parts}, requires_safety_checker=pipe.config.requires_safety_checker)
+    settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level")}
+    new = SfumatoPipeline(**{**pipe.components, **parts}, **settings)
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new
 
@@ -57,9 +59,16 @@ def with_sampler(pipe, name: str):
     """
     import diffusers
 
-    from sfumato.schedulers import SfumatoDDPMScheduler
+    from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
 
     check_name("sampler", name, SAMPLERS)
+    known = trained(pipe.scheduler)
+    if isinstance(known, SfumatoFlowScheduler):
+        if name not in FLOW_SAMPLERS:
+            raise ValueError(f"{name} cannot draw with a model of flow matching; choose one of {', '.join(FLOW_SAMPLERS)}")
+        cls = SAMPLERS[name][0]
+        known = known if name == "euler" else known.to_stock(getattr(diffusers, cls), solver_order=2)
+        return replaced(pipe, scheduler=known)
     if name == "euler-a" and pipe.scheduler.config.prediction_type == "sample":
         raise ValueError("diffusers' euler-a cannot draw with a model that predicts the picture itself; use dpm++-sde")
     cls, more = SAMPLERS[name]
@@ -105,7 +114,7 @@ def with_guider(pipe, name: str, weak=None, **settings):
     guider = cls(**{**given, **settings})
     if weak is not None:
         for part, key in (("scheduler", "prediction_type"), ("unet", "in_channels"), ("unet", "out_channels")):
-            here, there = (getattr(p, part).config[key] for p in (pipe, weak))
+            here, there = (getattr(p, part).config.get(key) for p in (pipe, weak))
             if here != there:
                 raise ValueError(f"the weaker model has {key} {there}, this one {here}")
         guider.weak = weak

@@ -7,7 +7,7 @@ import torch
 
 from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import SfumatoDDPMScheduler
+from sfumato.schedulers import SfumatoFlowScheduler, trained
 
 
 @torch.no_grad()
@@ -27,10 +27,12 @@ def invert(
     Returns:
         `(1, C, h, w)` for `edit`'s call: `pipe(other_prompt, image=image, strength=strength, latents=noise)` with DDIM.
     """
-    if pipe.sees_masks:
-        raise ValueError("inversion is for models that see no mask; with this one, redraw a part by `mask_image`")
+    if pipe.reads:
+        raise ValueError(f"inversion is for models that read nothing but noise and text, and this one reads {pipe.reads}")
+    if isinstance(trained(pipe.scheduler), SfumatoFlowScheduler):
+        raise ValueError("DDIM inversion is for diffusion, not for flow matching; use `image` and `strength`")
     pipe = with_sampler(pipe, "ddim")
-    scheduler, device = SfumatoDDPMScheduler.from_config(pipe.scheduler.config), pipe._execution_device
+    scheduler, device = trained(pipe.scheduler), pipe._execution_device
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
     taken = max(1, round(strength * num_inference_steps))
     text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)

@@ -12,22 +12,42 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
-from sfumato.pipelines import inputs, pipeline_sfumato, trust
+from sfumato.pipelines import conditions, guided, inputs, pipeline_sfumato, trust
 from sfumato.pipelines.card import model_card, variants_line
+from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import scheduling_sfumato_ddpm
+from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 
+NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
 TAKEN = ("README.md", "training_args.yaml")
 _LINKS = (
+    "from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside\n",
+    "from sfumato.pipelines.guided import guided_prediction\n",
     "from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels\n",
     "from sfumato.pipelines.trust import check_folder\n",
     "from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler\n",
+    "from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler\n",
 )
 
 
+_CASCADE = """## Larger pictures
+
+`upscaler/` holds a second model, which makes the pictures larger; it opens by itself as they all do.
+With `pip install sfumato`, both as one call:
+
+```python
+from sfumato.pipelines import Cascade
+
+image = Cascade.from_pretrained("{where}")("").images[0]
+```
+
+## What it is
+"""
+
+
 def joined_source() -> str:
-    """`pipeline.py`: the sources of scheduler, trust, inputs and pipeline as one file without `sfumato` in its imports."""
-    modules = (scheduling_sfumato_ddpm, trust, inputs, pipeline_sfumato)
+    """`pipeline.py`: what travels, as one file without `sfumato` in its imports."""
+    modules = (scheduling_sfumato_ddpm, scheduling_sfumato_flow, trust, inputs, conditions, guided, pipeline_sfumato)
     *others, pipeline = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     for link in _LINKS:
         if link not in pipeline:
@@ -97,9 +117,13 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw:
     stock.save_pretrained(folder, max_shard_size=max_shard_size)
     copies = []
     if "fp16" in variants:
-        copies += [("fp16", part, copy.deepcopy(getattr(stock, part)).half()) for part in ("unet", "text_encoder", "vae")]
+        copies += [
+            ("fp16", part, copy.deepcopy(model).half())
+            for part, model in stock.components.items()
+            if part in NETWORKS and model
+        ]
     if "raw" in variants:
-        for part in ("unet", "text_encoder"):
+        for part in NETWORKS:
             if tensors := {k.removeprefix(f"{part}."): v for k, v in raw.items() if k.startswith(f"{part}.")}:
                 module = copy.deepcopy(getattr(stock, part))
                 if unexpected := module.load_state_dict(tensors, strict=False).unexpected_keys:
@@ -153,6 +177,7 @@ def export_pipeline(
     raw: dict | None = None,
     max_shard_size: str = "10GB",
     source: str | os.PathLike | None = None,
+    upscaler: str | os.PathLike | None = None,
 ) -> Path:
     """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
 
@@ -170,6 +195,7 @@ def export_pipeline(
         raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
         max_shard_size: weights are split into files of at most this size.
         source: the exported folder that `pipe` was opened from; its card, samples and settings are taken over.
+        upscaler: the exported folder of an upscaling model; a copy of it is put inside, which makes a `Cascade`.
 
     Raises:
         ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
@@ -186,6 +212,12 @@ def export_pipeline(
     new.mkdir(parents=True)
     try:
         _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source)
+        if upscaler is not None:
+            second = SfumatoPipeline.from_pretrained(str(upscaler))
+            Cascade(pipe, second)  # or these two do not go together
+            export_pipeline(second, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
+            card = new / "README.md"
+            card.write_text(card.read_text("utf-8").replace("## What it is\n", _CASCADE.format(where=where), 1), "utf-8")
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -218,7 +250,14 @@ def _may_replace(folder: Path) -> None:
             f"{folder} exists and is no pipeline that Sfumato exported; export to a new folder or remove it first"
         )
     parts = json.loads((folder / "model_index.json").read_text("utf-8"))
-    known = {"model_index.json", "pipeline.py", "samples", *TAKEN, *(name for name in parts if not name.startswith("_"))}
+    known = {
+        "model_index.json",
+        "pipeline.py",
+        "samples",
+        UPSCALER,
+        *TAKEN,
+        *(name for name in parts if not name.startswith("_")),
+    }
     if more := sorted(path.name for path in folder.iterdir() if path.name not in known):
         raise ValueError(f"{folder} holds more than an export, and it would be lost: {', '.join(more[:5])}; export elsewhere")
 

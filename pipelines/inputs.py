@@ -32,6 +32,8 @@ def check_inputs(
     output_type,
     callback_on_step_end_tensor_inputs,
     num_resamples,
+    noise_level,
+    control_image,
 ):
     """Refuse wrong types, sizes and ranges before anything is computed.
 
@@ -105,6 +107,7 @@ def check_inputs(
         if tuple(latents.shape) != expected:
             raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}")
     _check_images(pipe, image, mask_image, strength, num_inference_steps, num_resamples)
+    _check_task(pipe, image, mask_image, strength, noise_level, control_image)
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
     if unknown := [k for k in callback_on_step_end_tensor_inputs if k not in pipe._callback_tensor_inputs]:
@@ -128,6 +131,20 @@ def _check_images(pipe, image, mask_image, strength, num_inference_steps, num_re
             raise ValueError("`num_resamples` is for inpainting; pass `image` and `mask_image`")
         if not isinstance(pipe.scheduler, (DDPMScheduler, DDIMScheduler)):
             raise ValueError(f"`num_resamples` needs a DDPM or DDIM scheduler, not {type(pipe.scheduler).__name__}")
+
+
+def _check_task(pipe, image, mask_image, strength, noise_level, control_image) -> None:
+    """What upscaling models and ControlNets need, and others do not take."""
+    if (pipe.controlnet is None) != (control_image is None):
+        missing = "has no ControlNet; leave `control_image` out" if pipe.controlnet is None else "needs `control_image`"
+        raise ValueError(f"this model {missing}")
+    if pipe.reads != "low_res":
+        return
+    if image is None or mask_image is not None or strength is not None:
+        raise ValueError("an upscaling model takes `image`, the smaller picture, and neither `mask_image` nor `strength`")
+    limit = pipe.config.max_noise_level
+    if not isinstance(noise_level, int) or isinstance(noise_level, bool) or not 0 <= noise_level <= limit:
+        raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {noise_level!r}")
 
 
 def _stack(name: str, value, one_has: int) -> torch.Tensor:
@@ -154,13 +171,17 @@ def _fit_batch(name: str, tensor: torch.Tensor, batch_size: int, num_images_per_
     return tensor.expand(batch_size, *tensor.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
 
 
-def to_pixels(image, channels: int, height: int, width: int, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
+def to_pixels(
+    image, channels: int, height: int, width: int, batch_size: int, num_images_per_prompt: int,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> torch.Tensor:  # fmt: skip
     """`image` as `(B, C, height, width)` in [-1, 1].
 
     Args:
         image: PIL pictures, which are resized where they have another size; arrays `(H, W, C)` or tensors `(C, H, W)`, uint8
             or float in [0, 1], with or without a batch dimension; or a list of any of them.
         channels: C: 1 grey, 3 RGB, 4 RGBA.
+        resample: how PIL pictures are resized.
 
     Raises:
         TypeError, ValueError: something else, another size, values out of range, as many as neither one nor the prompts.
@@ -168,7 +189,7 @@ def to_pixels(image, channels: int, height: int, width: int, batch_size: int, nu
     parts = image if isinstance(image, list) else [image]
     if all(isinstance(part, Image.Image) for part in parts):
         sized = [part.convert(MODES[channels]) for part in parts]
-        sized = [p if p.size == (width, height) else p.resize((width, height), Image.Resampling.LANCZOS) for p in sized]
+        sized = [p if p.size == (width, height) else p.resize((width, height), resample) for p in sized]
         image = [np.asarray(part).reshape(height, width, channels) for part in sized]
     pixels = _stack("image", image, one_has=3)
     if tuple(pixels.shape[1:]) != (channels, height, width):

@@ -1,4 +1,4 @@
-"""Text to image, image to image and inpainting with any guider and scheduler of diffusers, over stock parts.
+"""Text to image, image to image, inpainting, upscaling, control; any guider and scheduler of diffusers, over stock parts.
 
 Self-contained on purpose (torch, diffusers, transformers and of ours what `export.joined_source` joins): this file travels
 inside shared model folders.
@@ -8,12 +8,18 @@ import copy
 import inspect
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
@@ -22,11 +28,15 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside
+from sfumato.pipelines.guided import guided_prediction
 from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
+from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
 
 logger = logging.get_logger(__name__)
 # Every construction of a guider warns that guiders are new; once read is enough, and we pin what we tested.
@@ -43,14 +53,18 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         vae: turns latents into pictures; the identity for pixel models.
         text_encoder, tokenizer: prompt to `(B, L, D)` embeddings.
         unet: predicts what the scheduler's `prediction_type` says.
-        scheduler: a stock `DDPMScheduler` is turned into `SfumatoDDPMScheduler`; any other is taken as it is.
+        scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are turned into ours; others stay as they are.
         guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` by default.
+        low_res_scheduler, max_noise_level: of an upscaling model, how noise is put on the small picture, and how much.
+        controlnet: makes the network follow a map, such as edges (Zhang et al. 2023, arXiv 2302.05543).
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: kept for Stable Diffusion folders that
             have them, so that nothing is lost on the way back; not used here.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "guider"]
+    _optional_components = [
+        "safety_checker", "feature_extractor", "image_encoder", "guider", "low_res_scheduler", "controlnet",
+    ]  # fmt: skip
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     _num_passes, _one_by_one = 0, False
 
@@ -66,12 +80,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         feature_extractor: Optional[object] = None,  # noqa: UP045
         image_encoder: Optional[object] = None,  # noqa: UP045
         requires_safety_checker: bool = False,
+        low_res_scheduler: Optional[object] = None,  # noqa: UP045
+        controlnet: Optional[object] = None,  # noqa: UP045
+        max_noise_level: int = 350,
     ):
         super().__init__()
         if safety_checker is not None:
             logger.warning("SfumatoPipeline does not run the safety checker that comes with this model.")
-        if type(scheduler) is DDPMScheduler:
-            scheduler = SfumatoDDPMScheduler.from_config(scheduler.config)
+        ours = {DDPMScheduler: SfumatoDDPMScheduler, FlowMatchEulerDiscreteScheduler: SfumatoFlowScheduler}
+        if type(scheduler) in ours:
+            scheduler = ours[type(scheduler)].from_config(scheduler.config)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -82,8 +100,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
+            low_res_scheduler=low_res_scheduler,
+            controlnet=controlnet,
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.register_to_config(requires_safety_checker=requires_safety_checker, max_noise_level=max_noise_level)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -113,28 +133,34 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self.to_stock().save_pretrained(save_directory, **kwargs)
 
     def to_stock(self) -> DiffusionPipeline:
-        """The same model as a `StableDiffusionPipeline`, or for inpainting, that shares all weights with this one."""
-        from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+        """The same model as the stock pipeline of its kind, sharing all weights: `StableDiffusionPipeline`, or that for
+        inpainting, upscaling or ControlNets.
+        """
+        import diffusers
 
+        parts = {**self.components, "scheduler": self.stock_scheduler()}
+        guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
+        if self.reads == "low_res":
+            del parts["image_encoder"]
+            parts |= {"low_res_scheduler": low_res, "max_noise_level": self.config.max_noise_level}
+            return diffusers.StableDiffusionUpscalePipeline(**parts)
+        parts["requires_safety_checker"] = self.config.requires_safety_checker
+        if controlnet is not None:
+            return diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
+        name = "StableDiffusionInpaintPipeline" if self.reads == "masks" else "StableDiffusionPipeline"
+        return getattr(diffusers, name)(**parts)
+
+    def stock_scheduler(self):
+        """The sampler as a class of diffusers that its pipelines can draw with."""
+        if isinstance(self.scheduler, SfumatoFlowScheduler):
+            return self.scheduler.to_stock()
         # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
         # 1.0 clips the very same way and is left alone.
         config = dict(self.scheduler.config)
         if config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0 and "thresholding" in config:
             config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
         ours = isinstance(self.scheduler, SfumatoDDPMScheduler)
-        scheduler = (DDPMScheduler if ours else type(self.scheduler)).from_config(config)
-        cls = StableDiffusionInpaintPipeline if self.sees_masks else StableDiffusionPipeline
-        return cls(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=scheduler,
-            safety_checker=self.safety_checker,
-            feature_extractor=self.feature_extractor,
-            image_encoder=self.image_encoder,
-            requires_safety_checker=self.config.requires_safety_checker,
-        )
+        return (DDPMScheduler if ours else type(self.scheduler)).from_config(config)
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
         """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
@@ -209,24 +235,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     @property
-    def sees_masks(self) -> bool:
-        """Whether the UNet gets mask and masked picture beside the noise, as those of Stable Diffusion inpainting do."""
-        return self.unet is not None and self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
-
-    def prepare_seen(self, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
-        """What such a UNet gets beside the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the rest of the picture.
-
-        Without a mask, all is to be drawn.
-        """
-        if mask is None:
-            size = [side * self.vae_scale_factor for side in noise.shape[-2:]]
-            mask, pixels = (
-                noise.new_ones(len(noise), 1, *size),
-                noise.new_zeros(len(noise), self.vae.config.in_channels, *size),
-            )
-        mask = (mask >= 0.5).to(noise)
-        shown = self.vae.encode(pixels * (1 - mask)).latent_dist.mode() * self.vae.config.scaling_factor
-        return torch.cat([F.interpolate(mask, shown.shape[-2:]), shown], dim=1)
+    def reads(self) -> str | None:
+        """What the UNet reads beside the noisy latents: `masks`, `low_res` or None; see `conditions.beside_noise`."""
+        return beside_noise(self.unet, self.vae)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, h, w)` to pictures `(B, C, H, W)`, about [-1, 1]."""
@@ -241,40 +252,11 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         a = (self.scheduler.alphas_cumprod[t] / self.scheduler.alphas_cumprod[s]).to(x_s)
         return a.sqrt() * x_s + (1 - a).sqrt() * randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
 
-    def predict(self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds):
-        """One guided prediction, `(B, C, h, w)`: the guider says which passes are needed and combines them.
-
-        The passes run as one batch; one after another where a guider changes the network between passes or has a `weak`
-        model for the second, or once a batch of them has not fitted into memory.
-        """
-        # Before diffusers 0.36 this was called prepare_inputs.
-        prepare = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
-        embeds = SimpleNamespace(cond=prompt_embeds, uncond=negative_prompt_embeds)
-        states = prepare(embeds, {"encoder_hidden_states": ("cond", "uncond")})
-        self._num_passes += len(states)
-        weak = getattr(guider, "weak", None)
-        alike = type(guider).prepare_models is BaseGuidance.prepare_models and weak is None
-        if alike and not self._one_by_one:
-            context = torch.cat([state.encoder_hidden_states for state in states])
-            try:
-                output = self.unet(latents.repeat(len(states), 1, 1, 1), t, context, return_dict=False)[0]
-                for state, part in zip(states, output.chunk(len(states))):
-                    guider.prepare_models(self.unet)
-                    state.noise_pred = part
-                return guider(states)[0]
-            except torch.OutOfMemoryError:
-                if len(states) == 1:
-                    raise
-                logger.warning("The passes of guidance do not fit into memory as one batch: from here on one by one.")
-                self._one_by_one = True
-        for i, state in enumerate(states):
-            guider.prepare_models(self.unet)
-            unet = weak.unet if weak is not None and i > 0 else self.unet
-            try:
-                state.noise_pred = unet(latents, t, state.encoder_hidden_states, return_dict=False)[0]
-            finally:  # or the network would stay changed for all who share it
-                guider.cleanup_models(self.unet)
-        return guider(states)[0]
+    def predict(
+        self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds, given=None
+    ) -> torch.Tensor:
+        """One guided prediction, `(B, C, h, w)`; see `guided.guided_prediction`."""
+        return guided_prediction(self, guider, latents, t, prompt_embeds, negative_prompt_embeds, given)
 
     @property
     def num_passes(self) -> int:
@@ -318,12 +300,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         num_resamples: int = 1,
+        noise_level: int = 20,
+        control_image: object | None = None,
+        controlnet_conditioning_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
-        """Draw pictures from text; with `image`, change a picture; with `mask_image`, a part of it.
+        """Draw pictures from text; with `image`, change a picture; with `mask_image`, a part of it; or make `image` larger.
 
         Args:
             prompt, negative_prompt: one string or a list; the empty string means no condition.
-            image: a picture to start from, or of which to redraw a part; see `inputs.to_pixels`.
+            image: a picture to start from, or of which to redraw a part; for an upscaling model, the smaller picture. See
+                `inputs.to_pixels`.
             mask_image: where to redraw `image`: 1 is redrawn, 0 is kept to the last bit; see `inputs.to_mask`.
             strength: how much of the way back into noise `image` is sent, over 0 and up to 1; 0.8, and 1 with a mask.
             height, width: in pixels; the size the model was trained at where not given.
@@ -340,6 +326,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             callback_on_step_end_tensor_inputs: which tensors it gets.
             num_resamples: with a mask, how often each step is taken and all but the last time undone by noise, so that
                 what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
+            noise_level: timestep whose noise an upscaling model puts on `image`: more of it, more is made up.
+            control_image: the map that the ControlNet follows; as `image`, of the picture's size.
+            controlnet_conditioning_scale: how strongly.
 
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
@@ -348,7 +337,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         check_inputs(
             self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
             num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,
-            callback_on_step_end_tensor_inputs, num_resamples,
+            callback_on_step_end_tensor_inputs, num_resamples, noise_level, control_image,
         )  # fmt: skip
 
         weak = getattr(self.guider, "weak", None)  # a fresh guider for each call: its state (step, momentum) must not leak
@@ -367,10 +356,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         )  # fmt: skip
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps, dtype = self.scheduler.timesteps, prompt_embeds.dtype
+        batch = (len(prompt_embeds) // num_images_per_prompt, num_images_per_prompt)
+        seen, given = None, {}
+        if self.reads == "low_res":  # before the other noise, as in the stock pipeline
+            grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+            small = to_pixels(image, self.vae.config.in_channels, *grid, *batch, Image.Resampling.BICUBIC).to(device, dtype)
+            seen, image = low_res_beside(self.low_res_scheduler, small, noise_level, generator), None
+            given["class_labels"] = torch.full((len(small),), noise_level, device=device)
+        if control_image is not None:
+            hint = to_pixels(control_image, self.controlnet.config.conditioning_channels, height, width, *batch)
+            given |= {"map": (hint / 2 + 0.5).to(device, dtype), "map_scale": controlnet_conditioning_scale}
         noise = self.prepare_noise(len(prompt_embeds), height, width, dtype, device, generator, latents)
         latents, pixels, mask = noise * self.scheduler.init_noise_sigma, None, None
         if image is not None:
-            batch = (len(prompt_embeds) // num_images_per_prompt, num_images_per_prompt)
             pixels, mask, x_0, latent_mask = self.prepare_image(image, mask_image, height, width, *batch, device, dtype)
             strength = (0.8 if mask is None else 1.0) if strength is None else strength
             if strength < 1:
@@ -379,7 +377,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 if hasattr(self.scheduler, "set_begin_index"):
                     self.scheduler.set_begin_index(begin)
                 latents = self.noised(x_0, noise, timesteps[0])
-        seen = self.prepare_seen(pixels, mask, noise) if self.sees_masks else None
+        seen = masks_beside(self.vae, pixels, mask, noise) if self.reads == "masks" else seen
         self._num_timesteps = len(timesteps)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -391,7 +389,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
                     model_input = self.scheduler.scale_model_input(latents, t)
                     model_input = model_input if seen is None else torch.cat([model_input, seen], dim=1)
-                    output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds)
+                    output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds, given)
                     latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
                     if mask is not None and seen is None:
                         kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])

@@ -83,6 +83,8 @@ def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
     check_name("runtime", name, RUNTIMES)
     if name == "torch":
         return pipe
+    if pipe.reads == "low_res" or pipe.controlnet is not None:
+        raise ValueError("the other runtimes are for networks of noise, time and text, not for upscaling or ControlNets")
     if pipe.device.type != "cpu":
         raise ValueError(f"the other runtimes are for the CPU, and this model is on {pipe.device}")
     if type(pipe.guider).prepare_models is not BaseGuidance.prepare_models:

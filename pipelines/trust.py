@@ -12,9 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
-PARTS = ("vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder")
+PARTS = (
+    "vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder", "controlnet",
+    "low_res_scheduler",
+)  # fmt: skip
 MODELS = {  # (library and class as model_index.json names them) -> module
     ("diffusers", "UNet2DConditionModel"): "diffusers",
+    ("diffusers", "ControlNetModel"): "diffusers",
     ("diffusers", "AutoencoderKL"): "diffusers",
     ("diffusers", "AutoencoderTiny"): "diffusers",
     ("diffusers", "AsymmetricAutoencoderKL"): "diffusers",

@@ -1,3 +1,15 @@
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
+from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
 
-__all__ = ["SfumatoDDPMScheduler"]
+__all__ = ["SfumatoDDPMScheduler", "SfumatoFlowScheduler", "trained"]
+
+
+def trained(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
+    """Of any sampler, the noise levels that its model was trained with, as one of our schedulers."""
+    if isinstance(scheduler, SfumatoDDPMScheduler | SfumatoFlowScheduler):
+        return scheduler
+    config = scheduler.config
+    if config.get("prediction_type", "flow_prediction") == "flow_prediction":  # diffusers' flow schedulers do not name it
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        return SfumatoFlowScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
+    return SfumatoDDPMScheduler.from_config(config)

@@ -187,6 +187,19 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             x_0, eps = (x_t - noise * output) / signal, output
         return {"sample": x_0, "epsilon": eps, "v_prediction": signal * eps - noise * x_0}[target]
 
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts: `epsilon`, `sample` or `v_prediction`."""
+        return self.config.prediction_type
+
+    def training_levels(self) -> torch.Tensor:
+        """The timesteps that are trained, `(num_train_timesteps,)`, from the least noise to the most."""
+        return torch.arange(self.config.num_train_timesteps)
+
+    def denoised(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
+        """x_0 that a prediction means, `(B, C, H, W)`; see `convert`."""
+        return self.convert(output, x_t, torch.as_tensor(t).long(), self.prediction_type, "sample")
+
     def training_target(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network should output, by `prediction_type`; all `(B, C, H, W)`, `t` is `(B,)`."""
         if self.config.prediction_type == "epsilon":

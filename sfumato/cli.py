@@ -33,14 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="guide only in this part of the steps; outside it one pass instead of two (default: 0 1)",
     )  # fmt: skip
     sample.add_argument("--runtime", default="torch", help=f"on a CPU: {', '.join(RUNTIMES)} (default: %(default)s)")
-    sample.add_argument("--image", help="a picture to start from, or to redraw a part of")
+    sample.add_argument("--image", help="a picture to start from, to redraw a part of, or to make larger")
     sample.add_argument("--mask", help="a picture that is white where --image is redrawn")
     sample.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1")
+    sample.add_argument("--control", help="a map that a model with a ControlNet follows, such as edges")
     sample.add_argument("--gif", help="show the denoising, step by step, in this file")
 
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
     export.add_argument("folder", help="where to")
+    export.add_argument("--upscaler", help="a run or folder of an upscaling model, to go with it as a cascade")
     export.add_argument("--variants", nargs="*", default=[], choices=["fp16", "raw"], help="further copies of the weights")
     export.add_argument("--max-shard-size", default="10GB", help="of a file of weights (default: %(default)s)")
 
@@ -113,7 +115,9 @@ def _sample(options) -> int:
     import torch
     from PIL import Image
 
+    from sfumato.pipelines import Cascade, SfumatoPipeline
     from sfumato.pipelines.card import recommended
+    from sfumato.pipelines.cascade import UPSCALER
     from sfumato.training.evaluation import grid
 
     pipe = _opened(options, model)
@@ -121,7 +125,7 @@ def _sample(options) -> int:
     options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
     options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     frames, given = [], {}
-    for name, path in (("image", options.image), ("mask_image", options.mask)):
+    for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
         if path:
             with Image.open(path) as file:
                 given[name] = file.copy()
@@ -141,8 +145,13 @@ def _sample(options) -> int:
         callback_on_step_end=keep if options.gif else None,
         **given,
     ).images
+    if (Path(model) / UPSCALER / "model_index.json").is_file():
+        second = Cascade(pipe, SfumatoPipeline.from_pretrained(str(Path(model) / UPSCALER)).to(pipe.device)).upscaler
+        advice = recommended(str(Path(model) / UPSCALER))
+        generators = [torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))]
+        pictures = second(options.prompts, image=pictures, generator=generators, **advice).images
     settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif", "each") and v is not None}
-    for name in {"model", "image", "mask", "weak"} & settings.keys():
+    for name in {"model", "image", "mask", "control", "weak"} & settings.keys():
         if Path(settings[name]).exists():  # a name, not where it lies on this machine
             settings[name] = Path(settings[name]).resolve().name
     settings["passes"] = pipe.num_passes
@@ -189,8 +198,9 @@ def _export(options) -> int:
         raw = next((checkpoints.raw_weights(f) for f in near if (f / "state.safetensors").is_file()), None)
     pipe = SfumatoPipeline.from_pretrained(model)
     folder = export_pipeline(
-        pipe, options.folder, variants=options.variants, raw=raw, max_shard_size=options.max_shard_size, source=source
-    )
+        pipe, options.folder, variants=options.variants, raw=raw, max_shard_size=options.max_shard_size, source=source,
+        upscaler=options.upscaler and _find_pipeline(options.upscaler),
+    )  # fmt: skip
     print(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
     return 0
 

@@ -202,7 +202,7 @@ if __name__ == "__main__":
     def make_config(folder, **train_settings):
         settings = {"max_steps": 8, "gradient_accumulation_steps": 2, **train_settings}
         return tiny.config_file(
-            folder, train=settings, checkpoint={"every_steps": 3}, validation={"num_shapes": 1}, data={"num_pictures": 30}
+            folder, train=settings, checkpoint={"every_steps": 3}, validation={"num_judged": 1}, data={"num_pictures": 30}
         )
 
     report = {}
@@ -233,7 +233,7 @@ if __name__ == "__main__":
         folder = root / f"random-{kills}"
         folder.mkdir()
         path = tiny.config_file(
-            folder, train=long, checkpoint={"every_steps": 1}, validation={"num_shapes": 1}, data={"num_pictures": 30}
+            folder, train=long, checkpoint={"every_steps": 1}, validation={"num_judged": 1}, data={"num_pictures": 30}
         )
         random_kills(path, folder / "run", kills, random.Random(0), longest=4.0)
         hashes.append(result(folder / "run"))

@@ -23,7 +23,7 @@ def make_config(folder, **train):
     """Checkpoints at steps 3, 6 and 8, in the middle of epochs, with accumulation."""
     settings = {"max_steps": 8, "gradient_accumulation_steps": 2, **train}
     return tiny.config_file(
-        folder, train=settings, checkpoint={"every_steps": 3}, validation={"num_shapes": 1}, data={"num_pictures": 30}
+        folder, train=settings, checkpoint={"every_steps": 3}, validation={"num_judged": 1}, data={"num_pictures": 30}
     )
 
 
@@ -67,7 +67,7 @@ def test_killed_at_random_times(tmp_path):
     for kills in (0, 3):
         folder = tmp_path / str(kills)
         folder.mkdir()
-        path = tiny.config_file(folder, train={"max_steps": 40}, checkpoint={"every_steps": 2}, validation={"num_shapes": 1})
+        path = tiny.config_file(folder, train={"max_steps": 40}, checkpoint={"every_steps": 2}, validation={"num_judged": 1})
         crashes.random_kills(path, folder / "run", kills, random.Random(0), longest=2.5)
         hashes.append(crashes.result(folder / "run"))
     assert hashes[0] == hashes[1]
@@ -231,7 +231,7 @@ def test_what_may_change_on_resume_is_not_told(tmp_path, capsys):
     main([path, "optim.lr_decay=constant"])
     capsys.readouterr()
     more = ["data.max_bad_share=0.5", f"data.cache_dir={tmp_path / 'elsewhere'}", "checkpoint.keep=1", "title=Other"]
-    more += ["validation.num_shapes=2", "train.num_workers=1", "hub.max_shard_size=1GB"]
+    more += ["validation.num_judged=2", "train.num_workers=1", "hub.max_shard_size=1GB"]
     assert main([path, "optim.lr_decay=constant", "checkpoint.resume=auto", *more]) == 0
     assert " before, " not in capsys.readouterr().out
 

@@ -60,7 +60,7 @@ def test_a_result_is_judged(tmp_path):
     assert told(findings(path), "fine", "averaged weights") or told(findings(path), "warning", "averaged weights")
 
 
-@pytest.mark.filterwarnings("ignore:.*captions are longer", "ignore:data.num_pictures", "ignore:validation.num_shapes")
+@pytest.mark.filterwarnings("ignore:.*captions are longer", "ignore:data.num_pictures", "ignore:validation.num_judged")
 def test_a_result_with_a_damaged_checkpoint_and_two_sizes_is_judged(tmp_path):
     for kind, size in {"tall": (20, 40), "wide": (40, 20)}.items():
         for i in range(3):

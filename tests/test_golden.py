@@ -20,7 +20,7 @@ def losses(folder: Path) -> list[float]:
         train={"max_steps": 30, "gradient_accumulation_steps": 2},
         objective={"timesteps": "normal", "weight": "min_snr", "min_snr_floor": 0.2},
         checkpoint={"every_steps": None},
-        validation={"num_shapes": 1},
+        validation={"num_judged": 1},
     )
     assert main([str(path)]) == 0
     return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -33,7 +33,7 @@ def base(tmp_path):
 
 def latent_config(folder, base, **data):
     return tiny.config_file(
-        folder, vae={"pretrained": str(base)}, text_encoder={"pretrained": str(base)}, data=data, validation={"num_shapes": 1}
+        folder, vae={"pretrained": str(base)}, text_encoder={"pretrained": str(base)}, data=data, validation={"num_judged": 1}
     )
 
 

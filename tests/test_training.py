@@ -93,7 +93,7 @@ def test_every_objective_learns_to_overfit_one_picture(tmp_path, prediction_type
         optim={"lr": 3e-3, "lr_warmup_steps": 5, "lr_decay": "constant"},
         train={"max_steps": 120, "batch_size": 8},
         checkpoint={"every_steps": None},
-        validation={"num_shapes": 1},
+        validation={"num_judged": 1},
     )
     assert main([str(path)]) == 0
     losses = [line["loss"] for line in metrics(tmp_path)]

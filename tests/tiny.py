@@ -20,7 +20,7 @@ CONFIG = {
     },
     "scheduler": {"beta_schedule": "cosine", "prediction_type": "v_prediction"},
     "train": {"max_steps": 6, "batch_size": 4, "num_threads": 1, "trackers": []},
-    "validation": {"every_steps": None, "num_inference_steps": 2, "num_shapes": 4},
+    "validation": {"every_steps": None, "num_inference_steps": 2, "num_judged": 4},
     "checkpoint": {"every_steps": 3},
 }
 
@@ -33,7 +33,7 @@ def config_file(folder, **sections):
         content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
     if content["data"]["name"] != "shapes":
         content["data"].pop("num_pictures")
-        content["validation"].pop("num_shapes")
+        content["validation"].pop("num_judged")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content, allow_unicode=True))
     return path
@@ -44,3 +44,16 @@ def pipeline(tmp_path, **sections):
     pipe = build.build_pipeline(configs.load(config_file(tmp_path, **sections)), CAPTIONS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def vae():
+    """A VAE with random weights that halves pictures."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )

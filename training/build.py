@@ -1,66 +1,44 @@
 """From the config to tokenizer, text encoder, VAE, UNet and scheduler: real diffusers and transformers classes."""
 
-import inspect
 import json
 import warnings
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.schedulers import SfumatoDDPMScheduler
+from sfumato.pipelines.guided import run_network
+from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
+from sfumato.training.autoencoders import divisible, identity_vae, known, lists_to_tuples, set_scaling_factor
 from sfumato.training.config import Config, TextEncoderConfig
 from sfumato.training.latents import is_identity
 
+UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every VAE's scaling factor
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Denoiser(torch.nn.Module):
-    """Text encoder and UNet as one module, so that one DDP wrapper and one optimizer serve both."""
+    """Text encoder, UNet and, where there is one, ControlNet as one module: one DDP wrapper and one optimizer serve all."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+    def __init__(
+        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, controlnet: ControlNetModel | None = None
+    ):  # fmt: skip
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.controlnet = controlnet
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)` or embeddings `(B, L, D)`."""
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, given: dict | None = None) -> torch.Tensor:
+        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)` or embeddings `(B, L, D)`.
+
+        `given`: see `guided.run_network`.
+        """
         embeddings = text if text.is_floating_point() else self.text_encoder(text)[0]
-        return self.unet(x_t, t, embeddings, return_dict=False)[0]
-
-
-class VariationalAutoencoder(torch.nn.Module):
-    """Encoder, a latent drawn by given noise, and decoder as one forward pass (Kingma and Welling 2014)."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
-        latent = self.vae.encode(pixels).latent_dist
-        return self.vae.decode(latent.mean + latent.std * noise).sample, latent.mean, latent.logvar
-
-
-def build_autoencoder(config: Config) -> VariationalAutoencoder:
-    """A stock `AutoencoderKL` of random weights, drawn from `config.seed`.
-
-    Raises:
-        ValueError: an argument that the class does not have, or that contradicts `data`.
-    """
-    arguments = config.autoencoder.model
-    _known(arguments, AutoencoderKL, "autoencoder.model")
-    given = {"sample_size": config.data.resolution, "in_channels": config.data.channels, "out_channels": config.data.channels}
-    if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
-        raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
-    torch.manual_seed(config.seed)
-    vae = AutoencoderKL(**{**_lists_to_tuples(arguments), **given})
-    _divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
-    return VariationalAutoencoder(vae)
+        return run_network(self.unet, self.controlnet, x_t, t, embeddings, given)
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -149,59 +127,16 @@ def _pretrained(cls: type, key: str, source: str, part: str, **arguments):
             raise ValueError(f"{key}={source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
-def identity_vae(sample_size: int, channels: int = 3, latent_channels: int | None = None) -> AutoencoderKL:
-    """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
-
-    Latent channels beyond the picture's, if any, are zero: Stable Diffusion's inpainting knows none but 4.
-
-    Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
-    +-K fix the group norm's variance at K^2 / (channels + 1) whatever the picture; its weight undoes the division.
-    """
-    latent_channels = latent_channels or channels
-    vae = AutoencoderKL(
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(2 * channels + 2,),
-        latent_channels=latent_channels,
-        norm_num_groups=1,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        sample_size=sample_size,
-    )
-    big = 1000.0
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            if "norm" not in name:
-                parameter.zero_()
-        for half in (vae.encoder, vae.decoder):
-            half.conv_norm_out.weight.fill_((big**2 / (channels + 1) + half.conv_norm_out.eps) ** 0.5)
-            half.conv_in.bias[2 * channels :] = torch.tensor([big, -big])
-            for colour in range(channels):
-                half.conv_in.weight[2 * colour, colour, 1, 1] = 1
-                half.conv_in.weight[2 * colour + 1, colour, 1, 1] = -1
-                half.conv_out.weight[colour, 2 * colour, 1, 1] = 1
-                half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
-        vae.encoder.conv_out.bias[latent_channels:] = -30.0  # log-variance: no noise
-    return vae.requires_grad_(False).eval()
-
-
-def build_scheduler(config: Config) -> SfumatoDDPMScheduler:
+def build_scheduler(config: Config) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
     """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone."""
+    if config.objective.target == "flow":
+        known(config.scheduler, SfumatoFlowScheduler, "scheduler")
+        return SfumatoFlowScheduler(**config.scheduler)
     arguments = {"timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False, **config.scheduler}
     if config.vae.pretrained is None:
         arguments = {"thresholding": True, "sample_max_value": 1.0, **arguments}
-    _known(arguments, SfumatoDDPMScheduler, "scheduler")
+    known(arguments, SfumatoDDPMScheduler, "scheduler")
     return SfumatoDDPMScheduler(**arguments)
-
-
-def _known(arguments: dict, cls: type, section: str) -> None:
-    allowed = list(inspect.signature(cls.__init__).parameters)[1:]
-    if unknown := set(arguments) - set(allowed):
-        raise ValueError(
-            f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}"
-        )
 
 
 def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer | None = None) -> SfumatoPipeline:
@@ -219,12 +154,13 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         if tokenizer is not None:
             pipe.register_modules(tokenizer=tokenizer)
         return pipe
-    _known(config.unet, UNet2DConditionModel, "unet")
+    known(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)
     torch.manual_seed(config.seed)
     tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions, tokenizer)
+    upscaling = config.task == "upscaling"
     if config.vae.pretrained is None:
-        vae = identity_vae(config.data.resolution, config.data.channels, 4 if config.task == "inpainting" else None)
+        vae = identity_vae(config.data.resolution, config.data.channels, 4 if config.task == "inpainting" else None, upscaling)
     else:
         vae, _ = _pretrained(AutoencoderKL, "vae.pretrained", config.vae.pretrained, "vae")
         vae.requires_grad_(False).eval()
@@ -232,24 +168,49 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
             raise ValueError(f"data.channels={config.data.channels}: vae.pretrained takes {vae.config.in_channels}")
         if config.task == "inpainting" and vae.config.latent_channels != 4:
             raise ValueError("task=inpainting needs a VAE of 4 latent channels: Stable Diffusion's inpainting knows no other")
+    if upscaling:
+        set_scaling_factor(vae, UPSCALERS_SCALE)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    _divisible(config, factor)
+    divisible(config, factor)
     given = {
         "sample_size": config.data.resolution // factor,
         "in_channels": _num_inputs(config, vae),
         "out_channels": vae.config.latent_channels,
+        **({"class_embed_type": "timestep"} if upscaling else {}),
         "cross_attention_dim": text_encoder.config.hidden_size,
     }
     if clash := {k: config.unet[k] for k, v in given.items() if config.unet.get(k, v) != v}:
         raise ValueError(f"unet: {clash} contradicts what data, vae and text_encoder say: { {k: given[k] for k in clash} }")
-    unet = UNet2DConditionModel(**{**_lists_to_tuples(config.unet), **given})
+    unet = UNet2DConditionModel(**{**lists_to_tuples(config.unet), **given})
     strengthen_conditioning(unet)
-    return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+    more = {}
+    if upscaling:
+        low_res = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        if config.upscaling.max_noise_level >= low_res.config.num_train_timesteps:
+            raise ValueError(f"upscaling.max_noise_level must be below {low_res.config.num_train_timesteps}")
+        more = {"low_res_scheduler": low_res, "max_noise_level": config.upscaling.max_noise_level}
+    return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **more)
 
 
 def _num_inputs(config: Config, vae: AutoencoderKL) -> int:
-    """Channels that the UNet reads: the noisy latents, for inpainting also the mask and the masked picture's latents."""
-    return vae.config.latent_channels * (2 if config.task == "inpainting" else 1) + (config.task == "inpainting")
+    """Channels that the UNet reads: the noisy latents; for inpainting also the mask and the masked picture's latents; for
+    upscaling the small picture.
+    """
+    beside = {"inpainting": vae.config.latent_channels + 1, "upscaling": vae.config.in_channels}
+    return vae.config.latent_channels + beside.get(config.task, 0)
+
+
+def build_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel:
+    """A stock ControlNet for this UNet that reads maps of `factor` times its size; changes nothing until it is trained.
+
+    It begins with all weights of the UNet that fit: diffusers knows no ControlNet with a `time_embedding_dim` of its own.
+    """
+    widths = (16, 32, 96, 256, 256)[: factor.bit_length()]
+    new = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False)
+    own = new.state_dict()
+    fits = {name: value for name, value in unet.state_dict().items() if name in own and own[name].shape == value.shape}
+    new.load_state_dict(fits, strict=False)
+    return new
 
 
 def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> None:
@@ -267,12 +228,6 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
     unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
 
 
-def _divisible(config: Config, factor: int) -> None:
-    for side in (config.data.resolution, *(side for size in config.data.buckets for side in size)):
-        if side % factor:
-            raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
-
-
 def load_pipeline(config: Config) -> SfumatoPipeline:
     """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
 
@@ -284,8 +239,7 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         pipe = SfumatoPipeline.from_pretrained(config.init_from, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
-    if type(pipe.scheduler) is not SfumatoDDPMScheduler:  # the sampler that the folder names; its schedule is what counts
-        pipe.register_modules(scheduler=SfumatoDDPMScheduler.from_config(pipe.scheduler.config))
+    pipe.register_modules(scheduler=trained(pipe.scheduler))  # whatever sampler the folder names, its schedule is what counts
     channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if channels == latents == pipe.unet.config.out_channels and config.task == "inpainting":
         if is_identity(pipe.vae):
@@ -297,10 +251,10 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError(f"{model}, not one for {config.task}")
     if pipe.vae.config.in_channels != config.data.channels:
         raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
-    _divisible(config, pipe.vae_scale_factor)
+    divisible(config, pipe.vae_scale_factor)
     if pipe.unet.config.out_channels != latents:
         raise ValueError(f"init_from={config.init_from!r} also predicts its variance, which this trainer does not train")
-    if pipe.scheduler.config.prediction_type == "epsilon" and config.objective.min_snr_floor:
+    if pipe.scheduler.prediction_type == "epsilon" and config.objective.min_snr_floor:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     pipe.unet.register_to_config(sample_size=config.data.resolution // pipe.vae_scale_factor)
     torch.manual_seed(config.seed)
@@ -308,6 +262,14 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
     train_text = bool(config.text_encoder.train) and not config.lora.rank
     pipe.text_encoder.requires_grad_(train_text).train(train_text)
     pipe.unet.requires_grad_(not config.lora.rank).train()
+    if config.task == "control":
+        pipe.unet.requires_grad_(False)
+        pipe.text_encoder.requires_grad_(False).eval()
+        if pipe.controlnet is None:
+            pipe.register_modules(controlnet=build_controlnet(pipe.unet, pipe.vae_scale_factor))
+        pipe.controlnet.requires_grad_(True).train()
+    elif pipe.controlnet is not None:
+        raise ValueError(f"init_from={config.init_from!r} has a ControlNet, which only task=control trains")
     if config.lora.rank:
         try:
             from peft import LoraConfig
@@ -343,7 +305,3 @@ def strengthen_conditioning(unet: UNet2DConditionModel, factor: float = 3.0) -> 
         for name, module in unet.named_modules():
             if name.endswith("time_emb_proj"):
                 module.weight.mul_(factor)
-
-
-def _lists_to_tuples(arguments: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}

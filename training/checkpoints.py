@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import replaced
 from sfumato.pipelines.export import sync, sync_entry
 from sfumato.training.config import Config
 from sfumato.training.ema import EMA
@@ -113,7 +114,7 @@ def shareable(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoPipeli
         parts = {"unet": unet}
     else:
         return pipe
-    return SfumatoPipeline(**{**pipe.components, **parts})
+    return replaced(pipe, **parts)
 
 
 def save_lora(pipe: SfumatoPipeline, folder: Path) -> None:

@@ -5,7 +5,7 @@ sample gets the same caption, noise and noise level on any number of processes.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -96,24 +96,29 @@ def batches(
     num_processes: int = 1,
     start: int = 0,
     latents: np.ndarray | None = None,
+    beside: Callable[[np.ndarray, int], dict[str, np.ndarray]] | None = None,
 ) -> Iterator[dict]:
     """Endless training batches of one process, from global position `start` on.
 
     Args:
         texts: token ids or embeddings of all captions, from `latents.cached_texts`.
         latents: from `latents.cached_latents`, if they were made.
+        beside: what else the task makes, by name, of a picture `(H, W, C)` uint8 and the seed of its noise.
 
     Yields:
         `pixel_values` (B, C, H, W) float32 in [-1, 1], or `x_0` (B, C, h, w) where there are latents; `text`, which is
-        token ids (B, L) or embeddings (B, L, D); `u` (B,) in [0, 1); `noise_seed` (B,).
+        token ids (B, L) or embeddings (B, L, D); `u` (B,) in [0, 1); `noise_seed` (B,); and what `beside` makes.
     """
 
     def collate(samples):
         numbers, flips, captions, u, seeds = zip(*samples)
         batch = {"u": torch.tensor(u), "noise_seed": torch.tensor(seeds), "text": torch.from_numpy(texts[list(captions)])}
         if latents is None:
-            shown = (pictures.picture(i) for i in numbers)
-            batch["pixel_values"] = to_pixel_values(np.stack([p[:, ::-1] if f else p for p, f in zip(shown, flips)]))
+            shown = [pictures.picture(i)[:, ::-1] if f else pictures.picture(i) for i, f in zip(numbers, flips)]
+            batch["pixel_values"] = to_pixel_values(np.stack(shown))
+            if beside is not None:
+                rows = [beside(picture, seed) for picture, seed in zip(shown, seeds)]
+                batch |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         else:
             batch["x_0"] = torch.from_numpy(latents[list(numbers)])
         return batch

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training import checkpoints
-from sfumato.training.build import Denoiser, build_autoencoder, build_pipeline
+from sfumato.training.autoencoders import build_autoencoder
+from sfumato.training.build import Denoiser, build_pipeline
 from sfumato.training.config import Config
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA

@@ -41,12 +41,12 @@ def draw_pictures(
     config: ValidationConfig,
     accelerator: Accelerator,
     batch_size: int = 32,
-    given: list[np.ndarray] | None = None,
-    masks: list[np.ndarray] | None = None,
+    **given: list[np.ndarray],
 ) -> list[Image.Image]:
     """One picture for each prompt, the same whatever the number of processes: picture i has seed `config.seed` + i.
 
-    With `given` pictures `(H, W, C)` uint8 and `masks` `(H, W)`, those are redrawn where the mask is true.
+    Args:
+        given: further arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
 
     Returns:
         All pictures in order, on every process.
@@ -61,7 +61,7 @@ def draw_pictures(
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
-            **({} if given is None else {"image": [given[i] for i in numbers], "mask_image": [masks[i] for i in numbers]}),
+            **{name: [values[i] for i in numbers] for name, values in given.items()},
         ).images
     pairs = gather_object(list(zip(mine, drawn)))
     return [picture for _, picture in sorted(pairs, key=lambda pair: pair[0])]
@@ -89,6 +89,6 @@ def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_
 
 def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, float]:
     """Obedience on held-out captions of `shapes`: share right for each attribute and for all together."""
-    scenes = shapes.scenes(held_out=True, count=config.validation.num_shapes, num_figures=config.data.num_figures)
+    scenes = shapes.scenes(held_out=True, count=config.validation.num_judged, num_figures=config.data.num_figures)
     pictures = draw_pictures(pipe, [scene.caption for scene in scenes], config.validation, accelerator)
     return shapes_obedience([np.asarray(picture) for picture in pictures], scenes)

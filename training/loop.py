@@ -156,7 +156,7 @@ def train(run: Run) -> int:
     device, parameters = accelerator.device, checkpoints.trained(task.module)
     model, optimizer = run.model, run.optimizer
     rank, world = accelerator.process_index, accelerator.num_processes
-    loader = batches(run.pictures, c, task.texts, rank, world, state["images_seen"], task.latents)
+    loader = batches(run.pictures, c, task.texts, rank, world, state["images_seen"], task.latents, task.beside)
     log = Log(c, accelerator, state["step"])
     stop, pushes = StopSignal(), run.pushes
     bad_in_a_row, due, push_due, started = 0, False, False, time.monotonic() - state["seconds"]

@@ -31,12 +31,15 @@ def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float
     """Weight of each sample's mean squared error, `(B,)`.
 
     `unit`: 1 on whatever the network predicts. `min_snr`: min(SNR, gamma) on x_0, which is min(SNR, gamma) / SNR on
-    eps and min(SNR, gamma) / (SNR + 1) on v (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: at
+    eps, min(SNR, gamma) / (SNR + 1) on v (Hang et al. 2023, section 3.4, arXiv 2303.09556) and min(SNR, gamma) / (1 +
+    sqrt(SNR))^2 on the velocity of flow matching, whose x_0 is x_t - sigma v, sigma = 1 / (1 + sqrt(SNR)). `floor` is ours: at
     least so much on x_0 however low the SNR, since that is where the layout of a picture is decided.
     """
     if kind == "unit":
         return torch.ones_like(snr)
     clipped = snr.clamp(floor, gamma)
+    if prediction_type == "flow_prediction":
+        return clipped / (1 + snr.sqrt()) ** 2
     return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
 
 

@@ -5,17 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.choices import replaced
+from sfumato.pipelines.conditions import low_res_beside, masks_beside
 from sfumato.pipelines.export import put
 from sfumato.training import checkpoints, evaluation, facts
-from sfumato.training.build import Denoiser, build_autoencoder, build_pipeline, warn_of_long_captions
+from sfumato.training.autoencoders import build_autoencoder
+from sfumato.training.build import Denoiser, build_pipeline, warn_of_long_captions
 from sfumato.training.config import Config
 from sfumato.training.data import noise_for
+from sfumato.training.edges import edge_f1, edges
+from sfumato.training.features import feature_distances
 from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity, to_pixel_values
 from sfumato.training.masks import random_mask
 from sfumato.training.metrics import picture_quality
@@ -32,10 +38,13 @@ class TextToImage:
         parts: the models whose frozen weights the result depends on.
         texts: token ids or embeddings of every caption.
         latents: x_0 of every picture, where kept.
+        beside: what the loader makes of a picture beside, or None; see `data.batches`.
 
     Raises:
         ValueError: settings that contradict one another, or that the model does not go with.
     """
+
+    beside = None
 
     def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
         self.config, self.pictures, self.accelerator = config, pictures, accelerator
@@ -52,16 +61,17 @@ class TextToImage:
             )
         evaluation.as_drawn(pipe, config.validation)
         pipe.vae.to(accelerator.device)
-        self.module = Denoiser(pipe.unet, pipe.text_encoder).to(accelerator.device)
+        self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(accelerator.device)
         self.parts = (pipe.unet, pipe.text_encoder, pipe.vae)
         if config.train.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
+            for network in filter(None, (pipe.unet, pipe.controlnet)):
+                network.enable_gradient_checkpointing()
         if config.train.compile == "unet":
             pipe.unet.compile()
         elif config.train.compile == "regional":
             pipe.unet.compile_repeated_blocks()
         self.texts, self.latents = self._cached()
-        self.snr = pipe.scheduler.snr(torch.arange(steps)).to(accelerator.device)
+        self.snr = pipe.scheduler.snr(pipe.scheduler.training_levels()).to(accelerator.device)
         self.prompts = list(config.validation.prompts) or evaluation.captions_to_show(pictures)
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -78,19 +88,20 @@ class TextToImage:
     def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""
         device, scheduler, o = self.accelerator.device, self.pipe.scheduler, self.config.objective
-        x_0 = batch["x_0"].to(device) if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"].to(device))
+        batch = {name: value.to(device) for name, value in batch.items()}
+        x_0 = batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
         torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
         noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)
-        t = sample_timesteps(batch["u"].to(device), self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
-        x_t = self.network_input(scheduler.add_noise(x_0, noise, t), batch)
-        prediction = model(x_t, t, batch["text"].to(device))
+        t = sample_timesteps(batch["u"], self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
+        x_t, given = self.network_input(scheduler.add_noise(x_0, noise, t), batch)
+        prediction = model(x_t, t, batch["text"], given)
         target = scheduler.training_target(x_0, noise, t)
-        weight = loss_weight(self.snr[t], scheduler.config.prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor)
+        weight = loss_weight(self.snr[t], scheduler.prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor)
         return weighted_mse(prediction, target, weight)
 
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> torch.Tensor:
-        """What the UNet gets: the noisy latents."""
-        return x_t
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict | None]:
+        """What the UNet gets: the noisy latents, with more beside where a task says so; and what `run_network` takes."""
+        return x_t, None
 
     def shareable(self) -> SfumatoPipeline:
         """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
@@ -98,7 +109,11 @@ class TextToImage:
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """The fixed prompts, drawn with the fixed seeds."""
-        return self.prompts, evaluation.draw_pictures(self.shareable(), self.prompts, self.config.validation, self.accelerator)
+        return self.prompts, self.drawn(self.shareable(), self.prompts)
+
+    def drawn(self, pipe: SfumatoPipeline, captions: list[str], **given) -> list[Image.Image]:
+        """One picture a caption, as `validation` says; see `evaluation.draw_pictures`."""
+        return evaluation.draw_pictures(pipe, captions, self.config.validation, self.accelerator, **given)
 
     def told(self, state: dict) -> dict:
         """What an exported folder says of the run."""
@@ -113,16 +128,23 @@ class TextToImage:
         pipe, told = self.shareable(), self.told(state)
         return lambda new, folder: export_pipeline(pipe, new / "pipeline", where=str(folder / "pipeline"), **told)
 
+    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
+        """What can be measured on held-out data, and what it is; nothing where nothing can."""
+        if self.config.data.name != "shapes":
+            return {}, ""
+        count = min(self.config.validation.num_judged, NUM_HELD_OUT)
+        scores = evaluation.evaluate_shapes(pipe, self.config, self.accelerator)
+        return scores, f"obedience to {count} held-out captions, judged by a program"
+
     def finish(self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
         """Scores where they can be had, and the exported folder; returns what to say."""
         config, main, known, said = self.config, self.accelerator.is_main_process, self.told(state), []
         output_dir, pipe = Path(config.output_dir), self.shareable()
-        if config.data.name == "shapes":
-            scores = evaluation.evaluate_shapes(pipe, config, self.accelerator)
-            line = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
-            count = min(config.validation.num_shapes, NUM_HELD_OUT)
-            known["facts"]["obedience to held-out captions"] = f"{line}; {count} captions, judged by a program"
-            said.append(f"right on held-out captions: {line}")
+        scores, what = self.scores(pipe)
+        if scores:
+            line = ", ".join(f"{k} {v:.1%}" if k.islower() else f"{k} {v:.4g}" for k, v in scores.items())
+            known["facts"][what] = line
+            said.append(f"{what}: {line}")
             if main:
                 (output_dir / "evaluation.json").write_text(json.dumps(scores, indent=2))
         folder = output_dir / "pipeline"
@@ -138,31 +160,122 @@ class TextToImage:
         return [*said, f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})"]
 
 
+def held_out(pictures: PictureSet, count: int) -> tuple[list[str], list[np.ndarray]]:
+    """Captions and pictures `(H, W, C)` uint8 that `evaluation.to_show` chooses."""
+    chosen = evaluation.to_show(pictures, count)
+    return [pictures[i]["captions"][0] for i in chosen], [pictures.picture(i) for i in chosen]
+
+
 class Inpainting(TextToImage):
     """A UNet that also gets a mask and the picture outside of it, as Stable Diffusion's inpainting models do.
 
     From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels of zero weight.
     """
 
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> torch.Tensor:
-        """The noisy latents, and beside them what is given: a random mask, and the picture outside of it."""
-        pixels = batch["pixel_values"].to(x_t.device)
-        masks = np.stack([random_mask(np.random.default_rng(int(s)), *pixels.shape[-2:]) for s in batch["noise_seed"]])
-        mask = torch.from_numpy(masks)[:, None].to(x_t)
-        return torch.cat([x_t, self.pipe.prepare_seen(pixels, mask, x_t)], dim=1)
+    @staticmethod
+    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """A random mask `(1, H, W)`, 1 where to draw."""
+        return {"mask": random_mask(np.random.default_rng(seed), *picture.shape[:2])[None].astype(np.float32)}
+
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, None]:
+        """The noisy latents, and beside them what is given: the mask, and the picture outside of it."""
+        return torch.cat([x_t, masks_beside(self.pipe.vae, batch["pixel_values"], batch["mask"], x_t)], dim=1), None
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures, their middle drawn anew."""
-        chosen = evaluation.to_show(self.pictures, 12)
-        given = [self.pictures.picture(i) for i in chosen]
+        captions, given = held_out(self.pictures, 12)
         masks = [np.zeros(picture.shape[:2], bool) for picture in given]
         for mask in masks:
             height, width = mask.shape
             mask[height // 4 : -height // 4, width // 4 : -width // 4] = True
-        captions = evaluation.captions_to_show(self.pictures)
-        return captions, evaluation.draw_pictures(
-            self.shareable(), captions, self.config.validation, self.accelerator, given=given, masks=masks
-        )
+        return captions, self.drawn(self.shareable(), captions, image=given, mask_image=masks)
+
+
+class Upscaling(TextToImage):
+    """A UNet that also gets a smaller picture, made a little noisy, as Stable Diffusion's upscaling models do."""
+
+    def small(self, pixels: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """Pictures `(B, C, H, W)` made smaller by `upscaling.factor`, in the size of the latents, and still in [-1, 1]."""
+        small = F.interpolate(pixels, scale_factor=1 / self.config.upscaling.factor, mode="area")
+        return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
+        """The noisy latents, and beside them the smaller picture with noise, whose level the network is told."""
+        small, limit = self.small(batch["pixel_values"], x_t.shape[-2:]), self.pipe.config.max_noise_level
+        seeds = [(int(seed) + 1) % 2**63 for seed in batch["noise_seed"]]  # not the noise of x_t
+        level = torch.tensor([np.random.default_rng(s).integers(limit + 1) for s in seeds], device=x_t.device)
+        generators = [torch.Generator(x_t.device).manual_seed(s) for s in seeds]
+        return torch.cat([x_t, low_res_beside(self.pipe.low_res_scheduler, small, level, generators)], 1), {
+            "class_labels": level
+        }
+
+    def enlarged(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], list[np.ndarray], list[np.ndarray], list]:
+        """Captions, held-out pictures, and what bicubic enlarging and the model make of them once they are smaller."""
+        captions, true = held_out(self.pictures, count)
+        pixels = to_pixel_values(np.stack(true))
+        grid = [side // pipe.vae_scale_factor for side in pixels.shape[-2:]]
+        given = [p for p in self.small(pixels, grid).permute(0, 2, 3, 1).div(2).add(0.5).numpy()]
+        plain = self.small(pixels, pixels.shape[-2:]).permute(0, 2, 3, 1).add(1).mul(127.5).round().byte().numpy()
+        return captions, true, list(plain), self.drawn(pipe, captions, image=given)
+
+    def show(self) -> tuple[list[str], list[Image.Image]]:
+        """Held-out pictures: enlarged plainly, enlarged by the model, and true."""
+        captions, true, plain, drawn = self.enlarged(4, self.shareable())
+        rows = zip(captions, map(as_image, plain), drawn, map(as_image, true))
+        names, pictures = zip(*(cell for c, p, d, t in rows for cell in ((f"{c}: bicubic", p), ("drawn", d), ("true", t))))
+        return list(names), list(pictures)
+
+    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
+        """How near to the true pictures, beside bicubic enlarging."""
+        _, true, plain, drawn = self.enlarged(self.config.validation.num_judged, pipe)
+        true, plain, drawn = np.stack(true), np.stack(plain), np.stack([np.asarray(d).reshape(true[0].shape) for d in drawn])
+        found = {}
+        for name, made in (("model", drawn), ("bicubic", plain)):
+            made = picture_quality(true, made) | feature_distances(true, made)
+            found |= {f"{key} of {name}": value for key, value in made.items()}
+        return found, f"{len(true)} held-out pictures, enlarged {self.config.upscaling.factor} times"
+
+
+class Control(TextToImage):
+    """A ControlNet beside the model of `init_from`, which stays as it is: pictures follow the edges that they are given."""
+
+    def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("task=control is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        super().__init__(config, pictures, checkpoint, accelerator)
+
+    @staticmethod
+    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """The picture's edges as a map `(3, H, W)`, 1 on edges."""
+        return {"map": np.repeat(edges(picture)[None], 3, 0).astype(np.float32)}
+
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
+        """The noisy latents; the map goes to the ControlNet."""
+        return x_t, {"map": batch["map"]}
+
+    def followed(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
+        """Captions and edge maps `(N, H, W, 3)` uint8 of held-out pictures, and what is drawn by them."""
+        captions, true = held_out(self.pictures, count)
+        maps = np.stack([np.uint8(255 * edges(picture)) for picture in true])[..., None].repeat(3, -1)
+        return captions, maps, self.drawn(pipe, captions, control_image=list(maps))
+
+    def show(self) -> tuple[list[str], list[Image.Image]]:
+        """Edges of held-out pictures, and what is drawn by them."""
+        captions, maps, drawn = self.followed(6, self.shareable())
+        names, pictures = zip(*(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, as_image(m)), ("drawn", d))))
+        return list(names), list(pictures)
+
+    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
+        """How well the edges of what is drawn agree with those given, with the ControlNet and without."""
+        captions, maps, drawn = self.followed(self.config.validation.num_judged, pipe)
+        free = self.drawn(replaced(pipe, controlnet=None), captions)
+        f1 = [np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(made, maps)]) for made in (drawn, free)]
+        return {"F1": float(f1[0]), "F1 without control": float(f1[1])}, f"edges of {len(maps)} held-out pictures followed"
+
+
+def as_image(picture: np.ndarray) -> Image.Image:
+    """`(H, W, C)` uint8 as PIL has it."""
+    return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
 
 
 class Autoencoder:
@@ -170,6 +283,8 @@ class Autoencoder:
 
     Attributes as of `TextToImage`.
     """
+
+    beside = None
 
     def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
         self.config, self.pictures, self.accelerator = config, pictures, accelerator
@@ -208,7 +323,7 @@ class Autoencoder:
         numbers = evaluation.to_show(self.pictures, 6)
         pairs = [picture for both in zip(*self._rebuilt(numbers)[:2]) for picture in both]
         names = [name for i in numbers for name in (self.pictures[i]["captions"][0], "from its latents")]
-        return names, [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pairs]
+        return names, [as_image(picture) for picture in pairs]
 
     def writer(self, state: dict):
         """As of `TextToImage`: a checkpoint holds the stock folder `vae/`."""
@@ -238,4 +353,10 @@ class Autoencoder:
         return [f"held-out pictures: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
 
 
-TASKS = {"text_to_image": TextToImage, "inpainting": Inpainting, "autoencoder": Autoencoder}
+TASKS = {
+    "text_to_image": TextToImage,
+    "inpainting": Inpainting,
+    "upscaling": Upscaling,
+    "control": Control,
+    "autoencoder": Autoencoder,
+}

@@ -1,0 +1,85 @@
+"""From text to a small picture, and from that to a larger one: two models as one call and one folder."""
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers import ImagePipelineOutput
+from huggingface_hub import snapshot_download
+
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.pipelines.trust import PICKLES
+
+UPSCALER = "upscaler"  # the folder of the second model, inside that of the first
+
+
+class Cascade:
+    """A cascaded diffusion model (Ho et al. 2022, arXiv 2106.15282).
+
+    `export_pipeline(base, folder, upscaler=...)` or `sfumato export RUN FOLDER --upscaler RUN` makes the folder: that of the
+    first model, which stock diffusers opens as it is, with the second one's in `upscaler/`, which it opens too.
+
+    Args:
+        base: text to a picture.
+        upscaler: a picture to a larger one, by the same text.
+
+    Raises:
+        ValueError: the models are not of these kinds.
+    """
+
+    def __init__(self, base: SfumatoPipeline, upscaler: SfumatoPipeline):
+        if base.reads is not None or base.controlnet is not None:
+            raise ValueError("the first model of a cascade draws from text and nothing else")
+        if upscaler.reads != "low_res":
+            raise ValueError("the second model of a cascade must be one for upscaling")
+        channels = [pipe.vae.config.in_channels for pipe in (base, upscaler)]
+        if channels[0] != channels[1]:
+            raise ValueError(f"the first model draws {channels[0]} channels, the second reads {channels[1]}")
+        self.base, self.upscaler = base, upscaler
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **arguments) -> "Cascade":
+        """Open a folder or Hub repository; arguments as for `SfumatoPipeline.from_pretrained`."""
+        if not Path(folder).is_dir():
+            folder = snapshot_download(str(folder), ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+        parts = (Path(folder), Path(folder) / UPSCALER)
+        return cls(*(SfumatoPipeline.from_pretrained(str(part), **arguments) for part in parts))
+
+    def to(self, *where) -> "Cascade":
+        """Move both models."""
+        self.base.to(*where)
+        self.upscaler.to(*where)
+        return self
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise_level: int = 20,
+        upscaling_steps: int = 10,
+        upscaling_guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        **call,
+    ) -> ImagePipelineOutput:
+        """Draw small pictures and make them larger.
+
+        Args:
+            prompt, negative_prompt: of both models.
+            generator: as of `SfumatoPipeline`; the second model goes on with it.
+            noise_level: how much noise the small picture gets, so that what the first model got wrong is drawn anew.
+            upscaling_steps, upscaling_guidance_scale: of the second model.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            call: further arguments of the first model's call.
+        """
+        small = self.base(prompt, negative_prompt, generator=generator, output_type="pil", **call).images
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        each = call.get("num_images_per_prompt", 1)
+        repeated = [text for text in prompts for _ in range(each)]
+        negative = negative_prompt
+        if isinstance(negative, list):
+            negative = [text for text in negative for _ in range(each)]
+        return self.upscaler(
+            repeated, negative, image=small, generator=generator, noise_level=noise_level,
+            num_inference_steps=upscaling_steps, guidance_scale=upscaling_guidance_scale, output_type=output_type,
+        )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Models of every task in processes that cannot import sfumato: the stock pipeline of their kind, and the same pictures."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_autoencoder import vae_config
+from test_control_task import config as control_config
+from test_flow import config as flow_config
+
+from sfumato import cli
+from sfumato.pipelines import Cascade, SfumatoPipeline
+from sfumato.training.train import main
+
+CHILD = """
+    import json, sys, numpy as np, torch
+    sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
+        lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "sfumato" else None)}))
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+    root, picture = sys.argv[1], Image.open(sys.argv[1] + "/picture.png")
+    white = Image.new("L", (16, 16), 255)
+    given = {"inpainting": {"image": picture, "mask_image": white, "height": 16, "width": 16, "strength": 1.0},
+             "upscaling": {"image": picture}, "control": {"image": picture}}
+    kinds = {}
+    for task, folder in json.loads(sys.argv[2]).items():
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        kinds[task] = type(pipe).__name__
+        images = pipe("a red circle", guidance_scale=2.0, num_inference_steps=3, output_type="np",
+                      generator=torch.Generator().manual_seed(0), **given.get(task, {})).images
+        np.save(f"{root}/{task}.npy", images)
+    print(json.dumps(kinds))
+"""
+KINDS = {
+    "flow": "StableDiffusionPipeline",
+    "latent": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "upscaling": "StableDiffusionUpscalePipeline",
+    "control": "StableDiffusionControlNetPipeline",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Task -> its exported folder."""
+    root, sampler = tmp_path_factory.mktemp("doors"), {"sampler": "unipc"}
+    for name in (*KINDS, "vae", "base"):
+        (root / name).mkdir()
+    assert main([vae_config(root / "vae")]) == 0
+    assert main([str(tiny.config_file(root / "base"))]) == 0
+    assert main([flow_config(root / "flow")]) == 0
+    # Stock inpainting draws numbers while it encodes, so a sampler that draws its own would get others.
+    for task in ("inpainting", "upscaling"):
+        assert main([str(tiny.config_file(root / task, task=task, validation=sampler))]) == 0
+    assert main([control_config(root / "control", root / "base" / "run" / "pipeline")]) == 0
+    assert main([str(tiny.config_file(root / "latent", vae={"pretrained": str(root / "vae" / "run")}))]) == 0
+    return {task: root / task / "run" / "pipeline" for task in (*KINDS, "base")}
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+
+def test_stock_pipelines_draw_the_same_without_sfumato(folders, tmp_path):
+    PICTURE.save(tmp_path / "picture.png")
+    named = json.dumps({task: str(folders[task]) for task in KINDS})
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), named], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout.splitlines()[-1]) == KINDS
+    given = {"upscaling": {"image": PICTURE}, "control": {"control_image": PICTURE}}
+    for task in KINDS:
+        pipe = SfumatoPipeline.from_pretrained(folders[task])
+        pipe.set_progress_bar_config(disable=True)
+        call = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "np", **given.get(task, {})}
+        images = pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).images
+        np.testing.assert_allclose(images, np.load(tmp_path / f"{task}.npy"), atol=1e-5, err_msg=task)
+
+
+def test_a_cascade_is_one_folder_and_one_call(folders, tmp_path, capsys):
+    folder = tmp_path / "cascade"
+    command = ["export", str(folders["base"]), str(folder), "--upscaler", str(folders["upscaling"])]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0  # an export again replaces it
+    card = (folder / "README.md").read_text()
+    assert (
+        f'Cascade.from_pretrained("{folder}")' in card
+        and f'"{folder}/upscaler"' in (folder / "upscaler/README.md").read_text()
+    )
+    cascade = Cascade.from_pretrained(folder)
+    for pipe in (cascade.base, cascade.upscaler):
+        pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "upscaling_steps": 2}
+    texts = ["a red circle", "a blue square"]
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    images = cascade(texts, generator=generators, num_images_per_prompt=2, output_type="np", **call).images
+    assert images.shape == (4, 16, 16, 3)
+    small = cascade.base(
+        "a blue square", generator=generators[3].manual_seed(3), num_inference_steps=3, guidance_scale=2.0
+    ).images
+    alone = cascade.upscaler("a blue square", image=small, generator=generators[3], num_inference_steps=2, guidance_scale=1.0)
+    np.testing.assert_allclose(np.asarray(alone.images[0]) / 255, images[3], atol=3e-3)
+    assert cli.main(["sample", "a red circle", "--model", str(folder), "--steps", "2", "--out", str(tmp_path / "g.png")]) == 0
+    assert (tmp_path / "g.png").is_file()
+    capsys.readouterr()
+    assert cli.main(["export", str(folders["upscaling"]), str(tmp_path / "x"), "--upscaler", str(folders["upscaling"])]) == 2
+    assert "draws from text and nothing else" in capsys.readouterr().err
+    assert cli.main(["export", str(folders["base"]), str(tmp_path / "x"), "--upscaler", str(folders["base"])]) == 2
+    assert "must be one for upscaling" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_the_command_draws_with_every_task(folders, tmp_path):
+    PICTURE.save(tmp_path / "picture.png")
+    picture = str(tmp_path / "picture.png")
+    for task, more in (
+        ("upscaling", ["--image", picture]),
+        ("control", ["--control", picture]),
+        ("flow", ["--sampler", "euler"]),
+    ):
+        out = tmp_path / f"{task}.png"
+        command = ["sample", "a red circle", "--model", str(folders[task]), "--steps", "2", "--out", str(out), *more]
+        assert cli.main(command) == 0 and out.is_file()

@@ -1,0 +1,120 @@
+"""Autoencoders: one to train, the identity for pixel models, and latents in another scale."""
+
+import inspect
+
+import torch
+from diffusers import AutoencoderKL
+
+from sfumato.training.config import Config
+
+
+class VariationalAutoencoder(torch.nn.Module):
+    """Encoder, a latent drawn by given noise, and decoder as one forward pass (Kingma and Welling 2014)."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pictures `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
+        latent = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(latent.mean + latent.std * noise).sample, latent.mean, latent.logvar
+
+
+def build_autoencoder(config: Config) -> VariationalAutoencoder:
+    """A stock `AutoencoderKL` of random weights, drawn from `config.seed`.
+
+    Raises:
+        ValueError: an argument that the class does not have, or that contradicts `data`.
+    """
+    arguments = config.autoencoder.model
+    known(arguments, AutoencoderKL, "autoencoder.model")
+    given = {"sample_size": config.data.resolution, "in_channels": config.data.channels, "out_channels": config.data.channels}
+    if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
+        raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(**{**lists_to_tuples(arguments), **given})
+    divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
+    return VariationalAutoencoder(vae)
+
+
+def identity_vae(
+    sample_size: int, channels: int = 3, latent_channels: int | None = None, use_quant_conv: bool = False
+) -> AutoencoderKL:
+    """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
+
+    Latent channels beyond the picture's, if any, are zero: Stable Diffusion's inpainting knows none but 4.
+
+    Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
+    +-K fix the group norm's variance at K^2 / (channels + 1) whatever the picture; its weight undoes the division.
+    """
+    latent_channels = latent_channels or channels
+    vae = AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(2 * channels + 2,),
+        latent_channels=latent_channels,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        use_quant_conv=use_quant_conv,
+        use_post_quant_conv=use_quant_conv,
+        scaling_factor=1.0,
+        sample_size=sample_size,
+    )
+    big = 1000.0
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        for half in (vae.encoder, vae.decoder):
+            half.conv_norm_out.weight.fill_((big**2 / (channels + 1) + half.conv_norm_out.eps) ** 0.5)
+            half.conv_in.bias[2 * channels :] = torch.tensor([big, -big])
+            for colour in range(channels):
+                half.conv_in.weight[2 * colour, colour, 1, 1] = 1
+                half.conv_in.weight[2 * colour + 1, colour, 1, 1] = -1
+                half.conv_out.weight[colour, 2 * colour, 1, 1] = 1
+                half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
+        for conv in (vae.quant_conv, vae.post_quant_conv) if use_quant_conv else ():
+            torch.nn.init.dirac_(conv.weight)
+        vae.encoder.conv_out.bias[latent_channels:] = -30.0  # log-variance: no noise
+    return vae.requires_grad_(False).eval()
+
+
+def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
+    """Let the VAE's own latents be larger or smaller, so that its scaling factor is `factor`; scaled latents stay as they are.
+
+    Stable Diffusion's upscaling sets the factor to 0.08333 whatever the config says.
+
+    Raises:
+        ValueError: the VAE has none of the 1 x 1 convolutions that can take up the change.
+    """
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+    by, channels = vae.config.scaling_factor / factor, vae.config.latent_channels
+    with torch.no_grad():
+        for parameter in (vae.quant_conv.weight, vae.quant_conv.bias):
+            parameter[:channels] *= by
+        vae.quant_conv.bias[channels:] += 2 * torch.log(torch.tensor(by))  # the log-variance
+        vae.post_quant_conv.weight /= by
+    vae.register_to_config(scaling_factor=factor)
+
+
+def known(arguments: dict, cls: type, section: str) -> None:
+    """Raise ValueError for arguments that `cls` does not take."""
+    allowed = list(inspect.signature(cls.__init__).parameters)[1:]
+    if unknown := set(arguments) - set(allowed):
+        raise ValueError(
+            f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}"
+        )
+
+
+def divisible(config: Config, factor: int) -> None:
+    """Raise ValueError where a picture size is no multiple of the VAE's factor."""
+    for side in (config.data.resolution, *(side for size in config.data.buckets for side in size)):
+        if side % factor:
+            raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
+
+
+def lists_to_tuples(arguments: dict) -> dict:
+    """As diffusers writes its configs."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
