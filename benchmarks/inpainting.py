@@ -8,7 +8,9 @@ With one figure the mask is a disc around it, and the caption asks for the same 
 shape; with two it is the quarter of one of them, and the caption asks for another colour and shape beside what is kept.
 Obedience (`all`): share of results of which a program reads everything right. Seam: mean jump of a colour value (0 to 255)
 across the mask's edge, where the true picture has none. Distance: root mean square difference inside the mask to the nearest
-of 64 true pictures of the new caption, pixels in [0, 1]. 30 steps of the model's own sampler, guidance 1.5.
+of 64 true pictures of the new caption, pixels in [0, 1]. FD: Fréchet distance, in the features of an ImageNet network,
+of what is inside the mask to the same part of true pictures that show there what the new caption asks for.
+30 steps of the model's own sampler, guidance 1.5.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training import shapes
+from sfumato.training.features import features, frechet_distance
 from sfumato.training.metrics import read_quarters, shapes_obedience
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +73,25 @@ def distance(image: np.ndarray, mask: np.ndarray, scene, number: int) -> float:
     return float(np.sqrt(np.square((others[:, mask] / 255.0) - image[mask] / 255.0).mean((1, 2)).min()))
 
 
+def inside(images: list[np.ndarray], of: list[np.ndarray]) -> np.ndarray:
+    """Features of the box around each mask."""
+    spans = [[slice(np.flatnonzero(m.any(k))[0], np.flatnonzero(m.any(k))[-1] + 1) for k in (1, 0)] for m in of]
+    return np.concatenate([features(image[None, rows, columns]) for image, (rows, columns) in zip(images, spans)])
+
+
+def right_there(scene, mask: np.ndarray, number: int, count: int = 4) -> list[np.ndarray]:
+    """True pictures of a caption, with two figures those whose first one is in the mask."""
+    draws, found = np.random.default_rng(number), []
+    while len(found) < count:
+        picture = shapes.draw(scene, size, draws)
+        quarters = [mask[y : y + size // 2, x : x + size // 2].all() for y in (0, size // 2) for x in (0, size // 2)]
+        if options.figures == 1 or read_quarters(picture)[0][quarters.index(True)] == scene.figures[0]:
+            found.append(picture)
+    return found
+
+
+pairs = [(picture, mask) for i, (scene, mask) in enumerate(zip(wanted, masks)) for picture in right_there(scene, mask, i)]
+expected = inside(*map(list, zip(*pairs)))
 table = {}
 ways = {"blending": ("", 1), "RePaint, 5 times each step": ("", 5), "RePaint, 10 times each step": ("", 10)}
 for name, (which, resamples) in {**ways, **({"trained": ("trained", 1)} if options.trained else {})}.items():
@@ -85,6 +107,7 @@ for name, (which, resamples) in {**ways, **({"trained": ("trained", 1)} if optio
         **shapes_obedience(images, wanted),
         "seam": float(np.mean([seam(i, m) for i, m in zip(images, masks)])),
         "distance": float(np.mean([distance(*given) for given in zip(images, masks, wanted, range(len(images)))])),
+        "FD": frechet_distance(inside(images, masks), expected),
         "kept_exactly": kept,
         "seconds": time.perf_counter() - start,
     }

@@ -145,7 +145,6 @@ def model_card(
         inference={"parameters": advice},
         widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
     )
-    call = _call(pipe, gallery[0][0] if gallery else "")
     made = " in Stable Diffusion's form, exported by Sfumato."
     if base:
         made = f", fine-tuned with Sfumato from `{base}`."
@@ -158,8 +157,7 @@ def model_card(
         title=" ".join(title.split()),
         made=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{made}",
         where=where,
-        **call,
-        ours=call["call"].replace("image=edges", "control_image=edges"),
+        **_call(pipe, gallery[0][0] if gallery else ""),
         **advice,
         limits=_LIMITS if scratch else _OTHER_LIMITS,
         model=_describe(pipe, variants),
@@ -180,7 +178,7 @@ def _flows(pipe: SfumatoPipeline) -> bool:
 
 
 def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
-    """The arguments of the snippets' calls, and the lines that they need before."""
+    """The arguments of the snippets' calls, in stock pipelines and in ours, and the lines that they need before."""
     factor, (height, width) = pipe.vae_scale_factor, pipe.trained_size
     mode = MODES[pipe.vae.config.in_channels]
     if pipe.reads == "low_res":
@@ -188,22 +186,23 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
             "# The smaller picture, here a white one, in the size of the latents.\nfrom PIL import Image\n"
             f'small = Image.new("{mode}", {(width // factor, height // factor)}, "white")\n'
         )
-        return {"call": f"{prompt!r}, image=small", "given": lines}
+        call = f"{prompt!r}, image=small"
+        return {"call": call, "ours": call, "given": lines}
     if pipe.controlnet is not None:
         lines = (
             "# The map to follow: here a black one, with no edges.\nfrom PIL import Image\n"
             f'edges = Image.new("{MODES[pipe.controlnet.config.conditioning_channels]}", {(width, height)})\n'
         )
-        return {"call": f"{prompt!r}, image=edges", "given": lines}
+        return {"call": f"{prompt!r}, image=edges", "ours": f"{prompt!r}, control_image=edges", "given": lines}
     if pipe.reads != "masks":
-        return {"call": repr(prompt), "given": ""}
+        return {"call": repr(prompt), "ours": repr(prompt), "given": ""}
     lines = (
         "# The picture to change, and white where: here all of a white one.\nfrom PIL import Image\n"
         f"size = {pipe.trained_size[::-1]}\n"
         f'picture, mask = Image.new("{mode}", size, "white"), Image.new("L", size, 255)\n'
     )
     call = f"{prompt!r}, image=picture, mask_image=mask, height=size[1], width=size[0], strength=1.0"
-    return {"call": call, "given": lines}
+    return {"call": call, "ours": call, "given": lines}
 
 
 def recommended(source: str) -> dict:

@@ -1,0 +1,69 @@
+"""Emoji at 64 pixels: a cascade of 32 and then 64 against one model of 64 pixels, each trained for the same minutes.
+
+    accelerate launch training/train.py configs/demo.yaml                # 12 minutes
+    accelerate launch training/train.py configs/openmoji_upscaler.yaml   # 12 minutes
+    sfumato export runs/demo runs/cascade --upscaler runs/openmoji_upscaler
+    accelerate launch training/train.py configs/openmoji_direct.yaml     # 24 minutes
+    python benchmarks/cascade.py [--out benchmarks/results/cascade.json]
+
+FD: Fréchet distance of the features of what is drawn to those of the true pictures, for the captions of all that the models
+were trained on. LD: mean distance of the features to those of the caption's own picture. Held out: LD of captions never seen.
+Draws twelve prompts by each, the cascade above.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sfumato.pipelines import Cascade, SfumatoPipeline
+from sfumato.pipelines.card import recommended
+from sfumato.training import config as configs
+from sfumato.training.evaluation import grid
+from sfumato.training.features import features, frechet_distance
+from sfumato.training.pictures import prepare
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--cascade", default="runs/cascade")
+parser.add_argument("--direct", default="runs/openmoji_direct/pipeline")
+parser.add_argument("--out", default="benchmarks/results/cascade.json")
+options = parser.parse_args()
+config = configs.load("configs/openmoji_direct.yaml")
+pictures = prepare(config.data)
+numbers = np.concatenate([pictures.select(split) for split in ("train", "held_out", "held_out_combination")])
+trained = np.isin(numbers, pictures.select("train"))
+captions = [pictures[int(i)]["captions"][0] for i in numbers]
+true = np.stack([pictures.picture(int(i)) for i in numbers])
+cascade, direct = Cascade.from_pretrained(options.cascade), SfumatoPipeline.from_pretrained(options.direct)
+for pipe in (cascade.base, cascade.upscaler, direct):
+    pipe.set_progress_bar_config(disable=True)
+
+
+def draw(pipe, prompts, advice):
+    images = []
+    for start in range(0, len(prompts), 16):
+        part = prompts[start : start + 16]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        images += pipe(part, generator=generators, **advice).images
+    return images
+
+
+seen, table, sheets = features(true), {}, []
+for name, pipe, folder in (("cascade", cascade, options.cascade), ("direct", direct, options.direct)):
+    advice, began = recommended(folder), time.time()
+    made = features(np.stack([np.asarray(image) for image in draw(pipe, captions, advice)]))
+    apart = np.linalg.norm(made - seen, axis=1)
+    table[name] = {
+        "FD": frechet_distance(seen[trained], made[trained]),
+        "LD": float(apart[trained].mean()),
+        "LD held out": float(apart[~trained].mean()),
+        "seconds": round(time.time() - began),
+    }
+    print(name, table[name], flush=True)
+    sheets += draw(pipe, list(config.validation.prompts), advice)
+table["pictures"] = {"trained": int(trained.sum()), "held out": int((~trained).sum())}
+Path(options.out).write_text(json.dumps(table, indent=1) + "\n")
+grid(sheets, list(config.validation.prompts) * 2).save(Path(options.out).with_suffix(".png"))
