@@ -56,6 +56,13 @@ def guided_prediction(
     return guider(states)[0]
 
 
+def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
+    """What a weaker model's text encoder makes of the prompt; the model follows this one in device and precision."""
+    for part in (weak.unet, weak.text_encoder):
+        part.to(device, pipe.unet.dtype)
+    return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
+
+
 def run_network(unet, controlnet, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, given: dict | None = None):
     """The network's prediction for each row of `context`, which has one or several for each of `latents`.
 

@@ -32,7 +32,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside
-from sfumato.pipelines.guided import guided_prediction
+from sfumato.pipelines.guided import guided_prediction, weak_embeds
 from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
@@ -62,9 +62,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = [
-        "safety_checker", "feature_extractor", "image_encoder", "guider", "low_res_scheduler", "controlnet",
-    ]  # fmt: skip
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _optional_components += ["guider", "low_res_scheduler", "controlnet"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     _num_passes, _one_by_one = 0, False
 
@@ -205,12 +204,6 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
-    def weak_embeds(self, weak, prompt, prompt_embeds, device) -> torch.Tensor:
-        """What a weaker model's text encoder makes of the prompt; the model follows this one in device and precision."""
-        for part in (weak.unet, weak.text_encoder):
-            part.to(device, self.unet.dtype)
-        return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
-
     def prepare_noise(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
         """Standard normal noise `(num_images, C, h, w)`; `latents` where given."""
         factor = self.vae_scale_factor
@@ -238,6 +231,29 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def reads(self) -> str | None:
         """What the UNet reads beside the noisy latents: `masks`, `low_res` or None; see `conditions.beside_noise`."""
         return beside_noise(self.unet, self.vae)
+
+    def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
+        """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
+        weak = getattr(self.guider, "weak", None)
+        guider = copy.deepcopy(self.guider, {id(weak): weak}) or ClassifierFreeGuidance()
+        if guidance_scale is not None:
+            guider.guidance_scale = float(guidance_scale)
+        self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
+        self._do_classifier_free_guidance = guider._enabled and guider.num_conditions > 1
+        return guider, weak
+
+    def prepare_given(self, image, noise_level, control_image, control_scale, height, width, batch, generator, dtype):
+        """For upscaling the smaller picture with noise, `(B, C, h, w)`, else None; and what `guided.run_network` takes."""
+        device, seen, given = self._execution_device, None, {}
+        if self.reads == "low_res":
+            grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+            small = to_pixels(image, self.vae.config.in_channels, *grid, *batch, Image.Resampling.BICUBIC).to(device, dtype)
+            seen = low_res_beside(self.low_res_scheduler, small, noise_level, generator)
+            given["class_labels"] = torch.full((len(small),), noise_level, device=device)
+        if control_image is not None:
+            hint = to_pixels(control_image, self.controlnet.config.conditioning_channels, height, width, *batch)
+            given |= {"map": (hint / 2 + 0.5).to(device, dtype), "map_scale": control_scale}
+        return seen, given
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, h, w)` to pictures `(B, C, H, W)`, about [-1, 1]."""
@@ -327,8 +343,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             num_resamples: with a mask, how often each step is taken and all but the last time undone by noise, so that
                 what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
             noise_level: timestep whose noise an upscaling model puts on `image`: more of it, more is made up.
-            control_image: the map that the ControlNet follows; as `image`, of the picture's size.
-            controlnet_conditioning_scale: how strongly.
+            control_image, controlnet_conditioning_scale: the map that the ControlNet follows, as `image`, and how strongly.
 
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
@@ -340,16 +355,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             callback_on_step_end_tensor_inputs, num_resamples, noise_level, control_image,
         )  # fmt: skip
 
-        weak = getattr(self.guider, "weak", None)  # a fresh guider for each call: its state (step, momentum) must not leak
-        guider = copy.deepcopy(self.guider, {id(weak): weak}) or ClassifierFreeGuidance()
-        if guidance_scale is not None:
-            guider.guidance_scale = float(guidance_scale)
-        self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
-        self._do_classifier_free_guidance = guider._enabled and guider.num_conditions > 1
-
+        guider, weak = self.prepare_guider(guidance_scale)
         device, self._num_passes, self._one_by_one = self._execution_device, 0, False
         if weak is not None:
-            negative_prompt_embeds = self.weak_embeds(weak, prompt, prompt_embeds, device)
+            negative_prompt_embeds = weak_embeds(self, weak, prompt, prompt_embeds, device)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt, device, num_images_per_prompt, self.do_classifier_free_guidance, negative_prompt,
             prompt_embeds, negative_prompt_embeds,
@@ -357,15 +366,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps, dtype = self.scheduler.timesteps, prompt_embeds.dtype
         batch = (len(prompt_embeds) // num_images_per_prompt, num_images_per_prompt)
-        seen, given = None, {}
-        if self.reads == "low_res":  # before the other noise, as in the stock pipeline
-            grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-            small = to_pixels(image, self.vae.config.in_channels, *grid, *batch, Image.Resampling.BICUBIC).to(device, dtype)
-            seen, image = low_res_beside(self.low_res_scheduler, small, noise_level, generator), None
-            given["class_labels"] = torch.full((len(small),), noise_level, device=device)
-        if control_image is not None:
-            hint = to_pixels(control_image, self.controlnet.config.conditioning_channels, height, width, *batch)
-            given |= {"map": (hint / 2 + 0.5).to(device, dtype), "map_scale": controlnet_conditioning_scale}
+        seen, given = self.prepare_given(
+            image, noise_level, control_image, controlnet_conditioning_scale, height, width, batch, generator, dtype
+        )  # before the other noise, as in the stock pipeline
+        image = None if self.reads == "low_res" else image
         noise = self.prepare_noise(len(prompt_embeds), height, width, dtype, device, generator, latents)
         latents, pixels, mask = noise * self.scheduler.init_noise_sigma, None, None
         if image is not None:
