@@ -369,10 +369,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         seen, given = self.prepare_given(
             image, noise_level, control_image, controlnet_conditioning_scale, height, width, batch, generator, dtype
         )  # before the other noise, as in the stock pipeline
-        image = None if self.reads == "low_res" else image
         noise = self.prepare_noise(len(prompt_embeds), height, width, dtype, device, generator, latents)
         latents, pixels, mask = noise * self.scheduler.init_noise_sigma, None, None
-        if image is not None:
+        if image is not None and self.reads != "low_res":
             pixels, mask, x_0, latent_mask = self.prepare_image(image, mask_image, height, width, *batch, device, dtype)
             strength = (0.8 if mask is None else 1.0) if strength is None else strength
             if strength < 1:
@@ -401,12 +400,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     if again:
                         latents = self.renoised(latents, timesteps[i + 1], t, generator)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
-                    tensors = callback_on_step_end(self, i, t, {k: tensors[k] for k in callback_on_step_end_tensor_inputs})
-                    latents = tensors.pop("latents", latents)
-                    prompt_embeds = tensors.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = tensors.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, wanted)
+                    latents, prompt_embeds, negative_prompt_embeds = map(tensors.get, self._callback_tensor_inputs)
                 if (i + 1) % self.scheduler.order == 0 or last:
                     progress_bar.update()
 
