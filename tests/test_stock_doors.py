@@ -126,3 +126,10 @@ def test_the_command_draws_with_every_task(folders, tmp_path):
         out = tmp_path / f"{task}.png"
         command = ["sample", "a red circle", "--model", str(folders[task]), "--steps", "2", "--out", str(out), *more]
         assert cli.main(command) == 0 and out.is_file()
+
+
+def test_the_doctor_looks_at_every_task(folders, tmp_path, capsys):
+    for task in ("flow", "upscaling", "control", "inpainting"):
+        path = folders[task].parents[1] / "tiny.yaml"
+        assert cli.main(["doctor", str(path)]) == 0
+        assert "weights are trained" in capsys.readouterr().out

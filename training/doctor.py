@@ -9,20 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training import checkpoints
-from sfumato.training.autoencoders import build_autoencoder
-from sfumato.training.build import Denoiser, build_pipeline
 from sfumato.training.config import Config
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA
 from sfumato.training.evaluation import grid
-from sfumato.training.latents import cached_texts
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet, prepare
+from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
 
 
 @dataclass
@@ -47,13 +46,14 @@ def examine(config: Config) -> list[Finding]:
     Raises:
         ValueError: the data or the settings cannot be used at all.
     """
-    pictures = prepare(config.data)
-    if config.task == "autoencoder":
-        build_autoencoder(config)
-        return _data(config, pictures)
-    pipe = build_pipeline(config, pictures.training_captions())
-    findings = _data(config, pictures) + _captions(config, pictures, pipe) + _schedule(config, pipe)
-    findings += _cost(config, pictures, pipe)
+    pictures, gpu = prepare(config.data), torch.accelerator.is_available()
+    if config.train.num_threads and not gpu:
+        torch.set_num_threads(config.train.num_threads)
+    task = TASKS[config.task](config, pictures, None, Accelerator(cpu=not gpu, mixed_precision=config.train.mixed_precision))
+    findings = _data(config, pictures)
+    if config.task != "autoencoder":
+        findings += _captions(config, pictures, task.pipe) + _schedule(config, task.pipe)
+    findings += _cost(config, pictures, task)
     folder = Path(config.output_dir)
     if (folder / "pipeline" / "model_index.json").is_file():
         findings += _result(config, folder, pictures)
@@ -146,7 +146,7 @@ def _captions(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> li
 def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     scheduler = pipe.scheduler
     size = pipe.unet.config.sample_size
-    terminal = float(scheduler.snr(torch.tensor(scheduler.config.num_train_timesteps - 1)))
+    terminal = float(scheduler.snr(scheduler.training_levels()[-1]))
     # A picture's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
     mean_snr = terminal * size**2
     what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for a picture's mean at {size} x {size}"
@@ -172,22 +172,17 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     return found
 
 
-def _cost(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[Finding]:
+def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder) -> list[Finding]:
     """Batch arithmetic, and memory, time and disk by three real steps on one process of this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.train.num_threads and device == "cpu":
-        torch.set_num_threads(config.train.num_threads)
-    denoiser = Denoiser(pipe.unet, pipe.text_encoder).to(device)
-    parameters = checkpoints.trained(denoiser)
+    device, parameters = task.accelerator.device.type, checkpoints.trained(task.module)
     optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, config.ema.decay)
-    text = next(batches(pictures, config, cached_texts(pictures, pipe.tokenizer, None, config.data.cache_dir)))["text"]
-    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    x = torch.randn(config.train.batch_size, channels, size, size, device=device)
+    loader = batches(pictures, config, task.texts, latents=task.latents, beside=task.beside)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        t = torch.zeros(len(x), dtype=torch.long, device=device)
-        denoiser(x, t, text.to(device)).square().mean().backward()
+        with task.accelerator.autocast():
+            loss = task.loss(task.module, next(loader))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.step(parameters)
@@ -196,7 +191,7 @@ def _cost(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[F
         seconds.append(time.perf_counter() - start)
     step = float(np.median(seconds[1:])) * config.train.gradient_accumulation_steps
     count, train = sum(p.numel() for p in parameters), len(pictures.select("train"))
-    total = sum(p.numel() for p in denoiser.parameters())
+    total = sum(p.numel() for p in task.module.parameters())
     a_step = config.train.batch_size * config.train.gradient_accumulation_steps
     by_time = config.train.max_minutes * 60 / step if config.train.max_minutes else math.inf
     steps = int(min(config.train.max_steps or math.inf, by_time))
@@ -252,6 +247,8 @@ def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]
             )
         )
     pipe = SfumatoPipeline.from_pretrained(folder / "pipeline")
+    if pipe.reads == "low_res" or pipe.controlnet is not None:  # which draw from more than captions; its grids show them
+        return found + _skipped(folder)
     pipe.set_progress_bar_config(disable=True)
     train = pictures.select("train")
     train = train[pictures.table["bucket"][train] == pictures.table["bucket"][train[0]]]  # of one size
@@ -265,14 +262,14 @@ def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]
         output_type="np",
     ).images
     found += judge_samples(images, np.stack([pictures.picture(i) for i in chosen]) / 255)
-    if lines := checkpoints.lines(folder / "metrics.jsonl"):
-        if skipped := json.loads(lines[-1])["skipped_steps"]:
-            found.append(
-                Finding(
-                    "warning", f"{skipped} steps had a gradient that is not finite", "They were left out.", "Lower optim.lr."
-                )
-            )
-    return found
+    return found + _skipped(folder)
+
+
+def _skipped(folder: Path) -> list[Finding]:
+    lines = checkpoints.lines(folder / "metrics.jsonl")
+    count = json.loads(lines[-1])["skipped_steps"] if lines else 0
+    what = f"{count} steps had a gradient that is not finite"
+    return [Finding("warning", what, "They were left out.", "Lower optim.lr.")] if count else []
 
 
 def judge_samples(images: np.ndarray, data: np.ndarray) -> list[Finding]:

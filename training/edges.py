@@ -6,8 +6,8 @@ THRESHOLD = 48  # of 255, in the colour that differs most
 
 
 def edges(picture: np.ndarray) -> np.ndarray:
-    """`(H, W)` bool of a picture `(H, W, C)` uint8: pixels that differ from their right or lower neighbour."""
-    values = picture.astype(int)
+    """`(H, W)` bool of a picture `(H, W, C)` or `(H, W)` uint8: pixels that differ from their right or lower neighbour."""
+    values = picture.reshape(*picture.shape[:2], -1).astype(int)
     right = np.abs(np.diff(values, axis=1, append=values[:, -1:])).max(-1)
     below = np.abs(np.diff(values, axis=0, append=values[-1:])).max(-1)
     return np.maximum(right, below) > THRESHOLD
