@@ -186,7 +186,7 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
             "# The smaller picture, here a white one, in the size of the latents.\nfrom PIL import Image\n"
             f'small = Image.new("{mode}", {(width // factor, height // factor)}, "white")\n'
         )
-        call = f"{prompt!r}, image=small"
+        call = f"{prompt!r}, image=small, noise_level={min(20, pipe.config.max_noise_level)}"
         return {"call": call, "ours": call, "given": lines}
     if pipe.controlnet is not None:
         lines = (

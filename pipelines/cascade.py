@@ -56,7 +56,7 @@ class Cascade:
         prompt: str | list[str],
         negative_prompt: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        noise_level: int = 20,
+        noise_level: int | None = None,
         upscaling_steps: int = 10,
         upscaling_guidance_scale: float = 1.0,
         output_type: str = "pil",

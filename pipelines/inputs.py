@@ -143,7 +143,8 @@ def _check_task(pipe, image, mask_image, strength, noise_level, control_image) -
     if image is None or mask_image is not None or strength is not None:
         raise ValueError("an upscaling model takes `image`, the smaller picture, and neither `mask_image` nor `strength`")
     limit = pipe.config.max_noise_level
-    if not isinstance(noise_level, int) or isinstance(noise_level, bool) or not 0 <= noise_level <= limit:
+    whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
+    if noise_level is not None and not (whole and 0 <= noise_level <= limit):
         raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {noise_level!r}")
 
 

@@ -246,6 +246,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """For upscaling the smaller picture with noise, `(B, C, h, w)`, else None; and what `guided.run_network` takes."""
         device, seen, given = self._execution_device, None, {}
         if self.reads == "low_res":
+            noise_level = min(20, self.config.max_noise_level) if noise_level is None else noise_level
             grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
             small = to_pixels(image, self.vae.config.in_channels, *grid, *batch, Image.Resampling.BICUBIC).to(device, dtype)
             seen = low_res_beside(self.low_res_scheduler, small, noise_level, generator)
@@ -316,7 +317,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         num_resamples: int = 1,
-        noise_level: int = 20,
+        noise_level: int | None = None,
         control_image: object | None = None,
         controlnet_conditioning_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
@@ -342,7 +343,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             callback_on_step_end_tensor_inputs: which tensors it gets.
             num_resamples: with a mask, how often each step is taken and all but the last time undone by noise, so that
                 what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
-            noise_level: timestep whose noise an upscaling model puts on `image`: more of it, more is made up.
+            noise_level: timestep whose noise an upscaling model puts on `image`: the more, the more is made up. 20 by default.
             control_image, controlnet_conditioning_scale: the map that the ControlNet follows, as `image`, and how strongly.
 
         Raises:

@@ -77,7 +77,35 @@ def test_a_new_controlnet_changes_nothing_and_begins_with_what_fits(base):
         down, mid = new(x, t, text, torch.rand(1, 3, 16, 16), return_dict=False)
     assert all((part == 0).all() for part in (*down, mid))
     assert torch.equal(new.conv_in.weight, pipe.unet.conv_in.weight)
-    assert build_controlnet(pipe.unet, 4)(x, t, text, torch.rand(1, 3, 64, 64), return_dict=False)  # for latents
+    with torch.no_grad():
+        for_latents, _ = build_controlnet(pipe.unet, 4)(x, t, text, torch.rand(1, 3, 64, 64), return_dict=False)
+    assert [part.shape for part in for_latents] == [part.shape for part in down]
+
+
+@pytest.mark.parametrize("width, heads", [(96, 4), (128, 4)])
+def test_a_controlnet_reads_pooled_text_as_its_unet_does(width, heads):
+    unet = tiny.unet(cross_attention_dim=width, addition_embed_type="text", addition_embed_type_num_heads=heads)
+    new, text = build_controlnet(unet, 1), torch.randn(2, 5, width)
+    with torch.no_grad():
+        torch.testing.assert_close(new.add_embedding(text), unet.add_embedding(text))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_transparent_pictures(tmp_path, channels):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text("noise")
+    data = {"name": str(pictures), "channels": channels}
+    for name in ("base", "control", "upscaling"):
+        (tmp_path / name).mkdir()
+    assert main([str(tiny.config_file(tmp_path / "base", data=data))]) == 0
+    assert main([config(tmp_path / "control", tmp_path / "base/run/pipeline", data=data), "validation.num_judged=1"]) == 0
+    path = str(tiny.config_file(tmp_path / "upscaling", task="upscaling", data=data))
+    assert main([path, "validation.num_judged=1", "upscaling.max_noise_level=10"]) == 0
+    told = (tmp_path / "control/run/pipeline/README.md").read_text()
+    assert "dges of 1 training pictures followed" in told  # of so few, none is held out
 
 
 def test_resume_is_exact(tmp_path, base):

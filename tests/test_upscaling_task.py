@@ -98,6 +98,10 @@ def test_it_learns_to_read_the_small_picture(tmp_path):
     assert scores["PSNR of model"] > 14 and scores["PSNR of bicubic"] > 18
     assert {"FD of model", "LD of model", "SSIM of bicubic"} < set(scores)
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    small = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    small[:, :8], small[:, 8:] = small[:, :8] // 2, small[:, 8:] // 2 + 127  # dark on the left
+    left, right = np.split(draw(pipe, image=Image.fromarray(small))[0], 2, axis=1)
+    assert right.mean() > left.mean() + 0.1  # layout, not only brightness
     white, black = (draw(pipe, image=Image.new("RGB", (16, 16), name)).mean() for name in ("white", "black"))
     assert white > black + 0.2
 

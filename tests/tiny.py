@@ -57,3 +57,10 @@ def vae():
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
+
+
+def unet(**settings):
+    """A UNet with random weights for text of width `cross_attention_dim`."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**{**CONFIG["unet"], "sample_size": 16, "in_channels": 3, "out_channels": 3, **settings})

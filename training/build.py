@@ -130,7 +130,8 @@ def _pretrained(cls: type, key: str, source: str, part: str, **arguments):
 def build_scheduler(config: Config) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
     """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone."""
     if config.objective.target == "flow":
-        known(config.scheduler, SfumatoFlowScheduler, "scheduler")
+        if unknown := set(config.scheduler) - {"num_train_timesteps", "shift"}:  # others do not travel
+            raise ValueError(f"scheduler: flow matching takes num_train_timesteps and shift, not {', '.join(sorted(unknown))}")
         return SfumatoFlowScheduler(**config.scheduler)
     arguments = {"timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False, **config.scheduler}
     if config.vae.pretrained is None:
@@ -168,9 +169,16 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
             raise ValueError(f"data.channels={config.data.channels}: vae.pretrained takes {vae.config.in_channels}")
         if config.task == "inpainting" and vae.config.latent_channels != 4:
             raise ValueError("task=inpainting needs a VAE of 4 latent channels: Stable Diffusion's inpainting knows no other")
-    if upscaling:
-        set_scaling_factor(vae, UPSCALERS_SCALE)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if upscaling:
+        if config.upscaling.factor < factor:
+            raise ValueError(
+                f"upscaling.factor={config.upscaling.factor}: latents are {factor} times smaller than pictures, and the small "
+                f"picture lies beside them; set it to {factor} or more"
+            )
+        if vae.quant_conv is None or vae.post_quant_conv is None:
+            raise ValueError("vae.pretrained: stock upscaling needs a VAE with quant_conv and post_quant_conv")
+        set_scaling_factor(vae, UPSCALERS_SCALE)
     divisible(config, factor)
     given = {
         "sample_size": config.data.resolution // factor,
@@ -207,6 +215,9 @@ def build_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel
     """
     widths = (16, 32, 96, 256, 256)[: factor.bit_length()]
     new = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False)
+    if unet.config.addition_embed_type:  # whose number of heads from_unet forgets
+        heads = {"addition_embed_type_num_heads": unet.config.addition_embed_type_num_heads, "_use_default_values": []}
+        new = ControlNetModel.from_config({**new.config, **heads})
     own = new.state_dict()
     fits = {name: value for name, value in unet.state_dict().items() if name in own and own[name].shape == value.shape}
     new.load_state_dict(fits, strict=False)
@@ -263,10 +274,12 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
     pipe.text_encoder.requires_grad_(train_text).train(train_text)
     pipe.unet.requires_grad_(not config.lora.rank).train()
     if config.task == "control":
-        pipe.unet.requires_grad_(False)
+        pipe.unet.requires_grad_(False).eval()
         pipe.text_encoder.requires_grad_(False).eval()
         if pipe.controlnet is None:
             pipe.register_modules(controlnet=build_controlnet(pipe.unet, pipe.vae_scale_factor))
+        if pipe.controlnet.config.conditioning_channels != 3:
+            raise ValueError(f"init_from={config.init_from!r} has a ControlNet that does not read maps of 3 channels")
         pipe.controlnet.requires_grad_(True).train()
     elif pipe.controlnet is not None:
         raise ValueError(f"init_from={config.init_from!r} has a ControlNet, which only task=control trains")

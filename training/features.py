@@ -52,9 +52,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def feature_distances(true: np.ndarray, made: np.ndarray) -> dict[str, float]:
     """`FD`, the Fréchet distance of two sets of pictures `(N, H, W, C)` uint8, and `LD`, the mean distance within pairs.
 
-    Both in `features`; empty where their packages are not installed.
+    Both in `features`; of one pair, no FD; empty where their packages are not installed.
     """
     if not all(map(importlib.util.find_spec, PACKAGES)):
         return {}
     a, b = features(true), features(made)
-    return {"FD": frechet_distance(a, b), "LD": float(np.linalg.norm(a - b, axis=1).mean())}
+    spread = {"FD": frechet_distance(a, b)} if len(a) > 1 else {}
+    return spread | {"LD": float(np.linalg.norm(a - b, axis=1).mean())}

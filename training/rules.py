@@ -171,6 +171,7 @@ def idle(config: Config) -> list[str]:
         (config.task != "autoencoder", "task=autoencoder", "autoencoder", ("model", "kl_weight", "sharpness_weight")),
         (config.task != "text_to_image", "task=text_to_image", "validation", ("prompts",)),
         (config.task != "upscaling", "task=upscaling", "upscaling", ("factor", "max_noise_level")),
+        (given, "a model that is built anew", "upscaling", ("max_noise_level",)),
         (config.task == "control", "another task", "text_encoder", ("train",)),
         (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
         (d.name != "shapes", "data.name=shapes", "data", ("num_pictures", "num_figures")),

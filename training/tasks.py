@@ -31,7 +31,7 @@ from sfumato.training.shapes import NUM_HELD_OUT, evenly
 
 
 class TextToImage:
-    """A text encoder and a UNet that predicts eps, x_0 or v from a noisy picture and its caption.
+    """A text encoder and a UNet that predicts eps, x_0, v or a flow's velocity from a noisy picture and its caption.
 
     Attributes:
         module: what is trained, as one module.
@@ -127,6 +127,11 @@ class TextToImage:
         """A function that writes the model into a checkpoint, given its folder now and its name later."""
         pipe, told = self.shareable(), self.told(state)
         return lambda new, folder: export_pipeline(pipe, new / "pipeline", where=str(folder / "pipeline"), **told)
+
+    @property
+    def split(self) -> str:
+        """What `evaluation.to_show` takes pictures of."""
+        return "held-out" if len(self.pictures.select("held_out")) else "training"
 
     def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
         """What can be measured on held-out data, and what it is; nothing where nothing can."""
@@ -233,7 +238,7 @@ class Upscaling(TextToImage):
         for name, made in (("model", drawn), ("bicubic", plain)):
             made = picture_quality(true, made) | feature_distances(true, made)
             found |= {f"{key} of {name}": value for key, value in made.items()}
-        return found, f"{len(true)} held-out pictures, enlarged {self.config.upscaling.factor} times"
+        return found, f"{len(true)} {self.split} pictures, enlarged {self.config.upscaling.factor} times"
 
 
 class Control(TextToImage):
@@ -270,7 +275,7 @@ class Control(TextToImage):
         captions, maps, drawn = self.followed(self.config.validation.num_judged, pipe)
         free = self.drawn(replaced(pipe, controlnet=None), captions)
         f1 = [np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(made, maps)]) for made in (drawn, free)]
-        return {"F1": float(f1[0]), "F1 without control": float(f1[1])}, f"edges of {len(maps)} held-out pictures followed"
+        return {"F1": float(f1[0]), "F1 without control": float(f1[1])}, f"edges of {len(maps)} {self.split} pictures followed"
 
 
 def as_image(picture: np.ndarray) -> Image.Image:
