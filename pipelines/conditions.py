@@ -1,11 +1,12 @@
 """What a network is given beside the noisy latents and the text: a mask and the picture around it, or a smaller picture.
 
-Self-contained on purpose (torch and diffusers only): this file travels inside shared model folders.
+Self-contained on purpose (torch, PIL and diffusers only): this file travels inside shared model folders.
 """
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 
 def beside_noise(unet, vae) -> str | None:
@@ -18,6 +19,16 @@ def beside_noise(unet, vae) -> str | None:
     if more == vae.config.in_channels and (unet.config.class_embed_type or unet.config.num_class_embeds):
         return "low_res"
     return "masks" if more == vae.config.latent_channels + 1 else None
+
+
+def size_to_draw(pipe, image) -> tuple[int, int]:
+    """Height and width in pixels where a call names none: the trained ones; for upscaling in latents, those of the small
+    picture, or of the first of a list, times the VAE's factor, as in the stock pipeline.
+    """
+    first = image[0] if isinstance(image, list) and image else image
+    if beside_noise(pipe.unet, pipe.vae) == "low_res" and pipe.vae_scale_factor > 1 and isinstance(first, Image.Image):
+        return first.height * pipe.vae_scale_factor, first.width * pipe.vae_scale_factor
+    return pipe.trained_size
 
 
 def masks_beside(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:

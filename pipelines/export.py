@@ -21,7 +21,7 @@ from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
 TAKEN = ("README.md", "training_args.yaml")
 _LINKS = (
-    "from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside\n",
+    "from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside, size_to_draw\n",
     "from sfumato.pipelines.guided import guided_prediction, weak_embeds\n",
     "from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels\n",
     "from sfumato.pipelines.trust import check_folder\n",

@@ -31,7 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside
+from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside, size_to_draw
 from sfumato.pipelines.guided import guided_prediction, weak_embeds
 from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
 from sfumato.pipelines.trust import check_folder
@@ -349,7 +349,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
         """
-        height, width = (own if side is None else side for side, own in zip((height, width), self.trained_size))
+        height, width = (own if side is None else side for side, own in zip((height, width), size_to_draw(self, image)))
         check_inputs(
             self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
             num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,

@@ -61,9 +61,10 @@ def test_latent_upscaling_reads_the_small_picture_as_it_is(tmp_path):
     assert main([str(tiny.config_file(tmp_path / "latent", task="upscaling", vae=vae))]) == 0
     stock, ours = (cls.from_pretrained(tmp_path / "latent/run/pipeline") for cls in (DiffusionPipeline, SfumatoPipeline))
     assert stock.unet.config.in_channels == 7 and stock.vae.config.scaling_factor == 0.08333
-    drawn = draw(stock, image=SMALL.resize((8, 8)))
-    assert drawn.shape == (1, 16, 16, 3)
-    np.testing.assert_allclose(draw(ours, image=SMALL.resize((8, 8))), drawn, atol=1e-5)
+    for size in ((8, 8), (16, 12)):
+        drawn = draw(stock, image=SMALL.resize(size))
+        assert drawn.shape == (1, 2 * size[1], 2 * size[0], 3)
+        np.testing.assert_allclose(draw(ours, image=SMALL.resize(size)), drawn, atol=1e-5)
 
 
 def test_latents_in_another_scale_are_the_same_pictures():
