@@ -35,13 +35,18 @@ class Cascade:
         channels = [pipe.vae.config.in_channels for pipe in (base, upscaler)]
         if channels[0] != channels[1]:
             raise ValueError(f"the first model draws {channels[0]} channels, the second reads {channels[1]}")
+        sides = [pipe.trained_size[0] for pipe in (base, upscaler)]
+        if sides[1] % sides[0]:
+            raise ValueError(f"the first model draws {sides[0]} pixels, the second {sides[1]}, which is no multiple of it")
         self.base, self.upscaler = base, upscaler
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **arguments) -> "Cascade":
         """Open a folder or Hub repository; arguments as for `SfumatoPipeline.from_pretrained`."""
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        of_hub = {name: arguments.pop(name) for name in names if name in arguments}
         if not Path(folder).is_dir():
-            folder = snapshot_download(str(folder), ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+            folder = snapshot_download(str(folder), ignore_patterns=[f"*{suffix}" for suffix in PICKLES], **of_hub)
         parts = (Path(folder), Path(folder) / UPSCALER)
         return cls(*(SfumatoPipeline.from_pretrained(str(part), **arguments) for part in parts))
 
@@ -60,8 +65,9 @@ class Cascade:
         upscaling_steps: int = 10,
         upscaling_guidance_scale: float = 1.0,
         output_type: str = "pil",
+        return_dict: bool = True,
         **call,
-    ) -> ImagePipelineOutput:
+    ) -> ImagePipelineOutput | tuple:
         """Draw small pictures and make them larger.
 
         Args:
@@ -70,6 +76,7 @@ class Cascade:
             noise_level: how much noise the small picture gets, so that what the first model got wrong is drawn anew.
             upscaling_steps, upscaling_guidance_scale: of the second model.
             output_type: `pil`, `np`, `pt` or `latent`.
+            return_dict: return `ImagePipelineOutput` rather than a tuple.
             call: further arguments of the first model's call.
         """
         small = self.base(prompt, negative_prompt, generator=generator, output_type="pil", **call).images
@@ -79,7 +86,10 @@ class Cascade:
         negative = negative_prompt
         if isinstance(negative, list):
             negative = [text for text in negative for _ in range(each)]
+        times = self.upscaler.trained_size[0] // self.base.trained_size[0]
+        size = {"height": small[0].height * times, "width": small[0].width * times}
         return self.upscaler(
-            repeated, negative, image=small, generator=generator, noise_level=noise_level,
+            repeated, negative, image=small, generator=generator, noise_level=noise_level, **size,
             num_inference_steps=upscaling_steps, guidance_scale=upscaling_guidance_scale, output_type=output_type,
+            return_dict=return_dict,
         )  # fmt: skip

@@ -113,10 +113,17 @@ def with_guider(pipe, name: str, weak=None, **settings):
         given["seg_guidance_config"] = hooks.SmoothedEnergyGuidanceConfig(**_middle(pipe))
     guider = cls(**{**given, **settings})
     if weak is not None:
-        for part, key in (("scheduler", "prediction_type"), ("unet", "in_channels"), ("unet", "out_channels")):
-            here, there = (getattr(p, part).config.get(key) for p in (pipe, weak))
+        from sfumato.schedulers import trained
+
+        for what, read in {
+            "prediction_type": lambda p: trained(p.scheduler).prediction_type,
+            "in_channels": lambda p: p.unet.config.in_channels,
+            "out_channels": lambda p: p.unet.config.out_channels,
+            "a ControlNet:": lambda p: p.controlnet is not None,
+        }.items():
+            here, there = read(pipe), read(weak)
             if here != there:
-                raise ValueError(f"the weaker model has {key} {there}, this one {here}")
+                raise ValueError(f"the weaker model has {what} {there}, this one {here}")
         guider.weak = weak
     return replaced(pipe, guider=guider)
 

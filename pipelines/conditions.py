@@ -22,13 +22,35 @@ def beside_noise(unet, vae) -> str | None:
 
 
 def size_to_draw(pipe, image) -> tuple[int, int]:
-    """Height and width in pixels where a call names none: the trained ones; for upscaling in latents, those of the small
-    picture, or of the first of a list, times the VAE's factor, as in the stock pipeline.
+    """Height and width in pixels where a call names none: the trained ones.
+
+    Upscaling follows the small picture, or the first of a list: an array or tensor has the size of the latents already, and so
+    has a PIL picture where the VAE is not the identity, as in the stock pipeline. On pixels, one whose shorter side is less
+    than was trained is drawn at that.
     """
-    first = image[0] if isinstance(image, list) and image else image
-    if beside_noise(pipe.unet, pipe.vae) == "low_res" and pipe.vae_scale_factor > 1 and isinstance(first, Image.Image):
-        return first.height * pipe.vae_scale_factor, first.width * pipe.vae_scale_factor
-    return pipe.trained_size
+    first, factor, trained = image[0] if isinstance(image, list) and image else image, pipe.vae_scale_factor, pipe.trained_size
+    if beside_noise(pipe.unet, pipe.vae) != "low_res":
+        return trained
+    if isinstance(first, Image.Image):
+        times = factor if factor > 1 else max(1, min(trained) / min(first.size))
+        sides = (first.height * times, first.width * times)
+    elif getattr(first, "ndim", 0) >= 3:
+        sides = [side * factor for side in (first.shape[-2:] if isinstance(first, torch.Tensor) else first.shape[-3:-1])]
+    else:
+        return trained
+    return tuple(round(side / factor) * factor for side in sides)
+
+
+def check_upscaling(vae) -> None:
+    """Raise ValueError for a VAE with which `StableDiffusionUpscalePipeline` would draw something else, or fail."""
+    if vae.config.scaling_factor != 0.08333 or vae.post_quant_conv is None:
+        raise ValueError("stock upscaling takes a VAE of scaling_factor 0.08333; see autoencoders.set_scaling_factor")
+
+
+def renoised(scheduler, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:
+    """From timestep `s` back up to `t` by fresh noise: sqrt(a) x_s + sqrt(1 - a) eps with a = abar_t / abar_s."""
+    a = (scheduler.alphas_cumprod[t] / scheduler.alphas_cumprod[s]).to(x_s)
+    return a.sqrt() * x_s + (1 - a).sqrt() * randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
 
 
 def masks_beside(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:

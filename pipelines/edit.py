@@ -27,8 +27,8 @@ def invert(
     Returns:
         `(1, C, h, w)` for `edit`'s call: `pipe(other_prompt, image=image, strength=strength, latents=noise)` with DDIM.
     """
-    if pipe.reads:
-        raise ValueError(f"inversion is for models that read nothing but noise and text, and this one reads {pipe.reads}")
+    if pipe.reads or pipe.controlnet is not None:
+        raise ValueError("inversion is for models that read nothing but noise and text")
     if isinstance(trained(pipe.scheduler), SfumatoFlowScheduler):
         raise ValueError("DDIM inversion is for diffusion, not for flow matching; use `image` and `strength`")
     pipe = with_sampler(pipe, "ddim")

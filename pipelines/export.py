@@ -20,19 +20,11 @@ from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 
 NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
 TAKEN = ("README.md", "training_args.yaml")
-_LINKS = (
-    "from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside, size_to_draw\n",
-    "from sfumato.pipelines.guided import guided_prediction, weak_embeds\n",
-    "from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels\n",
-    "from sfumato.pipelines.trust import check_folder\n",
-    "from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler\n",
-    "from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler\n",
-)
 
 
 _CASCADE = """## Larger pictures
 
-`upscaler/` holds a second model, which makes the pictures larger; it opens by itself as they all do.
+`upscaler/` holds a second model, which makes the pictures larger; it opens by itself too.
 With `pip install sfumato`, both as one call:
 
 ```python
@@ -49,10 +41,7 @@ def joined_source() -> str:
     """`pipeline.py`: what travels, as one file without `sfumato` in its imports."""
     modules = (scheduling_sfumato_ddpm, scheduling_sfumato_flow, trust, inputs, conditions, guided, pipeline_sfumato)
     *others, pipeline = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
-    for link in _LINKS:
-        if link not in pipeline:
-            raise RuntimeError(f"pipeline_sfumato.py lacks the line that export takes out: {link}")
-        pipeline = pipeline.replace(link, "")
+    pipeline = re.sub(r"^from sfumato\.[\w.]+ import [^(\n]+\n", "", pipeline, flags=re.M)
     return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *others, pipeline])
 
 
@@ -195,7 +184,8 @@ def export_pipeline(
         raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
         max_shard_size: weights are split into files of at most this size.
         source: the exported folder that `pipe` was opened from; its card, samples and settings are taken over.
-        upscaler: the exported folder of an upscaling model; a copy of it is put inside, which makes a `Cascade`.
+        upscaler: the exported folder of an upscaling model; a copy of it is put inside, which makes a `Cascade`. That of
+            `source`, if it has one, where not given.
 
     Raises:
         ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
@@ -212,17 +202,26 @@ def export_pipeline(
     new.mkdir(parents=True)
     try:
         _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source)
-        if upscaler is not None:
-            second = SfumatoPipeline.from_pretrained(str(upscaler))
-            Cascade(pipe, second)  # or these two do not go together
-            export_pipeline(second, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
-            card = new / "README.md"
-            card.write_text(card.read_text("utf-8").replace("## What it is\n", _CASCADE.format(where=where), 1), "utf-8")
+        _add_upscaler(pipe, new, where, source, upscaler)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     put(new, folder)
     return folder
+
+
+def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
+    """Make the folder `new` one of a cascade, where there is a second model; arguments as for `export_pipeline`."""
+    if upscaler is None and source is not None and (Path(source) / UPSCALER / "model_index.json").is_file():
+        upscaler = Path(source) / UPSCALER
+    if upscaler is not None:
+        second = SfumatoPipeline.from_pretrained(str(upscaler))
+        Cascade(pipe, second)  # or these two do not go together
+        export_pipeline(second, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
+        card = new / "README.md"
+        text = card.read_text("utf-8")
+        if "## Larger pictures" not in text:
+            card.write_text(text.replace("## What it is\n", _CASCADE.format(where=where), 1), "utf-8")
 
 
 def put(new: Path, folder: Path) -> None:

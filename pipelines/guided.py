@@ -48,9 +48,9 @@ def guided_prediction(
             pipe._one_by_one = True
     for i, state in enumerate(states):
         guider.prepare_models(pipe.unet)
-        unet = weak.unet if weak is not None and i > 0 else pipe.unet
+        model = weak if weak is not None and i > 0 else pipe
         try:
-            state.noise_pred = run_network(unet, pipe.controlnet, latents, t, state.encoder_hidden_states, given)
+            state.noise_pred = run_network(model.unet, model.controlnet, latents, t, state.encoder_hidden_states, given)
         finally:  # or the network would stay changed for all who share it
             guider.cleanup_models(pipe.unet)
     return guider(states)[0]
@@ -58,7 +58,7 @@ def guided_prediction(
 
 def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
     """What a weaker model's text encoder makes of the prompt; the model follows this one in device and precision."""
-    for part in (weak.unet, weak.text_encoder):
+    for part in filter(None, (weak.unet, weak.text_encoder, weak.controlnet)):
         part.to(device, pipe.unet.dtype)
     return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
 

@@ -139,7 +139,11 @@ def _check_task(pipe, image, mask_image, strength, noise_level, control_image) -
         missing = "has no ControlNet; leave `control_image` out" if pipe.controlnet is None else "needs `control_image`"
         raise ValueError(f"this model {missing}")
     if pipe.reads != "low_res":
+        if noise_level is not None:
+            raise ValueError("`noise_level` is for upscaling models; leave it out")
         return
+    if pipe.low_res_scheduler is None:
+        raise ValueError("this upscaling model lacks its low_res_scheduler, such as DDPMScheduler")
     if image is None or mask_image is not None or strength is not None:
         raise ValueError("an upscaling model takes `image`, the smaller picture, and neither `mask_image` nor `strength`")
     limit = pipe.config.max_noise_level
@@ -174,7 +178,7 @@ def _fit_batch(name: str, tensor: torch.Tensor, batch_size: int, num_images_per_
 
 def to_pixels(
     image, channels: int, height: int, width: int, batch_size: int, num_images_per_prompt: int,
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    resample: Image.Resampling = Image.Resampling.LANCZOS, name: str = "image",
 ) -> torch.Tensor:  # fmt: skip
     """`image` as `(B, C, height, width)` in [-1, 1].
 
@@ -183,6 +187,7 @@ def to_pixels(
             or float in [0, 1], with or without a batch dimension; or a list of any of them.
         channels: C: 1 grey, 3 RGB, 4 RGBA.
         resample: how PIL pictures are resized.
+        name: of the argument, for errors.
 
     Raises:
         TypeError, ValueError: something else, another size, values out of range, as many as neither one nor the prompts.
@@ -192,14 +197,14 @@ def to_pixels(
         sized = [part.convert(MODES[channels]) for part in parts]
         sized = [p if p.size == (width, height) else p.resize((width, height), resample) for p in sized]
         image = [np.asarray(part).reshape(height, width, channels) for part in sized]
-    pixels = _stack("image", image, one_has=3)
+    pixels = _stack(name, image, one_has=3)
     if tuple(pixels.shape[1:]) != (channels, height, width):
         raise ValueError(
-            f"`image` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL picture"
+            f"`{name}` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL picture"
         )
     if not (torch.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError("`image` must hold values from 0 to 1 (or be uint8)")
-    return _fit_batch("image", pixels * 2 - 1, batch_size, num_images_per_prompt)
+        raise ValueError(f"`{name}` must hold values from 0 to 1 (or be uint8)")
+    return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
 
 
 def to_mask(mask, height: int, width: int, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sfumato.pipelines.conditions import beside_noise, low_res_beside, masks_beside, size_to_draw
+from sfumato.pipelines.conditions import beside_noise, check_upscaling, low_res_beside, masks_beside, renoised, size_to_draw
 from sfumato.pipelines.guided import guided_prediction, weak_embeds
 from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
 from sfumato.pipelines.trust import check_folder
@@ -102,6 +102,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             low_res_scheduler=low_res_scheduler,
             controlnet=controlnet,
         )
+        if controlnet is not None and self.reads:
+            raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
         self.register_to_config(requires_safety_checker=requires_safety_checker, max_noise_level=max_noise_level)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -140,6 +142,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         parts = {**self.components, "scheduler": self.stock_scheduler()}
         guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
         if self.reads == "low_res":
+            check_upscaling(self.vae)
             del parts["image_encoder"]
             parts |= {"low_res_scheduler": low_res, "max_noise_level": self.config.max_noise_level}
             return diffusers.StableDiffusionUpscalePipeline(**parts)
@@ -252,7 +255,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             seen = low_res_beside(self.low_res_scheduler, small, noise_level, generator)
             given["class_labels"] = torch.full((len(small),), noise_level, device=device)
         if control_image is not None:
-            hint = to_pixels(control_image, self.controlnet.config.conditioning_channels, height, width, *batch)
+            hint = to_pixels(
+                control_image, self.controlnet.config.conditioning_channels, height, width, *batch, name="control_image"
+            )
             given |= {"map": (hint / 2 + 0.5).to(device, dtype), "map_scale": control_scale}
         return seen, given
 
@@ -263,11 +268,6 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`x_0` at the level of timestep `t` of the scheduler, in its own scale."""
         return self.scheduler.add_noise(x_0, noise, t.reshape(1).expand(len(x_0)))
-
-    def renoised(self, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:
-        """From timestep `s` back up to `t` by fresh noise: sqrt(a) x_s + sqrt(1 - a) eps with a = abar_t / abar_s."""
-        a = (self.scheduler.alphas_cumprod[t] / self.scheduler.alphas_cumprod[s]).to(x_s)
-        return a.sqrt() * x_s + (1 - a).sqrt() * randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
 
     def predict(
         self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds, given=None
@@ -399,7 +399,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                         kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])
                         latents = latent_mask * latents + (1 - latent_mask) * kept
                     if again:
-                        latents = self.renoised(latents, timesteps[i + 1], t, generator)
+                        latents = renoised(self.scheduler, latents, timesteps[i + 1], t, generator)
                 if callback_on_step_end is not None:
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}

@@ -14,7 +14,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
 PARTS = (
     "vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder", "controlnet",
-    "low_res_scheduler",
+    "low_res_scheduler", "guider", "tokenizer", "feature_extractor",
 )  # fmt: skip
 MODELS = {  # (library and class as model_index.json names them) -> module
     ("diffusers", "UNet2DConditionModel"): "diffusers",
@@ -63,7 +63,7 @@ def check_folder(folder: str | Path, skip: set[str] = frozenset()) -> None:
             steps = _read(part / "scheduler_config.json").get("num_train_timesteps", 1000)
             if not isinstance(steps, int) or not 0 < steps <= MAX_TIMESTEPS:
                 raise ValueError(f"{part}: num_train_timesteps={steps!r}; at most {MAX_TIMESTEPS} are allowed")
-        elif safe and (part / "config.json").is_file():
+        if safe and (part / "config.json").is_file():
             _check_size(part, tuple(entry), safe)
 
 

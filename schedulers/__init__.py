@@ -9,7 +9,7 @@ def trained(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
     if isinstance(scheduler, SfumatoDDPMScheduler | SfumatoFlowScheduler):
         return scheduler
     config = scheduler.config
-    if config.get("prediction_type", "flow_prediction") == "flow_prediction":  # diffusers' flow schedulers do not name it
+    if config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch"):
         shift = config.get("flow_shift", config.get("shift", 1.0))
         return SfumatoFlowScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
     return SfumatoDDPMScheduler.from_config(config)

@@ -7,6 +7,11 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+LOST = (
+    "invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas", "use_dynamic_shifting",
+    "use_exponential_sigmas", "use_karras_sigmas",
+)  # fmt: skip
+
 
 class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` with what training needs, and with the methods that pipelines of UNets call.
@@ -28,7 +33,7 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
 
         The stock class spends its last step, of equal cost, between 1 / num_train_timesteps and 0.
         """
-        if sigmas is None and num_inference_steps is not None:
+        if sigmas is None and more.get("timesteps") is None and num_inference_steps is not None:
             sigmas = np.linspace(1 - 1 / self.config.num_train_timesteps, 0, num_inference_steps + 1)[:-1].tolist()
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, **more)
 
@@ -64,6 +69,9 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         DPM-Solver++ of order 1, the default, takes Euler's steps: with x_0 = x_t - sigma_t v, its
         x_s = sigma_s / sigma_t x_t + (alpha_s - alpha_t sigma_s / sigma_t) x_0 is x_t + (sigma_s - sigma_t) v.
         """
+        odd = [name for name in LOST if self.config.get(name)]
+        if odd:
+            raise ValueError(f"no stock sampler for UNets knows these settings of flow matching: {', '.join(odd)}")
         settings = settings or {"solver_order": 1}
         steps, shift = self.config.num_train_timesteps, self.config.shift
         flow = {"prediction_type": self.prediction_type, "use_flow_sigmas": True, "flow_shift": shift}

@@ -129,14 +129,21 @@ def _sample(options) -> int:
         if path:
             with Image.open(path) as file:
                 given[name] = file.copy()
-    if options.strength is not None:
-        given["strength"] = options.strength
+    given |= {} if options.strength is None else {"strength": options.strength}
+
+    draw, upscaler = pipe, Path(model) / UPSCALER
+    if (upscaler / "model_index.json").is_file():
+        draw, advice = (
+            Cascade(pipe, SfumatoPipeline.from_pretrained(str(upscaler)).to(pipe.device)),
+            recommended(str(upscaler)),
+        )
+        given |= {"upscaling_steps": advice["num_inference_steps"], "upscaling_guidance_scale": advice["guidance_scale"]}
 
     def keep(pipe, step, t, tensors):
         frames.append(grid(pipe.image_processor.postprocess(pipe.decode_latents(tensors["latents"])), options.prompts))
         return tensors
 
-    pictures = pipe(
+    pictures = draw(
         options.prompts,
         [options.negative_prompt or ""] * len(options.prompts),
         num_inference_steps=options.steps,
@@ -145,11 +152,6 @@ def _sample(options) -> int:
         callback_on_step_end=keep if options.gif else None,
         **given,
     ).images
-    if (Path(model) / UPSCALER / "model_index.json").is_file():
-        second = Cascade(pipe, SfumatoPipeline.from_pretrained(str(Path(model) / UPSCALER)).to(pipe.device)).upscaler
-        advice = recommended(str(Path(model) / UPSCALER))
-        generators = [torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))]
-        pictures = second(options.prompts, image=pictures, generator=generators, **advice).images
     settings = {k: v for k, v in vars(options).items() if k not in ("verb", "out", "gif", "each") and v is not None}
     for name in {"model", "image", "mask", "control", "weak"} & settings.keys():
         if Path(settings[name]).exists():  # a name, not where it lies on this machine

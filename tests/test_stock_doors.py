@@ -16,6 +16,8 @@ from test_flow import config as flow_config
 
 from sfumato import cli
 from sfumato.pipelines import Cascade, SfumatoPipeline
+from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.training import hub
 from sfumato.training.train import main
 
 CHILD = """
@@ -113,6 +115,50 @@ def test_a_cascade_is_one_folder_and_one_call(folders, tmp_path, capsys):
     assert "draws from text and nothing else" in capsys.readouterr().err
     assert cli.main(["export", str(folders["base"]), str(tmp_path / "x"), "--upscaler", str(folders["base"])]) == 2
     assert "must be one for upscaling" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_cascade_keeps_its_second_model_and_the_shape_of_its_pictures(folders, tmp_path):
+    folder, again = tmp_path / "cascade", tmp_path / "again"
+    assert cli.main(["export", str(folders["base"]), str(folder), "--upscaler", str(folders["upscaling"])]) == 0
+    assert cli.main(["export", str(folder), str(again)]) == 0
+    assert (again / "upscaler" / "model_index.json").is_file()
+    assert cli.main(["export", str(again), str(again), "--upscaler", str(folders["upscaling"])]) == 0
+    assert (again / "README.md").read_text().count("## Larger pictures") == 1
+    cascade = Cascade.from_pretrained(again, local_files_only=True)
+    call = {"num_inference_steps": 2, "upscaling_steps": 2, "output_type": "np", "return_dict": False}
+    assert cascade("a red circle", height=16, width=32, **call)[0].shape == (1, 16, 32, 3)
+    pushed = hub._content(again / "upscaler" / "README.md", "me/mine", "upscaler").decode()
+    assert 'from_pretrained(snapshot_download("me/mine") + "/upscaler")' in pushed
+    assert "```python\nfrom huggingface_hub import snapshot_download\n" in pushed
+
+
+def test_upscaling_keeps_the_shape_of_the_picture(folders):
+    pipe = SfumatoPipeline.from_pretrained(folders["upscaling"])
+    call = {"num_inference_steps": 2, "output_type": "np"}
+    for given, shape in (((16, 8), (16, 32)), ((32, 24), (24, 32)), ((16, 16), (16, 16))):
+        assert pipe("a red circle", image=PICTURE.resize(given), **call).images.shape[1:3] == shape
+    assert pipe("a red circle", image=torch.rand(1, 3, 24, 16), **call).images.shape[1:3] == (24, 16)
+    with pytest.raises(ValueError, match="`noise_level` is for upscaling"):
+        SfumatoPipeline.from_pretrained(folders["base"])("a red circle", noise_level=5)
+
+
+@pytest.mark.parametrize("task", ["control", "flow"])
+def test_autoguidance_steers_away_from_the_weaker_model(folders, task):
+    pipe, weak = (SfumatoPipeline.from_pretrained(folders[task]) for _ in range(2))
+    part = weak.unet if task == "flow" else weak.controlnet  # a control run's checkpoints differ in their ControlNets only
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    if task == "flow":
+        pipe = with_sampler(pipe, "euler")
+    given = {"control_image": PICTURE} if task == "control" else {}
+    images = []
+    for model, scale in ((pipe, 1.0), (with_guider(pipe, "autoguidance", weak), 4.0)):
+        call = {"num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(0), **given}
+        images.append(model("a red circle", guidance_scale=scale, **call).images)
+    assert np.abs(images[0] - images[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="ControlNet" if task == "control" else "prediction_type"):
+        with_guider(pipe, "autoguidance", SfumatoPipeline.from_pretrained(folders["base"]))
 
 
 def test_the_command_draws_with_every_task(folders, tmp_path):

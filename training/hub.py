@@ -163,7 +163,7 @@ def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, 
         api.create_repo(repo_id, private=private or None, exist_ok=True)
     if branch != "main" and not pull_request:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    operations = [CommitOperationAdd(name, _content(folder / name, repo_id)) for name in names]
+    operations = [CommitOperationAdd(name, _content(folder / name, repo_id, name.rpartition("/")[0])) for name in names]
     operations += [CommitOperationDelete(name) for name in stale(repo_id, branch, names)]
     done = api.create_commit(
         repo_id, operations, commit_message=message or "Upload with Sfumato", revision=branch, create_pr=pull_request or None
@@ -177,8 +177,11 @@ def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, 
     return done.pr_url or done.commit_url
 
 
-def _content(path: Path, repo_id: str) -> str | bytes:
-    """A file as it is; in our card, the snippets name the repository, and every card says that Sfumato was here."""
+def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
+    """A file as it is; in our card, the snippets name the repository, and every card says that Sfumato was here.
+
+    `inside`: the folder in the repository that the card is of, if not of it all: diffusers opens such a one only locally.
+    """
     if path.name != "README.md":
         return str(path)
     card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True)
@@ -186,7 +189,10 @@ def _content(path: Path, repo_id: str) -> str | bytes:
         card.data.tags = [*(card.data.tags or []), "sfumato"]
     text = str(card)
     if "Made by Sfumato" in text and (where := re.search(r'from_pretrained\("([^"]*)"', text)):
-        text = text.replace(f'"{where[1]}"', f'"{repo_id}"')
+        found = f'snapshot_download("{repo_id}") + "/{inside}"' if inside else f'"{repo_id}"'
+        text = text.replace(f'"{where[1]}"', found)
+        if inside:
+            text = text.replace("```python\n", "```python\nfrom huggingface_hub import snapshot_download\n")
     return text.encode()
 
 
