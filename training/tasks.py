@@ -210,9 +210,8 @@ class Upscaling(TextToImage):
         seeds = [(int(seed) + 1) % 2**63 for seed in batch["noise_seed"]]  # not the noise of x_t
         level = torch.tensor([np.random.default_rng(s).integers(limit + 1) for s in seeds], device=x_t.device)
         generators = [torch.Generator(x_t.device).manual_seed(s) for s in seeds]
-        return torch.cat([x_t, low_res_beside(self.pipe.low_res_scheduler, small, level, generators)], 1), {
-            "class_labels": level
-        }
+        small = low_res_beside(self.pipe.low_res_scheduler, small, level, generators)
+        return torch.cat([x_t, small], dim=1), {"class_labels": level}
 
     def enlarged(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], list[np.ndarray], list[np.ndarray], list]:
         """Captions, held-out pictures, and what bicubic enlarging and the model make of them once they are smaller."""
