@@ -76,9 +76,9 @@ def with_sampler(pipe, name: str):
     # What an earlier choice set goes; what it replaced of the trained config comes back, and is kept with the notes.
     config = dict(pipe.scheduler.config)
     notes = dict(config.get("_sfumato") or {})
-    trained = notes.setdefault("trained", {k: config[k] for k in ("thresholding", "clip_sample") if k in config})
+    original = notes.setdefault("trained", {k: config[k] for k in ("thresholding", "clip_sample") if k in config})
     config = {k: v for k, v in config.items() if k not in ("algorithm_type", "use_exponential_sigmas")}
-    scheduler = cls.from_config({**config, **trained}, **more)
+    scheduler = cls.from_config({**config, **original}, **more)
     scheduler.register_to_config(_sfumato=notes)
     return replaced(pipe, scheduler=scheduler)
 

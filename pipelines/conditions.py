@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every VAE's scaling factor
+
 
 def beside_noise(unet, vae) -> str | None:
     """What the UNet reads beside the noisy latents: `masks` and masked pictures, as those of Stable Diffusion's inpainting do;
@@ -43,8 +45,10 @@ def size_to_draw(pipe, image) -> tuple[int, int]:
 
 def check_upscaling(vae) -> None:
     """Raise ValueError for a VAE with which `StableDiffusionUpscalePipeline` would draw something else, or fail."""
-    if vae.config.scaling_factor != 0.08333 or vae.post_quant_conv is None:
-        raise ValueError("stock upscaling takes a VAE of scaling_factor 0.08333; see autoencoders.set_scaling_factor")
+    if vae.config.scaling_factor != UPSCALERS_SCALE or vae.post_quant_conv is None:
+        raise ValueError(
+            f"stock upscaling takes a VAE of scaling_factor {UPSCALERS_SCALE}; see autoencoders.set_scaling_factor"
+        )
 
 
 def renoised(scheduler, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:

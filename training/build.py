@@ -11,13 +11,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.conditions import UPSCALERS_SCALE
 from sfumato.pipelines.guided import run_network
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
 from sfumato.training.autoencoders import divisible, identity_vae, known, lists_to_tuples, set_scaling_factor
 from sfumato.training.config import Config, TextEncoderConfig
 from sfumato.training.latents import is_identity
 
-UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every VAE's scaling factor
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
