@@ -227,3 +227,68 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         beta = 1 - alpha
         mean = signal_s * beta / noise_t**2 * x_0 + alpha.sqrt() * noise_s**2 / noise_t**2 * x_t
         return mean, noise_s**2 / noise_t**2 * beta
+
+    def log_variance(self, t: torch.Tensor, like: torch.Tensor, learned: torch.Tensor | None = None) -> torch.Tensor:
+        """Log of the variance of p(x_{t-1} | x_t), `(B, 1, 1, 1)`, or `(B, C, H, W)` where it is `learned`, by `variance_type`.
+
+        `fixed_small` is the posterior's, `fixed_large` beta_t; `learned_range` goes from the one to the other, in logarithms,
+        as `learned`, the second half of the network's output, goes from -1 to 1 (Nichol and Dhariwal 2021, equation 15, arXiv
+        2102.09672). At t = 0, where the posterior's is 0, that of t = 1 stands in.
+        """
+        small = self.posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
+        signal_t, signal_s = self._signal_and_noise(t, like)[0], self._signal_and_noise(t - 1, like)[0]
+        large = (1 - (signal_t / signal_s) ** 2).log()
+        kind = self.config.variance_type
+        if kind == "learned_range":
+            share = (learned + 1) / 2
+            return share * large + (1 - share) * small
+        fixed = {"fixed_small": small, "fixed_small_log": small, "fixed_large": large, "fixed_large_log": large}
+        if kind not in fixed:
+            raise ValueError(f"the variational bound knows no variance_type {kind!r}; use learned_range or a fixed one")
+        return fixed[kind]
+
+    def bound_term(self, output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """One term of the variational bound for each sample, `(B,)`, in bits for each dimension (Ho et al. 2020, equation 5).
+
+        For t > 0 the Kullback-Leibler divergence of p(x_{t-1} | x_t) from the posterior; at t = 0 minus the log-likelihood
+        of x_0, as pictures of 256 levels in [-1, 1]. The bound is the sum over all t and `prior_term`.
+
+        Args:
+            output: of the network, `(B, C, H, W)`; with a learned variance `(B, 2 C, H, W)`.
+            x_0, x_t: `(B, C, H, W)`.
+            t: `(B,)`.
+        """
+        output, learned = output.split(x_0.shape[1], dim=1) if output.shape[1] == 2 * x_0.shape[1] else (output, None)
+        guess = self.denoised(output, x_t, t)
+        if self.config.thresholding or self.config.clip_sample:
+            guess = guess.clamp(-1, 1)
+        true_mean, true_variance = self.posterior(x_0, x_t, t - 1, t)
+        mean, log_variance = self.posterior(guess, x_t, t - 1, t)[0], self.log_variance(t, x_t, learned)
+        true_log = true_variance.clamp(min=1e-30).log()
+        apart = (true_mean - mean).square() / log_variance.exp()
+        divergence = 0.5 * (log_variance - true_log + (true_log - log_variance).exp() - 1 + apart)
+        first = (t == 0).reshape(-1, 1, 1, 1)
+        nats = torch.where(first, -discrete_log_likelihood(x_0, mean, log_variance), divergence)
+        return nats.flatten(1).mean(1) / np.log(2)
+
+    def prior_term(self, x_0: torch.Tensor) -> torch.Tensor:
+        """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits for each dimension."""
+        signal, noise = self._signal_and_noise(self.config.num_train_timesteps - 1, x_0)
+        nats = 0.5 * (noise**2 + (signal * x_0) ** 2 - 1 - 2 * noise.log())
+        return nats.flatten(1).mean(1) / np.log(2)
+
+
+def discrete_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Log of what N(mean, exp(log_variance)) gives the bin around each of 256 levels `x` in [-1, 1] (Ho et al. 2020, equation 13).
+
+    The outermost bins reach to infinity.
+    """
+    scale = (-0.5 * log_variance).exp()
+    above, below = ((x - mean + side / 255) * scale for side in (1, -1))
+    inside = torch.special.ndtr(above) - torch.special.ndtr(below)
+    # Far out both are 0 or 1 in floating point: there the density times the width.
+    density = -0.5 * ((x - mean) * scale).square() - 0.5 * (log_variance + np.log(2 * np.pi)) + np.log(2 / 255)
+    middle = torch.where(inside > 1e-5, inside.clamp(min=1e-30).log(), density)
+    return torch.where(
+        x < -0.999, torch.special.log_ndtr(above), torch.where(x > 0.999, torch.special.log_ndtr(-below), middle)
+    )

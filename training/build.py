@@ -183,7 +183,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     given = {
         "sample_size": config.data.resolution // factor,
         "in_channels": _num_inputs(config, vae),
-        "out_channels": vae.config.latent_channels,
+        "out_channels": vae.config.latent_channels * (1 + learns_variance(scheduler)),
         **({"class_embed_type": "timestep"} if upscaling else {}),
         "cross_attention_dim": text_encoder.config.hidden_size,
     }
@@ -198,6 +198,11 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
             raise ValueError(f"upscaling.max_noise_level must be below {low_res.config.num_train_timesteps}")
         more = {"low_res_scheduler": low_res, "max_noise_level": config.upscaling.max_noise_level}
     return SfumatoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **more)
+
+
+def learns_variance(scheduler) -> bool:
+    """Whether the network's output has a second half, which says the variance (Nichol and Dhariwal 2021)."""
+    return scheduler.config.get("variance_type") == "learned_range"
 
 
 def _num_inputs(config: Config, vae: AutoencoderKL) -> int:
@@ -263,8 +268,9 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
     if pipe.vae.config.in_channels != config.data.channels:
         raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
     divisible(config, pipe.vae_scale_factor)
-    if pipe.unet.config.out_channels != latents:
-        raise ValueError(f"init_from={config.init_from!r} also predicts its variance, which this trainer does not train")
+    if pipe.unet.config.out_channels != latents * (1 + learns_variance(pipe.scheduler)):
+        outputs = f"{pipe.unet.config.out_channels} outputs for {latents} latents"
+        raise ValueError(f"init_from={config.init_from!r}: {outputs} and variance_type {pipe.scheduler.config.variance_type}")
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.min_snr_floor:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     pipe.unet.register_to_config(sample_size=config.data.resolution // pipe.vae_scale_factor)

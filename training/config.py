@@ -91,16 +91,24 @@ class LoraConfig:
 class ObjectiveConfig:
     """What is predicted, which noise levels are trained, how they are weighted, how often the caption is dropped.
 
-    `target`: null: noise, picture or v, as `scheduler.prediction_type` says; `flow`: the velocity of flow matching.
+    `target`: null: noise, picture or v, as `scheduler.prediction_type` says; `flow`: the velocity of flow matching. With
+    `scheduler.variance_type: learned_range` the network learns its variance too, by the hybrid loss.
     """
 
     target: Literal["flow"] | None = None
-    timesteps: Literal["uniform", "normal"] = "uniform"  # normal: log-SNR from N(mean, std)
+    timesteps: Literal["uniform", "normal", "laplace"] = "uniform"  # the latter two: of log-SNR; see objectives.py
     log_snr_mean: float = 0.0
     log_snr_std: float = 2.0
-    weight: Literal["unit", "min_snr"] = "unit"
-    min_snr_gamma: float = 5.0
+    low_discrepancy: bool = True  # spread the noise levels evenly over every batch, rather than draw each by itself
+    importance: bool = False  # draw noise levels as often as their loss is large, and weight them down
+    weight: Literal["unit", "min_snr", "soft_min_snr", "p2", "edm", "debiased"] = "unit"  # see objectives.loss_weight
+    min_snr_gamma: float = 5.0  # soft_min_snr's too
     min_snr_floor: float = 0.0  # least weight on x_0, for the noisiest steps
+    p2_gamma: float = 1.0
+    edm_sigma_data: float = 0.5
+    vlb_weight: float = 0.001  # of the variational bound beside the loss, for a learned variance
+    offset_noise: float = 0.0  # strength of noise that is the same all over a channel; 0.1 is usual
+    noise_candidates: int = 1  # of so many, the noise nearest to the picture is taken (immiscible noise); 8 is usual
     caption_dropout: float = 0.1
 
 

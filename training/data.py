@@ -32,8 +32,9 @@ class CaptionedPictures(Dataset):
         caption_dropout: float,
         random_flip: bool = False,
         block: int = 1,
+        low_discrepancy: bool = True,
     ):
-        self.pictures, self.seed, self.block = pictures, seed, block
+        self.pictures, self.seed, self.block, self.low_discrepancy = pictures, seed, block, low_discrepancy
         self.caption_dropout, self.random_flip = caption_dropout, random_flip
         train = pictures.select("train")
         buckets = pictures.table["bucket"][train]
@@ -72,6 +73,8 @@ class CaptionedPictures(Dataset):
         u = (self._first_u + position * GOLDEN_RATIO) % 1.0
         seed = int(rng.integers(2**63))
         flip = self.random_flip and rng.random() < 0.5
+        if not self.low_discrepancy:
+            u = rng.random()
         return index, flip, number, u, seed
 
 
@@ -124,10 +127,10 @@ def batches(
         return batch
 
     block = config.train.batch_size * num_processes
-    dropout, flip = config.objective.caption_dropout, config.data.random_flip
+    o, flip = config.objective, config.data.random_flip
     return iter(
         DataLoader(
-            CaptionedPictures(pictures, config.seed, dropout, flip, block),
+            CaptionedPictures(pictures, config.seed, o.caption_dropout, flip, block, o.low_discrepancy),
             batch_sampler=Positions(config.train.batch_size, rank, num_processes, start),
             collate_fn=collate,
             num_workers=config.train.num_workers,

@@ -49,8 +49,14 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
     """What the card tells of a run."""
     c, o = config, config.objective
     batch = c.train.batch_size * c.train.gradient_accumulation_steps * accelerator.num_processes
-    weight = o.weight if o.weight == "unit" else f"min-SNR, gamma {o.min_snr_gamma}, floor {o.min_snr_floor}"
-    levels = o.timesteps if o.timesteps == "uniform" else f"log-SNR normal({o.log_snr_mean}, {o.log_snr_std})"
+    weight = {
+        "min_snr": f"min-SNR, gamma {o.min_snr_gamma}, floor {o.min_snr_floor}",
+        "soft_min_snr": f"soft min-SNR, gamma {o.min_snr_gamma}",
+        "p2": f"P2, gamma {o.p2_gamma}",
+        "edm": f"EDM, sigma_data {o.edm_sigma_data}",
+    }.get(o.weight, o.weight)
+    levels = o.timesteps if o.timesteps == "uniform" else f"log-SNR {o.timesteps}({o.log_snr_mean}, {o.log_snr_std})"
+    levels += ", importance sampled" if o.importance else ""
     known = {
         "title": c.title,
         "data": f"{public_name(c.data.name)}, {len(pictures.select('train')):,} training pictures, "

@@ -87,6 +87,7 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
         if accelerator.scaler is not None and stored["scaler"]:
             accelerator.scaler.load_state_dict(stored["scaler"])
         state = {key: stored[key] for key in state}
+        task.restore(stored.get("task", {}))
         if pictures.several_sizes:  # where the batch size changed, blocks of one size begin elsewhere
             block = config.train.batch_size * accelerator.num_processes
             state["images_seen"] = -(-state["images_seen"] // block) * block
@@ -256,6 +257,7 @@ def save(run: Run) -> Path | None:
     stored = {
         **run.state,
         "ema_step": run.ema.optimization_step,
+        "task": run.task.state(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         **run.origin,
     }

@@ -11,42 +11,130 @@ def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float 
     Args:
         u: `(B,)` in [0, 1).
         snr: signal-to-noise ratio of every timestep, `(T,)`, falling.
-        kind: `uniform` over timesteps; or `normal`: log-SNR from N(mean, std), cut to the schedule's range, as an
-            importance sampling of noise levels (Karras et al. 2022, section 5, arXiv 2206.00364).
-        mean, std: of the log-SNR in nats.
+        kind: `uniform` over timesteps; or log-SNR by a distribution cut to the schedule's range: `normal` (Karras et al. 2022,
+            section 5, arXiv 2206.00364; on flow matching, where log-SNR is -2 logit(sigma), it is the logit-normal of Esser
+            et al. 2024, arXiv 2403.03206), or `laplace`, whose peak is sharper (Hang et al. 2024, arXiv 2407.03297).
+        mean, std: of the log-SNR in nats, before the cut. Laplace's scale is std / sqrt(2).
 
     Returns:
         `(B,)` int64 in [0, T).
     """
     if kind == "uniform":
         return (u * len(snr)).long().clamp(max=len(snr) - 1)
-    log_snr = snr.clamp(min=1e-20).log()
-    # Uniform numbers between the two ends' quantiles give the normal cut to the range of the schedule.
-    low, high = (torch.special.ndtr((end - mean) / std) for end in (log_snr[-1], log_snr[0]))
-    wanted = mean + std * torch.special.ndtri((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
+    log_snr, scale = snr.clamp(1e-20, 1e20).log(), std / 2**0.5
+    if kind == "normal":
+        cdf, quantile = torch.special.ndtr, torch.special.ndtri
+    else:
+        cdf = lambda x: torch.where(x < 0, 0.5 * (x / 0.5**0.5).exp(), 1 - 0.5 * (-x / 0.5**0.5).exp())  # noqa: E731
+        quantile = lambda p: -(0.5**0.5) * (p - 0.5).sign() * (1 - 2 * (p - 0.5).abs()).log()  # noqa: E731
+    # Uniform numbers between the two ends' quantiles give the distribution cut to the range of the schedule.
+    low, high = (cdf((end - mean) / std) for end in (log_snr[-1], log_snr[0]))
+    wanted = mean + std * quantile((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
     return torch.searchsorted(-log_snr, -wanted).clamp(max=len(snr) - 1)
 
 
-def loss_weight(snr: torch.Tensor, prediction_type: str, kind: str, gamma: float = 5.0, floor: float = 0.0) -> torch.Tensor:
+def loss_weight(
+    snr: torch.Tensor,
+    prediction_type: str,
+    kind: str,
+    gamma: float = 5.0,
+    floor: float = 0.0,
+    p2_gamma: float = 1.0,
+    sigma_data: float = 0.5,
+) -> torch.Tensor:
     """Weight of each sample's mean squared error, `(B,)`.
 
-    `unit`: 1 on whatever the network predicts. `min_snr`: min(SNR, gamma) on x_0, which is min(SNR, gamma) / SNR on
-    eps, min(SNR, gamma) / (SNR + 1) on v (Hang et al. 2023, section 3.4, arXiv 2303.09556) and min(SNR, gamma) / (1 +
-    sqrt(SNR))^2 on the velocity of flow matching, whose x_0 is x_t - sigma v, sigma = 1 / (1 + sqrt(SNR)). `floor` is ours: at
-    least so much on x_0 however low the SNR, since that is where the layout of a picture is decided.
+    `unit` is 1 on whatever the network predicts. The others are the same loss whatever it predicts, told here on x_0:
+
+    - `min_snr`: min(SNR, gamma) (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: at least so much however
+      low the SNR, since that is where the layout of a picture is decided.
+    - `soft_min_snr`: SNR gamma / (SNR + gamma) (Crowson et al. 2024, arXiv 2401.11605).
+    - `p2`: SNR / (1 + SNR)^p2_gamma (Choi et al. 2022, equation 8 with k = 1, arXiv 2204.00227).
+    - `edm`: SNR + 1 / sigma_data^2 (Karras et al. 2022, table 1, arXiv 2206.00364).
+    - `debiased`: sqrt(SNR) (Yu et al. 2023, arXiv 2310.08442).
+
+    On eps the weight is that over SNR, on v over SNR + 1, on the velocity of flow matching, whose x_0 is x_t - sigma v with
+    sigma = 1 / (1 + sqrt(SNR)), over (1 + sqrt(SNR))^2.
     """
     if kind == "unit":
         return torch.ones_like(snr)
-    clipped = snr.clamp(floor, gamma)
-    if prediction_type == "flow_prediction":
-        return clipped / (1 + snr.sqrt()) ** 2
-    return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+    snr = snr.clamp(1e-20, 1e20)  # so that nothing is 0 / 0 at either end
+    on_x_0 = {
+        "min_snr": lambda: snr.clamp(floor, gamma),
+        "soft_min_snr": lambda: gamma / (1 + gamma / snr),
+        "p2": lambda: snr / (1 + snr) ** p2_gamma,
+        "edm": lambda: snr + sigma_data**-2,
+        "debiased": snr.sqrt,
+    }[kind]()
+    on = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr), "flow_prediction": (1 + snr.sqrt()) ** 2}
+    return on_x_0 / on[prediction_type]
+
+
+class LossMoments:
+    """Importance sampling of noise levels: each as often as the root mean square of its loss (Nichol and Dhariwal 2021,
+    equation 18, arXiv 2102.09672), over `num_bins` equal shares of what would be drawn without.
+
+    Attributes:
+        moments: running mean of the squared loss in each bin, over about its last ten samples, `(num_bins,)` float64.
+        seen: samples of each bin so far.
+    """
+
+    def __init__(self, num_bins: int = 64, warm: int = 10, uniform_share: float = 0.01):
+        self.warm, self.uniform_share = warm, uniform_share
+        self.moments, self.seen = torch.zeros(num_bins, dtype=torch.float64), torch.zeros(num_bins, dtype=torch.int64)
+
+    def density(self) -> torch.Tensor:
+        """How much more often than without each bin is drawn, `(num_bins,)`, mean 1; all 1 until each has been seen enough."""
+        if (self.seen < self.warm).any() or not self.moments.any():
+            return torch.ones_like(self.moments)
+        root = self.moments.sqrt()
+        return (1 - self.uniform_share) * root / root.mean() + self.uniform_share
+
+    def warp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uniform numbers `(B,)` to those of the density, and the weights 1 / density that leave the expected loss as it is."""
+        density, count = self.density().to(u.device), len(self.moments)
+        edges = torch.cat([density.new_zeros(1), density.cumsum(0) / count])
+        bins = (torch.searchsorted(edges, u.double(), right=True) - 1).clamp(0, count - 1)
+        inside = ((u - edges[bins]) / (density[bins] / count)).clamp(0, 1 - 1e-6)
+        return (bins + inside) / count, (1 / density[bins]).float()
+
+    def update(self, u: torch.Tensor, losses: torch.Tensor) -> None:
+        """Note the losses `(B,)` of samples drawn at `u`, before they are weighted by 1 / density."""
+        for bin, loss in zip((u * len(self.moments)).long().tolist(), losses.double().tolist()):
+            if math.isfinite(loss):
+                share = max(0.1, 1 / (int(self.seen[bin]) + 1))
+                self.moments[bin] += share * (loss**2 - self.moments[bin])
+                self.seen[bin] += 1
+
+    def state(self) -> dict:
+        """As JSON, for a checkpoint."""
+        return {"moments": self.moments.tolist(), "seen": self.seen.tolist()}
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state`."""
+        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
+        self.seen = torch.tensor(state["seen"], dtype=torch.int64)
+
+
+def offset(noise: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.Tensor:
+    """Noise `(B, C, h, w)` with a part that is the same all over a channel, so that brightness is noised and learned too
+    (N. Guttenberg, "Diffusion with offset noise", 2023); `draws` `(B, C)` standard normal.
+    """
+    return noise + strength * draws[..., None, None]
+
+
+def nearest_noise(x_0: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Of the candidates `(B, k, C, h, w)` the noise nearest to each x_0 `(B, C, h, w)`, which mixes pictures less (Li et al.
+    2025, arXiv 2505.18521, after the immiscible diffusion of arXiv 2406.12303); by the sample alone, not by its batch.
+    """
+    apart = (candidates - x_0[:, None]).flatten(2).square().sum(-1)
+    return candidates[torch.arange(len(x_0), device=x_0.device), apart.argmin(1)]
 
 
 def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of weight * mean squared error, in float32; inputs `(B, C, H, W)`, weight `(B,)`."""
+    """Weight * mean squared error of each sample, `(B,)` float32; inputs `(B, C, H, W)`, weight `(B,)`."""
     error = (prediction.float() - target.float()).square()
-    return (weight.float() * error.flatten(1).mean(1)).mean()
+    return weight.float() * error.flatten(1).mean(1)
 
 
 def autoencoder_loss(

@@ -44,15 +44,22 @@ def _check_models(config: Config, need) -> None:
     need(config.objective.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
     gamma = config.objective.min_snr_gamma
     need(0 <= config.objective.min_snr_floor <= gamma, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={gamma}]")
-    flow = config.objective.target == "flow"
+    flow, o = config.objective.target == "flow", config.objective
+    need(o.p2_gamma > 0, "objective.p2_gamma", "must be positive")
+    need(o.edm_sigma_data > 0, "objective.edm_sigma_data", "must be positive")
+    need(o.vlb_weight >= 0, "objective.vlb_weight", "must not be negative")
+    need(o.offset_noise >= 0, "objective.offset_noise", "must not be negative")
+    need(o.noise_candidates >= 1, "objective.noise_candidates", "must be at least 1")
+    need(config.scheduler.get("variance_type") != "learned", "scheduler", "variance_type: choose learned_range or a fixed one")
     epsilon = config.scheduler.get("prediction_type", "epsilon") == "epsilon" and config.init_from is None and not flow
     need(
         not (epsilon and config.objective.min_snr_floor),
         "objective.min_snr_floor",
         "a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction",
     )
+    need(not (epsilon and o.weight == "edm"), "objective.weight", "is unbounded on epsilon; predict sample or v_prediction")
     need(
-        not (epsilon and config.objective.weight == "min_snr" and config.scheduler.get("rescale_betas_zero_snr")),
+        not (epsilon and config.objective.weight != "unit" and config.scheduler.get("rescale_betas_zero_snr")),
         "objective.weight",
         "divides by an SNR of zero with epsilon prediction and zero terminal SNR",
     )
@@ -160,11 +167,15 @@ def check(config: Config) -> None:
 def idle(config: Config) -> list[str]:
     """Settings that were changed from their defaults and have no effect beside the others; a line each."""
     d, o, default = config.data, config.objective, Config()
-    given = config.init_from is not None
+    given, learned = config.init_from is not None, config.scheduler.get("variance_type") == "learned_range"
     sizes = ("vocab_size", "max_length", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_std")
     rules = [
-        (o.timesteps != "normal", "objective.timesteps=normal", "objective", ("log_snr_mean", "log_snr_std")),
-        (o.weight != "min_snr", "objective.weight=min_snr", "objective", ("min_snr_gamma", "min_snr_floor")),
+        (o.timesteps == "uniform", "objective.timesteps=normal", "objective", ("log_snr_mean", "log_snr_std")),
+        (o.weight not in ("min_snr", "soft_min_snr"), "objective.weight=min_snr", "objective", ("min_snr_gamma",)),
+        (o.weight != "min_snr", "objective.weight=min_snr", "objective", ("min_snr_floor",)),
+        (o.weight != "p2", "objective.weight=p2", "objective", ("p2_gamma",)),
+        (o.weight != "edm", "objective.weight=edm", "objective", ("edm_sigma_data",)),
+        (not learned and not given, "scheduler.variance_type=learned_range", "objective", ("vlb_weight",)),
         (not config.lora.rank, "lora.rank", "lora", ("alpha", "target_modules")),
         (config.lora.rank, "lora.rank=0", "text_encoder", ("train",)),
         (given or config.text_encoder.pretrained, "a text encoder that is built anew", "text_encoder", sizes),

@@ -25,7 +25,15 @@ from sfumato.training.features import feature_distances
 from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity, to_pixel_values
 from sfumato.training.masks import random_mask
 from sfumato.training.metrics import picture_quality
-from sfumato.training.objectives import autoencoder_loss, loss_weight, sample_timesteps, weighted_mse
+from sfumato.training.objectives import (
+    LossMoments,
+    autoencoder_loss,
+    loss_weight,
+    nearest_noise,
+    offset,
+    sample_timesteps,
+    weighted_mse,
+)
 from sfumato.training.pictures import PictureSet
 from sfumato.training.shapes import NUM_HELD_OUT, evenly
 
@@ -71,6 +79,7 @@ class TextToImage:
         elif config.train.compile == "regional":
             pipe.unet.compile_repeated_blocks()
         self.texts, self.latents = self._cached()
+        self.moments = LossMoments() if config.objective.importance else None
         self.snr = pipe.scheduler.snr(pipe.scheduler.training_levels()).to(accelerator.device)
         self.prompts = list(config.validation.prompts) or evaluation.captions_to_show(pictures)
 
@@ -87,21 +96,56 @@ class TextToImage:
 
     def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""
-        device, scheduler, o = self.accelerator.device, self.pipe.scheduler, self.config.objective
-        batch = {name: value.to(device) for name, value in batch.items()}
-        x_0 = batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
+        o, scheduler = self.config.objective, self.pipe.scheduler
+        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        u, share = (batch["u"], 1.0) if self.moments is None else self.moments.warp(batch["u"])
+        t = sample_timesteps(u, self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
         torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
-        noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)
-        t = sample_timesteps(batch["u"], self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
-        x_t, given = self.network_input(scheduler.add_noise(x_0, noise, t), batch)
-        prediction = model(x_t, t, batch["text"], given)
-        target = scheduler.training_target(x_0, noise, t)
-        weight = loss_weight(self.snr[t], scheduler.prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor)
-        return weighted_mse(prediction, target, weight)
+        x_0, noise = self.x_0_and_noise(batch)
+        x_t = scheduler.add_noise(x_0, noise, t)
+        output = self.predict(model, x_t, t, batch)
+        prediction, target = output[:, : x_0.shape[1]], scheduler.training_target(x_0, noise, t)
+        weight = loss_weight(
+            self.snr[t], scheduler.prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor, o.p2_gamma, o.edm_sigma_data
+        )
+        losses = weighted_mse(prediction, target, weight)
+        if output.shape[1] > x_0.shape[1]:  # the hybrid loss: the bound teaches the variance and leaves the mean alone
+            halves = torch.cat([prediction.detach(), output[:, x_0.shape[1] :]], dim=1).float()
+            losses = losses + o.vlb_weight * len(self.snr) * scheduler.bound_term(halves, x_0, x_t, t)
+        if self.moments is not None:
+            self.moments.update(*self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)).T.cpu())
+        return (share * losses).mean()
+
+    def x_0_and_noise(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents or pixels and the noise for them, `(B, C, h, w)`; of each sample by its own seed."""
+        o, seeds = self.config.objective, batch["noise_seed"]
+        x_0 = batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
+        shape, device = x_0.shape[1:], x_0.device
+        if o.noise_candidates > 1:
+            noise = nearest_noise(x_0, noise_for(seeds, (o.noise_candidates, *shape), device))
+        else:
+            noise = noise_for(seeds, shape, device)
+        if o.offset_noise:
+            noise = offset(noise, o.offset_noise, noise_for((seeds + 2) % 2**63, shape[:1], device))
+        return x_0, noise
+
+    def predict(self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: dict) -> torch.Tensor:
+        """What the network makes of noisy latents, with all that the task gives it beside."""
+        x_t, given = self.network_input(x_t, batch)
+        return model(x_t, t, batch["text"], given)
 
     def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict | None]:
         """What the UNet gets: the noisy latents, with more beside where a task says so; and what `run_network` takes."""
         return x_t, None
+
+    def state(self) -> dict:
+        """What the task learned of the data beside the weights, as JSON, for a checkpoint."""
+        return {} if self.moments is None else {"moments": self.moments.state()}
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state` of a checkpoint."""
+        if self.moments is not None and "moments" in state:
+            self.moments.restore(state["moments"])
 
     def shareable(self) -> SfumatoPipeline:
         """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
@@ -309,6 +353,13 @@ class Autoencoder:
         size = [side // 2 ** (len(vae.config.block_out_channels) - 1) for side in pixels.shape[-2:]]
         noise = noise_for(batch["noise_seed"], (vae.config.latent_channels, *size), pixels.device)
         return autoencoder_loss(*model(pixels, noise), pixels, a.kl_weight, a.sharpness_weight)
+
+    def state(self) -> dict:
+        """Nothing beside the weights."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Nothing to do."""
 
     @torch.no_grad()
     def _rebuilt(self, numbers: list[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,74 @@
+"""How many bits a model needs for a picture: the variational bound, term by term."""
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.guided import run_network
+from sfumato.schedulers import SfumatoDDPMScheduler, trained
+from sfumato.training.data import noise_for
+from sfumato.training.latents import is_identity, to_pixel_values
+
+
+@torch.no_grad()
+def bits_per_dim(
+    pipe: SfumatoPipeline,
+    pictures: np.ndarray,
+    captions: list[str],
+    num_levels: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict:
+    """Bits per dimension of pictures under the model, at most, by the full variational bound (Ho et al. 2020, equation 5).
+
+    Args:
+        pipe: a model that works on pixels.
+        pictures: `(N, H, W, C)` uint8.
+        captions: theirs; without guidance.
+        num_levels: noise levels at which each picture is taken, evenly spread with an offset of its own; each stands for those
+            beside it, so the sum is right on average. None: all of them. The last step, t = 0, is always among them.
+
+    Returns:
+        `bits/dim`, and `half width` of its 95% confidence interval over pictures; its parts `prior` (L_T), `decoder` (L_0)
+        and `levels`, a list of the terms between, for t = 1 to T - 1, in bits per dimension.
+
+    Raises:
+        ValueError: a latent model, or one of flow matching, whose bound is another.
+    """
+    scheduler = trained(pipe.scheduler)
+    if not is_identity(pipe.vae):
+        raise ValueError("bits per dimension are of pixels; this model works on latents")
+    if not isinstance(scheduler, SfumatoDDPMScheduler):
+        raise ValueError("this bound is of diffusion in steps; a flow-matching model has none")
+    device, steps = pipe.unet.device, scheduler.config.num_train_timesteps
+    count = min(num_levels or steps, steps) - 1
+    terms, times = np.zeros(steps), np.zeros(steps)
+    each, prior, decoder = [], [], []
+    embeds = pipe.encode_prompt(captions, device, 1, False)[0]
+    for i in tqdm(range(len(pictures)), desc="bits per dimension", unit="picture", disable=not progress):
+        x_0 = to_pixel_values(pictures[i : i + 1]).to(device)
+        shift = (0.5 + i * 0.6180339887498949) % 1
+        levels = 1 + torch.floor((torch.arange(count) + shift) * (steps - 1) / count).long()
+        levels = torch.cat([torch.zeros(1, dtype=torch.long), levels]).to(device)
+        values = []
+        for k in range(0, len(levels), batch_size):
+            t = levels[k : k + batch_size]
+            noise = noise_for(seed + (i * steps + t) % 2**62, x_0.shape[1:], device)
+            x_t = scheduler.add_noise(x_0, noise, t)
+            output = run_network(pipe.unet, None, x_t, t, embeds[i : i + 1].expand(len(t), -1, -1))
+            values.append(scheduler.bound_term(output.float(), x_0.expand_as(x_t), x_t, t))
+        values = torch.cat(values).double().cpu().numpy()
+        np.add.at(terms, levels.cpu().numpy(), values)
+        np.add.at(times, levels.cpu().numpy(), 1)
+        prior.append(scheduler.prior_term(x_0).item())
+        decoder.append(values[0])
+        each.append(prior[-1] + values[0] + values[1:].mean() * (steps - 1))
+    return {
+        "bits/dim": float(np.mean(each)),
+        "half width": float(1.96 * np.std(each, ddof=1) / len(each) ** 0.5) if len(each) > 1 else float("nan"),
+        "prior": float(np.mean(prior)),
+        "decoder": float(np.mean(decoder)),
+        "levels": [float(v) for v in (terms / np.maximum(times, 1))[1:]],
+    }
