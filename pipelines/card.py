@@ -1,9 +1,10 @@
 """The model card of an exported folder: what the run knows, snippets that run, and nothing left to fill in."""
 
 import json
+import re
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
@@ -98,6 +99,17 @@ sfumato train training_args.yaml output_dir=runs/again
 ```
 """
 
+_EVALUATION = """## How good it is
+
+| | | ± |
+|---|---|---|
+{rows}
+{protocol}
+{picture}
+Measured again by `sfumato evaluate --model FOLDER`.
+
+"""
+
 # How to draw where a card does not say it.
 ADVICE = {"num_inference_steps": 30, "guidance_scale": 3.0}
 
@@ -165,6 +177,45 @@ def model_card(
         again=_AGAIN.format(version=__version__) if settings else "",
         version=__version__,
     )
+
+
+def add_evaluation(
+    folder: Path, scores: dict[str, tuple[float, float | None]], protocol: str, data: str, picture: str | None = None
+) -> None:
+    """Put figures into the card of a folder, for readers and as the metadata that the Hub knows; older ones are replaced.
+
+    Args:
+        scores: name -> figure, and half the width of its confidence interval.
+        protocol: how they came about.
+        data: name of the data set.
+        picture: drawings beside the training pictures nearest to them, relative to the folder.
+
+    Raises:
+        ValueError: the folder has no card.
+    """
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{folder} has no README.md to put the figures into")
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    title = re.search(r"^# (.+)$", card.text, flags=re.M)
+    card.data.model_name = title[1] if title else folder.name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="text-to-image", dataset_type=data, dataset_name=data, metric_type=name, metric_value=round(value, 5)
+        )
+        for name, (value, _) in scores.items()
+    ]  # fmt: skip
+    rows = "".join(
+        f"| {_capital(name)} | {value:.4g} | {'' if half is None else f'{half:.2g}'} |\n"
+        for name, (value, half) in scores.items()
+    )
+    shown = (
+        f"\n![Drawings, and the training pictures nearest to them in pixels and in features]({picture})\n" if picture else ""
+    )
+    section = _EVALUATION.format(rows=rows, protocol=protocol, picture=shown)
+    text = re.sub(r"^## How good it is\n.*?(?=^## |\Z)", "", card.text, flags=re.M | re.S)
+    before = "## Intended use and limits"
+    card.text = text.replace(before, section + before, 1) if before in text else f"{text.rstrip()}\n\n{section}"
+    card.save(folder / "README.md")
 
 
 def _kind(pipe: SfumatoPipeline) -> str:

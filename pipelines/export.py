@@ -19,7 +19,7 @@ from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 
 NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
-TAKEN = ("README.md", "training_args.yaml")
+TAKEN = ("README.md", "training_args.yaml", "evaluation.json", "memorisation.png")
 
 
 _CASCADE = """## Larger pictures

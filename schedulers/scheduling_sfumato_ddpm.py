@@ -229,7 +229,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return mean, noise_s**2 / noise_t**2 * beta
 
     def log_variance(self, t: torch.Tensor, like: torch.Tensor, learned: torch.Tensor | None = None) -> torch.Tensor:
-        """Log of the variance of p(x_{t-1} | x_t), `(B, 1, 1, 1)`, or `(B, C, H, W)` where it is `learned`, by `variance_type`.
+        """Log-variance of p(x_{t-1} | x_t) by `variance_type`: `(B, 1, 1, 1)`, or `(B, C, H, W)` where it is `learned`.
 
         `fixed_small` is the posterior's, `fixed_large` beta_t; `learned_range` goes from the one to the other, in logarithms,
         as `learned`, the second half of the network's output, goes from -1 to 1 (Nichol and Dhariwal 2021, equation 15, arXiv
@@ -279,7 +279,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
 
 
 def discrete_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Log of what N(mean, exp(log_variance)) gives the bin around each of 256 levels `x` in [-1, 1] (Ho et al. 2020, equation 13).
+    """Log of what N(mean, exp(log_variance)) gives the bin around each of 256 levels `x` in [-1, 1]; Ho et al. 2020, eq. 13.
 
     The outermost bins reach to infinity.
     """

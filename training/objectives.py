@@ -21,7 +21,7 @@ def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float 
     """
     if kind == "uniform":
         return (u * len(snr)).long().clamp(max=len(snr) - 1)
-    log_snr, scale = snr.clamp(1e-20, 1e20).log(), std / 2**0.5
+    log_snr = snr.clamp(1e-20, 1e20).log()
     if kind == "normal":
         cdf, quantile = torch.special.ndtr, torch.special.ndtri
     else:
@@ -91,7 +91,7 @@ class LossMoments:
         return (1 - self.uniform_share) * root / root.mean() + self.uniform_share
 
     def warp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uniform numbers `(B,)` to those of the density, and the weights 1 / density that leave the expected loss as it is."""
+        """Uniform numbers `(B,)` to those of the density, and the weights 1 / density that leave the mean loss as it is."""
         density, count = self.density().to(u.device), len(self.moments)
         edges = torch.cat([density.new_zeros(1), density.cumsum(0) / count])
         bins = (torch.searchsorted(edges, u.double(), right=True) - 1).clamp(0, count - 1)

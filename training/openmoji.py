@@ -88,3 +88,32 @@ def rasterise(svg: str, resolution: int) -> np.ndarray:
     png = bytes(resvg_py.svg_to_bytes(svg_path=svg, width=resolution * 4, height=resolution * 4, background="#ffffff"))
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     return np.asarray(picture.resize((resolution, resolution), Image.Resampling.BOX))
+
+
+SKIN = {
+    "light skin tone": (0xFA, 0xDC, 0xBC),
+    "medium-light skin tone": (0xDE, 0xBB, 0x90),
+    "medium skin tone": (0xC1, 0x9A, 0x65),
+    "medium-dark skin tone": (0xA5, 0x79, 0x39),
+    "dark skin tone": (0x6A, 0x46, 0x2F),
+}
+
+
+def tone_of(caption: str) -> tuple[str | None, str]:
+    """The one skin tone that a caption names, and the caption without it; None where it names none, or two."""
+    found = [tone for tone in sorted(SKIN, key=len, reverse=True) if caption.endswith(tone) or f"{tone} " in f"{caption} "]
+    if not found or caption.count("skin tone") != 1:
+        return None, caption
+    return found[0], " ".join(caption.replace(found[0], "").split())
+
+
+def read_tone(picture: np.ndarray, reach: float = 24.0, least: float = 0.005) -> str | None:
+    """The skin tone that a picture `(H, W, 3)` uint8 shows, by OpenMoji's five colours; None where none covers `least` of it.
+
+    Hair has the colour of a darker skin, so of several tones the lightest one counts.
+    """
+    colours = np.array(list(SKIN.values()), float)
+    apart = np.linalg.norm(picture[..., None, :].astype(float) - colours, axis=-1)
+    near = np.where(apart.min(-1) < reach, apart.argmin(-1), -1)
+    shares = [(near == k).mean() for k in range(len(colours))]
+    return next((tone for tone, share in zip(SKIN, shares) if share >= least), None)

@@ -1,0 +1,155 @@
+"""Metrics against independent implementations, and the whole report through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from huggingface_hub import ModelCard
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+
+from sfumato.cli import main as cli
+from sfumato.training import openmoji
+from sfumato.training.features import distances, features, frechet_distance, gaussian, kernel_distance, manifold_scores
+from sfumato.training.memorisation import as_rows, memorisation, nearest
+from sfumato.training.quality import mean, resampled
+from sfumato.training.train import main
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("n, m, d", [(300, 200, 16), (40, 30, 64), (200, 20, 50)])
+def test_frechet_distance_is_that_of_scipy_with_more_or_fewer_pictures_than_features(n, m, d):
+    a, b = RNG.normal(size=(n, d)), 1.5 * RNG.normal(size=(m, d)) + 0.3
+    s, t = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * np.real(sqrtm(s @ t)))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert frechet_distance(gaussian(a), b) == pytest.approx(frechet_distance(a, b), rel=1e-12)
+
+
+def test_kernel_distance_is_that_of_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = (torch.from_numpy(RNG.normal(size=(60, 24))) + shift for shift in (0, 0.2))
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    from torchmetrics.image.kid import maximum_mean_discrepancy
+
+    expected = maximum_mean_discrepancy(kernel(a, a), kernel(a, b), kernel(b, b)).item()
+    assert kernel_distance(a.numpy(), b.numpy()) == pytest.approx(expected, rel=1e-4)
+    assert poly_mmd(a, b).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_manifold_scores_are_those_of_the_formulas():
+    """By loops over balls, as Naeem et al. 2020 write them, equations 1 to 7."""
+    true, made, k = RNG.normal(size=(40, 6)), 0.8 * RNG.normal(size=(30, 6)) + 0.2, 3
+    radius = {name: np.sort(cdist(x, x), axis=1)[:, k] for name, x in (("true", true), ("made", made))}
+    in_true = [[np.linalg.norm(y - x) < r for x, r in zip(true, radius["true"])] for y in made]
+    in_made = [[np.linalg.norm(x - y) < r for y, r in zip(made, radius["made"])] for x in true]
+    expected = {
+        "precision": np.mean([any(row) for row in in_true]),
+        "recall": np.mean([any(row) for row in in_made]),
+        "density": np.sum(in_true) / (k * len(made)),
+        "coverage": np.mean([any(row[i] for row in in_true) for i in range(len(true))]),
+    }
+    got = {name: values.mean() for name, values in manifold_scores(true, made, k).items()}
+    assert got == pytest.approx(expected)
+    np.testing.assert_allclose(distances(true, made), cdist(true, made), rtol=1e-6)
+
+
+def test_confidence_intervals_cover_the_truth():
+    hits = [abs(score.value - 0.3) < score.half_width for score in (mean(RNG.random(200) < 0.3) for _ in range(300))]
+    assert 0.9 < np.mean(hits) < 0.99
+    made = RNG.normal(size=(200, 1))
+    score = resampled(lambda x: float(x.mean()), made)
+    assert score.half_width == pytest.approx(1.96 / 200**0.5, rel=0.6)
+
+
+def test_copies_are_found_and_new_pictures_are_not():
+    train, held_out, new = (RNG.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8) for n in (50, 40, 30))
+    copies = np.clip(train[:30].astype(int) + RNG.integers(-2, 3, (30, 8, 8, 3)), 0, 255).astype(np.uint8)
+    rows = as_rows(train)
+    assert nearest(as_rows(copies), rows)[1].tolist() == list(range(30))
+    assert np.linalg.norm(as_rows(np.zeros((1, 8, 8, 3))) - as_rows(np.full((1, 8, 8, 3), 255))) == pytest.approx(1)
+    for drawn, share in ((copies, 1.0), (new, None)):
+        scores, which = memorisation(drawn, as_rows(drawn), train, rows, held_out, as_rows(held_out))
+        key = "share nearer than 95% of held-out pictures, pixels"
+        assert scores[key] == share if share is not None else scores[key] < 0.3
+        assert which.shape == (30, 2)
+
+
+def test_skin_tones_are_read_off_openmoji():
+    assert openmoji.tone_of("woman firefighter medium-light skin tone") == ("medium-light skin tone", "woman firefighter")
+    assert openmoji.tone_of("person medium skin tone bald") == ("medium skin tone", "person bald")
+    assert openmoji.tone_of("pizza") == (None, "pizza")
+    assert openmoji.tone_of("woman and man holding hands medium skin tone dark skin tone")[0] is None
+    right, plain = [], []
+    for record in openmoji.records(["en"], True, ["firefighter", "judge", "teacher"]):
+        tone = openmoji.tone_of(record["captions"][0])[0]
+        read = openmoji.read_tone(openmoji.rasterise(record["svg"], 32))
+        (right if tone else plain).append(read == tone)
+    assert len(right) == 45 and np.mean(right) > 0.9
+
+
+def test_features_of_a_transformers_model(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / "dino")
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    CLIPModel(CLIPConfig(vision_config=size | {"intermediate_size": 32}, text_config=text, projection_dim=12)).save_pretrained(
+        tmp_path / "clip"
+    )
+    pictures = RNG.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    assert features(pictures, f"transformers:{tmp_path / 'dino'}").shape == (3, 16)
+    assert features(pictures, f"transformers:{tmp_path / 'clip'}").shape == (3, 12)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        features(pictures, f"transformers:{tmp_path}")
+    with pytest.raises(ValueError, match="unknown extractor"):
+        features(pictures, "vgg")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    data = {"name": "openmoji", "languages": ["en"], "words": ["student", "astronaut", "moon", "heart"], "resolution": 32}
+    assert main([str(tiny.config_file(folder, data=data))]) == 0
+    return folder
+
+
+def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(run))
+    monkeypatch.setattr("sfumato.training.judge.STEPS", 30)
+    folder = run / "run" / "pipeline"
+    command = ["evaluate", "--model", str(folder), "--pictures", "12", "--steps", "2", "--bits", "2"]
+    assert cli(command) == 0
+    told = json.loads((folder / "evaluation.json").read_text())
+    names = set(told["scores"])
+    assert {"FD", "KID", "precision", "recall", "density", "coverage"} <= names
+    assert {"retrieval at 1, training captions", "retrieval at 5, held-out captions by true pictures"} <= names
+    assert {"skin tone of held-out combinations", "held-out combinations wholly right by true pictures"} <= names
+    assert {"diversity: distance between drawings of one caption", "bits per dimension, train"} <= names
+    assert "share nearer than 95% of held-out pictures, features" in names
+    assert told["scores"]["skin tone of held-out combinations by true pictures"]["value"] > 0.6
+    assert all(np.isfinite(score["value"]) for score in told["scores"].values())
+    assert (folder / "memorisation.png").is_file()
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.count("## How good it is") == 1 and told["protocol"] in card.text
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures["FD"] == pytest.approx(told["scores"]["FD"]["value"], abs=1e-4)
+    assert "inference" in card.data.to_dict() and "memorisation.png" in card.text
+    before = (folder / "evaluation.json").read_text()
+    assert cli(command) == 0
+    assert ModelCard.load(folder / "README.md").text.count("## How good it is") == 1
+    assert (folder / "evaluation.json").read_text() == before, "evaluation is a function of model and data"
+
+
+def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys):
+    pipe = tiny.pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "bare")
+    assert cli(["evaluate", "--model", str(tmp_path / "bare")]) == 2
+    assert "--data" in capsys.readouterr().err
+    folder = str(run / "run" / "pipeline")
+    for wrong in (["--sampler", "x"], ["--pictures", "1"], ["--extractor", "x"]):
+        assert cli(["evaluate", "--model", folder, "--pictures", "2", "--steps", "1", *wrong]) == 2, wrong

@@ -1,0 +1,115 @@
+"""A judge of captions: a small CLIP-like pair of encoders, trained on the data set to tell which caption a picture shows."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from sfumato.training.build import build_text_encoder
+from sfumato.training.config import TextEncoderConfig
+from sfumato.training.features import features
+from sfumato.training.pictures import PictureSet
+
+SIZE, GRID, STEPS = 128, 8, 800
+
+
+class Judge(torch.nn.Module):
+    """Pictures and captions in one space, where each is nearest to its own (Radford et al. 2021, arXiv 2103.00020).
+
+    Pictures are read from what EfficientNet-Lite0 sees and from their colours on a coarse grid. Trained on all pictures of a
+    set, held-out ones too: it judges models, and is not one of them.
+    """
+
+    def __init__(self, captions: list[str]):
+        super().__init__()
+        config = TextEncoderConfig(hidden_size=SIZE, num_hidden_layers=1, max_length=24, vocab_size=4096)
+        self.tokenizer, self.text = build_text_encoder(config, captions)
+        self.caption = torch.nn.Linear(SIZE, SIZE)
+        self.picture = torch.nn.Sequential(
+            torch.nn.LazyLinear(4 * SIZE), torch.nn.GELU(), torch.nn.LayerNorm(4 * SIZE), torch.nn.Linear(4 * SIZE, SIZE)
+        )
+        self.log_scale = torch.nn.Parameter(torch.tensor(2.3))
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("std", torch.ones(1))
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """Token ids `(N, 24)`."""
+        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def embed_captions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unit vectors `(N, 128)`."""
+        return F.normalize(self.caption(self.text(tokens).pooler_output), dim=-1)
+
+    def embed_pictures(self, seen: torch.Tensor) -> torch.Tensor:
+        """Unit vectors `(N, 128)` of what `look` gives."""
+        return F.normalize(self.picture((seen - self.mean) / self.std), dim=-1)
+
+    @torch.no_grad()
+    def scores(self, pictures: np.ndarray, captions: list[str], seen: np.ndarray | None = None) -> np.ndarray:
+        """How well each caption goes with each picture `(N, H, W, 3)` uint8: cosines `(N, len(captions))`.
+
+        `seen`: the pictures' `features`, where they are known.
+        """
+        return (self.embed_pictures(look(pictures, seen)) @ self.embed_captions(self.tokens(captions)).T).numpy()
+
+
+def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
+    """What the judge reads of pictures `(N, H, W, C)` uint8: `(N, D)`."""
+    seen = features(pictures) if seen is None else seen
+    pixels = torch.from_numpy(np.array(pictures[..., :3])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
+
+
+def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
+    """The judge of a picture set; trained once, in about a minute, and kept on disk by the content of the data.
+
+    Each time a picture is read with noise and each time by another of its captions, so that drawings which are not quite the
+    true ones are recognised as well.
+    """
+    captions = [pictures.captions[i] for i in range(len(pictures.captions))]
+    torch.manual_seed(seed)
+    judge = Judge(captions)
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    path = Path(cache_dir).expanduser() / f"judge-{pictures.fingerprint}-{STEPS}-{seed}-{code}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            tensors = load_file(path)
+            judge.embed_pictures(torch.zeros(1, tensors["picture.0.weight"].shape[1]))  # lazy layers take their size
+            judge.mean, judge.std = tensors["mean"], tensors["std"]
+            judge.load_state_dict(tensors)
+            return judge.eval()
+        _fit(judge, pictures, captions, STEPS, batch_size, seed)
+        new = path.with_suffix(".new")
+        save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
+        new.replace(path)
+    return judge.eval()
+
+
+def _fit(judge: Judge, pictures: PictureSet, captions: list[str], steps: int, batch_size: int, seed: int) -> None:
+    seen = look(np.stack([pictures.picture(i) for i in range(len(pictures))]))
+    judge.mean, judge.std = seen.mean(0), seen.std(0) + 1e-3
+    tokens, rng = judge.tokens(captions), np.random.default_rng(seed)
+    judge.embed_pictures(seen[:2])
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    table, order = pictures.table, rng.permutation(len(pictures))
+    for step in tqdm(range(steps), desc="training the judge of captions", unit="step"):
+        chosen = np.take(order, range(step * batch_size, (step + 1) * batch_size), mode="wrap")
+        rows = table[chosen]
+        numbers = rows["first_caption"] + (rng.random(len(chosen)) * rows["num_captions"]).astype(np.uint64)
+        noise = torch.from_numpy(rng.standard_normal((len(chosen), seen.shape[1]), np.float32))
+        x = judge.embed_pictures(seen[chosen] + 0.5 * judge.std * noise)
+        y = judge.embed_captions(tokens[numbers.astype(np.int64)])
+        scores = judge.log_scale.exp().clamp(max=100) * x @ y.T
+        target = torch.arange(len(chosen))
+        loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()

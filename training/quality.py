@@ -1,0 +1,242 @@
+"""How good a model is: the whole report, with its protocol, its confidence intervals and its pictures."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training import evaluation, memorisation, openmoji
+from sfumato.training.config import Config
+from sfumato.training.features import (
+    DEFAULT,
+    PACKAGES,
+    distances,
+    features,
+    frechet_distance,
+    gaussian,
+    kernel_distance,
+    manifold_scores,
+)
+from sfumato.training.judge import Judge, train_judge
+from sfumato.training.latents import content_hash, stored
+from sfumato.training.likelihood import bits_per_dim
+from sfumato.training.pictures import PictureSet
+from sfumato.training.shapes import evenly
+
+RESAMPLES = 10
+GENDERS = ("man", "woman", "person")
+
+
+@dataclass
+class Plan:
+    """What is measured: `count` captions of training pictures and as many held-out ones as there are, up to it."""
+
+    count: int = 512
+    extractor: str = DEFAULT
+    diverse: int = 16  # captions that are drawn several times
+    repeats: int = 8  # how often
+    bits: int = 0  # pictures whose bits per dimension are bounded, and at how many noise levels each
+    bits_levels: int = 100
+
+
+@dataclass
+class Score:
+    """A figure and half the width of its 95% confidence interval, where it has one."""
+
+    value: float
+    half_width: float | None = None
+
+
+def mean(values: np.ndarray) -> Score:
+    """The mean of values of independent pictures."""
+    values = np.asarray(values, float)
+    return Score(float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None)
+
+
+def resampled(distance, made: np.ndarray, seed: int = 0) -> Score:
+    """The distance of a set, and its spread over sets drawn from it with replacement."""
+    rng = np.random.default_rng(seed)
+    again = [distance(made[rng.integers(len(made), size=len(made))]) for _ in range(RESAMPLES)]
+    return Score(distance(made), float(1.96 * np.std(again, ddof=1)))
+
+
+def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> np.ndarray:
+    """Features of every record, `(N, D)`; computed once and kept on disk."""
+    path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor)}.npy"
+
+    def compute(numbers):
+        return features(np.stack([pictures.picture(i) for i in numbers]), extractor)
+
+    return stored(path, len(pictures), compute, "looking at the pictures")
+
+
+class Evaluation:
+    """Draws what is needed once, over all processes, and measures it. `report` is what others call."""
+
+    def __init__(self, pipe: SfumatoPipeline, config: Config, pictures: PictureSet, accelerator: Accelerator, plan: Plan):
+        if not all(map(importlib.util.find_spec, PACKAGES)):
+            raise ModuleNotFoundError("evaluation needs packages: pip install 'sfumato[metrics]'")
+        self.config, self.pictures, self.accelerator, self.plan = config, pictures, accelerator, plan
+        self.pipe = evaluation.as_drawn(pipe, config.validation)
+        train, held_out = (
+            part[evenly(len(part), plan.count)] for part in (pictures.select("train"), pictures.select("held_out"))
+        )
+        combined = pictures.select("held_out_combination")
+        combined = [i for i in combined if openmoji.tone_of(self.caption(i))[0] and self.caption(i).split(" ")[0] in GENDERS]
+        self.parts = {"train": train, "held_out": held_out, "combination": np.array(combined, np.int64)}
+        self.numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
+        self.made = self.drawn([self.caption(i) for i in self.numbers])
+        self.seen = self.looked_at(self.made, plan.extractor)
+        self.reference = reference_features(pictures, plan.extractor, config.data.cache_dir)
+
+    def caption(self, i: int) -> str:
+        """The first caption of record i."""
+        return self.pictures[int(i)]["captions"][0]
+
+    def drawn(self, captions: list[str]) -> np.ndarray:
+        """One picture a caption, `(N, H, W, C)` uint8."""
+        images = evaluation.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator)
+        return np.stack([np.asarray(image).reshape(*np.asarray(image).shape[:2], -1) for image in images])
+
+    def looked_at(self, made: np.ndarray, extractor: str) -> np.ndarray:
+        """Features of drawn pictures, each process its share."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = features(made[rank::world], extractor) if len(made[rank::world]) else []
+        pairs = gather_object(list(zip(range(rank, len(made), world), mine)))
+        return np.stack([row for _, row in sorted(pairs, key=lambda pair: pair[0])])
+
+    def of(self, part: str, values: np.ndarray) -> np.ndarray:
+        """The rows of `values` that belong to a part of what was drawn."""
+        start = sum(len(self.parts[name]) for name in list(self.parts)[: list(self.parts).index(part)])
+        return values[start : start + len(self.parts[part])]
+
+    def distances(self) -> dict[str, Score]:
+        """FD and KID to all training pictures, and precision, recall, density and coverage against as many as are drawn."""
+        train, made = self.reference[self.pictures.select("train")], self.of("train", self.seen)
+        whole = gaussian(train)
+        found = {
+            "FD": resampled(lambda x: frechet_distance(whole, x), made),
+            "KID": resampled(lambda x: kernel_distance(train, x), made),
+        }
+        values = manifold_scores(self.reference[self.parts["train"]], made, k=min(5, len(made) - 1))
+        return found | {name: mean(v) for name, v in values.items()}
+
+    def retrieval(self, judge: Judge) -> dict[str, Score]:
+        """How often the judge finds a picture's own caption first, or among the first five, of all captions of the set."""
+        captions = [self.caption(i) for i in range(len(self.pictures))]
+        column = {caption: k for k, caption in reversed(list(enumerate(captions)))}
+        found = {}
+        for part, what in (("train", "training captions"), ("held_out", "held-out captions")):
+            numbers = self.parts[part]
+            if not len(numbers):
+                continue
+            true = np.stack([self.pictures.picture(int(i)) for i in numbers])
+            for name, shown in (("", self.of(part, self.made)), (" by true pictures", true)):
+                scores = judge.scores(shown, captions)
+                own = scores[np.arange(len(numbers)), [column[self.caption(i)] for i in numbers]]
+                place = (scores > own[:, None]).sum(1)
+                found[f"retrieval at 1, {what}{name}"] = mean(place < 1)
+                found[f"retrieval at 5, {what}{name}"] = mean(place < 5)
+        return found
+
+    def attributes(self, judge: Judge) -> dict[str, Score]:
+        """OpenMoji's held-out combinations: skin tone by pixels; profession and gender by the judge among all of that tone."""
+        numbers = self.parts["combination"]
+        if not len(numbers):
+            return {}
+        captions = [self.caption(i) for i in range(len(self.pictures))]
+        true = np.stack([self.pictures.picture(int(i)) for i in numbers])
+        found = {}
+        for name, shown in (("", self.of("combination", self.made)), (" by true pictures", true)):
+            tones, others = [], []
+            scores = judge.scores(shown, captions)
+            for picture, row, i in zip(shown, scores, numbers):
+                tone = openmoji.tone_of(self.caption(i))[0]
+                alike = [k for k, c in enumerate(captions) if c.split(" ")[0] in GENDERS and openmoji.tone_of(c)[0] == tone]
+                tones.append(openmoji.read_tone(picture) == tone)
+                others.append(captions[alike[int(row[alike].argmax())]] == self.caption(i))
+            found[f"skin tone of held-out combinations{name}"] = mean(tones)
+            found[f"profession and gender of held-out combinations{name}"] = mean(others)
+            found[f"held-out combinations wholly right{name}"] = mean(np.array(tones) & np.array(others))
+        return found
+
+    def diversity(self) -> dict[str, Score]:
+        """Mean distance in features between drawings of one caption, beside that between training pictures."""
+        train = self.pictures.select("train")
+        chosen = train[evenly(len(train), self.plan.diverse)]
+        captions = [self.caption(i) for i in chosen for _ in range(self.plan.repeats)]
+        seen = self.looked_at(self.drawn(captions), self.plan.extractor).reshape(len(chosen), self.plan.repeats, -1)
+
+        def spread(x):
+            return distances(x, x)[np.triu_indices(len(x), 1)].mean()
+
+        return {
+            "diversity: distance between drawings of one caption": mean([spread(x) for x in seen]),
+            "distance between training pictures": Score(float(spread(self.reference[self.parts["train"]]))),
+        }
+
+    def memorised(self) -> tuple[dict[str, Score], Image.Image]:
+        """See `memorisation.memorisation`, of the training captions; and twelve drawings, from the nearest to the farthest."""
+        train, made = self.pictures.select("train"), self.of("train", self.made)
+        held_out = np.concatenate([self.pictures.select("held_out"), self.pictures.select("held_out_combination")])
+        held_out = held_out if len(held_out) else train[:0]
+        shown = [np.stack([self.pictures.picture(int(i)) for i in part]) for part in (train, held_out)]
+        seen = [self.reference[part] for part in (train, held_out)]
+        scores, which = memorisation.memorisation(made, self.of("train", self.seen), shown[0], seen[0], shown[1], seen[1])
+        apart = np.linalg.norm(self.of("train", self.seen) - seen[0][which[:, 1]], axis=1)
+        worst = np.argsort(apart)[:: max(1, len(apart) // 12)][:12]
+        names, captions = [self.caption(i) for i in train], [self.caption(i) for i in self.parts["train"]]
+        picture = memorisation.sheet(made[worst], [captions[i] for i in worst], shown[0], names, which[worst])
+        return {name: Score(value) for name, value in scores.items()}, picture
+
+    def bits(self) -> dict[str, Score]:
+        """Bits per dimension of held-out and of training pictures, at most."""
+        found = {}
+        for part in ("held_out", "train"):
+            numbers = self.parts[part][evenly(len(self.parts[part]), self.plan.bits)]
+            if len(numbers):
+                shown = np.stack([self.pictures.picture(int(i)) for i in numbers])
+                told = bits_per_dim(self.pipe, shown, [self.caption(i) for i in numbers], self.plan.bits_levels)
+                found[f"bits per dimension, {part.replace('_', '-')}"] = Score(told["bits/dim"], told["half width"])
+        return found
+
+    def protocol(self) -> str:
+        """How the figures came about, in a sentence or two."""
+        v, counts = self.config.validation, {name: len(part) for name, part in self.parts.items()}
+        drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
+        return (
+            f"One picture for each of the first captions of {drawn.replace('combination', 'held-out-combination')} pictures, "
+            f"{v.sampler}, {v.num_inference_steps} steps, {v.guider} at {v.guidance_scale}, seeds {v.seed} and on. "
+            f"Features by {self.plan.extractor}; reference: all {len(self.pictures.select('train')):,} training pictures. "
+            "± is half a 95% confidence interval: of means over pictures, and of FD and KID over "
+            f"{RESAMPLES} resamples of what is drawn. FD of few pictures is above that of many: compare like with like."
+        )
+
+
+def report(
+    pipe: SfumatoPipeline, config: Config, pictures: PictureSet, accelerator: Accelerator, plan: Plan
+) -> tuple[dict[str, Score], str, Image.Image | None]:
+    """All that can be measured of a model on a picture set: scores by name, the protocol, and the memorisation sheet."""
+    run = Evaluation(pipe, config, pictures, accelerator, plan)
+    scores = run.distances()
+    if config.data.name == "shapes":
+        obeyed = evaluation.evaluate_shapes(run.pipe, config, accelerator)
+        scores |= {f"obedience, {name}": Score(value) for name, value in obeyed.items()}
+    elif config.data.channels == 3:
+        with accelerator.main_process_first():
+            judge = train_judge(pictures, config.data.cache_dir)
+        scores |= run.retrieval(judge)
+        scores |= run.attributes(judge) if config.data.name == "openmoji" else {}
+    scores |= run.diversity()
+    picture = None
+    if len(pictures) > len(pictures.select("train")):
+        memorised, picture = run.memorised()
+        scores |= memorised
+    if plan.bits:
+        scores |= run.bits()
+    return scores, run.protocol(), picture
