@@ -2,16 +2,16 @@
 
     python benchmarks/baseline_diffusers_recipe.py [--recipe diffusers] [--minutes 60] [--seed 0] [--out FILE.jsonl]
 
-- `diffusers`: as its text-to-image example trains with its default arguments: eps, linear betas, uniform timesteps, no caption
-  dropout, AdamW at a constant 1e-4 after 500 steps, batch 16, weights averaged by EMAModel (`--use_ema`). There is no pretrained
+- `diffusers`: as its text-to-image example trains by default: eps, linear betas, uniform timesteps, no caption
+  dropout, AdamW at a constant 1e-4 after 500 steps, batch 16, EMAModel (`--use_ema`). There is no pretrained
   text encoder here, so it is trained along.
 - `diffusers-fast`: the same with a rate of 1e-3, ours.
 - `lucidrains`: as denoising-diffusion-pytorch and imagen-pytorch do by default: v, sigmoid schedule, Adam (0.9, 0.99) at 1e-4,
   EMA 0.995 every 10 steps, captions dropped in one of ten.
-- `edm`: Karras et al. 2022 (arXiv 2206.00364): preconditioning with sigma_data 0.5, ln sigma from N(-1.2, 1.2), their weight, Adam
+- `edm`: Karras et al. 2022 (arXiv 2206.00364): preconditioned, sigma_data 0.5, ln sigma from N(-1.2, 1.2), their weight, Adam
   at 1e-3 after a warm-up of 500 steps, an average over 5% of what was seen at most, captions dropped in one of ten.
 
-Both networks keep the initialisation of their libraries. At each mark the training captions are drawn with the raw and with the
+Both networks keep the initialisation of their libraries. At each mark the training captions are drawn with the raw and the
 averaged weights, without guidance and with a scale of 1.5, and the best by FD is kept. Minutes are CPU minutes of training
 in one thread, so what runs beside is not counted.
 """
@@ -169,7 +169,8 @@ class Run:
         vae = identity_vae(self.config.data.resolution, 3)
         pipe = StableDiffusionPipeline(
             vae, self.text_encoder, self.tokenizer, self.unet,
-            DPMSolverMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing"), None, None, False,
+            DPMSolverMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing"), None, None,
+            requires_safety_checker=False,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
         for start in range(0, len(captions), 32):

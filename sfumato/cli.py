@@ -1,4 +1,4 @@
-"""The command `sfumato`: `train`, `sample`, `export`, `push`, `doctor`. Heavy imports are inside the verbs."""
+"""The command `sfumato`: `train`, `sample`, `evaluate`, `ema`, `export`, `push`, `doctor`. Heavy imports are inside the verbs."""
 
 import argparse
 import sys
@@ -7,14 +7,25 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (2 for wrong input)."""
-    from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS
-
     parser = argparse.ArgumentParser(prog="sfumato", description="Train, sample and share text-conditional diffusion models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser("train", help="train from a config (several GPUs: accelerate launch training/train.py)")
     train.add_argument("config", help="a YAML file, see configs/")
     train.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that replace the file's")
+
+    _add_sample(verbs)
+    _add_others(verbs)
+    options = parser.parse_args(arguments)
+    try:
+        return globals()[f"_{options.verb}"](options)
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        print(f"sfumato: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_sample(verbs) -> None:
+    from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS
 
     sample = verbs.add_parser("sample", help="draw pictures with a trained model")
     sample.add_argument("prompts", nargs="+", help="what to draw; one picture for each")
@@ -39,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     sample.add_argument("--control", help="a map that a model with a ControlNet follows, such as edges")
     sample.add_argument("--gif", help="show the denoising, step by step, in this file")
 
+
+def _add_others(verbs) -> None:
+    from sfumato.pipelines.choices import SAMPLERS
+
     evaluate = verbs.add_parser("evaluate", help="measure how good a model is; the figures go into its card")
     evaluate.add_argument(
         "--model", default="models/openmoji", help="a run folder, a pipeline or a Hub id (default: %(default)s)"
@@ -56,6 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     evaluate.add_argument("--bits", type=int, default=0, help="bound the bits per dimension of so many pictures, too")
     evaluate.add_argument("--out", help="a folder for evaluation.json and memorisation.png, in place of the model's own")
+
+    ema = verbs.add_parser("ema", help="average a run's weights over another length, from the snapshots that it kept")
+    ema.add_argument("run", help="the run folder, trained with ema.snapshot_steps")
+    ema.add_argument("folder", help="where the model goes")
+    ema.add_argument("--length", type=float, default=0.1, help="share of the run that the average spreads over (default: 0.1)")
 
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
@@ -76,13 +96,6 @@ def main(arguments: list[str] | None = None) -> int:
     doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
     doctor.add_argument("config", help="a YAML file, see configs/")
     doctor.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="settings that replace the file's")
-
-    options = parser.parse_args(arguments)
-    try:
-        return globals()[f"_{options.verb}"](options)
-    except (ValueError, ModuleNotFoundError, OSError) as error:
-        print(f"sfumato: {error}", file=sys.stderr)
-        return 2
 
 
 def _train(options) -> int:
@@ -199,6 +212,21 @@ def _write(picture, path: Path, settings: dict) -> None:
     notes = PngInfo()
     notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
     picture.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))
+
+
+def _ema(options) -> int:
+    model = _find_pipeline(options.run)
+    from sfumato.pipelines import SfumatoPipeline, export_pipeline
+    from sfumato.training.ema import post_hoc
+
+    weights, pipe = post_hoc(Path(options.run) / "ema", options.length), SfumatoPipeline.from_pretrained(model)
+    for part in ("unet", "text_encoder", "controlnet"):
+        own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
+        if own:
+            getattr(pipe, part).load_state_dict(own, strict=False)
+    folder = export_pipeline(pipe, options.folder, source=model)
+    print(f"wrote {folder}, averaged over {options.length:g} of the run")
+    return 0
 
 
 def _evaluate(options) -> int:

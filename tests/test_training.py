@@ -45,6 +45,7 @@ def test_a_run_leaves_everything_where_it_belongs(tmp_path, capsys):
     assert {p.name for p in run.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
+        "validation.jsonl",
         "samples",
         "checkpoints",
         "pipeline",

@@ -24,9 +24,9 @@ from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import replaced
-from sfumato.pipelines.export import sync, sync_entry
+from sfumato.pipelines.export import put, sync, sync_entry
 from sfumato.training.config import Config
-from sfumato.training.ema import EMA
+from sfumato.training.ema import EMA, TRACKS
 from sfumato.training.pictures import PictureSet
 
 # Settings that a resumed run may change and still end bit for bit as one run.
@@ -82,10 +82,30 @@ def collect(denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EM
     names, parameters = _names(denoiser), trained(denoiser)
     tensors = {f"raw.{name}": _whole(parameter) for name, parameter in zip(names, parameters)}
     tensors |= {f"ema.{name}": _whole(shadow) for name, shadow in zip(names, ema.shadow_params)}
+    for length, track in zip(TRACKS, ema.tracks.values()):
+        tensors |= {f"track.{length}|{name}": _whole(value) for name, value in zip(names, track)}
     for name, parameter in zip(names, parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}|{key}"] = _whole(torch.as_tensor(value))
     return tensors
+
+
+def snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA, main: bool) -> None:
+    """Keep the tracks of `ema` as they are at a step, in half precision; all processes must call, the first one writes."""
+    half = {
+        f"{length}|{name}": _whole(value).half()
+        for length, track in zip(TRACKS, ema.tracks.values())
+        for name, value in zip(_names(module), track)
+    }
+    if not main:
+        return
+    folder = output_dir / "ema"
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file(half, folder / ".new")
+        (folder / ".new").replace(folder / f"step-{step:08d}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CannotSave(f"could not save a snapshot in {folder}: {error}; make room and go on") from error
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
@@ -270,6 +290,37 @@ def last_step(metrics: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else 0
 
 
+def is_better(name: str, value: float, than: float | None) -> bool:
+    """Whether a score is better than another one: losses, distances and what is unreadable should be small, all else large."""
+    small = name == "unreadable" or name.startswith(("held_out_loss", "FD", "KID", "LD"))
+    return than is None or (value < than if small else value > than)
+
+
+def best_before(output_dir: Path, name: str | None, step: int) -> float | None:
+    """The best score of that name that `validation.jsonl` tells of up to a step."""
+    best = None
+    for entry in map(json.loads, lines(output_dir / "validation.jsonl")):
+        if name in entry and entry["step"] <= step and is_better(name, entry[name], best):
+            best = entry[name]
+    return best
+
+
+def keep(write: Callable[[Path, Path], None], folder: Path) -> None:
+    """Write a model into a folder that is put into place whole; `write` as for `save`.
+
+    Raises:
+        CannotSave: the disk is full or not writable.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        write(new, folder)
+        put(new, folder)
+    except (OSError, SafetensorError) as error:
+        raise CannotSave(f"could not save {folder}: {error}; make room and go on with checkpoint.resume=auto") from error
+
+
 def raw_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights before averaging, by name, of a checkpoint."""
     tensors = load_file(folder / "state.safetensors")
@@ -341,6 +392,8 @@ def restore(folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Opti
     """
     tensors = load_file(folder / "state.safetensors")
     names, parameters = _names(denoiser), trained(denoiser)
+    if ema.tracks and not any(key.startswith("track.") for key in tensors):
+        raise ValueError(f"{folder} has no tracks for ema.snapshot_steps, which must be set from the first step on")
     expected = {f"raw.{name}": parameter.shape for name, parameter in zip(names, parameters)}
     stored = {key: value.shape for key, value in tensors.items() if key.startswith("raw.")}
     if expected != stored:
@@ -355,6 +408,8 @@ def restore(folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Opti
         for name, parameter, shadow in zip(names, parameters, ema.shadow_params):
             _fill(parameter, tensors[f"raw.{name}"])
             _fill(shadow, tensors[f"ema.{name}"])
+            for length, track in zip(TRACKS, ema.tracks.values()):
+                _fill(track[names.index(name)], tensors[f"track.{length}|{name}"])
             for entry, value in moments.get(name, {}).items():
                 if isinstance(parameter, DTensor) and value.shape == parameter.shape:
                     value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

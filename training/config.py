@@ -149,6 +149,7 @@ class EmaConfig:
 
     decay: float = 0.999
     offload: bool = False  # keep the averages on the CPU: frees 4 bytes a parameter of GPU memory
+    snapshot_steps: int | None = None  # so often two more averages go to `ema/`: `sfumato ema` makes any length of them
 
 
 @dataclass
@@ -163,6 +164,7 @@ class ValidationConfig:
     guider: str = "cfg"  # cfg, apg, zero-star, tangential, magnitude-aware, pag, slg or seg
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # the part of the steps that is guided
     seed: int = 0
+    num_held_out: int = 64  # pictures of the held-out loss, which goes to validation.jsonl; see training/held_out.py
     num_judged: int = 256  # at the end: held-out captions (shapes), or pictures (upscaling, control)
 
 
@@ -173,6 +175,7 @@ class CheckpointConfig:
     every_steps: int | None = 1000
     keep: int = 2
     resume: str | None = None
+    best_by: str | None = None  # keep the best model in `best/`: by held_out_loss, FD, KID or a score of the task's own
 
 
 @dataclass

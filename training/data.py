@@ -6,6 +6,7 @@ sample gets the same caption, noise and noise level on any number of processes.
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -91,6 +92,21 @@ class Positions(Sampler):
             first += self.num_processes * self.batch_size
 
 
+def collate(samples, pictures: PictureSet, texts: np.ndarray, latents: np.ndarray | None, beside) -> dict:
+    """One batch of what `CaptionedPictures` gives; arguments and result as of `batches`."""
+    numbers, flips, captions, u, seeds = zip(*samples)
+    batch = {"u": torch.tensor(u), "noise_seed": torch.tensor(seeds), "text": torch.from_numpy(texts[list(captions)])}
+    if latents is None:
+        shown = [pictures.picture(i)[:, ::-1] if f else pictures.picture(i) for i, f in zip(numbers, flips)]
+        batch["pixel_values"] = to_pixel_values(np.stack(shown))
+        if beside is not None:
+            rows = [beside(picture, seed) for picture, seed in zip(shown, seeds)]
+            batch |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    else:
+        batch["x_0"] = torch.from_numpy(latents[list(numbers)])
+    return batch
+
+
 def batches(
     pictures: PictureSet,
     config: Config,
@@ -113,26 +129,13 @@ def batches(
         token ids (B, L) or embeddings (B, L, D); `u` (B,) in [0, 1); `noise_seed` (B,); and what `beside` makes.
     """
 
-    def collate(samples):
-        numbers, flips, captions, u, seeds = zip(*samples)
-        batch = {"u": torch.tensor(u), "noise_seed": torch.tensor(seeds), "text": torch.from_numpy(texts[list(captions)])}
-        if latents is None:
-            shown = [pictures.picture(i)[:, ::-1] if f else pictures.picture(i) for i, f in zip(numbers, flips)]
-            batch["pixel_values"] = to_pixel_values(np.stack(shown))
-            if beside is not None:
-                rows = [beside(picture, seed) for picture, seed in zip(shown, seeds)]
-                batch |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-        else:
-            batch["x_0"] = torch.from_numpy(latents[list(numbers)])
-        return batch
-
     block = config.train.batch_size * num_processes
     o, flip = config.objective, config.data.random_flip
     return iter(
         DataLoader(
             CaptionedPictures(pictures, config.seed, o.caption_dropout, flip, block, o.low_discrepancy),
             batch_sampler=Positions(config.train.batch_size, rank, num_processes, start),
-            collate_fn=collate,
+            collate_fn=partial(collate, pictures=pictures, texts=texts, latents=latents, beside=beside),
             num_workers=config.train.num_workers,
             multiprocessing_context="fork" if config.train.num_workers else None,  # workers share the mapped files
             worker_init_fn=_leave_signals_to_the_trainer,

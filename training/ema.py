@@ -1,9 +1,14 @@
-"""Averaged weights."""
+"""Averaged weights: those that are exported, and two tracks from which an average of any length can be made later."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+
+TRACKS = (0.05, 0.1)  # lengths, as the standard deviation of their profile in shares of the run
 
 
 class EMA(EMAModel):
@@ -16,13 +21,20 @@ class EMA(EMAModel):
         parameters: what is averaged.
         decay: at most; rises to it as (1 + step) / (10 + step).
         offload: keep the averages on the CPU.
+        post_hoc: keep two more averages, of the power functions of `TRACKS` (Karras et al. 2024, arXiv 2312.02696).
+
+    Attributes:
+        tracks: the two averages by the exponent of their profile; empty without `post_hoc`.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float, offload: bool = False):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float, offload: bool = False, post_hoc: bool = False):
+        parameters = list(parameters)
         super().__init__(parameters, decay=decay, foreach=True)
         self.offload = offload
+        self.tracks = {gamma_of(s): [p.detach().clone() for p in parameters] for s in TRACKS} if post_hoc else {}
         if offload:
             self.to("cpu")
+            self.tracks = {gamma: [p.cpu() for p in track] for gamma, track in self.tracks.items()}
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -31,3 +43,58 @@ class EMA(EMAModel):
         self.cur_decay_value = self.get_decay(self.optimization_step)
         parameters = [p.to("cpu", non_blocking=False) for p in parameters] if self.offload else list(parameters)
         torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.cur_decay_value)
+        for gamma, track in self.tracks.items():  # Karras et al. 2024, equation 2
+            torch._foreach_lerp_(track, parameters, 1 - (1 - 1 / self.optimization_step) ** (gamma + 1))
+
+
+def gamma_of(length: float) -> float:
+    """Exponent of the power function t^gamma whose standard deviation over a run of length 1 is `length`; below 0.28.
+
+    From its variance, (gamma + 1) / ((gamma + 2)^2 (gamma + 3)): Karras et al. 2024, equation 126.
+    """
+    inverse = length**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def overlap(t: float, gamma: float, other_t: float, other_gamma: float) -> float:
+    """Integral of the product of two averages' profiles, (gamma + 1) tau^gamma / t^(gamma + 1) for tau up to t."""
+    least = min(t, other_t)
+    share = (least / t) ** gamma * (least / other_t) ** other_gamma * least / (t * other_t)
+    return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * share
+
+
+def coefficients(kept: list[tuple[float, float]], t: float, gamma: float) -> np.ndarray:
+    """How to add up averages that were kept at steps and with exponents `(t, gamma)`, so that the sum is as near as can be to
+    the average at step `t` with exponent `gamma`: least squares over the profiles (Karras et al. 2024, section 3.2).
+    """
+    within = np.array([[overlap(*a, *b) for b in kept] for a in kept])
+    return np.linalg.lstsq(within, np.array([overlap(*a, t, gamma) for a in kept]), rcond=1e-12)[0]
+
+
+def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
+    """Weights averaged over the last part of a run, of any `length`, from the snapshots that the run kept in `folder`.
+
+    Args:
+        folder: `ema/` of a run with `ema.snapshot_steps`.
+        length: standard deviation of the average's profile in shares of the run, such as 0.02 to 0.25.
+
+    Raises:
+        ValueError: there are no snapshots, or no average can be so long or short.
+    """
+    files = sorted(folder.glob("step-*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no snapshots; train with ema.snapshot_steps")
+    if not 0.005 <= length <= 0.25:
+        raise ValueError(f"length={length}: must be in [0.005, 0.25], the share of the run that the average spreads over")
+    steps = [int(file.stem.removeprefix("step-")) for file in files]
+    gammas = [gamma_of(s) for s in TRACKS]
+    kept = [(step, gamma) for step in steps for gamma in gammas]
+    shares = coefficients(kept, steps[-1], gamma_of(length)).reshape(len(files), len(gammas))
+    total = {}
+    for file, row in zip(files, shares):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():
+                track, name = key.split("|")
+                part = row[TRACKS.index(float(track))] * opened.get_tensor(key).double()
+                total[name] = total[name] + part if name in total else part
+    return {name: value.float() for name, value in total.items()}

@@ -87,6 +87,11 @@ def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_
     return sheet
 
 
+def as_image(picture: np.ndarray) -> Image.Image:
+    """`(H, W, C)` uint8 as PIL has it."""
+    return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+
+
 def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, float]:
     """Obedience on held-out captions of `shapes`: share right for each attribute and for all together."""
     scenes = shapes.scenes(held_out=True, count=config.validation.num_judged, num_figures=config.data.num_figures)

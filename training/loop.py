@@ -43,6 +43,7 @@ class Run:
     saved: Path | None  # the newest checkpoint
     origin: dict  # what else its numbers depend on
     pushes: hub.BackgroundPush  # of checkpoints, to the Hub
+    best: float | None  # the best score by checkpoint.best_by so far
     lock: FileLock  # held by the first process: one trainer writes to a folder
 
     @property
@@ -78,7 +79,7 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
     task = TASKS[config.task](config, pictures, checkpoint, accelerator)
     origin = checkpoints.origin(config, accelerator, pictures, task.parts)
     model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, checkpoints.trained(task.module)))
-    ema = EMA(checkpoints.trained(task.module), config.ema.decay, config.ema.offload)
+    ema = EMA(checkpoints.trained(task.module), config.ema.decay, config.ema.offload, bool(config.ema.snapshot_steps))
     state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
     if checkpoint:
         stored = checkpoints.read_state(checkpoint)
@@ -95,7 +96,8 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
         for line in checkpoints.differences(stored, origin):
             accelerator.print(f"  {line}")
     pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
-    return Run(config, accelerator, pictures, task, model, optimizer, ema, state, checkpoint, origin, pushes, lock)
+    best = on_main(accelerator, checkpoints.best_before, Path(config.output_dir), config.checkpoint.best_by, state["step"])
+    return Run(config, accelerator, pictures, task, model, optimizer, ema, state, checkpoint, origin, pushes, best, lock)
 
 
 def start(config: configs.Config) -> Accelerator:
@@ -197,6 +199,8 @@ def train(run: Run) -> int:
         log.write(
             {**state, "loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm), "done": round(done, 5)}
         )
+        if every(c.ema.snapshot_steps, state) or (c.ema.snapshot_steps and done >= 1):
+            checkpoints.snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
         due, push_due = due or every(c.checkpoint.every_steps, state), push_due or every(c.hub.every_steps, state)
         if (due and finite) or stopped or done >= 1:
             log.sync()
@@ -210,6 +214,7 @@ def train(run: Run) -> int:
         if every(c.validation.every_steps, state) and done < 1:
             with checkpoints.averaged(ema, task.module):
                 log.show(state["step"], *task.show())
+                validate(run, log)
 
     stop.release()
     if stopped:
@@ -224,6 +229,20 @@ def train(run: Run) -> int:
     with checkpoints.averaged(ema, task.module):
         finish(run, log)
     return 0
+
+
+def validate(run: Run, log: Log) -> None:
+    """Measure on held-out data; where `checkpoint.best_by` says that this is the best model so far, keep it in `best/`."""
+    by, task = run.config.checkpoint.best_by, run.task
+    scores = task.held_out()
+    if by is not None and by not in scores:
+        scores |= task.scores(task.shareable())[0]
+    better = by is not None and checkpoints.is_better(by, scores[by], run.best)
+    log.validated({**run.state, **scores})
+    if better:
+        run.best, write, folder = scores[by], task.writer(run.state), run.output_dir / "best"
+        if run.accelerator.is_main_process:
+            checkpoints.keep(write, folder)
 
 
 def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -299,6 +318,7 @@ def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and what the task makes."""
     shown = run.task.show()
     log.show(run.state["step"], *shown)
+    validate(run, log)
     *said, last = run.task.finish(run.state, run.saved, *shown)
     for line in said:
         log.say(line)

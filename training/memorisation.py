@@ -33,9 +33,9 @@ def memorisation(
         seen_made, seen_train, seen_held_out: their features `(., D)`.
 
     Returns:
-        In pixels and in features, the median distance of what is drawn, the same of held-out pictures, and the share of what is
-        drawn that is nearer to a training picture than all but 5% of the held-out ones are. And the numbers of the nearest
-        training pictures, `(N, 2)`: by pixels, by features.
+        In pixels and in features, the median distance of what is drawn, the same of held-out pictures, and the share of what
+        is drawn that is nearer to a training picture than all but 5% of the held-out ones are. And the numbers of the
+        nearest training pictures, `(N, 2)`: by pixels, by features.
     """
     scores, numbers = {}, []
     for space, (x, among, other) in {

@@ -75,6 +75,12 @@ def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> 
     return stored(path, len(pictures), compute, "looking at the pictures")
 
 
+def set_distances(pictures: PictureSet, made: np.ndarray, cache_dir: str) -> dict[str, float]:
+    """FD and KID of drawn pictures `(N, H, W, C)` uint8 to all training pictures."""
+    train, seen = reference_features(pictures, DEFAULT, cache_dir)[pictures.select("train")], features(made)
+    return {"FD": frechet_distance(train, seen), "KID": kernel_distance(train, seen)}
+
+
 class Evaluation:
     """Draws what is needed once, over all processes, and measures it. `report` is what others call."""
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from sfumato.pipelines.choices import FLOW_SAMPLERS, GUIDERS, SAMPLERS, SECOND
 from sfumato.training.config import Config
 
+DISTANCES = ("FD", "KID")
+
 
 def _check_data(config: Config, need) -> None:
     need(config.data.resolution >= 8, "data.resolution", "must be at least 8 pixels")
@@ -93,6 +95,15 @@ def _check_models(config: Config, need) -> None:
         need(config.text_encoder.pretrained is None, "text_encoder.pretrained", rule)
 
 
+def scores_of(config: Config) -> tuple[str, ...]:
+    """The scores by which a run can tell its best model."""
+    own = {"autoencoder": (), "control": ("F1",)}
+    own["upscaling"] = tuple(f"{name} of model" for name in ("PSNR", "SSIM", "FD", "LD"))
+    figures = ("colour", "shape", "size", "place") if config.data.num_figures == 1 else ("colours", "shapes")
+    obedience = (*figures, "ground", "all", "unreadable") if config.data.name == "shapes" else ()
+    return ("held_out_loss", *own.get(config.task, DISTANCES + obedience))
+
+
 def _check_run(config: Config, need) -> None:
     need(config.optim.lr > 0, "optim.lr", "must be positive")
     need(config.optim.lr_warmup_steps >= 0, "optim.lr_warmup_steps", "must not be negative")
@@ -106,10 +117,13 @@ def _check_run(config: Config, need) -> None:
         ("checkpoint", "every_steps"),
         ("validation", "every_steps"),
         ("hub", "every_steps"),
+        ("ema", "snapshot_steps"),
     ):
         value = getattr(getattr(config, section), key)
         need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
+    known = scores_of(config)
+    need(config.checkpoint.best_by in (None, *known), "checkpoint.best_by", f"choose one of {', '.join(known)}")
     hub, saved = config.hub, config.checkpoint.every_steps
     need(hub.repo_id is not None or not (hub.push or hub.every_steps), "hub.repo_id", "say where to push to")
     need(
@@ -123,6 +137,7 @@ def _check_run(config: Config, need) -> None:
     need("raw" not in hub.variants or not config.lora.rank, "hub.variants", "raw is not for lora")
     need(bool(re.fullmatch(r"\d+(KB|MB|GB)", hub.max_shard_size)), "hub.max_shard_size", "must be such as 500MB or 10GB")
     need(config.seed >= 0, "seed", "must not be negative")
+    need(config.validation.num_held_out > 0, "validation.num_held_out", "must be positive")
     need(config.validation.num_judged > 0, "validation.num_judged", "must be positive")
     need(0 <= config.validation.guidance_scale < 1000, "validation.guidance_scale", "must be in [0, 1000)")
     need(config.validation.num_inference_steps > 0, "validation.num_inference_steps", "must be positive")
@@ -187,7 +202,7 @@ def idle(config: Config) -> list[str]:
         (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
         (d.name != "shapes", "data.name=shapes", "data", ("num_pictures", "num_figures")),
         (
-            d.name != "shapes" and config.task not in ("upscaling", "control"),
+            d.name != "shapes" and config.task not in ("upscaling", "control") and config.checkpoint.best_by not in DISTANCES,
             "data.name=shapes",
             "validation",
             ("num_judged",),

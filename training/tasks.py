@@ -14,20 +14,19 @@ from transformers import CLIPTokenizer
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.choices import replaced
 from sfumato.pipelines.conditions import low_res_beside, masks_beside
-from sfumato.pipelines.export import put
 from sfumato.training import checkpoints, evaluation, facts
-from sfumato.training.autoencoders import build_autoencoder
+from sfumato.training.autoencoder_task import Autoencoder
 from sfumato.training.build import Denoiser, build_pipeline, warn_of_long_captions
 from sfumato.training.config import Config
 from sfumato.training.data import noise_for
 from sfumato.training.edges import edge_f1, edges
 from sfumato.training.features import feature_distances
+from sfumato.training.held_out import held_out_loss
 from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity, to_pixel_values
 from sfumato.training.masks import random_mask
 from sfumato.training.metrics import picture_quality
 from sfumato.training.objectives import (
     LossMoments,
-    autoencoder_loss,
     loss_weight,
     nearest_noise,
     offset,
@@ -35,6 +34,8 @@ from sfumato.training.objectives import (
     weighted_mse,
 )
 from sfumato.training.pictures import PictureSet
+from sfumato.training.quality import set_distances
+from sfumato.training.rules import DISTANCES
 from sfumato.training.shapes import NUM_HELD_OUT, evenly
 
 
@@ -101,7 +102,8 @@ class TextToImage:
         u, share = (batch["u"], 1.0) if self.moments is None else self.moments.warp(batch["u"])
         t = sample_timesteps(u, self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
         torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
-        x_0, noise = self.x_0_and_noise(batch)
+        x_0 = self.x_0(batch)
+        noise = self.noise(batch["noise_seed"], x_0)
         x_t = scheduler.add_noise(x_0, noise, t)
         output = self.predict(model, x_t, t, batch)
         prediction, target = output[:, : x_0.shape[1]], scheduler.training_target(x_0, noise, t)
@@ -116,18 +118,20 @@ class TextToImage:
             self.moments.update(*self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)).T.cpu())
         return (share * losses).mean()
 
-    def x_0_and_noise(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean latents or pixels and the noise for them, `(B, C, h, w)`; of each sample by its own seed."""
-        o, seeds = self.config.objective, batch["noise_seed"]
-        x_0 = batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
-        shape, device = x_0.shape[1:], x_0.device
+    def x_0(self, batch: dict) -> torch.Tensor:
+        """Clean latents or pixels, `(B, C, h, w)`."""
+        return batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
+
+    def noise(self, seeds: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+        """The noise to train with, `(B, C, h, w)`; of each sample by its own seed."""
+        o, shape, device = self.config.objective, x_0.shape[1:], x_0.device
         if o.noise_candidates > 1:
             noise = nearest_noise(x_0, noise_for(seeds, (o.noise_candidates, *shape), device))
         else:
             noise = noise_for(seeds, shape, device)
         if o.offset_noise:
-            noise = offset(noise, o.offset_noise, noise_for((seeds + 2) % 2**63, shape[:1], device))
-        return x_0, noise
+            noise = offset(noise, o.offset_noise, noise_for(seeds ^ 1, shape[:1], device))
+        return noise
 
     def predict(self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: dict) -> torch.Tensor:
         """What the network makes of noisy latents, with all that the task gives it beside."""
@@ -172,6 +176,10 @@ class TextToImage:
         pipe, told = self.shareable(), self.told(state)
         return lambda new, folder: export_pipeline(pipe, new / "pipeline", where=str(folder / "pipeline"), **told)
 
+    def held_out(self) -> dict[str, float]:
+        """The loss on held-out pictures; see `held_out.held_out_loss`."""
+        return held_out_loss(self)
+
     @property
     def split(self) -> str:
         """What `evaluation.to_show` takes pictures of."""
@@ -179,11 +187,18 @@ class TextToImage:
 
     def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
         """What can be measured on held-out data, and what it is; nothing where nothing can."""
-        if self.config.data.name != "shapes":
-            return {}, ""
-        count = min(self.config.validation.num_judged, NUM_HELD_OUT)
-        scores = evaluation.evaluate_shapes(pipe, self.config, self.accelerator)
-        return scores, f"obedience to {count} held-out captions, judged by a program"
+        count, scores, what = min(self.config.validation.num_judged, NUM_HELD_OUT), {}, ""
+        if self.config.data.name == "shapes":
+            scores = evaluation.evaluate_shapes(pipe, self.config, self.accelerator)
+            what = f"obedience to {count} held-out captions, judged by a program"
+        if self.config.checkpoint.best_by in DISTANCES:
+            train = self.pictures.select("train")
+            chosen = train[evenly(len(train), self.config.validation.num_judged)]
+            made = self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen])
+            made = np.stack([np.asarray(picture).reshape(*np.asarray(picture).shape[:2], -1) for picture in made])
+            scores |= set_distances(self.pictures, made, self.config.data.cache_dir)
+            what = what or f"{len(made)} training captions drawn"
+        return scores, what
 
     def finish(self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
         """Scores where they can be had, and the exported folder; returns what to say."""
@@ -209,7 +224,7 @@ class TextToImage:
         return [*said, f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})"]
 
 
-def held_out(pictures: PictureSet, count: int) -> tuple[list[str], list[np.ndarray]]:
+def captioned(pictures: PictureSet, count: int) -> tuple[list[str], list[np.ndarray]]:
     """Captions and pictures `(H, W, C)` uint8 that `evaluation.to_show` chooses."""
     chosen = evaluation.to_show(pictures, count)
     return [pictures[i]["captions"][0] for i in chosen], [pictures.picture(i) for i in chosen]
@@ -232,7 +247,7 @@ class Inpainting(TextToImage):
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures, their middle drawn anew."""
-        captions, given = held_out(self.pictures, 12)
+        captions, given = captioned(self.pictures, 12)
         masks = [np.zeros(picture.shape[:2], bool) for picture in given]
         for mask in masks:
             height, width = mask.shape
@@ -259,7 +274,7 @@ class Upscaling(TextToImage):
 
     def enlarged(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], list[np.ndarray], list[np.ndarray], list]:
         """Captions, held-out pictures, and what bicubic enlarging and the model make of them once they are smaller."""
-        captions, true = held_out(self.pictures, count)
+        captions, true = captioned(self.pictures, count)
         pixels = to_pixel_values(np.stack(true))
         grid = [side // pipe.vae_scale_factor for side in pixels.shape[-2:]]
         given = [p for p in self.small(pixels, grid).permute(0, 2, 3, 1).div(2).add(0.5).numpy()]
@@ -269,7 +284,7 @@ class Upscaling(TextToImage):
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures: enlarged plainly, enlarged by the model, and true."""
         captions, true, plain, drawn = self.enlarged(4, self.shareable())
-        rows = zip(captions, map(as_image, plain), drawn, map(as_image, true))
+        rows = zip(captions, map(evaluation.as_image, plain), drawn, map(evaluation.as_image, true))
         names, pictures = zip(*(cell for c, p, d, t in rows for cell in ((f"{c}: bicubic", p), ("drawn", d), ("true", t))))
         return list(names), list(pictures)
 
@@ -303,14 +318,16 @@ class Control(TextToImage):
 
     def followed(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
         """Captions and edge maps `(N, H, W, 3)` uint8 of held-out pictures, and what is drawn by them."""
-        captions, true = held_out(self.pictures, count)
+        captions, true = captioned(self.pictures, count)
         maps = np.stack([np.uint8(255 * edges(picture)) for picture in true])[..., None].repeat(3, -1)
         return captions, maps, self.drawn(pipe, captions, control_image=list(maps))
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Edges of held-out pictures, and what is drawn by them."""
         captions, maps, drawn = self.followed(6, self.shareable())
-        names, pictures = zip(*(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, as_image(m)), ("drawn", d))))
+        names, pictures = zip(
+            *(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, evaluation.as_image(m)), ("drawn", d)))
+        )
         return list(names), list(pictures)
 
     def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
@@ -319,93 +336,6 @@ class Control(TextToImage):
         free = self.drawn(replaced(pipe, controlnet=None), captions)
         f1 = [np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(made, maps)]) for made in (drawn, free)]
         return {"F1": float(f1[0]), "F1 without control": float(f1[1])}, f"edges of {len(maps)} {self.split} pictures followed"
-
-
-def as_image(picture: np.ndarray) -> Image.Image:
-    """`(H, W, C)` uint8 as PIL has it."""
-    return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-
-
-class Autoencoder:
-    """A VAE that makes pictures smaller, for latent models: `vae.pretrained` of their config names this run's folder.
-
-    Attributes as of `TextToImage`.
-    """
-
-    beside = None
-
-    def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
-        self.config, self.pictures, self.accelerator = config, pictures, accelerator
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("task=autoencoder is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
-        self.module = build_autoencoder(config).to(accelerator.device)
-        self.parts, self.latents = (self.module.vae,), None
-        self.texts = np.zeros((len(pictures.captions) + 1, 1), np.int64)  # captions are not read
-        if config.train.gradient_checkpointing:
-            self.module.vae.enable_gradient_checkpointing()
-        if config.train.compile == "unet":
-            self.module.compile()
-
-    def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
-        """Reconstruction and Kullback-Leibler divergence; see `objectives.autoencoder_loss`."""
-        a, pixels = self.config.autoencoder, batch["pixel_values"].to(self.accelerator.device)
-        vae = self.module.vae
-        size = [side // 2 ** (len(vae.config.block_out_channels) - 1) for side in pixels.shape[-2:]]
-        noise = noise_for(batch["noise_seed"], (vae.config.latent_channels, *size), pixels.device)
-        return autoencoder_loss(*model(pixels, noise), pixels, a.kl_weight, a.sharpness_weight)
-
-    def state(self) -> dict:
-        """Nothing beside the weights."""
-        return {}
-
-    def restore(self, state: dict) -> None:
-        """Nothing to do."""
-
-    @torch.no_grad()
-    def _rebuilt(self, numbers: list[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures `(N, H, W, C)` uint8, the same from their latents, and the latents' means `(N, c, h, w)`."""
-        vae, shown = self.module.vae, np.stack([self.pictures.picture(int(i)) for i in numbers])
-        rebuilt, means = [], []
-        for start in range(0, len(shown), 32):
-            mean = vae.encode(to_pixel_values(shown[start : start + 32]).to(vae.device)).latent_dist.mode()
-            drawn = vae.decode(mean).sample.add(1).mul(127.5).round().clamp(0, 255)
-            rebuilt.append(drawn.permute(0, 2, 3, 1).byte().cpu().numpy())
-            means.append(mean.float().cpu().numpy())
-        return shown, np.concatenate(rebuilt), np.concatenate(means)
-
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out pictures, each beside what comes back from its latents."""
-        numbers = evaluation.to_show(self.pictures, 6)
-        pairs = [picture for both in zip(*self._rebuilt(numbers)[:2]) for picture in both]
-        names = [name for i in numbers for name in (self.pictures[i]["captions"][0], "from its latents")]
-        return names, [as_image(picture) for picture in pairs]
-
-    def writer(self, state: dict):
-        """As of `TextToImage`: a checkpoint holds the stock folder `vae/`."""
-        self._set_scale(64)
-        return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
-
-    def _set_scale(self, count: int) -> np.ndarray:
-        """Set the scaling factor, so that latents have variance 1; returns those of `count` training pictures."""
-        train = self.pictures.select("train")
-        latents = self._rebuilt(train[evenly(len(train), count)])[2]
-        self.module.vae.register_to_config(scaling_factor=float(1 / latents.std()))
-        return latents
-
-    def finish(self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
-        """Sets the scaling factor, so that latents have variance 1, and writes `vae/` and the figures."""
-        folder, vae = Path(self.config.output_dir), self.module.vae
-        latents = self._set_scale(512)
-        scores = picture_quality(*self._rebuilt(evaluation.to_show(self.pictures, 512))[:2])
-        scores["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
-        scores["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
-        scores["scaling factor"] = vae.config.scaling_factor
-        if self.accelerator.is_main_process:
-            vae.save_pretrained(folder / ".vae.new")
-            put(folder / ".vae.new", folder / "vae")
-            (folder / "evaluation.json").write_text(json.dumps(scores, indent=2))
-        shown = ", ".join(f"{name} {scores[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in scores)
-        return [f"held-out pictures: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
 
 
 TASKS = {

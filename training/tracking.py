@@ -49,11 +49,11 @@ class Log:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump(config))
-        path = self.folder / "metrics.jsonl"
-        # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
-        kept = path.with_name("metrics.jsonl.new")
-        kept.write_text("".join(line + "\n" for line in lines(path) if json.loads(line)["step"] <= step))
-        kept.replace(path)
+        for path in (self.folder / "validation.jsonl", self.folder / "metrics.jsonl"):
+            # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
+            kept = path.with_name(f"{path.name}.new")
+            kept.write_text("".join(line + "\n" for line in lines(path) if json.loads(line)["step"] <= step))
+            kept.replace(path)
         self.file = open(path, "a", buffering=1)
         self.smooth = None
 
@@ -73,6 +73,19 @@ class Log:
         self.bar.set_postfix_str(
             f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} pictures/s", refresh=False
         )
+
+    def validated(self, entry: dict) -> None:
+        """What was measured on held-out data: a line of `validation.jsonl`, the trackers, a line to read."""
+        if not self.main:
+            return
+        with open(self.folder / "validation.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.accelerator.trackers:
+            told = {
+                key: value for key, value in entry.items() if key not in ("step", "images_seen", "seconds", "skipped_steps")
+            }
+            self.accelerator.log(told, step=entry["step"])
+        self.say(f"step {entry['step']}: held-out loss {entry['held_out_loss']:.4f}")
 
     def sync(self) -> None:
         """Force the figures so far to the disk, so that no checkpoint knows more steps than they tell of."""

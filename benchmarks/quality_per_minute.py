@@ -1,0 +1,136 @@
+"""Quality against minutes of training and against pictures seen: ours and rival recipes, same network, data and cores.
+
+    python benchmarks/quality_per_minute.py [--minutes 60] [--ours 2 4 6 10] [--seeds 3] [--out FILE.json]
+
+Ours is `configs/demo.yaml`, trained anew for each number of minutes, since its rate falls to zero at its end; the rivals are
+those of `baseline_diffusers_recipe.py`, one run each, measured on the way. Each trains in one thread; as many run at once
+as there are cores, ours and the rivals by turns. Everyone draws the training captions by 12 steps (DPM-Solver++;
+EDM by Heun's), with scales 1 and 1.5, of which the better one by FD is kept. Rivals' minutes are CPU minutes of training,
+ours those of the clock.
+Rows go to runs/quality_per_minute.jsonl one by one; a run that is there already is not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from chart import lines
+from measure import Yardstick
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import with_sampler
+from sfumato.training import config as configs
+from sfumato.training.pictures import prepare
+
+RIVALS = ("diffusers", "diffusers-fast", "lucidrains", "edm")
+ROWS, HERE = Path("runs/quality_per_minute.jsonl"), Path(__file__).parent
+
+
+def rows() -> list[dict]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def have(**wanted) -> bool:
+    return any(all(row[key] == value for key, value in wanted.items()) for row in rows())
+
+
+def call(*command: str) -> None:
+    subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ours(minutes: float, seed: int) -> None:
+    """Train for so many minutes and judge the result, in processes of their own."""
+    if have(recipe="ours", minutes=minutes, seed=seed):
+        return
+    folder = f"runs/quality/ours-{minutes:g}-{seed}"
+    settings = [f"train.max_minutes={minutes}", f"seed={seed}", f"output_dir={folder}", "train.num_threads=1"]
+    settings += ["validation.every_steps=null", "checkpoint.every_steps=null", "train.trackers=[]"]
+    call("training/train.py", "configs/demo.yaml", *settings)
+    call(str(HERE / "quality_per_minute.py"), "--judge", folder, "--seed", str(seed), "--ours", str(minutes))
+
+
+def judge(folder: str, minutes: float, seed: int) -> None:
+    """Figures of one of our runs, as a row."""
+    torch.set_num_threads(1)
+    config = configs.load(f"{folder}/config.yaml")
+    pictures = prepare(config.data)
+    yardstick, last = Yardstick(pictures, config.data.cache_dir), json.loads(open(f"{folder}/metrics.jsonl").readlines()[-1])
+    pipe, found = with_sampler(SfumatoPipeline.from_pretrained(f"{folder}/pipeline"), "dpm++"), []
+    pipe.set_progress_bar_config(disable=True)
+    for scale in (1.0, 1.5):
+        images = []
+        for start in range(0, len(yardstick.captions), 32):
+            part = yardstick.captions[start : start + 32]
+            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+            images += pipe(part, num_inference_steps=12, guidance_scale=scale, generator=generators).images
+        found.append({**yardstick.figures(images), "weights": "ema", "scale": scale})
+    row = {"recipe": "ours", "seed": seed, "minutes": minutes, "pictures": last["images_seen"]}
+    row |= min(found, key=lambda figures: figures["FD"])
+    print(row, flush=True)
+    with open(ROWS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rival(recipe: str, minutes: float, seed: int) -> None:
+    if not have(recipe=recipe, minutes=minutes, seed=seed):
+        script = str(HERE / "baseline_diffusers_recipe.py")
+        call(script, "--recipe", recipe, "--minutes", str(minutes), "--seed", str(seed), "--out", str(ROWS))
+
+
+def summary(minutes: float) -> dict:
+    """Where ours first is as good as a rival at its end, for each figure."""
+    table, told = rows(), {}
+    for recipe in RIVALS:
+        ends = [row for row in table if row["recipe"] == recipe and row["minutes"] == minutes]
+        if not ends:
+            continue
+        told[recipe] = {}
+        for name, sign in (("FD", 1), ("KID", 1), ("distance", 1), ("retrieval", -1)):
+            bar = sum(row[name] for row in ends) / len(ends)
+            reached = None
+            for time in sorted({row["minutes"] for row in table if row["recipe"] == "ours"}):
+                mine = [row for row in table if row["recipe"] == "ours" and row["minutes"] == time]
+                if sign * sum(row[name] for row in mine) / len(mine) <= sign * bar:
+                    reached = {"minutes": time, "pictures": sum(row["pictures"] for row in mine) // len(mine)}
+                    break
+            told[recipe][name] = {"at its end": bar, "seeds": len(ends), "ours is there after": reached}
+    return told
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="of the rivals")
+    parser.add_argument("--ours", type=float, nargs="*", default=[2, 4, 6, 10])
+    parser.add_argument("--rivals", nargs="*", default=RIVALS, choices=RIVALS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", default="benchmarks/results/quality_per_minute.json")
+    parser.add_argument("--judge", help="measure this run of ours and nothing else")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    ROWS.parent.mkdir(exist_ok=True)
+    if options.judge:
+        judge(options.judge, options.ours[0], options.seed)
+        sys.exit()
+    config = configs.load("configs/demo.yaml")
+    Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
+    jobs = []
+    for seed in range(options.seeds):
+        jobs += [(rival, name, options.minutes, seed) for name in options.rivals]
+        jobs += [(ours, minutes, seed) for minutes in options.ours]
+    jobs = [job for pair in zip(jobs[::2], reversed(jobs[1::2])) for job in pair] + jobs[2 * (len(jobs) // 2) :]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(function, *arguments) for function, *arguments in jobs]:
+            done.result()
+    told = {"reached": summary(options.minutes), "threads": 1, "rows": rows()}
+    Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
+    for name, axis in (("minutes", "minutes of training, one thread"), ("pictures", "pictures seen")):
+        curves = {}
+        for row in sorted(rows(), key=lambda row: row[name]):
+            curves.setdefault(f"{row['recipe']}, seed {row['seed']}", []).append((row[name], row["FD"]))
+        lines(curves, axis, "FD", Path(options.out).with_name(f"quality_per_{name.rstrip('s')}.png"), log=True)
+    print(json.dumps(told["reached"], indent=1))

@@ -1,0 +1,98 @@
+"""The held-out loss: one yardstick for all recipes, batch sizes and processes; and the best model by it or another score."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training import checkpoints, held_out, tasks
+from sfumato.training import config as configs
+from sfumato.training.pictures import prepare
+from sfumato.training.train import main
+
+
+def task(folder, **sections):
+    config = configs.load(tiny.config_file(folder, **sections))
+    return tasks.TextToImage(config, prepare(config.data), None, Accelerator(cpu=True))
+
+
+def told(folder):
+    return [json.loads(line) for line in (folder / "run" / "validation.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def test_the_loss_does_not_depend_on_batch_size_and_recipe(tmp_path):
+    mine = task(tmp_path)
+    losses = held_out.held_out_loss(mine)
+    assert list(losses)[1] == "held_out_loss -8 to -6" and len(losses) == 9
+    assert losses["held_out_loss"] == pytest.approx(sum(list(losses.values())[1:]) / 8)
+    for size in (1, 7):
+        assert held_out.held_out_loss(mine, batch_size=size) == pytest.approx(losses, rel=1e-5)
+    other = task(
+        tmp_path,
+        objective={"weight": "min_snr", "timesteps": "laplace", "noise_candidates": 4, "offset_noise": 0.1},
+        train={"batch_size": 3},
+    )
+    assert held_out.held_out_loss(other) == pytest.approx(losses, rel=1e-6), "the weights are the same, so is the loss"
+
+
+@torch.no_grad()
+def test_the_loss_of_a_known_network_is_the_formula(tmp_path):
+    """A network that says v = 0 means x_0 = alpha x_t: its error on v is |v|^2, about 1 + small for unit pictures."""
+    mine = task(tmp_path)
+    for parameter in mine.pipe.unet.conv_out.parameters():
+        parameter.zero_()
+    got = held_out.held_out_loss(mine)
+    shown = [mine.pictures.picture(i) for i in tasks.evaluation.to_show(mine.pictures, 64)]
+    power = sum(float(((p / 127.5 - 1) ** 2).mean()) for p in shown) / len(shown)
+    # v = sqrt(abar) eps - sqrt(1 - abar) x_0, so |v|^2 = abar + (1 - abar) power, on average over the noise.
+    abar = [torch.sigmoid(torch.tensor(e + 1.0)).item() for e in held_out.EDGES[:-1]]
+    for (name, loss), a in zip(list(got.items())[1:], abar):
+        assert loss == pytest.approx(a + (1 - a) * power, rel=0.12), name
+
+
+def test_validation_is_written_down_and_the_best_model_kept(tmp_path):
+    path = tiny.config_file(
+        tmp_path,
+        train={"max_steps": 12},
+        optim={"lr": 1e-2, "lr_warmup_steps": 0, "lr_decay": "constant"},
+        validation={"every_steps": 3, "num_held_out": 8},
+        checkpoint={"every_steps": 6, "best_by": "held_out_loss"},
+    )
+    assert main([str(path)]) == 0
+    rows = told(tmp_path)
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    best = min(rows, key=lambda row: row["held_out_loss"])
+    pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "best" / "pipeline")
+    assert pipe.scheduler.config["_sfumato"]["run"]["step"] == best["step"]
+    # A resumed run measures what it does again once, and knows what was best before.
+    assert checkpoints.best_before(tmp_path / "run", "held_out_loss", 12) == best["held_out_loss"]
+    assert checkpoints.best_before(tmp_path / "run", "held_out_loss", 3) == rows[0]["held_out_loss"]
+    assert main([str(path), "checkpoint.resume=auto", "train.max_steps=15"]) == 0
+    assert [row["step"] for row in told(tmp_path)] == [3, 6, 9, 12, 15]
+    assert told(tmp_path)[:4] == rows
+
+
+def test_the_best_by_a_score_of_the_task(tmp_path):
+    path = tiny.config_file(tmp_path, checkpoint={"best_by": "all"}, validation={"every_steps": 3})
+    assert main([str(path)]) == 0
+    assert all("unreadable" in row for row in told(tmp_path)) and (tmp_path / "run" / "best" / "pipeline").is_dir()
+
+
+def test_the_best_by_features(tmp_path):
+    path = tiny.config_file(tmp_path, checkpoint={"best_by": "FD"})
+    assert main([str(path)]) == 0
+    assert told(tmp_path)[-1]["FD"] > 0
+
+
+def test_what_is_better():
+    assert checkpoints.is_better("FD", 1, 2) and not checkpoints.is_better("all", 1, 2)
+    assert checkpoints.is_better("PSNR of model", 30, 20) and checkpoints.is_better("KID", 0.1, None)
+
+
+def test_an_unknown_score_is_an_error_that_names_the_known_ones(tmp_path, capsys):
+    assert main([str(tiny.config_file(tmp_path, checkpoint={"best_by": "beauty"}))]) == 2
+    assert "held_out_loss" in capsys.readouterr().err
