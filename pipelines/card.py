@@ -25,13 +25,13 @@ _CARD = """---
 
 ## Use it
 
-No flag and no other package than diffusers, transformers and torch is needed.
+{doors}
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{where}")
+pipe = DiffusionPipeline.from_pretrained("{where}"{flag})
 {given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
              generator=torch.Generator().manual_seed(0)).images[0]
 ```
@@ -41,7 +41,7 @@ Another sampler, here one that needs few steps; the trained noise schedule goes 
 ```python
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 
-pipe = DiffusionPipeline.from_pretrained("{where}")
+pipe = DiffusionPipeline.from_pretrained("{where}"{flag})
 pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
 {given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps=12).images[0]
 ```
@@ -52,7 +52,7 @@ Half of the memory:
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{where}", torch_dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained("{where}"{flag}, torch_dtype=torch.bfloat16)
 {given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
@@ -77,6 +77,10 @@ pictures that are taken for records of real persons or events.
 {again}
 Made by Sfumato {version}.
 """
+
+_STOCK = "No flag and no other package than diffusers, transformers and torch is needed."
+_REMOTE = """The network reads its own last estimate beside the noise (self-conditioning), which no stock pipeline does.
+The class that does is in `pipeline.py` here, and runs only with `trust_remote_code=True`. With sfumato no flag is needed."""
 
 _LIMITS = """To draw pictures like those it was trained on, from captions like theirs, for study and play. It draws only what
 its training pictures show, at the resolution given above; words that no caption had mean nothing to it."""
@@ -169,6 +173,7 @@ def model_card(
         title=" ".join(title.split()),
         made=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{made}",
         where=where,
+        **_doors(pipe),
         **_call(pipe, gallery[0][0] if gallery else ""),
         **advice,
         limits=_LIMITS if scratch else _OTHER_LIMITS,
@@ -221,7 +226,16 @@ def add_evaluation(
 def _kind(pipe: SfumatoPipeline) -> str:
     if pipe.controlnet is not None:
         return "A controlled text-to-image"
-    return {None: "A text-to-image", "masks": "An inpainting", "low_res": "An upscaling"}[pipe.reads]
+    return {None: "A text-to-image", "estimate": "A text-to-image", "masks": "An inpainting", "low_res": "An upscaling"}[
+        pipe.reads
+    ]
+
+
+def _doors(pipe: SfumatoPipeline) -> dict[str, str]:
+    """What opens the folder, in words and as an argument."""
+    if pipe.reads == "estimate":
+        return {"doors": _REMOTE, "flag": ", trust_remote_code=True"}
+    return {"doors": _STOCK, "flag": ""}
 
 
 def _flows(pipe: SfumatoPipeline) -> bool:

@@ -45,7 +45,7 @@ def replaced(pipe, **parts):
     """The same pipeline with other parts; all others are shared, and keep their precision."""
     from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
-    settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level")}
+    settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level", "self_conditioning")}
     new = SfumatoPipeline(**{**pipe.components, **parts}, **settings)
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new

@@ -23,6 +23,33 @@ def beside_noise(unet, vae) -> str | None:
     return "masks" if more == vae.config.latent_channels + 1 else None
 
 
+def estimator(scheduler):
+    """What a network with self-conditioning reads beside the noise: x_0 as its last prediction meant it, zeros at first (Chen
+    et al. 2022, arXiv 2208.04202). A function of prediction, x_t and t, the first two `(B, C, h, w)`.
+    """
+    config = scheduler.config
+    abar, kind = scheduler.alphas_cumprod, config.prediction_type
+    clip = config.get("clip_sample") or config.get("thresholding")
+
+    def estimated(output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = abar.to(x_t.device)[t.long()].to(x_t).reshape(-1, 1, 1, 1)
+        output = output[:, : x_t.shape[1]]
+        if kind == "epsilon":
+            output = (x_t - (1 - a).sqrt() * output) / a.sqrt()
+        elif kind == "v_prediction":
+            output = a.sqrt() * x_t - (1 - a).sqrt() * output
+        return output.clamp(-1, 1) if clip else output
+
+    return estimated
+
+
+def first_seen(pipe, pixels, mask, noise: torch.Tensor, seen: torch.Tensor | None):
+    """What the UNet reads beside the noise at the first step, or None, and how that changes, or None; see `estimator`."""
+    if pipe.reads == "estimate":
+        return torch.zeros_like(noise), estimator(pipe.scheduler)
+    return masks_beside(pipe.vae, pixels, mask, noise) if pipe.reads == "masks" else seen, None
+
+
 def size_to_draw(pipe, image) -> tuple[int, int]:
     """Height and width in pixels where a call names none: the trained ones.
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
-from sfumato.pipelines import conditions, guided, inputs, pipeline_sfumato, trust
+from sfumato.pipelines import conditions, guided, inputs, pipeline_sfumato, stock, trust
 from sfumato.pipelines.card import model_card, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
@@ -39,10 +39,11 @@ image = Cascade.from_pretrained("{where}")("").images[0]
 
 def joined_source() -> str:
     """`pipeline.py`: what travels, as one file without `sfumato` in its imports."""
-    modules = (scheduling_sfumato_ddpm, scheduling_sfumato_flow, trust, inputs, conditions, guided, pipeline_sfumato)
-    *others, pipeline = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
-    pipeline = re.sub(r"^from sfumato\.[\w.]+ import [^(\n]+\n", "", pipeline, flags=re.M)
-    return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *others, pipeline])
+    schedulers = (scheduling_sfumato_ddpm, scheduling_sfumato_flow)
+    modules = (*schedulers, trust, inputs, conditions, stock, guided, pipeline_sfumato)
+    sources = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    sources = [re.sub(r"^from sfumato\.[\w.]+ import [^(\n]+\n", "", source, flags=re.M) for source in sources]
+    return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *sources])
 
 
 def sync_entry(path: Path) -> None:
@@ -102,19 +103,15 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw:
     """All parts in float32, and beside them the copies that `variants` names."""
     if "raw" in variants and not raw:
         raise ValueError("the variant raw needs the weights before averaging, which a run's checkpoints have")
-    stock = pipe.to_stock()
-    stock.save_pretrained(folder, max_shard_size=max_shard_size)
+    pipe.save_pretrained(folder, max_shard_size=max_shard_size)
+    parts = {name: getattr(pipe, name) for name in NETWORKS}
     copies = []
     if "fp16" in variants:
-        copies += [
-            ("fp16", part, copy.deepcopy(model).half())
-            for part, model in stock.components.items()
-            if part in NETWORKS and model
-        ]
+        copies += [("fp16", part, copy.deepcopy(model).half()) for part, model in parts.items() if model]
     if "raw" in variants:
         for part in NETWORKS:
             if tensors := {k.removeprefix(f"{part}."): v for k, v in raw.items() if k.startswith(f"{part}.")}:
-                module = copy.deepcopy(getattr(stock, part))
+                module = copy.deepcopy(parts[part])
                 if unexpected := module.load_state_dict(tensors, strict=False).unexpected_keys:
                     raise ValueError(f"raw weights of another model: {', '.join(unexpected[:3])}")
                 copies.append(("raw", part, module))

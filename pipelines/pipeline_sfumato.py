@@ -31,9 +31,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sfumato.pipelines.conditions import beside_noise, check_upscaling, low_res_beside, masks_beside, renoised, size_to_draw
+from sfumato.pipelines.conditions import beside_noise, first_seen, low_res_beside, renoised, size_to_draw
 from sfumato.pipelines.guided import guided_prediction, weak_embeds
 from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
+from sfumato.pipelines.stock import REMOTE_CLASS, stock_parts, stock_pipeline, write_class
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
@@ -82,6 +83,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         low_res_scheduler: Optional[object] = None,  # noqa: UP045
         controlnet: Optional[object] = None,  # noqa: UP045
         max_noise_level: int = 350,
+        self_conditioning: bool = False,
     ):
         super().__init__()
         if safety_checker is not None:
@@ -104,7 +106,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         )
         if controlnet is not None and self.reads:
             raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
-        self.register_to_config(requires_safety_checker=requires_safety_checker, max_noise_level=max_noise_level)
+        self.register_to_config(
+            requires_safety_checker=requires_safety_checker, max_noise_level=max_noise_level,
+            self_conditioning=self_conditioning,
+        )  # fmt: skip
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -131,38 +136,20 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
         The guider is a choice of the call, not of the weights, and is not saved. Arguments as for `DiffusionPipeline`.
         """
-        self.to_stock().save_pretrained(save_directory, **kwargs)
+        stock_parts(self).save_pretrained(save_directory, **kwargs)
+        write_class(self, save_directory)
 
     def to_stock(self) -> DiffusionPipeline:
-        """The same model as the stock pipeline of its kind, sharing all weights: `StableDiffusionPipeline`, or that for
-        inpainting, upscaling or ControlNets.
-        """
-        import diffusers
+        """The same model as the stock pipeline of its kind, sharing all weights; see `stock.stock_pipeline`."""
+        return stock_pipeline(self)
 
-        parts = {**self.components, "scheduler": self.stock_scheduler()}
-        guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
-        if self.reads == "low_res":
-            check_upscaling(self.vae)
-            del parts["image_encoder"]
-            parts |= {"low_res_scheduler": low_res, "max_noise_level": self.config.max_noise_level}
-            return diffusers.StableDiffusionUpscalePipeline(**parts)
-        parts["requires_safety_checker"] = self.config.requires_safety_checker
-        if controlnet is not None:
-            return diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
-        name = "StableDiffusionInpaintPipeline" if self.reads == "masks" else "StableDiffusionPipeline"
-        return getattr(diffusers, name)(**parts)
-
-    def stock_scheduler(self):
-        """The sampler as a class of diffusers that its pipelines can draw with."""
-        if isinstance(self.scheduler, SfumatoFlowScheduler):
-            return self.scheduler.to_stock()
-        # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
-        # 1.0 clips the very same way and is left alone.
-        config = dict(self.scheduler.config)
-        if config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0 and "thresholding" in config:
-            config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
-        ours = isinstance(self.scheduler, SfumatoDDPMScheduler)
-        return (DDPMScheduler if ours else type(self.scheduler)).from_config(config)
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers; a folder that names this class in its own `pipeline.py` is opened by this one: no code of it runs."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and config.get("_class_name") == REMOTE_CLASS:
+            config["_class_name"] = cls.__name__
+        return config
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
         """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
@@ -232,8 +219,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def reads(self) -> str | None:
-        """What the UNet reads beside the noisy latents: `masks`, `low_res` or None; see `conditions.beside_noise`."""
-        return beside_noise(self.unet, self.vae)
+        """What the UNet reads beside the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
+        return "estimate" if self.config.self_conditioning else beside_noise(self.unet, self.vae)
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
@@ -381,8 +368,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 if hasattr(self.scheduler, "set_begin_index"):
                     self.scheduler.set_begin_index(begin)
                 latents = self.noised(x_0, noise, timesteps[0])
-        seen = masks_beside(self.vae, pixels, mask, noise) if self.reads == "masks" else seen
-        self._num_timesteps = len(timesteps)
+        (seen, estimated), self._num_timesteps = first_seen(self, pixels, mask, noise, seen), len(timesteps)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
@@ -391,11 +377,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 last = i == len(timesteps) - 1
                 for again in reversed(range(1 if last else num_resamples)):
                     guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
-                    model_input = self.scheduler.scale_model_input(latents, t)
-                    model_input = model_input if seen is None else torch.cat([model_input, seen], dim=1)
+                    x_t = self.scheduler.scale_model_input(latents, t)
+                    model_input = x_t if seen is None else torch.cat([x_t, seen], dim=1)
                     output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds, given)
+                    seen = estimated(output, x_t, t) if estimated else seen
                     latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
-                    if mask is not None and seen is None:
+                    if mask is not None and self.reads != "masks":
                         kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])
                         latents = latent_mask * latents + (1 - latent_mask) * kept
                     if again:

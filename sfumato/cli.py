@@ -1,4 +1,4 @@
-"""The command `sfumato`: `train`, `sample`, `evaluate`, `ema`, `export`, `push`, `doctor`. Heavy imports are inside the verbs."""
+"""The command `sfumato`: train, sample, evaluate, ema, export, push, doctor. Heavy imports are inside the verbs."""
 
 import argparse
 import sys

@@ -66,13 +66,15 @@ def test_imports_go_from_training_to_pipelines_to_schedulers(path):
 @pytest.mark.parametrize(
     "path",
     [f"schedulers/scheduling_sfumato_{name}.py" for name in ("ddpm", "flow")]
-    + [f"pipelines/{name}.py" for name in ("pipeline_sfumato", "trust", "inputs", "conditions", "guided")],
+    + [f"pipelines/{name}.py" for name in ("pipeline_sfumato", "trust", "inputs", "conditions", "stock", "guided")],
 )
 def test_what_travels_is_self_contained(path):
     ours = {name for name in imports(ROOT / path) if name.startswith("sfumato")}
     joined = ("sfumato.schedulers.scheduling_sfumato_",)
-    joined += tuple(f"sfumato.pipelines.{name}" for name in ("trust", "inputs", "conditions", "guided"))
-    assert all(name.startswith(joined) for name in ours) and (not ours or path == "pipelines/pipeline_sfumato.py")
+    joined += tuple(f"sfumato.pipelines.{name}" for name in ("trust", "inputs", "conditions", "stock", "guided"))
+    assert all(name.startswith(joined) for name in ours) and (
+        not ours or path in ("pipelines/pipeline_sfumato.py", "pipelines/stock.py")
+    )
     roots = {name.split(".")[0] for name in imports(ROOT / path)} - {"sfumato"}
     assert roots <= {"torch", "numpy", "PIL", "safetensors", "diffusers", "transformers"} | set(sys.stdlib_module_names)
 

@@ -191,7 +191,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         raise ValueError(f"unet: {clash} contradicts what data, vae and text_encoder say: { {k: given[k] for k in clash} }")
     unet = UNet2DConditionModel(**{**lists_to_tuples(config.unet), **given})
     strengthen_conditioning(unet)
-    more = {}
+    more = {"self_conditioning": True} if config.objective.self_conditioning else {}
     if upscaling:
         low_res = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         if config.upscaling.max_noise_level >= low_res.config.num_train_timesteps:
@@ -207,10 +207,11 @@ def learns_variance(scheduler) -> bool:
 
 def _num_inputs(config: Config, vae: AutoencoderKL) -> int:
     """Channels that the UNet reads: the noisy latents; for inpainting also the mask and the masked picture's latents; for
-    upscaling the small picture.
+    upscaling the small picture; with self-conditioning what it last made of them.
     """
     beside = {"inpainting": vae.config.latent_channels + 1, "upscaling": vae.config.in_channels}
-    return vae.config.latent_channels + beside.get(config.task, 0)
+    own = vae.config.latent_channels if config.objective.self_conditioning else 0
+    return vae.config.latent_channels + beside.get(config.task, own)
 
 
 def build_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel:
@@ -257,6 +258,8 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
     pipe.register_modules(scheduler=trained(pipe.scheduler))  # whatever sampler the folder names, its schedule is what counts
     channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if pipe.config.self_conditioning != config.objective.self_conditioning:
+        raise ValueError(f"objective.self_conditioning: init_from={config.init_from!r} has {pipe.config.self_conditioning}")
     if channels == latents == pipe.unet.config.out_channels and config.task == "inpainting":
         if is_identity(pipe.vae):
             pipe.register_modules(vae=identity_vae(config.data.resolution, pipe.vae.config.in_channels, 4))

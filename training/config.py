@@ -109,6 +109,7 @@ class ObjectiveConfig:
     vlb_weight: float = 0.001  # of the variational bound beside the loss, for a learned variance
     offset_noise: float = 0.0  # strength of noise that is the same all over a channel; 0.1 is usual
     noise_candidates: int = 1  # of so many, the noise nearest to the picture is taken (immiscible noise); 8 is usual
+    self_conditioning: bool = False  # the network also reads its last x_0; such a model opens with trust_remote_code only
     caption_dropout: float = 0.1
 
 

@@ -50,7 +50,7 @@ def evaluate(model: str, options) -> int:
         ValueError: model, data or a choice that cannot be used.
     """
     pipe = SfumatoPipeline.from_pretrained(model)
-    if pipe.reads is not None or pipe.controlnet is not None:
+    if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
         raise ValueError(f"{model} draws from pictures; evaluate is for models that draw from text alone")
     config, advice = config_of(model, options.data, pipe), recommended(model)
     validation = config.validation

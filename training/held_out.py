@@ -47,7 +47,7 @@ def held_out_loss(task, batch_size: int = 64) -> dict[str, float]:
         x_0 = task.x_0(batch)
         noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)  # the recipe's own noise would be another yardstick
         x_t = scheduler.add_noise(x_0, noise, t)
-        output = task.predict(model, x_t, t, batch)[:, : x_0.shape[1]].float()
+        output = task.predict(model, x_t, t, batch, all_first=True)[:, : x_0.shape[1]].float()
         error = (scheduler.denoised(output, x_t, t) - x_0).square().flatten(1).mean(1)
         found += zip([(n, k) for n, k, _ in part], ((1 + task.snr[t]) * error).double().tolist())
     found = dict(gather_object(found))

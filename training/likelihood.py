@@ -35,13 +35,13 @@ def bits_per_dim(
         and `levels`, a list of the terms between, for t = 1 to T - 1, in bits per dimension.
 
     Raises:
-        ValueError: a latent model, or one of flow matching, whose bound is another.
+        ValueError: a model of latents, of flow matching, whose bound is another, or one that reads more than the noise.
     """
     scheduler = trained(pipe.scheduler)
     if not is_identity(pipe.vae):
         raise ValueError("bits per dimension are of pixels; this model works on latents")
-    if not isinstance(scheduler, SfumatoDDPMScheduler):
-        raise ValueError("this bound is of diffusion in steps; a flow-matching model has none")
+    if not isinstance(scheduler, SfumatoDDPMScheduler) or pipe.reads is not None:
+        raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy picture alone")
     device, steps = pipe.unet.device, scheduler.config.num_train_timesteps
     count = min(num_levels or steps, steps) - 1
     terms, times = np.zeros(steps), np.zeros(steps)
@@ -50,8 +50,8 @@ def bits_per_dim(
     for i in tqdm(range(len(pictures)), desc="bits per dimension", unit="picture", disable=not progress):
         x_0 = to_pixel_values(pictures[i : i + 1]).to(device)
         shift = (0.5 + i * 0.6180339887498949) % 1
-        levels = 1 + torch.floor((torch.arange(count) + shift) * (steps - 1) / count).long()
-        levels = torch.cat([torch.zeros(1, dtype=torch.long), levels]).to(device)
+        levels = (1 + torch.floor((torch.arange(count) + shift) * (steps - 1) / count)).long()
+        levels = torch.cat([levels.new_zeros(1), levels]).to(device)
         values = []
         for k in range(0, len(levels), batch_size):
             t = levels[k : k + batch_size]
@@ -59,9 +59,9 @@ def bits_per_dim(
             x_t = scheduler.add_noise(x_0, noise, t)
             output = run_network(pipe.unet, None, x_t, t, embeds[i : i + 1].expand(len(t), -1, -1))
             values.append(scheduler.bound_term(output.float(), x_0.expand_as(x_t), x_t, t))
-        values = torch.cat(values).double().cpu().numpy()
-        np.add.at(terms, levels.cpu().numpy(), values)
-        np.add.at(times, levels.cpu().numpy(), 1)
+        values, levels = torch.cat(values).double().cpu().numpy(), levels.cpu().numpy()
+        np.add.at(terms, levels, values)
+        np.add.at(times, levels, 1)
         prior.append(scheduler.prior_term(x_0).item())
         decoder.append(values[0])
         each.append(prior[-1] + values[0] + values[1:].mean() * (steps - 1))

@@ -51,6 +51,8 @@ def _check_models(config: Config, need) -> None:
     need(o.edm_sigma_data > 0, "objective.edm_sigma_data", "must be positive")
     need(o.vlb_weight >= 0, "objective.vlb_weight", "must not be negative")
     need(o.offset_noise >= 0, "objective.offset_noise", "must not be negative")
+    plain = config.task == "text_to_image" and not flow and not config.lora.rank
+    need(plain or not o.self_conditioning, "objective.self_conditioning", "is for text_to_image, without flow and lora")
     need(o.noise_candidates >= 1, "objective.noise_candidates", "must be at least 1")
     need(config.scheduler.get("variance_type") != "learned", "scheduler", "variance_type: choose learned_range or a fixed one")
     epsilon = config.scheduler.get("prediction_type", "epsilon") == "epsilon" and config.init_from is None and not flow

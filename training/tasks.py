@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.choices import replaced
-from sfumato.pipelines.conditions import low_res_beside, masks_beside
+from sfumato.pipelines.conditions import estimator, low_res_beside, masks_beside
 from sfumato.training import checkpoints, evaluation, facts
 from sfumato.training.autoencoder_task import Autoencoder
 from sfumato.training.build import Denoiser, build_pipeline, warn_of_long_captions
@@ -133,8 +133,19 @@ class TextToImage:
             noise = offset(noise, o.offset_noise, noise_for(seeds ^ 1, shape[:1], device))
         return noise
 
-    def predict(self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: dict) -> torch.Tensor:
-        """What the network makes of noisy latents, with all that the task gives it beside."""
+    def predict(
+        self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: dict, all_first: bool = False
+    ) -> torch.Tensor:
+        """What the network makes of noisy latents, with all that the task gives it beside.
+
+        With self-conditioning, half of the samples by their seeds, or all, are given what the network first made of them.
+        """
+        if self.config.objective.self_conditioning:
+            with torch.no_grad():
+                first = model(torch.cat([x_t, torch.zeros_like(x_t)], dim=1), t, batch["text"], None)
+                first = estimator(self.pipe.scheduler)(first.float(), x_t, t)
+            chosen = ((batch["noise_seed"] & 4 > 0) | all_first).reshape(-1, 1, 1, 1)
+            return model(torch.cat([x_t, torch.where(chosen, first, 0)], dim=1), t, batch["text"], None)
         x_t, given = self.network_input(x_t, batch)
         return model(x_t, t, batch["text"], given)
 

@@ -1,0 +1,65 @@
+"""The model as diffusers' own classes have it: the stock pipeline of its kind, the stock scheduler.
+
+This file travels inside shared model folders.
+"""
+
+import json
+from pathlib import Path
+
+import diffusers
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+from sfumato.pipelines.conditions import check_upscaling
+from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
+from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
+
+# What `model_index.json` says of a model that no stock pipeline can draw: the class in the folder's own pipeline.py.
+REMOTE_CLASS = ["pipeline", "SfumatoPipeline"]
+
+
+def stock_pipeline(pipe) -> DiffusionPipeline:
+    """The same model as a stock pipeline, sharing all weights: `StableDiffusionPipeline`, or that for inpainting, upscaling or
+    ControlNets.
+
+    Raises:
+        ValueError: no stock pipeline draws it: a model that reads its own estimate.
+    """
+    if pipe.reads == "estimate":
+        raise ValueError("no stock pipeline knows self-conditioning; open this model with SfumatoPipeline")
+    return stock_parts(pipe)
+
+
+def stock_parts(pipe) -> DiffusionPipeline:
+    """`stock_pipeline`, or for a model that no stock pipeline draws, the one that holds the same parts."""
+    parts = {**pipe.components, "scheduler": stock_scheduler(pipe.scheduler)}
+    guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
+    if pipe.reads == "low_res":
+        check_upscaling(pipe.vae)
+        del parts["image_encoder"]
+        parts |= {"low_res_scheduler": low_res, "max_noise_level": pipe.config.max_noise_level}
+        return diffusers.StableDiffusionUpscalePipeline(**parts)
+    parts["requires_safety_checker"] = pipe.config.requires_safety_checker
+    if controlnet is not None:
+        return diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
+    name = "StableDiffusionInpaintPipeline" if pipe.reads == "masks" else "StableDiffusionPipeline"
+    return getattr(diffusers, name)(**parts)
+
+
+def stock_scheduler(scheduler):
+    """The sampler as a class of diffusers that its pipelines can draw with."""
+    if isinstance(scheduler, SfumatoFlowScheduler):
+        return scheduler.to_stock()
+    # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
+    # 1.0 clips the very same way and is left alone.
+    config = dict(scheduler.config)
+    if config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0 and "thresholding" in config:
+        config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
+    return (DDPMScheduler if isinstance(scheduler, SfumatoDDPMScheduler) else type(scheduler)).from_config(config)
+
+
+def write_class(pipe, folder) -> None:
+    """In a saved folder of a model that no stock pipeline draws, name the class that does."""
+    if pipe.reads == "estimate":
+        path = Path(folder) / "model_index.json"
+        index = {**json.loads(path.read_text(encoding="utf-8")), "_class_name": REMOTE_CLASS, "self_conditioning": True}
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
