@@ -172,8 +172,7 @@ def model_card(
         data=front.to_yaml(),
         title=" ".join(title.split()),
         made=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{made}",
-        where=where,
-        **_doors(pipe),
+        **_doors(pipe, where),
         **_call(pipe, gallery[0][0] if gallery else ""),
         **advice,
         limits=_LIMITS if scratch else _OTHER_LIMITS,
@@ -231,11 +230,11 @@ def _kind(pipe: SfumatoPipeline) -> str:
     ]
 
 
-def _doors(pipe: SfumatoPipeline) -> dict[str, str]:
-    """What opens the folder, in words and as an argument."""
+def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
+    """What opens the folder: its name, words, an argument."""
     if pipe.reads == "estimate":
-        return {"doors": _REMOTE, "flag": ", trust_remote_code=True"}
-    return {"doors": _STOCK, "flag": ""}
+        return {"where": where, "doors": _REMOTE, "flag": ", trust_remote_code=True"}
+    return {"where": where, "doors": _STOCK, "flag": ""}
 
 
 def _flows(pipe: SfumatoPipeline) -> bool:

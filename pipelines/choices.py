@@ -80,7 +80,23 @@ def with_sampler(pipe, name: str):
     config = {k: v for k, v in config.items() if k not in ("algorithm_type", "use_exponential_sigmas")}
     scheduler = cls.from_config({**config, **original}, **more)
     scheduler.register_to_config(_sfumato=notes)
+    if name == "euler-a":
+        _in_double(scheduler)
     return replaced(pipe, scheduler=scheduler)
+
+
+def _in_double(scheduler) -> None:
+    """Keep the noise levels in double precision: sigma_down^2 = b^2 - b^2 (a^2 - b^2) / a^2 of diffusers' euler-a falls below
+    0 by rounding where one step leads from a to a b thousands of times smaller, and its root is not a number.
+    """
+    plain = scheduler.set_timesteps
+
+    def set_timesteps(*arguments, **more):
+        plain(*arguments, **more)
+        if scheduler.sigmas.device.type != "mps":  # which has no double precision
+            scheduler.sigmas = scheduler.sigmas.double()
+
+    scheduler.set_timesteps = set_timesteps
 
 
 def with_guider(pipe, name: str, weak=None, **settings):

@@ -124,6 +124,14 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw:
         shutil.rmtree(aside)
 
 
+def _halve(part: Path) -> None:
+    """Store a model's weights in half precision. diffusers opens them in float32; transformers would not, so the text encoder's,
+    which are few, stay as they are.
+    """
+    for file in part.glob("diffusion_pytorch_model*.safetensors"):
+        save_file({name: value.half() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
 def _take_over(source: Path, new: Path, where: str, variants: list[str]) -> None:
     """Card, samples, settings of the folder a pipeline came from, but nothing that a link leads out to.
 
@@ -164,6 +172,7 @@ def export_pipeline(
     max_shard_size: str = "10GB",
     source: str | os.PathLike | None = None,
     upscaler: str | os.PathLike | None = None,
+    half: bool = False,
 ) -> Path:
     """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
 
@@ -183,6 +192,7 @@ def export_pipeline(
         source: the exported folder that `pipe` was opened from; its card, samples and settings are taken over.
         upscaler: the exported folder of an upscaling model; a copy of it is put inside, which makes a `Cascade`. That of
             `source`, if it has one, where not given.
+        half: store the UNet's weights in half precision, which halves the folder; it opens in float32 all the same.
 
     Raises:
         ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
@@ -200,6 +210,8 @@ def export_pipeline(
     try:
         _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source)
         _add_upscaler(pipe, new, where, source, upscaler)
+        if half:
+            _halve(new / "unet")
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

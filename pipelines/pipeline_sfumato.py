@@ -104,12 +104,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             low_res_scheduler=low_res_scheduler,
             controlnet=controlnet,
         )
-        if controlnet is not None and self.reads:
-            raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
         self.register_to_config(
             requires_safety_checker=requires_safety_checker, max_noise_level=max_noise_level,
             self_conditioning=self_conditioning,
         )  # fmt: skip
+        if controlnet is not None and self.reads:
+            raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 
+SHIPPED = str(Path(__file__).resolve().parent.parent / "models" / "openmoji")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (2 for wrong input)."""
     parser = argparse.ArgumentParser(prog="sfumato", description="Train, sample and share text-conditional diffusion models.")
@@ -29,7 +32,9 @@ def _add_sample(verbs) -> None:
 
     sample = verbs.add_parser("sample", help="draw pictures with a trained model")
     sample.add_argument("prompts", nargs="+", help="what to draw; one picture for each")
-    sample.add_argument("--model", required=True, help="an exported folder, a run folder, or a Hub id")
+    sample.add_argument(
+        "--model", default=SHIPPED, help="an exported folder, a run folder, or a Hub id (default: ours, of emoji)"
+    )
     sample.add_argument("--out", "--grid", default="grid.png", help="where the grid goes (default: %(default)s)")
     sample.add_argument("--each", metavar="FOLDER", help="write each picture by itself too, as it is, in this folder")
     sample.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
@@ -55,9 +60,7 @@ def _add_others(verbs) -> None:
     from sfumato.pipelines.choices import SAMPLERS
 
     evaluate = verbs.add_parser("evaluate", help="measure how good a model is; the figures go into its card")
-    evaluate.add_argument(
-        "--model", default="models/openmoji", help="a run folder, a pipeline or a Hub id (default: %(default)s)"
-    )
+    evaluate.add_argument("--model", default=SHIPPED, help="a run folder, a pipeline or a Hub id (default: ours, of emoji)")
     evaluate.add_argument("--data", help="a config, or what data.name takes (default: what the model was trained on)")
     evaluate.add_argument("--pictures", type=int, default=512, help="captions that are drawn (default: %(default)s)")
     evaluate.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's)")
@@ -80,6 +83,7 @@ def _add_others(verbs) -> None:
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
     export.add_argument("folder", help="where to")
+    export.add_argument("--half", action="store_true", help="store the UNet in half precision: half the size")
     export.add_argument("--upscaler", help="a run or folder of an upscaling model, to go with it as a cascade")
     export.add_argument("--variants", nargs="*", default=[], choices=["fp16", "raw"], help="further copies of the weights")
     export.add_argument("--max-shard-size", default="10GB", help="of a file of weights (default: %(default)s)")
@@ -107,6 +111,8 @@ def _train(options) -> int:
 def _find_pipeline(source: str) -> str:
     """The pipeline in a run folder or checkpoint (the one written last), or the folder or Hub id itself."""
     folder = Path(source)
+    if source == SHIPPED and not folder.is_dir():
+        raise ValueError("the model that comes with the sources of sfumato is not here; name one with --model")
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             return str(folder)
@@ -254,7 +260,7 @@ def _export(options) -> int:
     pipe = SfumatoPipeline.from_pretrained(model)
     folder = export_pipeline(
         pipe, options.folder, variants=options.variants, raw=raw, max_shard_size=options.max_shard_size, source=source,
-        upscaler=options.upscaler and _find_pipeline(options.upscaler),
+        upscaler=options.upscaler and _find_pipeline(options.upscaler), half=options.half,
     )  # fmt: skip
     print(f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})")
     return 0

@@ -410,3 +410,17 @@ def test_a_model_that_learned_its_variance_draws_the_same_in_stock_diffusers(tmp
         again = cls.from_pretrained(tmp_path / "model")
         again.set_progress_bar_config(disable=True)
         np.testing.assert_allclose(draw(again), draw(pipe), atol=1e-6)
+
+
+def test_half_precision_halves_the_unet_and_opens_in_float32(exported, tmp_path):
+    pipe = SfumatoPipeline.from_pretrained(exported)
+    small = export_pipeline(pipe, tmp_path / "small", source=exported, half=True)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (small / name).stat().st_size < 0.55 * (exported / name).stat().st_size
+    stock = diffusers.DiffusionPipeline.from_pretrained(small)
+    assert {stock.unet.dtype, stock.text_encoder.dtype, stock.vae.dtype} == {torch.float32}
+    pictures = [
+        p("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (stock, pipe)
+    ]
+    np.testing.assert_allclose(*pictures, atol=0.02)

@@ -57,7 +57,9 @@ def test_planted_code_does_not_run(folder, tmp_path, capsys):
         (folder / name).unlink()
         change(folder / "model_index.json", scheduler=["scheduling_sfumato", "Evil"])
     change(folder / "model_index.json", _class_name=["pipeline", "SfumatoPipeline"])
-    assert sample(folder) == 2 and "contains custom code" in capsys.readouterr().err
+    assert sample(folder) == 2 and "trust_remote_code" in capsys.readouterr().err
+    change(folder / "model_index.json", scheduler=["diffusers", "DDPMScheduler"])
+    assert sample(folder) == 0, "this class stands in for the folder's own"
     assert not (tmp_path / "ran").exists()
 
 
