@@ -125,8 +125,8 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw:
 
 
 def _halve(part: Path) -> None:
-    """Store a model's weights in half precision. diffusers opens them in float32; transformers would not, so the text encoder's,
-    which are few, stay as they are.
+    """Store a model's weights in half precision. diffusers opens them in float32; transformers would not, so the text
+    encoder's, which are few, stay as they are.
     """
     for file in part.glob("diffusion_pytorch_model*.safetensors"):
         save_file({name: value.half() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})

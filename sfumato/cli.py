@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-
 SHIPPED = str(Path(__file__).resolve().parent.parent / "models" / "openmoji")
 
 
