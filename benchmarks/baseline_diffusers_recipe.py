@@ -6,8 +6,8 @@
   dropout, AdamW at a constant 1e-4 after 500 steps, batch 16, EMAModel (`--use_ema`). There is no pretrained
   text encoder here, so it is trained along.
 - `diffusers-fast`: the same with a rate of 1e-3, ours.
-- `lucidrains`: as denoising-diffusion-pytorch and imagen-pytorch do by default: v, sigmoid schedule, Adam (0.9, 0.99) at 1e-4,
-  EMA 0.995 every 10 steps, captions dropped in one of ten.
+- `lucidrains`: as denoising-diffusion-pytorch does by default: v weighted by SNR / (SNR + 1), sigmoid schedule, Adam
+  (0.9, 0.99) at 1e-4, EMA 0.995 every 10 steps; captions dropped in one of ten, as imagen-pytorch does.
 - `edm`: Karras et al. 2022 (arXiv 2206.00364): preconditioned, sigma_data 0.5, ln sigma from N(-1.2, 1.2), their weight, Adam
   at 1e-3 after a warm-up of 500 steps, an average over 5% of what was seen at most, captions dropped in one of ten.
 
@@ -35,6 +35,8 @@ from sfumato.training.latents import to_pixel_values
 from sfumato.training.pictures import prepare
 from sfumato.training.shapes import evenly
 
+# x_0 is clipped to [-1, 1] at each step, as it is for ours.
+SAMPLING = {"timestep_spacing": "trailing", "thresholding": True, "sample_max_value": 1.0}
 MARKS = (2, 4, 6, 10, 15, 20, 30, 45, 60)
 
 
@@ -68,7 +70,7 @@ class Edm:
             if scale != 1:
                 without = self.denoised(x, many, empty)
                 guess = without + scale * (guess - without)
-            return (x - guess) / sigma
+            return (x - guess.clamp(-1, 1)) / sigma
 
         x = noise * sigmas[0]
         for here, after in zip(sigmas, [*sigmas[1:], torch.tensor(0.0)]):
@@ -149,7 +151,9 @@ class Run:
             t = torch.randint(self.scheduler.config.num_train_timesteps, (len(x_0),))
             x_t = self.scheduler.add_noise(x_0, noise, t)
             target = noise if self.recipe != "lucidrains" else self.scheduler.get_velocity(x_0, noise, t)
-            loss = torch.nn.functional.mse_loss(self.unet(x_t, t, context).sample, target)
+            error = (self.unet(x_t, t, context).sample - target).square().mean((1, 2, 3))
+            share = self.scheduler.alphas_cumprod[t] if self.recipe == "lucidrains" else 1.0
+            loss = (share * error).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
@@ -169,7 +173,7 @@ class Run:
         vae = identity_vae(self.config.data.resolution, 3)
         pipe = StableDiffusionPipeline(
             vae, self.text_encoder, self.tokenizer, self.unet,
-            DPMSolverMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing"), None, None,
+            DPMSolverMultistepScheduler.from_config(self.scheduler.config, **SAMPLING), None, None,
             requires_safety_checker=False,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
@@ -186,17 +190,18 @@ class Run:
                 images += pipe(part, num_inference_steps=12, guidance_scale=scale, generator=generators).images
         return images
 
-    def judged(self, yardstick: Yardstick) -> dict:
-        """The best figures by FD over raw and averaged weights and two scales."""
+    def judged(self, yardstick: Yardstick) -> tuple[dict, list]:
+        """The best figures by FD over raw and averaged weights and two scales, and the pictures."""
         kept, found = copy.deepcopy([p.data for p in self.parameters]), []
         for weights in ("raw", "ema"):
             if weights == "ema":
                 self.ema.copy_to(self.parameters)
             for scale in (1.0, 1.5) if self.dropout else (1.0,):
-                found.append({**yardstick.figures(self.draw(yardstick.captions, scale)), "weights": weights, "scale": scale})
+                images = self.draw(yardstick.captions, scale)
+                found.append(({**yardstick.figures(images), "weights": weights, "scale": scale}, images))
         for parameter, value in zip(self.parameters, kept):
             parameter.data.copy_(value)
-        return min(found, key=lambda row: row["FD"])
+        return min(found, key=lambda pair: pair[0]["FD"])
 
 
 if __name__ == "__main__":
@@ -212,18 +217,18 @@ if __name__ == "__main__":
     pictures = prepare(config.data)
     yardstick, run = Yardstick(pictures, config.data.cache_dir), Run(options.recipe, config, pictures, options.seed)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    spent, marks = 0.0, [mark for mark in MARKS if mark <= options.minutes]
+    spent, marks = 0.0, sorted({options.minutes, *(mark for mark in MARKS if mark <= options.minutes)})
     while marks:
         began = time.process_time()
         run.train_step()
         spent += time.process_time() - began
         if spent / 60 >= marks[0]:
             row = {"recipe": options.recipe, "seed": options.seed, "minutes": marks.pop(0), "pictures": run.seen}
-            row |= run.judged(yardstick)
+            figures, images = run.judged(yardstick)
+            row |= figures
             print(row, flush=True)
             with open(options.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
     chosen = evenly(len(yardstick.captions), 12)
-    shown = [yardstick.captions[i] for i in chosen]
-    sheet = grid(run.draw(shown, row["scale"]), shown)
+    sheet = grid([images[i] for i in chosen], [yardstick.captions[i] for i in chosen])
     sheet.save(Path(options.out).with_name(f"{options.recipe}-{options.seed}.png"))

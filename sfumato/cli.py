@@ -227,8 +227,8 @@ def _ema(options) -> int:
     weights, pipe = post_hoc(Path(options.run) / "ema", options.length), SfumatoPipeline.from_pretrained(model)
     for part in ("unet", "text_encoder", "controlnet"):
         own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
-        if own:
-            getattr(pipe, part).load_state_dict(own, strict=False)
+        if own and (odd := getattr(pipe, part).load_state_dict(own, strict=False).unexpected_keys):
+            raise ValueError(f"the snapshots are of another model: {', '.join(odd[:3])}")
     folder = export_pipeline(pipe, options.folder, source=model)
     print(f"wrote {folder}, averaged over {options.length:g} of the run")
     return 0

@@ -54,8 +54,18 @@ def test_an_average_made_afterwards_is_that_kept_along(tmp_path):
         made = post_hoc(tmp_path, length)["w"]
         apart = (made - average.float()).norm() / (last - average.float()).norm()
         assert apart < (1e-4 if length in TRACKS else 0.05), (length, apart)
-    shares = coefficients([(100, 6.9), (200, 6.9), (200, 16.9)], 200, 16.9)
+    shares, missed = coefficients([(100, 6.9), (200, 6.9), (200, 16.9)], 200, 16.9)
     np.testing.assert_allclose(shares, [0, 0, 1], atol=1e-6)
+    assert missed < 1e-5
+
+
+def test_constant_weights_stay_whatever_the_snapshots():
+    """The coefficients sum to 1, however few snapshots there are; what the profile misses is told."""
+    for count, length in ((3, 0.15), (10, 0.25), (10, 0.02), (40, 0.1)):
+        kept = [((i + 1) * 100 / count, gamma_of(s)) for i in range(count) for s in TRACKS]
+        shares, missed = coefficients(kept, 100, gamma_of(length))
+        assert shares.sum() == pytest.approx(1, abs=1e-9)
+        assert missed < 0.01 if count == 40 else missed > 1e-4
 
 
 @pytest.mark.parametrize("steps", [6])
@@ -77,7 +87,8 @@ def test_a_run_keeps_snapshots_and_another_length_is_exported(tmp_path, capsys, 
     assert main([path, "optim.lr_decay=constant"]) == 0
     a, b = (load_file(folder / "run" / "ema" / "step-00000006.safetensors") for folder in (again, straight))
     assert all(torch.equal(a[key], b[key]) for key in b) and whole
-    assert cli(["ema", str(tmp_path / "run"), str(tmp_path / "longer"), "--length", "0.2"]) == 0
+    with pytest.warns(UserWarning, match="3 snapshots"):
+        assert cli(["ema", str(tmp_path / "run"), str(tmp_path / "longer"), "--length", "0.2"]) == 0
     longer, plain = (SfumatoPipeline.from_pretrained(tmp_path / p) for p in ("longer", "run/pipeline"))
     assert (longer.unet.conv_in.weight - plain.unet.conv_in.weight).abs().max() > 1e-5
     assert cli(["ema", str(tmp_path / "run"), str(tmp_path / "x"), "--length", "0.6"]) == 2

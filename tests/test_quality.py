@@ -14,7 +14,7 @@ from sfumato.cli import main as cli
 from sfumato.training import openmoji
 from sfumato.training.features import distances, features, frechet_distance, gaussian, kernel_distance, manifold_scores
 from sfumato.training.memorisation import as_rows, memorisation, nearest
-from sfumato.training.quality import mean, resampled
+from sfumato.training.quality import jackknifed, mean, student
 from sfumato.training.train import main
 
 RNG = np.random.default_rng(0)
@@ -59,11 +59,25 @@ def test_manifold_scores_are_those_of_the_formulas():
 
 
 def test_confidence_intervals_cover_the_truth():
-    hits = [abs(score.value - 0.3) < score.half_width for score in (mean(RNG.random(200) < 0.3) for _ in range(300))]
-    assert 0.9 < np.mean(hits) < 0.99
-    made = RNG.normal(size=(200, 1))
-    score = resampled(lambda x: float(x.mean()), made)
-    assert score.half_width == pytest.approx(1.96 / 200**0.5, rel=0.6)
+    for draw, truth in (
+        (lambda: RNG.random(60) < 0.3, 0.3),
+        (lambda: RNG.random(40) < 0.02, 0.02),
+        (lambda: RNG.normal(size=6), 0),
+    ):
+        scores = [mean(draw()) for _ in range(400)]
+        assert 0.92 < np.mean([abs(score.value - truth) <= score.half_width for score in scores])
+    assert mean(np.zeros(45)).half_width == pytest.approx(0.079, abs=0.01), "none of 45 is not none for sure"
+    assert mean([1.0]).half_width is None
+    assert student(9) == pytest.approx(2.262, abs=0.005) and student(4) == pytest.approx(2.776, abs=0.03)
+
+
+def test_the_interval_of_a_distance_is_its_spread_over_other_sets():
+    """FD and KID of fresh sets from one distribution: the told half width is about 1.96 of their standard deviation."""
+    true = RNG.normal(size=(500, 16))
+    for distance in (lambda x: frechet_distance(true, x), lambda x: kernel_distance(true, x)):
+        scores = [jackknifed(distance, RNG.normal(size=(150, 16)) + 0.1) for _ in range(60)]
+        spread = 1.96 * np.std([score.value for score in scores])
+        assert np.median([score.half_width for score in scores]) == pytest.approx(spread, rel=0.5)
 
 
 def test_copies_are_found_and_new_pictures_are_not():
@@ -145,11 +159,14 @@ def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, 
     assert (folder / "evaluation.json").read_text() == before, "evaluation is a function of model and data"
 
 
-def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys):
+def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys, monkeypatch):
     pipe = tiny.pipeline(tmp_path)
     pipe.save_pretrained(tmp_path / "bare")
     assert cli(["evaluate", "--model", str(tmp_path / "bare")]) == 2
     assert "--data" in capsys.readouterr().err
     folder = str(run / "run" / "pipeline")
-    for wrong in (["--sampler", "x"], ["--pictures", "1"], ["--extractor", "x"]):
-        assert cli(["evaluate", "--model", folder, "--pictures", "2", "--steps", "1", *wrong]) == 2, wrong
+    monkeypatch.setattr(
+        "sfumato.training.evaluation.draw_pictures", lambda *a, **k: pytest.fail("drawn before it was checked")
+    )
+    for wrong in (["--sampler", "x"], ["--pictures", "1"], ["--extractor", "x"], ["--extractor", "transformers:/nowhere"]):
+        assert cli(["evaluate", "--model", folder, *wrong]) == 2, wrong

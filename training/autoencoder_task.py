@@ -79,7 +79,8 @@ class Autoencoder:
         """Mean squared error, in [-1, 1], of held-out pictures as they come back from the means of their latents."""
         shown, rebuilt, _ = self._rebuilt(evaluation.to_show(self.pictures, self.config.validation.num_held_out))
         apart = (shown.astype(np.float64) - rebuilt) / 127.5
-        return {"held_out_loss": float(np.square(apart).mean())}
+        name = "held_out_loss" if len(self.pictures.select("held_out")) else "training_loss"
+        return {name: float(np.square(apart).mean())}
 
     def writer(self, state: dict):
         """As of `TextToImage`: a checkpoint holds the stock folder `vae/`."""

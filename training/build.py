@@ -276,6 +276,8 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError(f"init_from={config.init_from!r}: {outputs} and variance_type {pipe.scheduler.config.variance_type}")
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.min_snr_floor:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
+    if pipe.scheduler.prediction_type == "epsilon" and config.objective.weight == "edm":
+        raise ValueError("objective.weight=edm: init_from predicts epsilon, on which it is unbounded; choose another")
     pipe.unet.register_to_config(sample_size=config.data.resolution // pipe.vae_scale_factor)
     torch.manual_seed(config.seed)
     pipe.vae.requires_grad_(False).eval()

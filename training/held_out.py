@@ -17,24 +17,28 @@ EDGES = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
 def held_out_loss(task, batch_size: int = 64) -> dict[str, float]:
     """How well x_0 is told from x_t on held-out pictures (else on training pictures), without guidance.
 
-    Each of `validation.num_held_out` pictures is noised once in every band of `EDGES`, at a level and with a noise that depend
-    on the picture and the band alone. The error is that of v, (1 + SNR) * mean squared error of x_0, so models of any target,
-    weight, schedule and sampling of noise levels can be compared. Call it with the averaged weights in place.
+    Each of `validation.num_held_out` pictures is noised once in every band of `EDGES` that the noise schedule spans, at a
+    level and with a noise that depend on the picture and the band alone. The error is that of v, (1 + SNR) * mean squared
+    error of x_0, so models of any target, weight and sampling of noise levels can be compared, and of any schedule by the
+    bands that both have. Call it with the averaged weights in place.
 
     Args:
         task: a `tasks.TextToImage` or what derives from it.
 
     Returns:
-        `held_out_loss`, the mean over the bands, and each band by its name, such as `held_out_loss -8 to -6`.
+        `held_out_loss`, the mean over the bands, and each band by its name, such as `held_out_loss -8 to -6`. Where no
+        pictures are held out, it is of training pictures, and called `training_loss`.
     """
     pictures, scheduler, accelerator = task.pictures, task.pipe.scheduler, task.accelerator
     device, pipe, bands = accelerator.device, shareable(task.pipe, task.module), len(EDGES) - 1
+    name = "held_out_loss" if len(pictures.select("held_out")) else "training_loss"
     model = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet)
     log_snr = task.snr.clamp(1e-20, 1e20).log()
     samples = [
         (number, k, EDGES[k] + (EDGES[k + 1] - EDGES[k]) * ((i * GOLDEN_RATIO) % 1.0))
         for i, number in enumerate(evaluation.to_show(pictures, task.config.validation.num_held_out))
         for k in range(bands)
+        if log_snr[-1] <= EDGES[k] and EDGES[k + 1] <= log_snr[0]
     ]
     size = {number: int(pictures.table[number]["bucket"]) for number, *_ in samples}
     mine, found = samples[accelerator.process_index :: accelerator.num_processes], []
@@ -49,8 +53,8 @@ def held_out_loss(task, batch_size: int = 64) -> dict[str, float]:
         x_t = scheduler.add_noise(x_0, noise, t)
         output = task.predict(model, x_t, t, batch, all_first=True)[:, : x_0.shape[1]].float()
         error = (scheduler.denoised(output, x_t, t) - x_0).square().flatten(1).mean(1)
-        found += zip([(n, k) for n, k, _ in part], ((1 + task.snr[t]) * error).double().tolist())
+        found += zip([(n, k) for n, k, _ in part], ((1 + task.snr[t]) * error).cpu().double().tolist())
     found = dict(gather_object(found))
-    losses = {k: float(np.mean([found[n, band] for n, band, _ in samples if band == k])) for k in range(bands)}
-    named = {f"held_out_loss {EDGES[k]} to {EDGES[k + 1]}": loss for k, loss in losses.items()}
-    return {"held_out_loss": float(np.mean(list(losses.values()))), **named}
+    spanned = sorted({k for _, k, _ in samples})
+    losses = {f"{name} {EDGES[k]} to {EDGES[k + 1]}": np.mean([found[n, b] for n, b, _ in samples if b == k]) for k in spanned}
+    return {name: float(np.mean(list(losses.values()))), **{band: float(loss) for band, loss in losses.items()}}

@@ -55,7 +55,8 @@ class Judge(torch.nn.Module):
 
         `seen`: the pictures' `features`, where they are known.
         """
-        return (self.embed_pictures(look(pictures, seen)) @ self.embed_captions(self.tokens(captions)).T).numpy()
+        told = [self.embed_captions(self.tokens(captions[k : k + 1024])) for k in range(0, len(captions), 1024)]
+        return (self.embed_pictures(look(pictures, seen)) @ torch.cat(told).T).numpy()
 
 
 def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
@@ -92,7 +93,8 @@ def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, see
 
 
 def _fit(judge: Judge, pictures: PictureSet, captions: list[str], steps: int, batch_size: int, seed: int) -> None:
-    seen = look(np.stack([pictures.picture(i) for i in range(len(pictures))]))
+    parts = [range(k, min(k + 1024, len(pictures))) for k in range(0, len(pictures), 1024)]
+    seen = torch.cat([look(np.stack([pictures.picture(i) for i in part])) for part in parts])
     judge.mean, judge.std = seen.mean(0), seen.std(0) + 1e-3
     tokens, rng = judge.tokens(captions), np.random.default_rng(seed)
     judge.embed_pictures(seen[:2])

@@ -11,6 +11,14 @@ from sfumato.training.data import noise_for
 from sfumato.training.latents import is_identity, to_pixel_values
 
 
+def check_bounded(pipe: SfumatoPipeline) -> None:
+    """Raise ValueError for a model whose bits per dimension are not bounded here."""
+    if not is_identity(pipe.vae):
+        raise ValueError("bits per dimension are of pixels; this model works on latents")
+    if not isinstance(trained(pipe.scheduler), SfumatoDDPMScheduler) or pipe.reads is not None:
+        raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy picture alone")
+
+
 @torch.no_grad()
 def bits_per_dim(
     pipe: SfumatoPipeline,
@@ -38,10 +46,7 @@ def bits_per_dim(
         ValueError: a model of latents, of flow matching, whose bound is another, or one that reads more than the noise.
     """
     scheduler = trained(pipe.scheduler)
-    if not is_identity(pipe.vae):
-        raise ValueError("bits per dimension are of pixels; this model works on latents")
-    if not isinstance(scheduler, SfumatoDDPMScheduler) or pipe.reads is not None:
-        raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy picture alone")
+    check_bounded(pipe)
     device, steps = pipe.unet.device, scheduler.config.num_train_timesteps
     count = min(num_levels or steps, steps) - 1
     terms, times = np.zeros(steps), np.zeros(steps)
@@ -59,7 +64,7 @@ def bits_per_dim(
             x_t = scheduler.add_noise(x_0, noise, t)
             output = run_network(pipe.unet, None, x_t, t, embeds[i : i + 1].expand(len(t), -1, -1))
             values.append(scheduler.bound_term(output.float(), x_0.expand_as(x_t), x_t, t))
-        values, levels = torch.cat(values).double().cpu().numpy(), levels.cpu().numpy()
+        values, levels = torch.cat(values).cpu().double().numpy(), levels.cpu().numpy()
         np.add.at(terms, levels, values)
         np.add.at(times, levels, 1)
         prior.append(scheduler.prior_term(x_0).item())

@@ -21,6 +21,7 @@ from sfumato.training.objectives import lr_scale
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet
 from sfumato.training.pictures import prepare as prepare_pictures
+from sfumato.training.rules import DISTANCES
 from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
 from sfumato.training.tracking import Log, trackers
 
@@ -76,6 +77,10 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
     checkpoint = on_main(
         accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
     )
+    if config.checkpoint.best_by == "held_out_loss" and not len(pictures.select("held_out")):
+        raise ValueError("checkpoint.best_by=held_out_loss: no pictures are held out; choose another score")
+    if config.checkpoint.best_by in DISTANCES and pictures.several_sizes:
+        raise ValueError(f"checkpoint.best_by={config.checkpoint.best_by}: needs pictures of one size")
     task = TASKS[config.task](config, pictures, checkpoint, accelerator)
     origin = checkpoints.origin(config, accelerator, pictures, task.parts)
     model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, checkpoints.trained(task.module)))

