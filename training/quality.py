@@ -245,7 +245,7 @@ class Evaluation:
             f"{v.sampler}, {v.num_inference_steps} steps, {v.guider} at {v.guidance_scale}, seeds {v.seed} and on. "
             f"Features by {self.plan.extractor}; reference: all {len(self.pictures.select('train')):,} training pictures. "
             "± is half a 95% confidence interval: Student's of means over pictures, Wilson's of shares, and for FD and KID "
-            f"the jackknife over {PARTS} parts of what is drawn. FD of few pictures is above that of many: compare like with like."
+            f"the jackknife over {PARTS} parts of what is drawn. FD of few pictures is above that of many."
         )
 
 
