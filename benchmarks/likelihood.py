@@ -28,7 +28,7 @@ def toy(count: int, seed: int) -> tuple[np.ndarray, float, float]:
     levels = np.linspace(-1, 1, 256)
     p = np.diff(np.concatenate([[0], stats.norm(0, STD).cdf((levels[1:] + levels[:-1]) / 2), [1]]))
     drawn = np.random.default_rng(seed).choice(256, (count, SIDE, SIDE, 3), p=p)
-    return drawn.astype(np.uint8), float(-(p * np.log2(p, where=p > 0)).sum()), float(-np.log2(p[drawn]).mean())
+    return drawn.astype(np.uint8), float(-(p * np.log2(np.maximum(p, 1e-300))).sum()), float(-np.log2(p[drawn]).mean())
 
 
 def without_learned_variance(pipe, kind: str):

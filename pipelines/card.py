@@ -39,10 +39,10 @@ pipe = DiffusionPipeline.from_pretrained("{where}"{flag})
 Another sampler, here one that needs few steps; the trained noise schedule goes with it:
 
 ```python
-from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, {solver}
 
 pipe = DiffusionPipeline.from_pretrained("{where}"{flag})
-pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+pipe.scheduler = {solver}.from_config(pipe.scheduler.config)
 {given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps=12).images[0]
 ```
 
@@ -113,6 +113,8 @@ _EVALUATION = """## How good it is
 Measured again by `sfumato evaluate --model FOLDER`.
 
 """
+
+_SECTION = re.compile(r"^## How good it is\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
 # How to draw where a card does not say it.
 ADVICE = {"num_inference_steps": 30, "guidance_scale": 3.0}
@@ -216,10 +218,23 @@ def add_evaluation(
         f"\n![Drawings, and the training pictures nearest to them in pixels and in features]({picture})\n" if picture else ""
     )
     section = _EVALUATION.format(rows=rows, protocol=protocol, picture=shown)
-    text = re.sub(r"^## How good it is\n.*?(?=^## |\Z)", "", card.text, flags=re.M | re.S)
+    text = _SECTION.sub("", card.text)
     before = "## Intended use and limits"
     card.text = text.replace(before, section + before, 1) if before in text else f"{text.rstrip()}\n\n{section}"
     card.save(folder / "README.md")
+
+
+def forget_figures(folder: Path, weights: str) -> None:
+    """Take out of a folder what was measured of, or drawn by, other weights than its own, which the card calls `weights`."""
+    for path in [folder / "evaluation.json", folder / "memorisation.png", *(folder / "samples").glob("[0-9]*.png")]:
+        path.unlink(missing_ok=True)
+    if (folder / "README.md").is_file():
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+        card.data.eval_results = card.data.model_name = None
+        card.data.__dict__.pop("widget", None)
+        text = _SECTION.sub("", card.text).replace("<Gallery />\n\n", "")
+        card.text = re.sub(r"^\| Weights \| .*$", f"| Weights | {weights} |", text, flags=re.M)
+        card.save(folder / "README.md")
 
 
 def _kind(pipe: SfumatoPipeline) -> str:
@@ -231,10 +246,12 @@ def _kind(pipe: SfumatoPipeline) -> str:
 
 
 def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
-    """What opens the folder: its name, words, an argument."""
+    """What opens the folder: its name, words, an argument; and a sampler of few steps that can draw it."""
+    learned = pipe.scheduler.config.get("variance_type") == "learned_range"
+    more = {"where": where, "solver": "DPMSolverMultistepScheduler" if learned else "UniPCMultistepScheduler"}
     if pipe.reads == "estimate":
-        return {"where": where, "doors": _REMOTE, "flag": ", trust_remote_code=True"}
-    return {"where": where, "doors": _STOCK, "flag": ""}
+        return {**more, "doors": _REMOTE, "flag": ", trust_remote_code=True"}
+    return {**more, "doors": _STOCK, "flag": ""}
 
 
 def _flows(pipe: SfumatoPipeline) -> bool:

@@ -76,8 +76,11 @@ def with_sampler(pipe, name: str):
     # What an earlier choice set goes; what it replaced of the trained config comes back, and is kept with the notes.
     config = dict(pipe.scheduler.config)
     notes = dict(config.get("_sfumato") or {})
-    original = notes.setdefault("trained", {k: config[k] for k in ("thresholding", "clip_sample") if k in config})
+    kept = ("thresholding", "clip_sample", "variance_type")
+    original = notes.setdefault("trained", {k: config[k] for k in kept if k in config})
     config = {k: v for k, v in config.items() if k not in ("algorithm_type", "use_exponential_sigmas")}
+    if name != "ddpm" and config.get("variance_type") == "learned_range":  # DPM-Solver would cut three channels off
+        more = {"variance_type": None, **more}
     scheduler = cls.from_config({**config, **original}, **more)
     scheduler.register_to_config(_sfumato=notes)
     if name == "euler-a":

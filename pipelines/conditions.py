@@ -32,13 +32,13 @@ def estimator(scheduler):
     clip = config.get("clip_sample") or config.get("thresholding")
 
     def estimated(output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a = abar.to(x_t.device)[t.long()].to(x_t).reshape(-1, 1, 1, 1)
-        output = output[:, : x_t.shape[1]]
+        a = abar.to(x_t.device, torch.float32)[t.long()].reshape(-1, 1, 1, 1)  # in half precision the last would be 0
+        dtype, output, x_t = x_t.dtype, output[:, : x_t.shape[1]].float(), x_t.float()
         if kind == "epsilon":
             output = (x_t - (1 - a).sqrt() * output) / a.sqrt()
         elif kind == "v_prediction":
             output = a.sqrt() * x_t - (1 - a).sqrt() * output
-        return output.clamp(-1, 1) if clip else output
+        return (output.clamp(-1, 1) if clip else output).to(dtype)
 
     return estimated
 

@@ -132,7 +132,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return super().from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it.
+        """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it. (A model with self-conditioning
+        is opened by this class only; `export_pipeline` puts its code into the folder.)
 
         The guider is a choice of the call, not of the weights, and is not saved. Arguments as for `DiffusionPipeline`.
         """
@@ -144,10 +145,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return stock_pipeline(self)
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
+    def _dict_from_json_file(cls, *args, **kwargs):
         """As diffusers; a folder that names this class in its own `pipeline.py` is opened by this one: no code of it runs."""
-        config = super().load_config(*args, **kwargs)
-        if isinstance(config, dict) and config.get("_class_name") == REMOTE_CLASS:
+        config = super()._dict_from_json_file(*args, **kwargs)
+        if config.get("_class_name") == REMOTE_CLASS:
             config["_class_name"] = cls.__name__
         return config
 
@@ -259,8 +260,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def predict(
         self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds, given=None
     ) -> torch.Tensor:
-        """One guided prediction, `(B, C, h, w)`; see `guided.guided_prediction`."""
-        return guided_prediction(self, guider, latents, t, prompt_embeds, negative_prompt_embeds, given)
+        """One guided prediction, `(B, C, h, w)`; see `guided.guided_prediction`.
+
+        Of a learned variance, the second half, samplers other than DDPM know nothing; they get the first.
+        """
+        output = guided_prediction(self, guider, latents, t, prompt_embeds, negative_prompt_embeds, given)
+        return output if isinstance(self.scheduler, DDPMScheduler) else output[:, : self.vae.config.latent_channels]
 
     @property
     def num_passes(self) -> int:

@@ -222,6 +222,7 @@ def _write(picture, path: Path, settings: dict) -> None:
 def _ema(options) -> int:
     model = _find_pipeline(options.run)
     from sfumato.pipelines import SfumatoPipeline, export_pipeline
+    from sfumato.pipelines.card import forget_figures
     from sfumato.training.ema import post_hoc
 
     weights, pipe = post_hoc(Path(options.run) / "ema", options.length), SfumatoPipeline.from_pretrained(model)
@@ -230,6 +231,7 @@ def _ema(options) -> int:
         if own and (odd := getattr(pipe, part).load_state_dict(own, strict=False).unexpected_keys):
             raise ValueError(f"the snapshots are of another model: {', '.join(odd[:3])}")
     folder = export_pipeline(pipe, options.folder, source=model)
+    forget_figures(folder, f"averaged afterwards over {options.length:g} of the run")
     print(f"wrote {folder}, averaged over {options.length:g} of the run")
     return 0
 

@@ -25,6 +25,11 @@ def weak(tmp_path_factory):
     return tiny.pipeline(tmp_path_factory.mktemp("weak"), seed=1)
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    return tiny.pipeline(tmp_path_factory.mktemp("learned"), scheduler={"variance_type": "learned_range"})
+
+
 def draw(pipe, prompt="a red circle", **arguments):
     arguments = {"num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(0), **arguments}
     return pipe(prompt, **arguments).images
@@ -36,8 +41,12 @@ def test_the_module_of_names_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS])
-def test_every_sampler_draws(pipe, name):
-    assert np.isfinite(draw(with_sampler(pipe, name))).all()
+def test_every_sampler_draws(pipe, learned, name):
+    """Also with a model that learned its variance, of which only DDPM knows; and back to DDPM it is known again."""
+    for model in (pipe, learned):
+        chosen = with_sampler(model, name)
+        assert np.isfinite(draw(chosen)).all()
+        assert with_sampler(chosen, "ddpm").scheduler.config.variance_type == model.scheduler.config.variance_type
 
 
 @pytest.mark.parametrize("first", [*SAMPLERS])

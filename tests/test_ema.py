@@ -75,11 +75,12 @@ def test_a_run_keeps_snapshots_and_another_length_is_exported(tmp_path, capsys, 
     names = [p.name for p in sorted((tmp_path / "run" / "ema").iterdir())]
     assert names == [f"step-0000000{i}.safetensors" for i in (2, 4, 6)]
     whole = {p.name: load_file(p) for p in (tmp_path / "run" / "ema").iterdir()}
-    # Resumed in the middle, the snapshots are the same.
+    # Resumed in the middle, the snapshots are the same, and those of an older, longer run are gone.
     again = tmp_path / "again"
     again.mkdir()
     path = str(tiny.config_file(again, ema={"snapshot_steps": 2}, optim={"lr": 1e-2, "lr_warmup_steps": 0}))
     assert main([path, "train.max_steps=3", "optim.lr_decay=constant"]) == 0
+    (again / "run" / "ema" / "step-00000004.safetensors").write_bytes(b"of a run that is no more")
     assert main([path, "checkpoint.resume=auto", "optim.lr_decay=constant"]) == 0
     straight = tmp_path / "straight"
     straight.mkdir()
@@ -90,6 +91,9 @@ def test_a_run_keeps_snapshots_and_another_length_is_exported(tmp_path, capsys, 
     with pytest.warns(UserWarning, match="3 snapshots"):
         assert cli(["ema", str(tmp_path / "run"), str(tmp_path / "longer"), "--length", "0.2"]) == 0
     longer, plain = (SfumatoPipeline.from_pretrained(tmp_path / p) for p in ("longer", "run/pipeline"))
+    card = (tmp_path / "longer" / "README.md").read_text()
+    assert "averaged afterwards over 0.2 of the run" in card and "widget" not in card
+    assert not list((tmp_path / "longer" / "samples").glob("[0-9]*.png")), "drawn by other weights"
     assert (longer.unet.conv_in.weight - plain.unet.conv_in.weight).abs().max() > 1e-5
     assert cli(["ema", str(tmp_path / "run"), str(tmp_path / "x"), "--length", "0.6"]) == 2
     assert "0.25" in capsys.readouterr().err

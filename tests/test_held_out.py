@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training import checkpoints, held_out, tasks
 from sfumato.training import config as configs
+from sfumato.training import held_out, tasks
+from sfumato.training.best import best_before, is_better
 from sfumato.training.pictures import prepare
 from sfumato.training.train import main
 
@@ -69,11 +70,16 @@ def test_validation_is_written_down_and_the_best_model_kept(tmp_path):
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "best" / "pipeline")
     assert pipe.scheduler.config["_sfumato"]["run"]["step"] == best["step"]
     # A resumed run measures what it does again once, and knows what was best before.
-    assert checkpoints.best_before(tmp_path / "run", "held_out_loss", 12) == best["held_out_loss"]
-    assert checkpoints.best_before(tmp_path / "run", "held_out_loss", 3) == rows[0]["held_out_loss"]
+    assert best_before(tmp_path / "run", "held_out_loss", 12) == best["held_out_loss"]
+    assert best_before(tmp_path / "run", "FD", 12) is None
     assert main([str(path), "checkpoint.resume=auto", "train.max_steps=15"]) == 0
     assert [row["step"] for row in told(tmp_path)] == [3, 6, 9, 12, 15]
     assert told(tmp_path)[:4] == rows
+    assert main([str(path), "checkpoint.resume=auto", "train.max_steps=15"]) == 0, "done already: it tells the end again"
+    assert [row["step"] for row in told(tmp_path)] == [3, 6, 9, 12, 15]
+    kept = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best_before(tmp_path / "run", "held_out_loss", kept["step"] - 1) is None
+    assert not (tmp_path / "run" / "best").exists(), "of steps that are about to be done again"
 
 
 def test_the_best_by_a_score_of_the_task(tmp_path):
@@ -83,14 +89,15 @@ def test_the_best_by_a_score_of_the_task(tmp_path):
 
 
 def test_the_best_by_features(tmp_path):
-    path = tiny.config_file(tmp_path, checkpoint={"best_by": "FD"})
+    path = tiny.config_file(tmp_path, checkpoint={"best_by": "FD"}, validation={"every_steps": 6})
     assert main([str(path)]) == 0
     assert told(tmp_path)[-1]["FD"] > 0
 
 
 def test_what_is_better():
-    assert checkpoints.is_better("FD", 1, 2) and not checkpoints.is_better("all", 1, 2)
-    assert checkpoints.is_better("PSNR of model", 30, 20) and checkpoints.is_better("KID", 0.1, None)
+    assert is_better("FD", 1, 2) and not is_better("all", 1, 2)
+    assert is_better("PSNR of model", 30, 20) and is_better("KID", 0.1, None)
+    assert not is_better("FD", float("nan"), None) and not is_better("all", float("nan"), 0.1)
 
 
 def test_an_unknown_score_is_an_error_that_names_the_known_ones(tmp_path, capsys):

@@ -301,3 +301,16 @@ def test_a_tag_is_not_moved_and_a_foreign_card_is_kept(hub, model, tmp_path):
     child = run(hub, tmp_path, "push", folder, "tiny", "--tag", "v1", check=False)
     assert child.returncode == 2 and "the tag v1 names another state already" in child.stderr
     assert repository.tags["v1"] == repository.history[0]
+
+
+def test_a_model_with_self_conditioning_opens_by_id_and_its_code_does_not_run(hub, tmp_path):
+    pipe = tiny.pipeline(tmp_path, objective={"self_conditioning": True})
+    folder = export_pipeline(pipe, tmp_path / "own", {"title": "Own"})
+    (folder / "pipeline.py").write_text((folder / "pipeline.py").read_text() + "\nraise SystemExit('ran')\n")
+    run(hub, tmp_path / "home", "push", folder, "own")
+    code = """
+from sfumato.pipelines import SfumatoPipeline
+pipe = SfumatoPipeline.from_pretrained("ada/own")
+print(pipe.reads, pipe("a red circle", num_inference_steps=2).images[0].size)
+"""
+    assert "estimate (16, 16)" in run(hub, tmp_path / "home", code).stdout

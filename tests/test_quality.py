@@ -7,11 +7,13 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from sfumato.cli import main as cli
 from sfumato.training import openmoji
+from sfumato.training.checkpoints import damage
 from sfumato.training.features import distances, features, frechet_distance, gaussian, kernel_distance, manifold_scores
 from sfumato.training.memorisation import as_rows, memorisation, nearest
 from sfumato.training.quality import jackknifed, mean, student
@@ -159,14 +161,44 @@ def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, 
     assert (folder / "evaluation.json").read_text() == before, "evaluation is a function of model and data"
 
 
+def test_evaluate_of_a_run_knows_its_data_and_leaves_checkpoints_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sfumato.training.judge.STEPS", 2)
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for i in range(150):
+        Image.fromarray(RNG.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"picture {i}")
+    path = tiny.config_file(tmp_path, data={"name": str(data)}, checkpoint={"every_steps": 3, "best_by": "held_out_loss"},
+                            validation={"every_steps": 3})  # fmt: skip
+    assert main([str(path)]) == 0
+    run = tmp_path / "run"
+    short = ["--pictures", "4", "--steps", "1"]
+    assert cli(["evaluate", "--model", str(run), *short]) == 0, "the data are those of config.yaml"
+    assert cli(["evaluate", "--model", str(run / "best" / "pipeline"), *short]) == 0
+    inside = next((run / "checkpoints").iterdir()) / "pipeline"
+    assert cli(["evaluate", "--model", str(inside), *short]) == 2 and "--out" in capsys.readouterr().err
+    assert cli(["evaluate", "--model", str(inside), *short, "--out", str(tmp_path / "figures")]) == 0
+    assert damage(inside.parent) is None and (tmp_path / "figures" / "evaluation.json").is_file()
+
+
 def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys, monkeypatch):
     pipe = tiny.pipeline(tmp_path)
     pipe.save_pretrained(tmp_path / "bare")
     assert cli(["evaluate", "--model", str(tmp_path / "bare")]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert cli(["evaluate", "--model", str(tmp_path / "bare"), "--out", str(tmp_path / "out")]) == 2
     assert "--data" in capsys.readouterr().err
     folder = str(run / "run" / "pipeline")
     monkeypatch.setattr(
         "sfumato.training.evaluation.draw_pictures", lambda *a, **k: pytest.fail("drawn before it was checked")
     )
-    for wrong in (["--sampler", "x"], ["--pictures", "1"], ["--extractor", "x"], ["--extractor", "transformers:/nowhere"]):
+    other = tiny.config_file(tmp_path, data={"resolution": 24})
+    for wrong in (
+        ["--data", str(other)],
+        ["--steps", "0"],
+        ["--sampler", "x"],
+        ["--pictures", "1"],
+        ["--extractor", "x"],
+        ["--extractor", "transformers:/nowhere"],
+    ):
         assert cli(["evaluate", "--model", folder, *wrong]) == 2, wrong

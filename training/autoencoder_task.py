@@ -94,11 +94,20 @@ class Autoencoder:
         self.module.vae.register_to_config(scaling_factor=float(1 / latents.std()))
         return latents
 
-    def finish(self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
+    def scores(self, pipe) -> tuple[dict[str, float], str]:
+        """How near pictures come back: PSNR and, where it can be had, SSIM."""
+        count = self.config.validation.num_judged
+        return picture_quality(*self._rebuilt(evaluation.to_show(self.pictures, count))[:2]), "held-out pictures"
+
+    def shareable(self) -> None:
+        """There is no pipeline."""
+
+    def finish(
+        self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image], scores: dict[str, float], what: str
+    ) -> list[str]:
         """Sets the scaling factor, so that latents have variance 1, and writes `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
-        latents = self._set_scale(512)
-        scores = picture_quality(*self._rebuilt(evaluation.to_show(self.pictures, 512))[:2])
+        latents, scores = self._set_scale(512), dict(scores)
         scores["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
         scores["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
         scores["scaling factor"] = vae.config.scaling_factor
@@ -107,4 +116,4 @@ class Autoencoder:
             put(folder / ".vae.new", folder / "vae")
             (folder / "evaluation.json").write_text(json.dumps(scores, indent=2))
         shown = ", ".join(f"{name} {scores[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in scores)
-        return [f"held-out pictures: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
+        return [f"{what}: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]

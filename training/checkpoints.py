@@ -24,7 +24,7 @@ from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import replaced
-from sfumato.pipelines.export import put, sync, sync_entry
+from sfumato.pipelines.export import sync, sync_entry
 from sfumato.training.config import Config
 from sfumato.training.ema import EMA, TRACKS
 from sfumato.training.pictures import PictureSet
@@ -106,6 +106,13 @@ def snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA, mai
         (folder / ".new").replace(folder / f"step-{step:08d}.safetensors")
     except (OSError, SafetensorError) as error:
         raise CannotSave(f"could not save a snapshot in {folder}: {error}; make room and go on") from error
+
+
+def forget_snapshots(output_dir: Path, step: int) -> None:
+    """Remove snapshots of steps past `step`, which are about to be done again, or of an older run."""
+    for file in (output_dir / "ema").glob("step-*.safetensors"):
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
@@ -290,37 +297,6 @@ def last_step(metrics: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else 0
 
 
-def is_better(name: str, value: float, than: float | None) -> bool:
-    """Whether a score is better than another one: losses, distances and what is unreadable should be small, all else large."""
-    small = name == "unreadable" or name.startswith(("held_out_loss", "FD", "KID", "LD"))
-    return than is None or (value < than if small else value > than)
-
-
-def best_before(output_dir: Path, name: str | None, step: int) -> float | None:
-    """The best score of that name that `validation.jsonl` tells of up to a step."""
-    best = None
-    for entry in map(json.loads, lines(output_dir / "validation.jsonl")):
-        if name in entry and entry["step"] <= step and is_better(name, entry[name], best):
-            best = entry[name]
-    return best
-
-
-def keep(write: Callable[[Path, Path], None], folder: Path) -> None:
-    """Write a model into a folder that is put into place whole; `write` as for `save`.
-
-    Raises:
-        CannotSave: the disk is full or not writable.
-    """
-    new = folder.with_name(f".{folder.name}.new")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        write(new, folder)
-        put(new, folder)
-    except (OSError, SafetensorError) as error:
-        raise CannotSave(f"could not save {folder}: {error}; make room and go on with checkpoint.resume=auto") from error
-
-
 def raw_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights before averaging, by name, of a checkpoint."""
     tensors = load_file(folder / "state.safetensors")
@@ -370,6 +346,8 @@ def differences(stored: dict, now: dict) -> list[str]:
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     found = [f"{k.removeprefix('config.')}: {before.get(k)!r} before, {after.get(k)!r} now" for k in sorted(changed)]
     order = {"config.seed", "config.data.buckets"}
+    if now["config"].get("objective", {}).get("importance"):  # noise levels depend on the losses seen before
+        order |= {"num_processes", "config.train.batch_size"}
     if now["config"]["data"]["buckets"]:  # a block of one size is as long as all processes read at once
         order |= {"num_processes", "config.train.batch_size"}
     if "data" in changed:

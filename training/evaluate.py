@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import add_evaluation, recommended
-from sfumato.pipelines.choices import SAMPLERS
+from sfumato.pipelines.choices import with_sampler
 from sfumato.training import config as configs
 from sfumato.training.facts import public_name
 from sfumato.training.pictures import prepare
@@ -18,21 +19,23 @@ from sfumato.training.quality import Plan, report
 
 
 def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Config:
-    """The config whose data are drawn: `data` itself or with that name, else the one that travels with the model.
+    """The config whose data are drawn: `data` itself or with that name, else that of the run, else the one that travels along.
 
     Raises:
         ValueError: the model does not say what it was trained on, and nothing else was named.
     """
-    kept = Path(model) / "training_args.yaml"
-    if not Path(model).is_dir():
-        try:
-            kept = Path(DiffusionPipeline.download(model, allow_patterns=["training_args.yaml"])) / "training_args.yaml"
-        except (OSError, ValueError):
-            kept = Path("nowhere")
     if data is not None and Path(data).suffix in (".yaml", ".yml"):
         return configs.load(data)
-    if kept.is_file():
-        config = configs.load(kept)
+    folder = Path(model)
+    kept = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
+    kept.append(folder / "training_args.yaml")
+    if not folder.is_dir():
+        try:
+            kept = [Path(hf_hub_download(model, "training_args.yaml"))]
+        except (OSError, HfHubHTTPError):
+            kept = []
+    if found := [path for path in kept if path.is_file()]:
+        config = configs.load(found[0])
     elif data is not None:
         channels, (height, _) = pipe.vae.config.in_channels, pipe.trained_size
         config = configs.Config(data=configs.DataConfig(resolution=height, channels=channels))
@@ -43,25 +46,43 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Co
     return config
 
 
+def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
+    """The model as it is to draw, and the config of data and drawing.
+
+    Raises:
+        ValueError: something that cannot be used; found before anything is drawn.
+    """
+    folder = Path(model)
+    if options.out is None and folder.is_dir():
+        if (folder.parent / "state.json").is_file():
+            raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
+        if not (folder / "README.md").is_file():
+            raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
+    if options.pictures < 2 or (options.steps is not None and options.steps < 1):
+        raise ValueError("--pictures must be at least 2 and --steps at least 1")
+    pipe = SfumatoPipeline.from_pretrained(model)
+    if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
+        raise ValueError(f"{model} draws from pictures; evaluate is for models that draw from text alone")
+    config, advice = config_of(model, options.data, pipe), recommended(model)
+    size, channels = (config.data.resolution,) * 2, config.data.channels
+    if (size, channels) != (pipe.trained_size, pipe.vae.config.in_channels):
+        raise ValueError(f"the data are of {size} pixels and {channels} channels, the model draws {pipe.trained_size}")
+    validation = config.validation
+    if options.sampler is not None:
+        pipe = with_sampler(pipe, options.sampler)
+    validation.num_inference_steps = advice["num_inference_steps"] if options.steps is None else options.steps
+    validation.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
+    validation.seed = options.seed
+    return pipe, config
+
+
 def evaluate(model: str, options) -> int:
     """Run the report and write it down; `options` are those of the command line.
 
     Raises:
         ValueError: model, data or a choice that cannot be used.
     """
-    pipe = SfumatoPipeline.from_pretrained(model)
-    if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
-        raise ValueError(f"{model} draws from pictures; evaluate is for models that draw from text alone")
-    config, advice = config_of(model, options.data, pipe), recommended(model)
-    validation = config.validation
-    if options.sampler is not None and options.sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {options.sampler!r}; use one of {', '.join(SAMPLERS)}")
-    validation.sampler = options.sampler or validation.sampler
-    validation.num_inference_steps = options.steps or advice["num_inference_steps"]
-    validation.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
-    validation.seed = options.seed
-    if options.pictures < 2:
-        raise ValueError("--pictures must be at least 2")
+    pipe, config = prepared(model, options)
     pictures = prepare(config.data)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe.to(accelerator.device)

@@ -14,7 +14,7 @@ EDGES = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
 
 
 @torch.no_grad()
-def held_out_loss(task, batch_size: int = 64) -> dict[str, float]:
+def held_out_loss(task, batch_size: int | None = None) -> dict[str, float]:
     """How well x_0 is told from x_t on held-out pictures (else on training pictures), without guidance.
 
     Each of `validation.num_held_out` pictures is noised once in every band of `EDGES` that the noise schedule spans, at a
@@ -24,6 +24,7 @@ def held_out_loss(task, batch_size: int = 64) -> dict[str, float]:
 
     Args:
         task: a `tasks.TextToImage` or what derives from it.
+        batch_size: as in training where not given; no matter.
 
     Returns:
         `held_out_loss`, the mean over the bands, and each band by its name, such as `held_out_loss -8 to -6`. Where no
@@ -33,6 +34,7 @@ def held_out_loss(task, batch_size: int = 64) -> dict[str, float]:
     device, pipe, bands = accelerator.device, shareable(task.pipe, task.module), len(EDGES) - 1
     name = "held_out_loss" if len(pictures.select("held_out")) else "training_loss"
     model = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet)
+    batch_size = batch_size or task.config.train.batch_size
     log_snr = task.snr.clamp(1e-20, 1e20).log()
     samples = [
         (number, k, EDGES[k] + (EDGES[k + 1] - EDGES[k]) * ((i * GOLDEN_RATIO) % 1.0))

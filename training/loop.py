@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
-from sfumato.training import checkpoints, hub
+from sfumato.training import best, checkpoints, hub
 from sfumato.training import config as configs
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA
@@ -21,6 +21,7 @@ from sfumato.training.objectives import lr_scale
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet
 from sfumato.training.pictures import prepare as prepare_pictures
+from sfumato.training.quality import DEFAULT, reference_features
 from sfumato.training.rules import DISTANCES
 from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
 from sfumato.training.tracking import Log, trackers
@@ -79,8 +80,10 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
     )
     if config.checkpoint.best_by == "held_out_loss" and not len(pictures.select("held_out")):
         raise ValueError("checkpoint.best_by=held_out_loss: no pictures are held out; choose another score")
-    if config.checkpoint.best_by in DISTANCES and pictures.several_sizes:
-        raise ValueError(f"checkpoint.best_by={config.checkpoint.best_by}: needs pictures of one size")
+    if config.checkpoint.best_by in DISTANCES:
+        if pictures.several_sizes:
+            raise ValueError(f"checkpoint.best_by={config.checkpoint.best_by}: needs pictures of one size")
+        reference_features(pictures, DEFAULT, config.data.cache_dir)  # now, which is not training time
     task = TASKS[config.task](config, pictures, checkpoint, accelerator)
     origin = checkpoints.origin(config, accelerator, pictures, task.parts)
     model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, checkpoints.trained(task.module)))
@@ -101,8 +104,10 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
         for line in checkpoints.differences(stored, origin):
             accelerator.print(f"  {line}")
     pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
-    best = on_main(accelerator, checkpoints.best_before, Path(config.output_dir), config.checkpoint.best_by, state["step"])
-    return Run(config, accelerator, pictures, task, model, optimizer, ema, state, checkpoint, origin, pushes, best, lock)
+    output_dir, by = Path(config.output_dir), config.checkpoint.best_by
+    on_main(accelerator, checkpoints.forget_snapshots, output_dir, state["step"])
+    score = on_main(accelerator, best.best_before, output_dir, by, state["step"])
+    return Run(config, accelerator, pictures, task, model, optimizer, ema, state, checkpoint, origin, pushes, score, lock)
 
 
 def start(config: configs.Config) -> Accelerator:
@@ -236,18 +241,23 @@ def train(run: Run) -> int:
     return 0
 
 
-def validate(run: Run, log: Log) -> None:
-    """Measure on held-out data; where `checkpoint.best_by` says that this is the best model so far, keep it in `best/`."""
-    by, task = run.config.checkpoint.best_by, run.task
+def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], str]:
+    """Measure on held-out data; where `checkpoint.best_by` says that this is the best model so far, keep it in `best/`.
+
+    Returns:
+        The task's own scores and what they are, where `best_by` needs them or this is the `last` time; else nothing.
+    """
+    by, task, own, what = run.config.checkpoint.best_by, run.task, {}, ""
     scores = task.held_out()
-    if by is not None and by not in scores:
-        scores |= task.scores(task.shareable())[0]
-    better = by is not None and checkpoints.is_better(by, scores[by], run.best)
+    if last or (by is not None and by not in scores):
+        own, what = task.scores(task.shareable())
+    scores |= own
     log.validated({**run.state, **scores})
-    if better:
+    if by is not None and best.is_better(by, scores[by], run.best):
         run.best, write, folder = scores[by], task.writer(run.state), run.output_dir / "best"
         if run.accelerator.is_main_process:
-            checkpoints.keep(write, folder)
+            best.keep(write, folder, by, run.best, run.state["step"])
+    return own, what
 
 
 def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -323,8 +333,8 @@ def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and what the task makes."""
     shown = run.task.show()
     log.show(run.state["step"], *shown)
-    validate(run, log)
-    *said, last = run.task.finish(run.state, run.saved, *shown)
+    judged = validate(run, log, last=True)
+    *said, last = run.task.finish(run.state, run.saved, *shown, *judged)
     for line in said:
         log.say(line)
     log.close(last)

@@ -114,7 +114,7 @@ class Evaluation:
         if pictures.several_sizes or len(pictures.select("train")) < 2:
             raise ValueError("evaluation needs at least two training pictures, all of one size")
         self.config, self.pictures, self.accelerator, self.plan = config, pictures, accelerator, plan
-        self.pipe = evaluation.as_drawn(pipe, config.validation)
+        self.pipe = pipe
         train, held_out = (
             part[evenly(len(part), plan.count)] for part in (pictures.select("train"), pictures.select("held_out"))
         )
@@ -242,7 +242,8 @@ class Evaluation:
         drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
         return (
             f"One picture for each of the first captions of {drawn.replace('combination', 'held-out-combination')} pictures, "
-            f"{v.sampler}, {v.num_inference_steps} steps, {v.guider} at {v.guidance_scale}, seeds {v.seed} and on. "
+            f"{type(self.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
+            f"seeds {v.seed} and on. "
             f"Features by {self.plan.extractor}; reference: all {len(self.pictures.select('train')):,} training pictures. "
             "± is half a 95% confidence interval: Student's of means over pictures, Wilson's of shares, and for FD and KID "
             f"the jackknife over {PARTS} parts of what is drawn. FD of few pictures is above that of many."

@@ -106,7 +106,7 @@ def _check_models(config: Config, need) -> None:
 
 def scores_of(config: Config) -> tuple[str, ...]:
     """The scores by which a run can tell its best model."""
-    own = {"autoencoder": (), "control": ("F1",)}
+    own = {"autoencoder": ("PSNR", "SSIM"), "control": ("F1",)}
     own["upscaling"] = tuple(f"{name} of model" for name in ("PSNR", "SSIM", "FD", "LD"))
     figures = ("colour", "shape", "size", "place") if config.data.num_figures == 1 else ("colours", "shapes")
     obedience = (*figures, "ground", "all", "unreadable") if config.data.name == "shapes" else ()
@@ -133,10 +133,13 @@ def _check_run(config: Config, need) -> None:
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
     known = scores_of(config)
     need(config.checkpoint.best_by in (None, *known), "checkpoint.best_by", f"choose one of {', '.join(known)}")
-    distance = config.checkpoint.best_by in DISTANCES
-    need(not distance or config.validation.num_judged >= 2, "validation.num_judged", "must be at least 2 for FD and KID")
-    there = all(map(importlib.util.find_spec, PACKAGES))
+    by, there = config.checkpoint.best_by or "", all(map(importlib.util.find_spec, PACKAGES))
+    distance = by.startswith(("FD", "KID", "LD", "SSIM"))
+    need(not by.startswith("FD") or config.validation.num_judged >= 2, "validation.num_judged", "must be at least 2 for FD")
+    need(by != "KID" or config.validation.num_judged >= 2, "validation.num_judged", "must be at least 2 for KID")
     need(not distance or there, "checkpoint.best_by", "needs packages: pip install 'sfumato[metrics]'")
+    need(not by or config.validation.every_steps is not None, "checkpoint.best_by", "needs validation.every_steps")
+    need(not config.ema.snapshot_steps or config.task != "autoencoder", "ema.snapshot_steps", "is not for task=autoencoder")
     need(not (config.ema.snapshot_steps and config.lora.rank), "ema.snapshot_steps", "is not for lora")
     hub, saved = config.hub, config.checkpoint.every_steps
     need(hub.repo_id is not None or not (hub.push or hub.every_steps), "hub.repo_id", "say where to push to")
@@ -210,13 +213,16 @@ def idle(config: Config) -> list[str]:
         (given or config.text_encoder.pretrained, "a text encoder that is built anew", "text_encoder", sizes),
         (config.task != "autoencoder", "task=autoencoder", "autoencoder", ("model", "kl_weight", "sharpness_weight")),
         (config.task != "text_to_image", "task=text_to_image", "validation", ("prompts",)),
+        (config.task == "autoencoder", "another task", "objective", ("timesteps", "weight", "importance", "noise_candidates")),
         (config.task != "upscaling", "task=upscaling", "upscaling", ("factor", "max_noise_level")),
         (given, "a model that is built anew", "upscaling", ("max_noise_level",)),
         (config.task == "control", "another task", "text_encoder", ("train",)),
         (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
         (d.name != "shapes", "data.name=shapes", "data", ("num_pictures", "num_figures")),
         (
-            d.name != "shapes" and config.task not in ("upscaling", "control") and config.checkpoint.best_by not in DISTANCES,
+            d.name != "shapes"
+            and config.task not in ("upscaling", "control", "autoencoder")
+            and config.checkpoint.best_by not in DISTANCES,
             "data.name=shapes",
             "validation",
             ("num_judged",),

@@ -211,11 +211,12 @@ class TextToImage:
             what = what or f"{len(made)} training captions drawn"
         return scores, what
 
-    def finish(self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
-        """Scores where they can be had, and the exported folder; returns what to say."""
+    def finish(
+        self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image], scores: dict[str, float], what: str
+    ) -> list[str]:
+        """Writes down `scores`, which are `what`, and the exported folder; returns what to say."""
         config, main, known, said = self.config, self.accelerator.is_main_process, self.told(state), []
         output_dir, pipe = Path(config.output_dir), self.shareable()
-        scores, what = self.scores(pipe)
         if scores:
             line = ", ".join(f"{k} {v:.1%}" if k.islower() else f"{k} {v:.4g}" for k, v in scores.items())
             known["facts"][what] = line

@@ -32,6 +32,11 @@ def trackers(config: Config) -> list[str]:
     return list(config.train.trackers)
 
 
+def finite(entry: dict) -> dict:
+    """The same with None for what is not finite, which JSON does not know."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+
+
 class Log:
     """`metrics.jsonl`, the progress bar and the sample grids; silent on all processes but the first."""
 
@@ -61,12 +66,12 @@ class Log:
         """One step's figures: a line of JSON (null for what is not finite) and the progress bar."""
         if not self.main:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        entry = finite(entry)
+        self.file.write(json.dumps(entry) + "\n")
         if self.accelerator.trackers:
             told = ("loss", "lr", "grad_norm", "images_seen", "skipped_steps")
-            self.accelerator.log({key: finite[key] for key in told if finite[key] is not None}, step=entry["step"])
-        if finite["loss"] is not None:
+            self.accelerator.log({key: entry[key] for key in told if entry[key] is not None}, step=entry["step"])
+        if entry["loss"] is not None:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(entry["done"] - self.bar.n)
         rate = entry["images_seen"] / max(entry["seconds"], 1e-9)
@@ -78,15 +83,20 @@ class Log:
         """What was measured on held-out data: a line of `validation.jsonl`, the trackers, a line to read."""
         if not self.main:
             return
-        with open(self.folder / "validation.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path, entry = self.folder / "validation.jsonl", finite(entry)
+        with open(
+            path.with_name("validation.jsonl.new"), "w"
+        ) as file:  # without what an earlier end of the run told of this step
+            rows = [line for line in lines(path) if json.loads(line)["step"] < entry["step"]]
+            file.write("\n".join([*rows, json.dumps(entry)]) + "\n")
+        path.with_name("validation.jsonl.new").replace(path)
         if self.accelerator.trackers:
-            told = {
-                key: value for key, value in entry.items() if key not in ("step", "images_seen", "seconds", "skipped_steps")
-            }
+            known = ("step", "images_seen", "seconds", "skipped_steps")
+            told = {key: value for key, value in entry.items() if key not in known and value is not None}
             self.accelerator.log(told, step=entry["step"])
         name = "held_out_loss" if "held_out_loss" in entry else "training_loss"
-        self.say(f"step {entry['step']}: {name.replace('_', ' ')} {entry[name]:.4f}")
+        if entry[name] is not None:
+            self.say(f"step {entry['step']}: {name.replace('_', ' ')} {entry[name]:.4f}")
 
     def sync(self) -> None:
         """Force the figures so far to the disk, so that no checkpoint knows more steps than they tell of."""

@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         except (loop.checkpoints.CannotSave, OSError) as error:
             print(f"sfumato: {error}", file=sys.stderr)
             return 4
+        except ModuleNotFoundError as error:  # of a package that only a measure needs
+            print(f"sfumato: {error}", file=sys.stderr)
+            return 2
         leave(run)
         return code or loop.push_result(run)  # last, so that no process waits for an upload
     finally:

@@ -1,0 +1,52 @@
+"""The best model of a run so far, by a score on held-out data: the folder `best/`."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sfumato.pipelines.export import put
+from sfumato.training.checkpoints import CannotSave
+
+
+def is_better(name: str, value: float, than: float | None) -> bool:
+    """Whether a score is better than another: losses, distances and what is unreadable should be small, all else large.
+
+    What is not a number is never better.
+    """
+    small = name == "unreadable" or name.startswith(("held_out_loss", "training_loss", "FD", "KID", "LD"))
+    return math.isfinite(value) and (than is None or (value < than if small else value > than))
+
+
+def best_before(output_dir: Path, name: str | None, step: int) -> float | None:
+    """The score of the model in `best/`, where that is of the same name; one of a later step than `step` is removed, since
+    those steps are about to be done again.
+    """
+    folder = output_dir / "best"
+    if not (folder / "best.json").is_file():
+        return None
+    told = json.loads((folder / "best.json").read_text())
+    if told["step"] > step:
+        shutil.rmtree(folder)
+        return None
+    return told["value"] if told["name"] == name else None
+
+
+def keep(write: Callable[[Path, Path], None], folder: Path, name: str, value: float, step: int) -> None:
+    """Write a model and its score into a folder that is put into place whole; `write` as for `checkpoints.save`.
+
+    Raises:
+        CannotSave: the disk is full or not writable.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        write(new, folder)
+        (new / "best.json").write_text(json.dumps({"name": name, "value": value, "step": step}) + "\n")
+        put(new, folder)
+    except (OSError, SafetensorError) as error:
+        raise CannotSave(f"could not save {folder}: {error}; make room and go on with checkpoint.resume=auto") from error
