@@ -46,6 +46,7 @@ class Log:
         self.bar = tqdm(
             total=1.0,
             disable=not self.main,
+            miniters=1e-9,  # or a run that goes on, whose bar jumps at first, would not be seen to move
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         # Trackers take flat scalars and texts.
