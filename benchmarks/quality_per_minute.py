@@ -20,10 +20,8 @@ from pathlib import Path
 
 import torch
 from chart import lines
-from measure import Yardstick
+from measure import Yardstick, judged, train
 
-from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import with_sampler
 from sfumato.training import config as configs
 from sfumato.training.pictures import prepare
 
@@ -45,32 +43,16 @@ def call(*command: str) -> None:
 
 def ours(minutes: float, seed: int) -> None:
     """Train for so many minutes and judge the result, in processes of their own."""
-    if have(recipe="ours", minutes=minutes, seed=seed):
-        return
-    folder = f"runs/quality/ours-{minutes:g}-{seed}"
-    settings = [f"train.max_minutes={minutes}", f"seed={seed}", f"output_dir={folder}", "train.num_threads=1"]
-    settings += ["validation.every_steps=null", "checkpoint.every_steps=null", "train.trackers=[]"]
-    call("training/train.py", "configs/demo.yaml", *settings)
-    call(str(HERE / "quality_per_minute.py"), "--judge", folder, "--seed", str(seed), "--ours", str(minutes))
+    if not have(recipe="ours", minutes=minutes, seed=seed):
+        folder = f"runs/quality/ours-{minutes:g}-{seed}"
+        train(folder, f"train.max_minutes={minutes}", f"seed={seed}")
+        call(str(HERE / "quality_per_minute.py"), "--judge", folder, "--seed", str(seed), "--ours", str(minutes))
 
 
 def judge(folder: str, minutes: float, seed: int) -> None:
     """Figures of one of our runs, as a row."""
     torch.set_num_threads(1)
-    config = configs.load(f"{folder}/config.yaml")
-    pictures = prepare(config.data)
-    yardstick, last = Yardstick(pictures, config.data.cache_dir), json.loads(open(f"{folder}/metrics.jsonl").readlines()[-1])
-    pipe, found = with_sampler(SfumatoPipeline.from_pretrained(f"{folder}/pipeline"), "dpm++"), []
-    pipe.set_progress_bar_config(disable=True)
-    for scale in (1.0, 1.5):
-        images = []
-        for start in range(0, len(yardstick.captions), 32):
-            part = yardstick.captions[start : start + 32]
-            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-            images += pipe(part, num_inference_steps=12, guidance_scale=scale, generator=generators).images
-        found.append({**yardstick.figures(images), "weights": "ema", "scale": scale})
-    row = {"recipe": "ours", "seed": seed, "minutes": minutes, "pictures": last["images_seen"]}
-    row |= min(found, key=lambda figures: figures["FD"])
+    row = {"recipe": "ours", "seed": seed, "minutes": minutes} | judged(folder)
     print(row, flush=True)
     with open(ROWS, "a") as file:
         file.write(json.dumps(row) + "\n")
