@@ -43,7 +43,7 @@ class Yardstick:
 
 
 def train(folder: str, *settings: str) -> None:
-    """Train `configs/demo.yaml` with some settings, in one thread of a process of its own; nothing is drawn or saved on the way."""
+    """Train `configs/demo.yaml` with some settings in one thread of a process of its own; draws and saves only at the end."""
     quiet = ["validation.every_steps=null", "checkpoint.every_steps=null", "train.trackers=[]", "train.num_threads=1"]
     command = [sys.executable, "training/train.py", "configs/demo.yaml", *quiet, *settings, f"output_dir={folder}"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
