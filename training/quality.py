@@ -158,6 +158,18 @@ class Evaluation:
         values = manifold_scores(self.reference[self.parts["train"]], made, k=min(5, len(made) - 1))
         return found | {name: mean(v) for name, v in values.items()}
 
+    def judged(self, judge: Judge, part: str, captions: list[str]) -> dict[str, np.ndarray]:
+        """The judge's scores of a part's drawings, and of its true pictures, by what a figure's name ends in.
+
+        What is known of their features already is not computed again.
+        """
+        numbers, own = self.parts[part], self.plan.extractor == DEFAULT
+        true = np.stack([self.pictures.picture(int(i)) for i in numbers])
+        return {
+            "": judge.scores(self.of(part, self.made), captions, self.of(part, self.seen) if own else None),
+            " by true pictures": judge.scores(true, captions, np.array(self.reference[numbers]) if own else None),
+        }
+
     def retrieval(self, judge: Judge) -> dict[str, Score]:
         """How often the judge finds a picture's own caption first, or among the first five, of all captions of the set."""
         captions = list(dict.fromkeys(self.caption(i) for i in range(len(self.pictures))))
@@ -166,9 +178,7 @@ class Evaluation:
             numbers = self.parts[part]
             if not len(numbers):
                 continue
-            true = np.stack([self.pictures.picture(int(i)) for i in numbers])
-            for name, shown in (("", self.of(part, self.made)), (" by true pictures", true)):
-                scores = judge.scores(shown, captions)
+            for name, scores in self.judged(judge, part, captions).items():
                 own = scores[np.arange(len(numbers)), [column[self.caption(i)] for i in numbers]]
                 place = (scores > own[:, None]).sum(1)
                 found[f"retrieval at 1, {what}{name}"] = mean(place < 1)
@@ -183,9 +193,9 @@ class Evaluation:
         captions = [self.caption(i) for i in range(len(self.pictures))]
         true = np.stack([self.pictures.picture(int(i)) for i in numbers])
         found = {}
+        judged = self.judged(judge, "combination", captions)
         for name, shown in (("", self.of("combination", self.made)), (" by true pictures", true)):
-            tones, others = [], []
-            scores = judge.scores(shown, captions)
+            tones, others, scores = [], [], judged[name]
             for picture, row, i in zip(shown, scores, numbers):
                 tone = openmoji.tone_of(self.caption(i))[0]
                 alike = [k for k, c in enumerate(captions) if c.split(" ")[0] in GENDERS and openmoji.tone_of(c)[0] == tone]
