@@ -37,7 +37,8 @@ from sfumato.training.shapes import evenly
 
 # x_0 is clipped to [-1, 1] at each step, as it is for ours.
 SAMPLING = {"timestep_spacing": "trailing", "thresholding": True, "sample_max_value": 1.0}
-MARKS = (2, 4, 6, 10, 15, 20, 30, 45, 60)
+RECIPES = ("diffusers", "diffusers-fast", "lucidrains", "edm")
+MARKS = (2, 4, 6, 10, 20, 30, 45, 60)
 
 
 class Edm:
@@ -206,7 +207,7 @@ class Run:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=["diffusers", "diffusers-fast", "lucidrains", "edm"], default="diffusers")
+    parser.add_argument("--recipe", choices=RECIPES, default="diffusers")
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -42,6 +42,11 @@ class Yardstick:
         }
 
 
+def rows(path: Path) -> list[dict]:
+    """The rows of figures that are in a file, a JSON object a line; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def train(folder: str, *settings: str) -> None:
     """Train `configs/demo.yaml` with some settings in one thread of a process of its own; draws and saves only at the end."""
     quiet = ["validation.every_steps=null", "checkpoint.every_steps=null", "train.trackers=[]", "train.num_threads=1"]

@@ -1,12 +1,12 @@
 """Quality against minutes of training and against pictures seen: ours and rival recipes, same network, data and cores.
 
-    python benchmarks/quality_per_minute.py [--minutes 60] [--ours 2 4 6 10] [--seeds 3] [--out FILE.json]
+    python benchmarks/quality_per_minute.py [--ours 2 4 6 10] [--rivals diffusers=60 edm=20 ...] [--seeds 3] [--out FILE.json]
 
 Ours is `configs/demo.yaml`, trained anew for each number of minutes, since its rate falls to zero at its end; the rivals are
-those of `baseline_diffusers_recipe.py`, one run each, measured on the way. Each trains in one thread; as many run at once
-as there are cores, ours and the rivals by turns. Everyone draws the training captions by 12 steps (DPM-Solver++;
-EDM by Heun's), with scales 1 and 1.5, of which the better one by FD is kept. Rivals' minutes are CPU minutes of training,
-ours those of the clock.
+those of `baseline_diffusers_recipe.py`, one run of so many minutes each, measured on the way. Each trains in one thread; as
+many run at once as there are cores, ours and the rivals by turns. Everyone draws the training captions by 12 steps
+(DPM-Solver++; EDM by Heun's), with scales 1 and 1.5, of which the better one by FD is kept. Rivals' minutes are CPU minutes
+of training, ours those of the clock.
 Rows go to runs/quality_per_minute.jsonl one by one; a run that is there already is not repeated.
 """
 
@@ -19,22 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from baseline_diffusers_recipe import RECIPES
 from chart import lines
-from measure import Yardstick, judged, train
+from measure import Yardstick, judged, rows, train
 
 from sfumato.training import config as configs
 from sfumato.training.pictures import prepare
 
-RIVALS = ("diffusers", "diffusers-fast", "lucidrains", "edm")
 ROWS, HERE = Path("runs/quality_per_minute.jsonl"), Path(__file__).parent
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def have(**wanted) -> bool:
-    return any(all(row[key] == value for key, value in wanted.items()) for row in rows())
+    return any(all(row[key] == value for key, value in wanted.items()) for row in rows(ROWS))
 
 
 def call(*command: str) -> None:
@@ -64,31 +60,40 @@ def rival(recipe: str, minutes: float, seed: int) -> None:
         call(script, "--recipe", recipe, "--minutes", str(minutes), "--seed", str(seed), "--out", str(ROWS))
 
 
-def summary(minutes: float) -> dict:
+def summary() -> dict:
     """Where ours first is as good as a rival at its end, for each figure."""
-    table, told = rows(), {}
-    for recipe in RIVALS:
-        ends = [row for row in table if row["recipe"] == recipe and row["minutes"] == minutes]
+    table, told = rows(ROWS), {}
+    for recipe in RECIPES:
+        minutes = max((row["minutes"] for row in table if row["recipe"] == recipe), default=0)
+        ends = [row for row in table if (row["recipe"], row["minutes"]) == (recipe, minutes)]
         if not ends:
             continue
-        told[recipe] = {}
+        told[recipe] = {"minutes": minutes, "pictures": sum(row["pictures"] for row in ends) // len(ends), "seeds": len(ends)}
         for name, sign in (("FD", 1), ("KID", 1), ("distance", 1), ("retrieval", -1)):
             bar = sum(row[name] for row in ends) / len(ends)
             reached = None
             for time in sorted({row["minutes"] for row in table if row["recipe"] == "ours"}):
-                mine = [row for row in table if row["recipe"] == "ours" and row["minutes"] == time]
+                mine = [row for row in table if (row["recipe"], row["minutes"]) == ("ours", time)]
                 if sign * sum(row[name] for row in mine) / len(mine) <= sign * bar:
                     reached = {"minutes": time, "pictures": sum(row["pictures"] for row in mine) // len(mine)}
                     break
-            told[recipe][name] = {"at its end": bar, "seeds": len(ends), "ours is there after": reached}
+            told[recipe][name] = {"at its end": bar, "ours is there after": reached}
     return told
+
+
+def rival_minutes(text: str) -> tuple[str, float]:
+    """`edm=20` as a recipe and its minutes."""
+    name, _, minutes = text.partition("=")
+    if name not in RECIPES:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(RECIPES)}")
+    return name, float(minutes)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="of the rivals")
     parser.add_argument("--ours", type=float, nargs="*", default=[2, 4, 6, 10])
-    parser.add_argument("--rivals", nargs="*", default=RIVALS, choices=RIVALS)
+    usual = [("diffusers", 60.0), *((name, 20.0) for name in RECIPES[1:])]
+    parser.add_argument("--rivals", nargs="*", type=rival_minutes, default=usual, metavar="RECIPE=MINUTES")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="benchmarks/results/quality_per_minute.json")
     parser.add_argument("--judge", help="measure this run of ours and nothing else")
@@ -101,21 +106,26 @@ if __name__ == "__main__":
     config = configs.load("configs/demo.yaml")
     Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
     # Rows of rivals that were cut short go.
-    kept = [r for r in rows() if r["recipe"] == "ours" or have(recipe=r["recipe"], minutes=options.minutes, seed=r["seed"])]
+    whole = {"ours": None, **dict(options.rivals)}
+    kept = [
+        row
+        for row in rows(ROWS)
+        if whole.get(row["recipe"]) is None or have(recipe=row["recipe"], minutes=whole[row["recipe"]], seed=row["seed"])
+    ]
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in kept))
     jobs = []
     for seed in range(options.seeds):
-        jobs += [(rival, name, options.minutes, seed) for name in options.rivals]
+        jobs += [(rival, name, minutes, seed) for name, minutes in options.rivals]
         jobs += [(ours, minutes, seed) for minutes in options.ours]
     jobs = [job for pair in zip(jobs[::2], reversed(jobs[1::2])) for job in pair] + jobs[2 * (len(jobs) // 2) :]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in [pool.submit(function, *arguments) for function, *arguments in jobs]:
             done.result()
-    told = {"reached": summary(options.minutes), "threads": 1, "rows": rows()}
+    told = {"reached": summary(), "threads": 1, "rows": rows(ROWS)}
     Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
     for name, axis in (("minutes", "minutes of training, one thread"), ("pictures", "pictures seen")):
         curves = {}
-        for row in sorted(rows(), key=lambda row: row[name]):
+        for row in sorted(rows(ROWS), key=lambda row: row[name]):
             curves.setdefault(f"{row['recipe']}, seed {row['seed']}", []).append((row[name], row["FD"]))
         lines(curves, axis, "FD", Path(options.out).with_name(f"quality_per_{name.rstrip('s')}.png"), log=True)
     print(json.dumps(told["reached"], indent=1))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from measure import Yardstick, judged, train
+from measure import Yardstick, judged, rows, train
 
 from sfumato.training import config as configs
 from sfumato.training.pictures import prepare
@@ -53,6 +53,12 @@ VARIANTS = {
     "batch 32, rate 2e-3": ["train.batch_size=32", "optim.lr=2e-3"],
     "dropout 0.05": ["objective.caption_dropout=0.05"],
     "dropout 0.2": ["objective.caption_dropout=0.2"],
+    "normal(-1, 2), dropout 0.05": ["objective.log_snr_std=2", "objective.caption_dropout=0.05"],
+    "normal(-1, 2), dropout 0.05, batch 8": [
+        "objective.log_snr_std=2",
+        "objective.caption_dropout=0.05",
+        "train.batch_size=8",
+    ],
     "width 24 to 96": ["unet.block_out_channels=[24, 48, 64, 96]"],
     "width 16 to 192": ["unet.block_out_channels=[16, 32, 96, 192]"],
     "two layers a block": ["unet.layers_per_block=2"],
@@ -71,7 +77,7 @@ def run(name: str, seed: int, steps: int) -> None:
     """Train and judge one variant, unless its row is there."""
     batch = next((int(s.split("=")[1]) for s in VARIANTS[name] if s.startswith("train.batch_size=")), 16)
     steps = steps * 16 // batch
-    if any((row["name"], row["seed"], row["steps"]) == (name, seed, steps) for row in rows()):
+    if any((row["name"], row["seed"], row["steps"]) == (name, seed, steps) for row in rows(ROWS)):
         return
     folder = f"runs/recipe/{name.replace(' ', '_').replace(',', '')}-{seed}"
     train(folder, *VARIANTS[name], "train.max_minutes=null", f"train.max_steps={steps}", f"seed={seed}")
@@ -79,10 +85,6 @@ def run(name: str, seed: int, steps: int) -> None:
     print(row, flush=True)
     with open(ROWS, "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 if __name__ == "__main__":
@@ -101,9 +103,9 @@ if __name__ == "__main__":
         jobs = [pool.submit(run, name, seed, options.steps) for seed in range(options.seeds) for name in options.only]
         for job in jobs:
             job.result()
-    Path(options.out).write_text(json.dumps(rows(), indent=1) + "\n")
+    Path(options.out).write_text(json.dumps(rows(ROWS), indent=1) + "\n")
     table = {}
-    for row in rows():
+    for row in rows(ROWS):
         table.setdefault(row["name"], []).append(row)
     for name, found in sorted(table.items(), key=lambda item: sum(row["FD"] for row in item[1]) / len(item[1])):
         cells = [f"{row['FD']:.1f} / {row['distance']:.2f} / {row['retrieval']:.1%}" for row in found]
