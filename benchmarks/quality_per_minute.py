@@ -95,6 +95,7 @@ if __name__ == "__main__":
     usual = [("diffusers", 60.0), *((name, 20.0) for name in RECIPES[1:])]
     parser.add_argument("--rivals", nargs="*", type=rival_minutes, default=usual, metavar="RECIPE=MINUTES")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", default="benchmarks/results/quality_per_minute.json")
     parser.add_argument("--judge", help="measure this run of ours and nothing else")
     parser.add_argument("--seed", type=int, default=0)
@@ -118,7 +119,7 @@ if __name__ == "__main__":
         jobs += [(rival, name, minutes, seed) for name, minutes in options.rivals]
         jobs += [(ours, minutes, seed) for minutes in options.ours]
     jobs = [job for pair in zip(jobs[::2], reversed(jobs[1::2])) for job in pair] + jobs[2 * (len(jobs) // 2) :]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         for done in [pool.submit(function, *arguments) for function, *arguments in jobs]:
             done.result()
     told = {"reached": summary(), "threads": 1, "rows": rows(ROWS)}
