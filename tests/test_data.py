@@ -221,6 +221,32 @@ def test_openmoji_names_pictures_in_two_languages():
     assert len(openmoji.records(["en"], skin_tones=False)) < 2000
 
 
+def test_captions_can_begin_with_the_main_colour(tmp_path):
+    words = ["pig", "heart", "book"]
+    settings = {"languages": ["en"], "skin_tones": False, "words": words, "cache_dir": str(tmp_path)}
+    plain, told = (pictures.prepare(configs.DataConfig(**settings, colours=colours)) for colours in (False, True))
+    captions = {record["captions"][0]: record["captions"] for record in (told[i] for i in range(len(told)))}
+    assert captions["pig face"][-1] == "pink pig face" and captions["beating heart"][-1] == "red beating heart"
+    assert all("pink pink" not in caption for caption in captions["pink heart"])
+    for i in range(len(told)):  # those of before are all there, the first one first
+        before = plain[i]["captions"]
+        assert told[i]["captions"][: len(before)] == before and told[i]["split"] == plain[i]["split"]
+
+
+def test_the_main_colour_leaves_ground_and_lines_out():
+    picture = np.full((10, 10, 3), 255, np.uint8)
+    assert openmoji.main_colour(picture) is None  # nothing but ground
+    picture[2:5, 2:8] = 0xB1, 0xCC, 0x33
+    picture[5] = 0
+    assert openmoji.main_colour(picture) == "green"
+    picture[6:9, 2:8] = 0xEA, 0x5A, 0x47
+    assert openmoji.main_colour(picture) in ("green", "red")  # half and half
+    picture[6:9, 2:8] = 0x9B, 0x9B, 0x9A
+    picture[9] = 0x9B, 0x9B, 0x9A
+    assert openmoji.main_colour(picture) is None  # grey is read and not named
+    assert openmoji.coloured("woman light skin tone", picture) == openmoji.coloured("green apple", picture) == []
+
+
 def test_openmoji_is_drawn_on_white():
     heart = next(r for r in openmoji.records(["en"], False) if r["captions"][0] == "red heart")
     drawn = openmoji.rasterise(heart["svg"], 32)

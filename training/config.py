@@ -31,6 +31,7 @@ class DataConfig:
     max_records: int | None = None  # read no more than these
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
+    colours: bool = False  # openmoji: also captions that begin with the picture's main colour, such as "pink pig face"
     words: list[str] = field(default_factory=list)  # openmoji: only pictures with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
     num_figures: int = 1  # shapes: in each picture, 1 or 2

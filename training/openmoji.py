@@ -90,6 +90,44 @@ def rasterise(svg: str, resolution: int) -> np.ndarray:
     return np.asarray(picture.resize((resolution, resolution), Image.Resampling.BOX))
 
 
+# OpenMoji's palette by plain names; greys do for black and white too, so they are read and not named.
+COLOURS = {
+    "red": ("EA5A47", "D22F27"),
+    "orange": ("F1B31C", "E27022"),
+    "yellow": ("FCEA2B",),
+    "green": ("B1CC33", "5C9E31"),
+    "blue": ("92D3F5", "61B2E4", "1E50A0"),
+    "purple": ("B399C8", "8967AA"),
+    "pink": ("FFA7C0", "E67A94"),
+    "brown": ("A57939", "6A462F"),
+    "grey": ("D0CFCE", "9B9B9A", "3F3F3F"),
+}
+
+
+def main_colour(picture: np.ndarray, reach: float = 24.0, least: float = 0.1) -> str | None:
+    """The name of the colour that at least half of a picture `(H, W, 3)` uint8 has, its ground and lines left out.
+
+    None where no colour does, where it is grey, or where all of them cover less than `least` of the picture.
+    """
+    names = [name for name, codes in COLOURS.items() for _ in codes]
+    palette = np.array(
+        [list(bytes.fromhex(code)) for codes in COLOURS.values() for code in codes] + [[255] * 3, [0] * 3], float
+    )
+    apart = np.linalg.norm(picture[..., None, :].astype(float) - palette, axis=-1)
+    near = apart.argmin(-1)[apart.min(-1) < reach]
+    found = [names[k] for k in near if k < len(names)]
+    shares = {name: found.count(name) / max(1, len(found)) for name in COLOURS}
+    colour = max(shares, key=shares.get)
+    return colour if colour != "grey" and shares[colour] >= 0.5 and len(found) >= least * picture[..., 0].size else None
+
+
+def coloured(caption: str, picture: np.ndarray) -> list[str]:
+    """The caption with the picture's main colour before it, "pink pig face"; none where it names a colour or a skin tone."""
+    told = {*COLOURS, "black", "white", "tone"} & set(caption.lower().split())
+    colour = None if told else main_colour(picture)
+    return [f"{colour} {caption}"] if colour else []
+
+
 SKIN = {
     "light skin tone": (0xFA, 0xDC, 0xBC),
     "medium-light skin tone": (0xDE, 0xBB, 0x90),

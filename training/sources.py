@@ -83,7 +83,11 @@ def _openmoji(config: DataConfig) -> Iterator[Record]:
     def draw(svg):
         return lambda: openmoji.rasterise(svg, config.resolution)
 
-    return (Record(r["id"], draw(r["svg"]), r["captions"], r["split"]) for r in found)
+    def captions(record):
+        first = record["captions"][0]
+        return record["captions"] + (openmoji.coloured(first, openmoji.rasterise(record["svg"], 32)) if config.colours else [])
+
+    return (Record(r["id"], draw(r["svg"]), captions(r), r["split"]) for r in found)
 
 
 def _shapes(config: DataConfig) -> Iterator[Record]:
