@@ -13,10 +13,9 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
 from sfumato.training import config as configs
 from sfumato.training.evaluation import grid  # noqa: F401  (for those who import this)
-from sfumato.training.features import features, frechet_distance, gaussian, kernel_distance
+from sfumato.training.features import features, frechet_distance, gaussian, kernel_distance, reference_features
 from sfumato.training.judge import train_judge
 from sfumato.training.pictures import prepare
-from sfumato.training.quality import reference_features
 
 
 class Yardstick:

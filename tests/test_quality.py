@@ -12,11 +12,14 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from sfumato.cli import main as cli
+from sfumato.training import config as configs
 from sfumato.training import openmoji
 from sfumato.training.checkpoints import damage
 from sfumato.training.features import distances, features, frechet_distance, gaussian, kernel_distance, manifold_scores
+from sfumato.training.judge import altered
 from sfumato.training.memorisation import as_rows, memorisation, nearest
-from sfumato.training.quality import jackknifed, mean, student
+from sfumato.training.pictures import prepare
+from sfumato.training.quality import Evaluation, jackknifed, mean, same_pictures, student
 from sfumato.training.train import main
 
 RNG = np.random.default_rng(0)
@@ -106,6 +109,37 @@ def test_skin_tones_are_read_off_openmoji():
         read = openmoji.read_tone(openmoji.rasterise(record["svg"], 32))
         (right if tone else plain).append(read == tone)
     assert len(right) == 45 and np.mean(right) > 0.9
+
+
+def test_captions_of_the_same_picture_count_as_one(tmp_path):
+    """OpenMoji draws a man and a person walking alike, so a judge that names the one for the other is right."""
+    data = configs.DataConfig(languages=["en"], words=["walking"], cache_dir=str(tmp_path))
+    pictures = prepare(data)
+    number = {pictures[i]["captions"][0]: i for i in range(len(pictures))}
+    man, person, woman = (number[f"{who} walking medium skin tone"] for who in ("man", "person", "woman"))
+    evaluation = object.__new__(Evaluation)  # drawing is tested below
+    evaluation.pictures, evaluation.alike = pictures, same_pictures(pictures)
+    assert evaluation.alike[man] == evaluation.alike[person] != evaluation.alike[woman]
+    evaluation.parts = {"train": np.array([person]), "held_out": np.zeros(0, int), "combination": np.array([person])}
+    evaluation.made = np.stack([pictures.picture(person)] * 2)
+    for named, right in ((man, 1), (woman, 0)):
+        scores = np.eye(len(pictures))[named : named + 1]
+        evaluation.judged = lambda judge, part, captions, scores=scores: {"": scores, " by true pictures": scores}
+        assert evaluation.retrieval(None)["retrieval at 1, training captions"].value == right
+        assert evaluation.attributes(None)["held-out combinations wholly right"].value == right
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_altered_pictures_are_moved_blurred_and_noisy_but_little(channels):
+    picture = np.zeros((64, 64, channels), np.uint8)
+    picture[20:40, 10:30] = 200
+    rng, changed = np.random.default_rng(0), []
+    for _ in range(20):
+        made = altered(picture, rng)
+        assert made.shape == picture.shape and made.dtype == np.uint8
+        assert made[24:36, 14:26].mean() > 180 and made[50:].mean() < 10
+        changed.append(made.tobytes())
+    assert len(set(changed)) == 20
 
 
 def test_features_of_a_transformers_model(tmp_path):

@@ -67,6 +67,11 @@ def draw_pictures(
     return [picture for _, picture in sorted(pairs, key=lambda pair: pair[0])]
 
 
+def arrays(pictures: list[Image.Image]) -> np.ndarray:
+    """Pictures of one size as `(N, H, W, C)` uint8, grey ones with one channel."""
+    return np.stack([np.asarray(picture).reshape(picture.height, picture.width, -1) for picture in pictures])
+
+
 def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
     """One picture of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
     scale = max(1, min_side // pictures[0].width)

@@ -6,11 +6,14 @@ By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sfumato.training.latents import content_hash, stored
+from sfumato.training.pictures import PictureSet
 from sfumato.training.rules import PACKAGES
 
 DEFAULT = "efficientnet-lite0"
@@ -172,3 +175,15 @@ def feature_distances(true: np.ndarray, made: np.ndarray) -> dict[str, float]:
     a, b = features(true), features(made)
     spread = {"FD": frechet_distance(a, b)} if len(a) > 1 else {}
     return spread | {"LD": float(np.linalg.norm(a - b, axis=1).mean())}
+
+
+def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> np.ndarray:
+    """Features of every record, `(N, D)`; computed once and kept on disk."""
+    local = Path(extractor.partition(":")[2] or ".")  # weights that others may take the place of
+    files = [(f.name, f.stat().st_mtime_ns) for f in sorted([local, *local.glob("*.safetensors")]) if f.is_file()]
+    path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor, files)}.npy"
+
+    def compute(numbers):
+        return features(np.stack([pictures.picture(i) for i in numbers]), extractor)
+
+    return stored(path, len(pictures), compute, "looking at the pictures")

@@ -7,15 +7,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sfumato.training.build import build_text_encoder
 from sfumato.training.config import TextEncoderConfig
-from sfumato.training.features import features
+from sfumato.training.features import DEFAULT, features, reference_features
 from sfumato.training.pictures import PictureSet
 
 SIZE, GRID, STEPS = 128, 8, 800
+ALTERED = 2
 
 
 class Judge(torch.nn.Module):
@@ -66,11 +68,22 @@ def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
     return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
 
 
-def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
-    """The judge of a picture set; trained once, in about a minute, and kept on disk by the content of the data.
+def altered(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture `(H, W, C)` uint8 as a drawing may have it: moved by up to 1/32, blurred half of the time, a little noisy."""
+    step = max(1, len(picture) // 32)
+    top, left = rng.integers(0, 2 * step + 1, 2)
+    moved = np.pad(picture, ((step, step), (step, step), (0, 0)), mode="edge")[top:, left:][: len(picture), : picture.shape[1]]
+    if rng.random() < 0.5:
+        blur = ImageFilter.GaussianBlur(step * rng.uniform(0.3, 0.8))
+        moved = np.stack([np.asarray(Image.fromarray(channel).filter(blur)) for channel in np.moveaxis(moved, 2, 0)], axis=2)
+    return np.clip(moved + rng.normal(0, rng.uniform(0, 12), moved.shape), 0, 255).astype(np.uint8)
 
-    Each time a picture is read with noise and each time by another of its captions, so that drawings which are not quite the
-    true ones are recognised as well.
+
+def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
+    """The judge of a picture set; trained once, in some minutes, and kept on disk by the content of the data.
+
+    Each time a picture is read as it is or `altered`, with noise on what is seen of it and by another of its captions, so that
+    drawings which are not quite the true pictures are recognised as well.
     """
     captions = [pictures.captions[i] for i in range(len(pictures.captions))]
     torch.manual_seed(seed)
@@ -85,19 +98,31 @@ def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, see
             judge.mean, judge.std = tensors["mean"], tensors["std"]
             judge.load_state_dict(tensors)
             return judge.eval()
-        _fit(judge, pictures, captions, STEPS, batch_size, seed)
+        seen = _sights(pictures, cache_dir, seed)
+        _fit(judge, pictures, captions, seen, STEPS, batch_size, seed)
         new = path.with_suffix(".new")
         save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
         new.replace(path)
     return judge.eval()
 
 
-def _fit(judge: Judge, pictures: PictureSet, captions: list[str], steps: int, batch_size: int, seed: int) -> None:
-    parts = [range(k, min(k + 1024, len(pictures))) for k in range(0, len(pictures), 1024)]
-    seen = torch.cat([look(np.stack([pictures.picture(i) for i in part])) for part in parts])
-    judge.mean, judge.std = seen.mean(0), seen.std(0) + 1e-3
+def _sights(pictures: PictureSet, cache_dir: str, seed: int) -> torch.Tensor:
+    """What is to be read of every picture as it is and of `ALTERED` copies of it, `(1 + ALTERED, N, D)`."""
+    known, rng, sights = reference_features(pictures, DEFAULT, cache_dir), np.random.default_rng(seed), []
+    parts = [range(k, min(k + 256, len(pictures))) for k in range(0, len(pictures), 256)]
+    for part in tqdm(parts, desc="looking at altered pictures", unit="batch"):
+        true = np.stack([pictures.picture(i) for i in part])
+        copies = [look(np.stack([altered(picture, rng) for picture in true])) for _ in range(ALTERED)]
+        sights.append(torch.stack([look(true, np.array(known[part.start : part.stop])), *copies]))
+    return torch.cat(sights, dim=1)
+
+
+def _fit(
+    judge: Judge, pictures: PictureSet, captions: list[str], seen: torch.Tensor, steps: int, batch_size: int, seed: int
+) -> None:
+    judge.mean, judge.std = seen[0].mean(0), seen[0].std(0) + 1e-3
     tokens, rng = judge.tokens(captions), np.random.default_rng(seed)
-    judge.embed_pictures(seen[:2])
+    judge.embed_pictures(seen[0, :2])
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     table, order = pictures.table, rng.permutation(len(pictures))
@@ -105,8 +130,9 @@ def _fit(judge: Judge, pictures: PictureSet, captions: list[str], steps: int, ba
         chosen = np.take(order, range(step * batch_size, (step + 1) * batch_size), mode="wrap")
         rows = table[chosen]
         numbers = rows["first_caption"] + (rng.random(len(chosen)) * rows["num_captions"]).astype(np.uint64)
-        noise = torch.from_numpy(rng.standard_normal((len(chosen), seen.shape[1]), np.float32))
-        x = judge.embed_pictures(seen[chosen] + 0.5 * judge.std * noise)
+        noise = torch.from_numpy(rng.standard_normal((len(chosen), seen.shape[2]), np.float32))
+        sight = seen[rng.integers(0, len(seen), len(chosen)), chosen]
+        x = judge.embed_pictures(sight + 0.5 * judge.std * noise)
         y = judge.embed_captions(tokens[numbers.astype(np.int64)])
         scores = judge.log_scale.exp().clamp(max=100) * x @ y.T
         target = torch.arange(len(chosen))

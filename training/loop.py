@@ -17,11 +17,11 @@ from sfumato.training import best, checkpoints, hub
 from sfumato.training import config as configs
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA
+from sfumato.training.features import DEFAULT, reference_features
 from sfumato.training.objectives import lr_scale
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet
 from sfumato.training.pictures import prepare as prepare_pictures
-from sfumato.training.quality import DEFAULT, reference_features
 from sfumato.training.rules import DISTANCES
 from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
 from sfumato.training.tracking import Log, trackers

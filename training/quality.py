@@ -1,7 +1,7 @@
 """How good a model is: the whole report, with its protocol, its confidence intervals and its pictures."""
 
+import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -20,9 +20,9 @@ from sfumato.training.features import (
     gaussian,
     kernel_distance,
     manifold_scores,
+    reference_features,
 )
 from sfumato.training.judge import Judge, train_judge
-from sfumato.training.latents import content_hash, stored
 from sfumato.training.likelihood import bits_per_dim, check_bounded
 from sfumato.training.pictures import PictureSet
 from sfumato.training.shapes import evenly
@@ -85,16 +85,11 @@ def jackknifed(distance, made: np.ndarray) -> Score:
     return Score(distance(made), float(student(len(parts) - 1) * spread))
 
 
-def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> np.ndarray:
-    """Features of every record, `(N, D)`; computed once and kept on disk."""
-    local = Path(extractor.partition(":")[2] or ".")  # weights that others may take the place of
-    files = [(f.name, f.stat().st_mtime_ns) for f in sorted([local, *local.glob("*.safetensors")]) if f.is_file()]
-    path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor, files)}.npy"
-
-    def compute(numbers):
-        return features(np.stack([pictures.picture(i) for i in numbers]), extractor)
-
-    return stored(path, len(pictures), compute, "looking at the pictures")
+def same_pictures(pictures: PictureSet) -> np.ndarray:
+    """For each record the number of the first one whose picture is the same, pixel for pixel, `(N,)`."""
+    first = {}
+    digests = (hashlib.sha256(pictures.picture(i).tobytes()).digest() for i in range(len(pictures)))
+    return np.array([first.setdefault(digest, i) for i, digest in enumerate(digests)])
 
 
 def set_distances(pictures: PictureSet, made: np.ndarray, cache_dir: str) -> dict[str, float]:
@@ -124,6 +119,7 @@ class Evaluation:
         self.numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
         self.made = self.drawn([self.caption(i) for i in self.numbers])
         self.seen = self.looked_at(self.made, plan.extractor)
+        self.alike = same_pictures(pictures)
         self.reference = reference_features(pictures, plan.extractor, config.data.cache_dir)
 
     def caption(self, i: int) -> str:
@@ -132,8 +128,7 @@ class Evaluation:
 
     def drawn(self, captions: list[str]) -> np.ndarray:
         """One picture a caption, `(N, H, W, C)` uint8."""
-        images = evaluation.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator)
-        return np.stack([np.asarray(image).reshape(*np.asarray(image).shape[:2], -1) for image in images])
+        return evaluation.arrays(evaluation.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator))
 
     def looked_at(self, made: np.ndarray, extractor: str) -> np.ndarray:
         """Features of drawn pictures, each process its share."""
@@ -171,36 +166,46 @@ class Evaluation:
         }
 
     def retrieval(self, judge: Judge) -> dict[str, Score]:
-        """How often the judge finds a picture's own caption first, or among the first five, of all captions of the set."""
+        """How often the judge finds a picture's own caption first, or among the first five, of all captions of the set.
+
+        The captions of pictures that are the same count as one.
+        """
         captions = list(dict.fromkeys(self.caption(i) for i in range(len(self.pictures))))
-        column, found = {caption: k for k, caption in enumerate(captions)}, {}
+        column, found, own_columns = {caption: k for k, caption in enumerate(captions)}, {}, {}
+        for i, alike in enumerate(self.alike):
+            own_columns.setdefault(int(alike), []).append(column[self.caption(i)])
         for part, what in (("train", "training captions"), ("held_out", "held-out captions")):
             numbers = self.parts[part]
             if not len(numbers):
                 continue
             for name, scores in self.judged(judge, part, captions).items():
-                own = scores[np.arange(len(numbers)), [column[self.caption(i)] for i in numbers]]
+                own = np.array([row[own_columns[int(self.alike[i])]].max() for row, i in zip(scores, numbers)])
                 place = (scores > own[:, None]).sum(1)
                 found[f"retrieval at 1, {what}{name}"] = mean(place < 1)
                 found[f"retrieval at 5, {what}{name}"] = mean(place < 5)
         return found
 
     def attributes(self, judge: Judge) -> dict[str, Score]:
-        """OpenMoji's held-out combinations: skin tone by pixels; profession and gender by the judge among all of that tone."""
+        """OpenMoji's held-out combinations: skin tone by pixels; profession and gender by the judge among all of that tone.
+
+        Some pictures are the same for two captions, such as a man and a person walking; either one is right then.
+        """
         numbers = self.parts["combination"]
         if not len(numbers):
             return {}
         captions = [self.caption(i) for i in range(len(self.pictures))]
         true = np.stack([self.pictures.picture(int(i)) for i in numbers])
-        found = {}
+        found, of_tone = {}, {}
+        for k, caption in enumerate(captions):
+            if caption.split(" ")[0] in GENDERS:
+                of_tone.setdefault(openmoji.tone_of(caption)[0], []).append(k)
         judged = self.judged(judge, "combination", captions)
         for name, shown in (("", self.of("combination", self.made)), (" by true pictures", true)):
             tones, others, scores = [], [], judged[name]
             for picture, row, i in zip(shown, scores, numbers):
                 tone = openmoji.tone_of(self.caption(i))[0]
-                alike = [k for k, c in enumerate(captions) if c.split(" ")[0] in GENDERS and openmoji.tone_of(c)[0] == tone]
                 tones.append(openmoji.read_tone(picture) == tone)
-                others.append(captions[alike[int(row[alike].argmax())]] == self.caption(i))
+                others.append(self.alike[of_tone[tone][int(row[of_tone[tone]].argmax())]] == self.alike[i])
             found[f"skin tone of held-out combinations{name}"] = mean(tones)
             found[f"profession and gender of held-out combinations{name}"] = mean(others)
             found[f"held-out combinations wholly right{name}"] = mean(np.array(tones) & np.array(others))

@@ -205,8 +205,7 @@ class TextToImage:
         if self.config.checkpoint.best_by in DISTANCES:
             train = self.pictures.select("train")
             chosen = train[evenly(len(train), self.config.validation.num_judged)]
-            made = self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen])
-            made = np.stack([np.asarray(picture).reshape(*np.asarray(picture).shape[:2], -1) for picture in made])
+            made = evaluation.arrays(self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen]))
             scores |= set_distances(self.pictures, made, self.config.data.cache_dir)
             what = what or f"{len(made)} training captions drawn"
         return scores, what
