@@ -77,6 +77,7 @@ def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
         "objective.log_snr_mean=1": "objective.timesteps=normal",
         "lora.alpha=4": "lora.rank",
         "data.words=[cat]": "data.name=openmoji",
+        "data.colours=true": "data.name=openmoji",
         "data.split=test": "a Hub data set",
     }.items():
         with pytest.warns(UserWarning, match=f"{override.split('=')[0]}=.* has no effect without {needed}"):

@@ -222,7 +222,7 @@ def test_openmoji_names_pictures_in_two_languages():
 
 
 def test_captions_can_begin_with_the_main_colour(tmp_path):
-    words = ["pig", "heart", "book"]
+    words = ["face", "heart", "book"]
     settings = {"languages": ["en"], "skin_tones": False, "words": words, "cache_dir": str(tmp_path)}
     plain, told = (pictures.prepare(configs.DataConfig(**settings, colours=colours)) for colours in (False, True))
     captions = {record["captions"][0]: record["captions"] for record in (told[i] for i in range(len(told)))}
@@ -232,19 +232,23 @@ def test_captions_can_begin_with_the_main_colour(tmp_path):
         before = plain[i]["captions"]
         assert told[i]["captions"][: len(before)] == before and told[i]["split"] == plain[i]["split"]
 
+    chinese = pictures.prepare(configs.DataConfig(**{**settings, "languages": ["zh"]}, colours=True))
+    assert all(len(chinese[i]["captions"]) == 1 for i in range(len(chinese)))  # the colours have English names
+
 
 def test_the_main_colour_leaves_ground_and_lines_out():
     picture = np.full((10, 10, 3), 255, np.uint8)
     assert openmoji.main_colour(picture) is None  # nothing but ground
-    picture[2:5, 2:8] = 0xB1, 0xCC, 0x33
-    picture[5] = 0
+    picture[2:5, 2:5] = 0xB1, 0xCC, 0x33
+    assert openmoji.main_colour(picture) is None  # too little
+    picture[2:5, 2:8], picture[5] = (0xB1, 0xCC, 0x33), 0
     assert openmoji.main_colour(picture) == "green"
+    assert openmoji.coloured("pear", picture) == ["green pear"]
+    assert openmoji.coloured("woman light skin tone", picture) == openmoji.coloured("Green apple", picture) == []
     picture[6:9, 2:8] = 0xEA, 0x5A, 0x47
     assert openmoji.main_colour(picture) in ("green", "red")  # half and half
-    picture[6:9, 2:8] = 0x9B, 0x9B, 0x9A
-    picture[9] = 0x9B, 0x9B, 0x9A
+    picture[6:10, 2:8] = 0x9B, 0x9B, 0x9A
     assert openmoji.main_colour(picture) is None  # grey is read and not named
-    assert openmoji.coloured("woman light skin tone", picture) == openmoji.coloured("green apple", picture) == []
 
 
 def test_openmoji_is_drawn_on_white():

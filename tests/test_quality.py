@@ -19,7 +19,7 @@ from sfumato.training.features import distances, features, frechet_distance, gau
 from sfumato.training.judge import altered
 from sfumato.training.memorisation import as_rows, memorisation, nearest
 from sfumato.training.pictures import prepare
-from sfumato.training.quality import Evaluation, jackknifed, mean, same_pictures, student
+from sfumato.training.quality import Evaluation, jackknifed, mean, student
 from sfumato.training.train import main
 
 RNG = np.random.default_rng(0)
@@ -113,12 +113,11 @@ def test_skin_tones_are_read_off_openmoji():
 
 def test_captions_of_the_same_picture_count_as_one(tmp_path):
     """OpenMoji draws a man and a person walking alike, so a judge that names the one for the other is right."""
-    data = configs.DataConfig(languages=["en"], words=["walking"], cache_dir=str(tmp_path))
-    pictures = prepare(data)
+    pictures = prepare(configs.DataConfig(languages=["en"], words=["walking"], cache_dir=str(tmp_path)))
     number = {pictures[i]["captions"][0]: i for i in range(len(pictures))}
     man, person, woman = (number[f"{who} walking medium skin tone"] for who in ("man", "person", "woman"))
     evaluation = object.__new__(Evaluation)  # drawing is tested below
-    evaluation.pictures, evaluation.alike = pictures, same_pictures(pictures)
+    evaluation.pictures = pictures
     assert evaluation.alike[man] == evaluation.alike[person] != evaluation.alike[woman]
     evaluation.parts = {"train": np.array([person]), "held_out": np.zeros(0, int), "combination": np.array([person])}
     evaluation.made = np.stack([pictures.picture(person)] * 2)
@@ -127,19 +126,39 @@ def test_captions_of_the_same_picture_count_as_one(tmp_path):
         evaluation.judged = lambda judge, part, captions, scores=scores: {"": scores, " by true pictures": scores}
         assert evaluation.retrieval(None)["retrieval at 1, training captions"].value == right
         assert evaluation.attributes(None)["held-out combinations wholly right"].value == right
+    others = [i for i in range(len(pictures)) if evaluation.alike[i] != evaluation.alike[person]]
+    several = [i for i in others if evaluation.alike[i] in (evaluation.alike[others[0]], evaluation.alike[others[1]])]
+    scores = np.full((1, len(pictures)), 0.1)
+    scores[0, several], scores[0, person] = 0.9, 0.5
+    evaluation.judged = lambda judge, part, captions: {"": scores}
+    found = evaluation.retrieval(None)
+    assert len(several) >= 2 and found["retrieval at 1, training captions"].value == 0
+    assert found["retrieval at 5, training captions"].value == 1
+
+
+def test_held_out_pictures_that_are_trained_under_another_caption_are_not_judged(tmp_path):
+    pictures = prepare(configs.DataConfig(languages=["en"], words=["walking", "teacher", "pilot"], cache_dir=str(tmp_path)))
+    evaluation = object.__new__(Evaluation)
+    evaluation.pictures = pictures
+    trained = {pictures.picture(int(i)).tobytes() for i in pictures.select("train")}
+    held_out, unseen = pictures.select("held_out_combination"), evaluation.unseen("held_out_combination")
+    assert 0 < len(unseen) < len(held_out)
+    assert set(unseen) == {i for i in held_out if pictures.picture(int(i)).tobytes() not in trained}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_altered_pictures_are_moved_blurred_and_noisy_but_little(channels):
     picture = np.zeros((64, 64, channels), np.uint8)
     picture[20:40, 10:30] = 200
-    rng, changed = np.random.default_rng(0), []
-    for _ in range(20):
+    rng, tops, edges = np.random.default_rng(0), set(), set()
+    for _ in range(30):
         made = altered(picture, rng)
         assert made.shape == picture.shape and made.dtype == np.uint8
         assert made[24:36, 14:26].mean() > 180 and made[50:].mean() < 10
-        changed.append(made.tobytes())
-    assert len(set(changed)) == 20
+        profile = made[:, 14:26].mean((1, 2))
+        tops.add(int(np.argmax(profile > 100)))
+        edges.add(bool(np.diff(profile).max() > 160))
+    assert tops == {18, 19, 20, 21, 22} and edges == {True, False}, "moved by up to two pixels; sharp and blurred ones"
 
 
 def test_features_of_a_transformers_model(tmp_path):

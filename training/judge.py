@@ -68,15 +68,31 @@ def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
     return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
 
 
+def same_pictures(pictures: PictureSet) -> np.ndarray:
+    """For each record the number of the first one whose picture is the same, pixel for pixel, `(N,)`.
+
+    Captions of such pictures cannot be told apart by looking, and one that is trained shows what the other one is of.
+    """
+    first, found = {}, []
+    for i in range(len(pictures)):
+        picture = pictures.picture(i)
+        digest = hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).digest()
+        found.append(first.setdefault(digest, i))
+    return np.array(found)
+
+
 def altered(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture `(H, W, C)` uint8 as a drawing may have it: moved by up to 1/32, blurred half of the time, a little noisy."""
+    """A picture `(H, W, C)` uint8 as a drawing may have it: moved, blurred half of the time, a little noisy.
+
+    It moves by up to 1/32 of its height, or a pixel.
+    """
     step = max(1, len(picture) // 32)
     top, left = rng.integers(0, 2 * step + 1, 2)
     moved = np.pad(picture, ((step, step), (step, step), (0, 0)), mode="edge")[top:, left:][: len(picture), : picture.shape[1]]
     if rng.random() < 0.5:
         blur = ImageFilter.GaussianBlur(step * rng.uniform(0.3, 0.8))
         moved = np.stack([np.asarray(Image.fromarray(channel).filter(blur)) for channel in np.moveaxis(moved, 2, 0)], axis=2)
-    return np.clip(moved + rng.normal(0, rng.uniform(0, 12), moved.shape), 0, 255).astype(np.uint8)
+    return np.clip(moved + rng.normal(0, rng.uniform(0, 12), moved.shape).round(), 0, 255).astype(np.uint8)
 
 
 def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
@@ -98,7 +114,7 @@ def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, see
             judge.mean, judge.std = tensors["mean"], tensors["std"]
             judge.load_state_dict(tensors)
             return judge.eval()
-        seen = _sights(pictures, cache_dir, seed)
+        seen = _sights(pictures, cache_dir, STEPS * batch_size, seed)
         _fit(judge, pictures, captions, seen, STEPS, batch_size, seed)
         new = path.with_suffix(".new")
         save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
@@ -106,23 +122,30 @@ def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, see
     return judge.eval()
 
 
-def _sights(pictures: PictureSet, cache_dir: str, seed: int) -> torch.Tensor:
-    """What is to be read of every picture as it is and of `ALTERED` copies of it, `(1 + ALTERED, N, D)`."""
-    known, rng, sights = reference_features(pictures, DEFAULT, cache_dir), np.random.default_rng(seed), []
-    parts = [range(k, min(k + 256, len(pictures))) for k in range(0, len(pictures), 256)]
-    for part in tqdm(parts, desc="looking at altered pictures", unit="batch"):
-        true = np.stack([pictures.picture(i) for i in part])
-        copies = [look(np.stack([altered(picture, rng) for picture in true])) for _ in range(ALTERED)]
-        sights.append(torch.stack([look(true, np.array(known[part.start : part.stop])), *copies]))
-    return torch.cat(sights, dim=1)
+def _sights(pictures: PictureSet, cache_dir: str, seen_in_all: int, seed: int) -> torch.Tensor:
+    """What is to be read of every picture as it is and of up to `ALTERED` copies of it, `(1 + copies, N, D)` float16.
+
+    Of a set so large that `seen_in_all` readings hardly come to each picture, fewer copies.
+    """
+    known, rng, count = reference_features(pictures, DEFAULT, cache_dir), np.random.default_rng(seed), len(pictures)
+    copies = min(ALTERED, seen_in_all // (4 * count))
+    sights = torch.empty((1 + copies, count, look(pictures.picture(0)[None], np.array(known[:1])).shape[1]), dtype=torch.half)
+    for start in tqdm(range(0, count, 256), desc="looking at altered pictures", unit="batch"):
+        part = slice(start, start + 256)
+        true = np.stack([pictures.picture(i) for i in range(count)[part]])
+        sights[0, part] = look(true, np.array(known[part])).half()
+        for k in range(copies):
+            sights[1 + k, part] = look(np.stack([altered(picture, rng) for picture in true])).half()
+    return sights
 
 
 def _fit(
     judge: Judge, pictures: PictureSet, captions: list[str], seen: torch.Tensor, steps: int, batch_size: int, seed: int
 ) -> None:
-    judge.mean, judge.std = seen[0].mean(0), seen[0].std(0) + 1e-3
-    tokens, rng = judge.tokens(captions), np.random.default_rng(seed)
-    judge.embed_pictures(seen[0, :2])
+    torch.manual_seed(seed)  # others may have drawn since
+    judge.mean, judge.std = seen[0].float().mean(0), seen[0].float().std(0) + 1e-3
+    tokens, rng, same = judge.tokens(captions), np.random.default_rng(seed), torch.from_numpy(same_pictures(pictures))
+    judge.embed_pictures(seen[0, :2].float())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     table, order = pictures.table, rng.permutation(len(pictures))
@@ -131,10 +154,11 @@ def _fit(
         rows = table[chosen]
         numbers = rows["first_caption"] + (rng.random(len(chosen)) * rows["num_captions"]).astype(np.uint64)
         noise = torch.from_numpy(rng.standard_normal((len(chosen), seen.shape[2]), np.float32))
-        sight = seen[rng.integers(0, len(seen), len(chosen)), chosen]
+        sight = seen[rng.integers(0, len(seen), len(chosen)), chosen].float()
         x = judge.embed_pictures(sight + 0.5 * judge.std * noise)
         y = judge.embed_captions(tokens[numbers.astype(np.int64)])
-        scores = judge.log_scale.exp().clamp(max=100) * x @ y.T
+        twins = (same[chosen][:, None] == same[chosen]) & ~torch.eye(len(chosen), dtype=torch.bool)  # neither right nor wrong
+        scores = (judge.log_scale.exp().clamp(max=100) * x @ y.T).masked_fill(twins, -torch.inf)
         target = torch.arange(len(chosen))
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         loss.backward()

@@ -105,9 +105,10 @@ COLOURS = {
 
 
 def main_colour(picture: np.ndarray, reach: float = 24.0, least: float = 0.1) -> str | None:
-    """The name of the colour that at least half of a picture `(H, W, 3)` uint8 has, its ground and lines left out.
+    """The name of the colour that has at least half of what a picture `(H, W, 3)` uint8 has of OpenMoji's named colours.
 
-    None where no colour does, where it is grey, or where all of them cover less than `least` of the picture.
+    None where none has, where it is grey, or where all of them cover less than `least` of the picture. White and black are
+    ground and lines, and other colours count as those do.
     """
     names = [name for name, codes in COLOURS.items() for _ in codes]
     palette = np.array(

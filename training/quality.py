@@ -1,7 +1,7 @@
 """How good a model is: the whole report, with its protocol, its confidence intervals and its pictures."""
 
-import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from sfumato.training.features import (
     manifold_scores,
     reference_features,
 )
-from sfumato.training.judge import Judge, train_judge
+from sfumato.training.judge import Judge, same_pictures, train_judge
 from sfumato.training.likelihood import bits_per_dim, check_bounded
 from sfumato.training.pictures import PictureSet
 from sfumato.training.shapes import evenly
@@ -85,13 +85,6 @@ def jackknifed(distance, made: np.ndarray) -> Score:
     return Score(distance(made), float(student(len(parts) - 1) * spread))
 
 
-def same_pictures(pictures: PictureSet) -> np.ndarray:
-    """For each record the number of the first one whose picture is the same, pixel for pixel, `(N,)`."""
-    first = {}
-    digests = (hashlib.sha256(pictures.picture(i).tobytes()).digest() for i in range(len(pictures)))
-    return np.array([first.setdefault(digest, i) for i, digest in enumerate(digests)])
-
-
 def set_distances(pictures: PictureSet, made: np.ndarray, cache_dir: str) -> dict[str, float]:
     """FD and KID of drawn pictures `(N, H, W, C)` uint8 to all training pictures."""
     train, seen = reference_features(pictures, DEFAULT, cache_dir)[pictures.select("train")], features(made)
@@ -110,17 +103,25 @@ class Evaluation:
             raise ValueError("evaluation needs at least two training pictures, all of one size")
         self.config, self.pictures, self.accelerator, self.plan = config, pictures, accelerator, plan
         self.pipe = pipe
-        train, held_out = (
-            part[evenly(len(part), plan.count)] for part in (pictures.select("train"), pictures.select("held_out"))
-        )
-        combined = pictures.select("held_out_combination")
+        train, held_out = pictures.select("train"), self.unseen("held_out")
+        train, held_out = (part[evenly(len(part), plan.count)] for part in (train, held_out))
+        combined = self.unseen("held_out_combination")
         combined = [i for i in combined if openmoji.tone_of(self.caption(i))[0] and self.caption(i).split(" ")[0] in GENDERS]
         self.parts = {"train": train, "held_out": held_out, "combination": np.array(combined, np.int64)}
         self.numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
         self.made = self.drawn([self.caption(i) for i in self.numbers])
         self.seen = self.looked_at(self.made, plan.extractor)
-        self.alike = same_pictures(pictures)
         self.reference = reference_features(pictures, plan.extractor, config.data.cache_dir)
+
+    @cached_property
+    def alike(self) -> np.ndarray:
+        """See `same_pictures`."""
+        return same_pictures(self.pictures)
+
+    def unseen(self, split: str) -> np.ndarray:
+        """Records of a held-out split whose picture is not trained under another caption."""
+        numbers = self.pictures.select(split)
+        return numbers[~np.isin(self.alike[numbers], self.alike[self.pictures.select("train")])] if len(numbers) else numbers
 
     def caption(self, i: int) -> str:
         """The first caption of record i."""
@@ -171,15 +172,17 @@ class Evaluation:
         The captions of pictures that are the same count as one.
         """
         captions = list(dict.fromkeys(self.caption(i) for i in range(len(self.pictures))))
-        column, found, own_columns = {caption: k for k, caption in enumerate(captions)}, {}, {}
-        for i, alike in enumerate(self.alike):
-            own_columns.setdefault(int(alike), []).append(column[self.caption(i)])
+        column, columns, found = {caption: k for k, caption in enumerate(captions)}, {}, {}
+        for i, first in enumerate(self.alike):
+            columns.setdefault(int(first), []).append(column[self.caption(i)])
+        place_of = {first: k for k, first in enumerate(columns)}
         for part, what in (("train", "training captions"), ("held_out", "held-out captions")):
             numbers = self.parts[part]
             if not len(numbers):
                 continue
             for name, scores in self.judged(judge, part, captions).items():
-                own = np.array([row[own_columns[int(self.alike[i])]].max() for row, i in zip(scores, numbers)])
+                scores = np.stack([scores[:, alike].max(1) for alike in columns.values()], axis=1)
+                own = scores[np.arange(len(numbers)), [place_of[int(self.alike[i])] for i in numbers]]
                 place = (scores > own[:, None]).sum(1)
                 found[f"retrieval at 1, {what}{name}"] = mean(place < 1)
                 found[f"retrieval at 5, {what}{name}"] = mean(place < 5)
@@ -229,8 +232,7 @@ class Evaluation:
     def memorised(self) -> tuple[dict[str, Score], Image.Image]:
         """See `memorisation.memorisation`, of the training captions; and twelve drawings, from the nearest to the farthest."""
         train, made = self.pictures.select("train"), self.of("train", self.made)
-        held_out = np.concatenate([self.pictures.select("held_out"), self.pictures.select("held_out_combination")])
-        held_out = held_out if len(held_out) else train[:0]
+        held_out = np.concatenate([self.unseen("held_out"), self.unseen("held_out_combination")])
         shown = [np.stack([self.pictures.picture(int(i)) for i in part]) for part in (train, held_out)]
         seen = [self.reference[part] for part in (train, held_out)]
         scores, which = memorisation.memorisation(made, self.of("train", self.seen), shown[0], seen[0], shown[1], seen[1])
@@ -254,11 +256,15 @@ class Evaluation:
     def protocol(self) -> str:
         """How the figures came about, in a sentence or two."""
         v, counts = self.config.validation, {name: len(part) for name, part in self.parts.items()}
+        held_out = ("held_out", "held_out_combination")
+        left_out = sum(len(self.pictures.select(split)) - len(self.unseen(split)) for split in held_out)
         drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
         return (
             f"One picture for each of the first captions of {drawn.replace('combination', 'held-out-combination')} pictures, "
             f"{type(self.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
             f"seeds {v.seed} and on. "
+            "Captions whose pictures are the same count as one, and held-out pictures that are trained under another caption "
+            f"are left out ({left_out}). "
             f"Features by {self.plan.extractor}; reference: all {len(self.pictures.select('train')):,} training pictures. "
             "± is half a 95% confidence interval: Student's of means over pictures, Wilson's of shares, and for FD and KID "
             f"the jackknife over {PARTS} parts of what is drawn. FD of few pictures is above that of many."
@@ -280,7 +286,7 @@ def report(
         scores |= run.attributes(judge) if config.data.name == "openmoji" else {}
     scores |= run.diversity()
     picture = None
-    if len(pictures) > len(pictures.select("train")):
+    if len(run.unseen("held_out")) + len(run.unseen("held_out_combination")):
         memorised, picture = run.memorised()
         scores |= memorised
     if plan.bits:

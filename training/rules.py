@@ -217,7 +217,7 @@ def idle(config: Config) -> list[str]:
         (config.task != "upscaling", "task=upscaling", "upscaling", ("factor", "max_noise_level")),
         (given, "a model that is built anew", "upscaling", ("max_noise_level",)),
         (config.task == "control", "another task", "text_encoder", ("train",)),
-        (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "words")),
+        (d.name != "openmoji", "data.name=openmoji", "data", ("languages", "skin_tones", "colours", "words")),
         (d.name != "shapes", "data.name=shapes", "data", ("num_pictures", "num_figures")),
         (
             d.name != "shapes"

@@ -84,8 +84,9 @@ def _openmoji(config: DataConfig) -> Iterator[Record]:
         return lambda: openmoji.rasterise(svg, config.resolution)
 
     def captions(record):
-        first = record["captions"][0]
-        return record["captions"] + (openmoji.coloured(first, openmoji.rasterise(record["svg"], 32)) if config.colours else [])
+        if not config.colours or "en" not in config.languages:
+            return record["captions"]
+        return record["captions"] + openmoji.coloured(record["captions"][0], openmoji.rasterise(record["svg"], 32))
 
     return (Record(r["id"], draw(r["svg"]), captions(r), r["split"]) for r in found)
 
