@@ -90,6 +90,8 @@ SECOND = {
     "demo, text layers 2": ["text_encoder.num_hidden_layers=2"],
     "demo, width 24 to 96": ["unet.block_out_channels=[24, 48, 64, 96]"],
     "demo, two layers a block": ["unet.layers_per_block=2"],
+    "demo, batch 8": ["train.batch_size=8"],
+    "demo, batch 4": ["train.batch_size=4"],
     "demo, dropout 0.02": ["objective.caption_dropout=0.02"],
 }
 VARIANTS = {name: [*BEFORE, *settings] for name, settings in FIRST.items()} | SECOND

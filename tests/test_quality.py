@@ -126,6 +126,11 @@ def test_captions_of_the_same_picture_count_as_one(tmp_path):
         evaluation.judged = lambda judge, part, captions, scores=scores: {"": scores, " by true pictures": scores}
         assert evaluation.retrieval(None)["retrieval at 1, training captions"].value == right
         assert evaluation.attributes(None)["held-out combinations wholly right"].value == right
+    evaluation.parts["combination"], evaluation.made = np.array([person, woman, person, woman]), evaluation.made[[0] * 5]
+    scores = np.eye(len(pictures))[[man, person, woman, man]]  # right once of twice, and never
+    evaluation.judged = lambda judge, part, captions: {"": scores, " by true pictures": scores}
+    found = evaluation.attributes(None)["profession and gender of held-out combinations"]
+    assert found.value == 0.25 and found.half_width == pytest.approx(student(1) * 0.25)
     others = [i for i in range(len(pictures)) if evaluation.alike[i] != evaluation.alike[person]]
     several = [i for i in others if evaluation.alike[i] in (evaluation.alike[others[0]], evaluation.alike[others[1]])]
     scores = np.full((1, len(pictures)), 0.1)
@@ -199,7 +204,7 @@ def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, 
     assert {"retrieval at 1, training captions", "retrieval at 5, held-out captions by true pictures"} <= names
     assert {"skin tone of held-out combinations", "held-out combinations wholly right by true pictures"} <= names
     assert {"diversity: distance between drawings of one caption", "bits per dimension, train"} <= names
-    assert "share nearer than 95% of held-out pictures, features" in names
+    assert {f"share nearer than 95% of held-out pictures, features{part}" for part in ("", ", held-out captions")} <= names
     assert told["scores"]["skin tone of held-out combinations by true pictures"]["value"] > 0.6
     assert all(np.isfinite(score["value"]) for score in told["scores"].values())
     assert (folder / "memorisation.png").is_file()

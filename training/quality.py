@@ -39,6 +39,7 @@ class Plan:
     extractor: str = DEFAULT
     diverse: int = 16  # captions that are drawn several times
     repeats: int = 8  # how often
+    tries: int = 4  # drawings of each held-out combination
     bits: int = 0  # pictures whose bits per dimension are bounded, and at how many noise levels each
     bits_levels: int = 100
 
@@ -107,7 +108,8 @@ class Evaluation:
         train, held_out = (part[evenly(len(part), plan.count)] for part in (train, held_out))
         combined = self.unseen("held_out_combination")
         combined = [i for i in combined if openmoji.tone_of(self.caption(i))[0] and self.caption(i).split(" ")[0] in GENDERS]
-        self.parts = {"train": train, "held_out": held_out, "combination": np.array(combined, np.int64)}
+        combined = np.repeat(np.array(combined, np.int64), plan.tries)
+        self.parts = {"train": train, "held_out": held_out, "combination": combined}
         self.numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
         self.made = self.drawn([self.caption(i) for i in self.numbers])
         self.seen = self.looked_at(self.made, plan.extractor)
@@ -192,6 +194,7 @@ class Evaluation:
         """OpenMoji's held-out combinations: skin tone by pixels; profession and gender by the judge among all of that tone.
 
         Some pictures are the same for two captions, such as a man and a person walking; either one is right then.
+        The drawings of one combination resemble each other, so their share counts as one observation.
         """
         numbers = self.parts["combination"]
         if not len(numbers):
@@ -203,15 +206,19 @@ class Evaluation:
             if caption.split(" ")[0] in GENDERS:
                 of_tone.setdefault(openmoji.tone_of(caption)[0], []).append(k)
         judged = self.judged(judge, "combination", captions)
+
+        def share(right) -> Score:
+            return mean([np.mean(np.array(right)[numbers == i]) for i in np.unique(numbers)])
+
         for name, shown in (("", self.of("combination", self.made)), (" by true pictures", true)):
             tones, others, scores = [], [], judged[name]
             for picture, row, i in zip(shown, scores, numbers):
                 tone = openmoji.tone_of(self.caption(i))[0]
                 tones.append(openmoji.read_tone(picture) == tone)
                 others.append(self.alike[of_tone[tone][int(row[of_tone[tone]].argmax())]] == self.alike[i])
-            found[f"skin tone of held-out combinations{name}"] = mean(tones)
-            found[f"profession and gender of held-out combinations{name}"] = mean(others)
-            found[f"held-out combinations wholly right{name}"] = mean(np.array(tones) & np.array(others))
+            found[f"skin tone of held-out combinations{name}"] = share(tones)
+            found[f"profession and gender of held-out combinations{name}"] = share(others)
+            found[f"held-out combinations wholly right{name}"] = share(np.array(tones) & np.array(others))
         return found
 
     def diversity(self) -> dict[str, Score]:
@@ -230,17 +237,24 @@ class Evaluation:
         }
 
     def memorised(self) -> tuple[dict[str, Score], Image.Image]:
-        """See `memorisation.memorisation`, of the training captions; and twelve drawings, from the nearest to the farthest."""
+        """See `memorisation.memorisation`; and twelve drawings of training captions, from the nearest to the farthest.
+
+        A training caption asks for its training picture. A held-out caption does not, so what it gets tells copying apart.
+        """
         train, made = self.pictures.select("train"), self.of("train", self.made)
         held_out = np.concatenate([self.unseen("held_out"), self.unseen("held_out_combination")])
         shown = [np.stack([self.pictures.picture(int(i)) for i in part]) for part in (train, held_out)]
         seen = [self.reference[part] for part in (train, held_out)]
-        scores, which = memorisation.memorisation(made, self.of("train", self.seen), shown[0], seen[0], shown[1], seen[1])
+        near, which = memorisation.memorisation(made, self.of("train", self.seen), shown[0], seen[0], shown[1], seen[1])
+        scores = {name: Score(value) for name, value in near.items()}
+        if new := len(self.made) - len(made):
+            near, _ = memorisation.memorisation(self.made[-new:], self.seen[-new:], shown[0], seen[0], shown[1], seen[1])
+            scores |= {f"{name}, held-out captions": Score(v) for name, v in near.items() if "the same" not in name}
         apart = np.linalg.norm(self.of("train", self.seen) - seen[0][which[:, 1]], axis=1)
         worst = np.argsort(apart)[:: max(1, len(apart) // 12)][:12]
         names, captions = [self.caption(i) for i in train], [self.caption(i) for i in self.parts["train"]]
         picture = memorisation.sheet(made[worst], [captions[i] for i in worst], shown[0], names, which[worst])
-        return {name: Score(value) for name, value in scores.items()}, picture
+        return scores, picture
 
     def bits(self) -> dict[str, Score]:
         """Bits per dimension of held-out and of training pictures, at most."""
@@ -255,12 +269,16 @@ class Evaluation:
 
     def protocol(self) -> str:
         """How the figures came about, in a sentence or two."""
-        v, counts = self.config.validation, {name: len(part) for name, part in self.parts.items()}
+        v = self.config.validation
         held_out = ("held_out", "held_out_combination")
         left_out = sum(len(self.pictures.select(split)) - len(self.unseen(split)) for split in held_out)
-        drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
+        drawn = " and ".join(
+            f"{len(self.parts[part])} {name}" for part, name in (("train", "training"), ("held_out", "held-out"))
+        )
+        combined = len(self.parts["combination"]) // self.plan.tries
+        tried = f", {self.plan.tries} for each of {combined} held-out combinations" if combined else ""
         return (
-            f"One picture for each of the first captions of {drawn.replace('combination', 'held-out-combination')} pictures, "
+            f"One picture for the first caption of each of {drawn} pictures{tried}, "
             f"{type(self.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
             f"seeds {v.seed} and on. "
             "Captions whose pictures are the same count as one, and held-out pictures that are trained under another caption "
