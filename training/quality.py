@@ -276,6 +276,10 @@ class Evaluation:
             f"{len(self.parts[part])} {name}" for part, name in (("train", "training"), ("held_out", "held-out"))
         )
         combined = len(self.parts["combination"]) // self.plan.tries
+        bits = (
+            " Bits per dimension are an upper bound over all noise levels; a plain copy takes 8, and a model whose levels are "
+            "chosen for what the eye sees needs more, since it leaves the finest ones untrained."
+        )
         tried = f", {self.plan.tries} for each of {combined} held-out combinations" if combined else ""
         return (
             f"One picture for the first caption of each of {drawn} pictures{tried}, "
@@ -286,6 +290,7 @@ class Evaluation:
             f"Features by {self.plan.extractor}; reference: all {len(self.pictures.select('train')):,} training pictures. "
             "± is half a 95% confidence interval: Student's of means over pictures, Wilson's of shares, and for FD and KID "
             f"the jackknife over {PARTS} parts of what is drawn. FD of few pictures is above that of many."
+            + (bits if self.plan.bits else "")
         )
 
 
