@@ -58,6 +58,8 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
             raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
         if not (folder / "README.md").is_file():
             raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
+    if options.out is None and not folder.is_dir():
+        print("The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out")
     if options.pictures < 2 or (options.steps is not None and options.steps < 1):
         raise ValueError("--pictures must be at least 2 and --steps at least 1")
     pipe = SfumatoPipeline.from_pretrained(model)
@@ -95,7 +97,6 @@ def evaluate(model: str, options) -> int:
     print(protocol)
     folder = Path(options.out or model)
     if not folder.is_dir() and options.out is None:
-        print("The figures are not kept: the model is on the Hub; name a folder with --out")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     told = {"scores": {name: asdict(score) for name, score in scores.items()}, "protocol": protocol, "plan": asdict(plan)}

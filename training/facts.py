@@ -57,11 +57,12 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
     }.get(o.weight, o.weight)
     levels = o.timesteps if o.timesteps == "uniform" else f"log-SNR {o.timesteps}({o.log_snr_mean}, {o.log_snr_std})"
     levels += ", importance sampled" if o.importance else ""
+    captions = int(pictures.table["num_captions"][pictures.select("train")].sum())
     known = {
         "title": c.title,
         "data": f"{public_name(c.data.name)}, {len(pictures.select('train')):,} training pictures, "
         f"{len(pictures) - len(pictures.select('train')):,} held out",
-        "captions": f"{len(pictures.captions):,}; dropped with probability {o.caption_dropout}, for guidance",
+        "captions": f"{captions:,} to train on; dropped with probability {o.caption_dropout}, for guidance",
         "skipped records": sum(map(len, pictures.skipped.values())),
         "steps": f"{state['step']:,}",
         "pictures seen": f"{state['images_seen']:,}",

@@ -133,14 +133,27 @@ def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
     return float((m_a - m_b).square().sum() + x.square().sum() + y.square().sum() - 2 * root)
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+def _kernel_sum(a: np.ndarray, b: np.ndarray, rows: int = 256) -> float:
+    """The sum of KID's kernel (x'y / D + 1)^3 over all pairs of two sets, some rows at a time: sets may be large."""
+    return sum(((a[k : k + rows] @ b.T / a.shape[1] + 1) ** 3).sum() for k in range(0, len(a), rows))
+
+
+def kernel_within(x: np.ndarray) -> float:
+    """The mean of KID's kernel over pairs of different pictures of a set `(N, D)`."""
+    x = np.asarray(x, np.float64)
+    own = ((np.square(x).sum(1) / x.shape[1] + 1) ** 3).sum()
+    return float(_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray, within: float | None = None) -> float:
     """Squared maximum mean discrepancy of two sets `(N, D)`, unbiased, kernel (x'y / D + 1)^3: KID (Binkowski et al. 2018,
     arXiv 1801.01401), over all pictures at once rather than over subsets.
+
+    `within`: what `kernel_within(a)` gives, for a set that is compared often.
     """
     a, b = (np.asarray(x, np.float64) for x in (a, b))
-    (n, m), kernel = (len(a), len(b)), lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
-    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
-    return float(sum(within) - 2 * kernel(a, b).sum() / (n * m))
+    within = kernel_within(a) if within is None else within
+    return float(within + kernel_within(b) - 2 * _kernel_sum(b, a) / (len(a) * len(b)))
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -179,8 +192,9 @@ def feature_distances(true: np.ndarray, made: np.ndarray) -> dict[str, float]:
 
 def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> np.ndarray:
     """Features of every record, `(N, D)`; computed once and kept on disk."""
-    local = Path(extractor.partition(":")[2] or ".")  # weights that others may take the place of
-    files = [(f.name, f.stat().st_mtime_ns) for f in sorted([local, *local.glob("*.safetensors")]) if f.is_file()]
+    source = extractor.partition(":")[2]
+    local = [Path(source), *Path(source).glob("*.safetensors")] if source else []  # weights that others may take the place of
+    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(local) if f.is_file()]
     path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor, files)}.npy"
 
     def compute(numbers):

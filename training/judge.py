@@ -18,6 +18,7 @@ from sfumato.training.pictures import PictureSet
 
 SIZE, GRID, STEPS = 128, 8, 800
 ALTERED = 2
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # as it is imported, whatever becomes of the file
 
 
 class Judge(torch.nn.Module):
@@ -104,8 +105,7 @@ def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, see
     captions = [pictures.captions[i] for i in range(len(pictures.captions))]
     torch.manual_seed(seed)
     judge = Judge(captions)
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    path = Path(cache_dir).expanduser() / f"judge-{pictures.fingerprint}-{STEPS}-{seed}-{code}.safetensors"
+    path = Path(cache_dir).expanduser() / f"judge-{pictures.fingerprint}-{STEPS}-{seed}-{CODE}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():

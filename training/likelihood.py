@@ -39,8 +39,8 @@ def bits_per_dim(
             beside it, so the sum is right on average. None: all of them. The last step, t = 0, is always among them.
 
     Returns:
-        `bits/dim`, and `half width` of its 95% confidence interval over pictures; its parts `prior` (L_T), `decoder` (L_0)
-        and `levels`, a list of the terms between, for t = 1 to T - 1, in bits per dimension.
+        `bits/dim` and `each`, those of each picture; its parts `prior` (L_T), `decoder` (L_0) and `levels`, the terms between,
+        for t = 1 to T - 1, all in bits per dimension.
 
     Raises:
         ValueError: a model of latents, of flow matching, whose bound is another, or one that reads more than the noise.
@@ -72,7 +72,7 @@ def bits_per_dim(
         each.append(prior[-1] + values[0] + values[1:].mean() * (steps - 1))
     return {
         "bits/dim": float(np.mean(each)),
-        "half width": float(1.96 * np.std(each, ddof=1) / len(each) ** 0.5) if len(each) > 1 else float("nan"),
+        "each": [float(value) for value in each],
         "prior": float(np.mean(prior)),
         "decoder": float(np.mean(decoder)),
         "levels": [float(v) for v in (terms / np.maximum(times, 1))[1:]],

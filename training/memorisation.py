@@ -1,5 +1,7 @@
 """Whether a model gives training pictures back: how near what it draws is to them, against true pictures that it never saw."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image
 
@@ -7,10 +9,17 @@ from sfumato.training.evaluation import grid
 from sfumato.training.features import distances
 
 
-def nearest(queries: np.ndarray, among: np.ndarray, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of `(N, D)` its nearest row of `(M, D)`: the distance `(N,)` and the number `(N,)`."""
-    found = [distances(queries[k : k + chunk], among) for k in range(0, len(queries), chunk)]
-    return np.concatenate([d.min(1) for d in found]), np.concatenate([d.argmin(1) for d in found])
+def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of `(N, D)` its nearest row of all blocks `(M, D)`: the distance `(N,)` and the number `(N,)`."""
+    queries, start = np.asarray(queries, np.float64), 0
+    found, which = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
+    for block in blocks:
+        apart = distances(queries, block)
+        here = apart.argmin(1)
+        apart = apart[np.arange(len(queries)), here]
+        which = np.where(apart < found, start + here, which)
+        found, start = np.minimum(apart, found), start + len(block)
+    return found, which
 
 
 def as_rows(pictures: np.ndarray) -> np.ndarray:
@@ -21,43 +30,40 @@ def as_rows(pictures: np.ndarray) -> np.ndarray:
 def memorisation(
     made: np.ndarray,
     seen_made: np.ndarray,
-    train: np.ndarray,
+    unseen: np.ndarray,
+    seen_unseen: np.ndarray,
+    train: Iterable[np.ndarray],
     seen_train: np.ndarray,
-    held_out: np.ndarray,
-    seen_held_out: np.ndarray,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Distances of drawn pictures to their nearest training pictures, in pixels and in features.
 
     Args:
-        made, train, held_out: pictures `(., H, W, C)` uint8.
-        seen_made, seen_train, seen_held_out: their features `(., D)`.
+        made, unseen: pictures `(., H, W, C)` uint8, drawn ones and true ones that were not trained.
+        seen_made, seen_unseen, seen_train: features `(., D)`.
+        train: the training pictures, in blocks `(., H, W, C)` uint8: a large set does not fit into memory as numbers.
 
     Returns:
-        In pixels and in features, the median distance of what is drawn, the same of held-out pictures, and the share of what
-        is drawn that is nearer to a training picture than all but 5% of the held-out ones are. And the numbers of the
-        nearest training pictures, `(N, 2)`: by pixels, by features.
+        In pixels and in features, the median distance of what is drawn, and the same of unseen pictures; in pixels, the share
+        of what is drawn that is nearer to a training picture than all but 5% of the unseen ones are. (In features noise that
+        no eye sees takes a copy farther away than an unseen picture is, so a share there would tell nothing.) And the numbers
+        of the nearest training pictures, `(N, 2)`: by pixels, by features.
     """
     scores, numbers = {}, []
-    for space, (x, among, other) in {
-        "pixels": map(as_rows, (made, train, held_out)),
-        "features": (seen_made, seen_train, seen_held_out),
-    }.items():
-        apart, which = nearest(x, among)
-        baseline = nearest(other, among)[0]
-        numbers.append(which)
+    for space, x, other, blocks in (
+        ("pixels", as_rows(made), as_rows(unseen), map(as_rows, train)),
+        ("features", seen_made, seen_unseen, [seen_train]),
+    ):
+        apart, which = nearest(np.concatenate([x, other]), blocks)
+        apart, baseline = apart[: len(x)], apart[len(x) :]
+        numbers.append(which[: len(x)])
         scores[f"nearest training picture, {space}"] = float(np.median(apart))
         scores[f"the same of held-out pictures, {space}"] = float(np.median(baseline))
-        scores[f"share nearer than 95% of held-out pictures, {space}"] = float(np.mean(apart < np.quantile(baseline, 0.05)))
+        if space == "pixels":
+            scores["share nearer than 95% of held-out pictures, pixels"] = float(np.mean(apart < np.quantile(baseline, 0.05)))
     return scores, np.stack(numbers, axis=1)
 
 
-def sheet(made: np.ndarray, captions: list[str], train: np.ndarray, names: list[str], which: np.ndarray) -> Image.Image:
-    """Rows of a drawn picture, the training picture nearest in pixels and the one nearest in features."""
-    cells = [
-        cell
-        for picture, caption, (a, b) in zip(made, captions, which)
-        for cell in ((picture, caption), (train[a], f"pixels: {names[a]}"), (train[b], f"features: {names[b]}"))
-    ]
-    return grid(
-        [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p, _ in cells], [c for _, c in cells], columns=6
-    )
+def sheet(cells: list[tuple[np.ndarray, str]]) -> Image.Image:
+    """Pictures with captions; rows of a drawn one, the training picture nearest in pixels and the one nearest in features."""
+    shown = [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture, _ in cells]
+    return grid(shown, [caption for _, caption in cells], columns=6)

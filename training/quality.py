@@ -19,6 +19,7 @@ from sfumato.training.features import (
     frechet_distance,
     gaussian,
     kernel_distance,
+    kernel_within,
     manifold_scores,
     reference_features,
 )
@@ -39,7 +40,6 @@ class Plan:
     extractor: str = DEFAULT
     diverse: int = 16  # captions that are drawn several times
     repeats: int = 8  # how often
-    tries: int = 4  # drawings of each held-out combination
     bits: int = 0  # pictures whose bits per dimension are bounded, and at how many noise levels each
     bits_levels: int = 100
 
@@ -108,8 +108,7 @@ class Evaluation:
         train, held_out = (part[evenly(len(part), plan.count)] for part in (train, held_out))
         combined = self.unseen("held_out_combination")
         combined = [i for i in combined if openmoji.tone_of(self.caption(i))[0] and self.caption(i).split(" ")[0] in GENDERS]
-        combined = np.repeat(np.array(combined, np.int64), plan.tries)
-        self.parts = {"train": train, "held_out": held_out, "combination": combined}
+        self.parts = {"train": train, "held_out": held_out, "combination": np.array(combined, np.int64)}
         self.numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
         self.made = self.drawn([self.caption(i) for i in self.numbers])
         self.seen = self.looked_at(self.made, plan.extractor)
@@ -148,10 +147,10 @@ class Evaluation:
     def distances(self) -> dict[str, Score]:
         """FD and KID to all training pictures, and precision, recall, density and coverage against as many as are drawn."""
         train, made = self.reference[self.pictures.select("train")], self.of("train", self.seen)
-        whole = gaussian(train)
+        whole, within = gaussian(train), kernel_within(train)
         found = {
             "FD": jackknifed(lambda x: frechet_distance(whole, x), made),
-            "KID": jackknifed(lambda x: kernel_distance(train, x), made),
+            "KID": jackknifed(lambda x: kernel_distance(train, x, within), made),
         }
         values = manifold_scores(self.reference[self.parts["train"]], made, k=min(5, len(made) - 1))
         return found | {name: mean(v) for name, v in values.items()}
@@ -171,19 +170,20 @@ class Evaluation:
     def retrieval(self, judge: Judge) -> dict[str, Score]:
         """How often the judge finds a picture's own caption first, or among the first five, of all captions of the set.
 
-        The captions of pictures that are the same count as one.
+        The captions of pictures that are the same count as one, and so does a caption that several pictures have.
         """
         captions = list(dict.fromkeys(self.caption(i) for i in range(len(self.pictures))))
         column, columns, found = {caption: k for k, caption in enumerate(captions)}, {}, {}
         for i, first in enumerate(self.alike):
-            columns.setdefault(int(first), []).append(column[self.caption(i)])
-        place_of = {first: k for k, first in enumerate(columns)}
+            columns.setdefault(int(first), set()).add(column[self.caption(i)])
+        groups = {alike: k for k, alike in enumerate(dict.fromkeys(map(frozenset, columns.values())))}
+        place_of = {first: groups[frozenset(alike)] for first, alike in columns.items()}
         for part, what in (("train", "training captions"), ("held_out", "held-out captions")):
             numbers = self.parts[part]
             if not len(numbers):
                 continue
             for name, scores in self.judged(judge, part, captions).items():
-                scores = np.stack([scores[:, alike].max(1) for alike in columns.values()], axis=1)
+                scores = np.stack([scores[:, list(alike)].max(1) for alike in groups], axis=1)
                 own = scores[np.arange(len(numbers)), [place_of[int(self.alike[i])] for i in numbers]]
                 place = (scores > own[:, None]).sum(1)
                 found[f"retrieval at 1, {what}{name}"] = mean(place < 1)
@@ -194,7 +194,6 @@ class Evaluation:
         """OpenMoji's held-out combinations: skin tone by pixels; profession and gender by the judge among all of that tone.
 
         Some pictures are the same for two captions, such as a man and a person walking; either one is right then.
-        The drawings of one combination resemble each other, so their share counts as one observation.
         """
         numbers = self.parts["combination"]
         if not len(numbers):
@@ -206,19 +205,15 @@ class Evaluation:
             if caption.split(" ")[0] in GENDERS:
                 of_tone.setdefault(openmoji.tone_of(caption)[0], []).append(k)
         judged = self.judged(judge, "combination", captions)
-
-        def share(right) -> Score:
-            return mean([np.mean(np.array(right)[numbers == i]) for i in np.unique(numbers)])
-
         for name, shown in (("", self.of("combination", self.made)), (" by true pictures", true)):
             tones, others, scores = [], [], judged[name]
             for picture, row, i in zip(shown, scores, numbers):
                 tone = openmoji.tone_of(self.caption(i))[0]
                 tones.append(openmoji.read_tone(picture) == tone)
                 others.append(self.alike[of_tone[tone][int(row[of_tone[tone]].argmax())]] == self.alike[i])
-            found[f"skin tone of held-out combinations{name}"] = share(tones)
-            found[f"profession and gender of held-out combinations{name}"] = share(others)
-            found[f"held-out combinations wholly right{name}"] = share(np.array(tones) & np.array(others))
+            found[f"skin tone of held-out combinations{name}"] = mean(tones)
+            found[f"profession and gender of held-out combinations{name}"] = mean(others)
+            found[f"held-out combinations wholly right{name}"] = mean(np.array(tones) & np.array(others))
         return found
 
     def diversity(self) -> dict[str, Score]:
@@ -239,22 +234,31 @@ class Evaluation:
     def memorised(self) -> tuple[dict[str, Score], Image.Image]:
         """See `memorisation.memorisation`; and twelve drawings of training captions, from the nearest to the farthest.
 
-        A training caption asks for its training picture. A held-out caption does not, so what it gets tells copying apart.
+        A training caption asks for its training picture; a held-out one does not, so what it gets tells copying apart. Its
+        baseline are the true pictures of the same captions.
         """
-        train, made = self.pictures.select("train"), self.of("train", self.made)
-        held_out = np.concatenate([self.unseen("held_out"), self.unseen("held_out_combination")])
-        shown = [np.stack([self.pictures.picture(int(i)) for i in part]) for part in (train, held_out)]
-        seen = [self.reference[part] for part in (train, held_out)]
-        near, which = memorisation.memorisation(made, self.of("train", self.seen), shown[0], seen[0], shown[1], seen[1])
-        scores = {name: Score(value) for name, value in near.items()}
-        if new := len(self.made) - len(made):
-            near, _ = memorisation.memorisation(self.made[-new:], self.seen[-new:], shown[0], seen[0], shown[1], seen[1])
-            scores |= {f"{name}, held-out captions": Score(v) for name, v in near.items() if "the same" not in name}
-        apart = np.linalg.norm(self.of("train", self.seen) - seen[0][which[:, 1]], axis=1)
-        worst = np.argsort(apart)[:: max(1, len(apart) // 12)][:12]
-        names, captions = [self.caption(i) for i in train], [self.caption(i) for i in self.parts["train"]]
-        picture = memorisation.sheet(made[worst], [captions[i] for i in worst], shown[0], names, which[worst])
-        return scores, picture
+        train, scores = self.pictures.select("train"), {}
+        new = np.concatenate([self.parts["held_out"], self.parts["combination"]])
+        others = self.parts["held_out"] if len(self.parts["held_out"]) else new
+
+        def shown(numbers):
+            return np.stack([self.pictures.picture(int(i)) for i in numbers])
+
+        def near(made, seen, unseen):
+            blocks = (shown(train[k : k + 512]) for k in range(0, len(train), 512))
+            return memorisation.memorisation(made, seen, shown(unseen), self.reference[unseen], blocks, self.reference[train])
+
+        made, seen = self.of("train", self.made), self.of("train", self.seen)
+        told, which = near(made, seen, others)
+        scores = {name: Score(value) for name, value in told.items()}
+        told, _ = near(self.made[-len(new) :], self.seen[-len(new) :], new)
+        scores |= {f"{name}, held-out captions": Score(value) for name, value in told.items()}
+        apart, cells = np.linalg.norm(seen - self.reference[train[which[:, 1]]], axis=1), []
+        for i in np.argsort(apart)[evenly(len(apart), 12)]:
+            cells.append((made[i], self.caption(self.parts["train"][i])))
+            for space, k in zip(("pixels", "features"), train[which[i]]):
+                cells.append((self.pictures.picture(int(k)), f"{space}: {self.caption(k)}"))
+        return scores, memorisation.sheet(cells)
 
     def bits(self) -> dict[str, Score]:
         """Bits per dimension of held-out and of training pictures, at most."""
@@ -264,30 +268,28 @@ class Evaluation:
             if len(numbers):
                 shown = np.stack([self.pictures.picture(int(i)) for i in numbers])
                 told = bits_per_dim(self.pipe, shown, [self.caption(i) for i in numbers], self.plan.bits_levels)
-                found[f"bits per dimension, {part.replace('_', '-')}"] = Score(told["bits/dim"], told["half width"])
+                found[f"bits per dimension, {part.replace('_', '-')}"] = mean(told["each"])
         return found
 
     def protocol(self) -> str:
-        """How the figures came about, in a sentence or two."""
-        v = self.config.validation
+        """How the figures came about, in some sentences."""
+        v, counts = self.config.validation, {name: len(part) for name, part in self.parts.items()}
         held_out = ("held_out", "held_out_combination")
         left_out = sum(len(self.pictures.select(split)) - len(self.unseen(split)) for split in held_out)
-        drawn = " and ".join(
-            f"{len(self.parts[part])} {name}" for part, name in (("train", "training"), ("held_out", "held-out"))
-        )
-        combined = len(self.parts["combination"]) // self.plan.tries
+        drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
         bits = (
             " Bits per dimension are an upper bound over all noise levels; a plain copy takes 8, and a model whose levels are "
             "chosen for what the eye sees needs more, since it leaves the finest ones untrained."
         )
-        tried = f", {self.plan.tries} for each of {combined} held-out combinations" if combined else ""
         return (
-            f"One picture for the first caption of each of {drawn} pictures{tried}, "
+            f"One picture for each of the first captions of {drawn.replace('combination', 'held-out-combination')} pictures, "
             f"{type(self.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
             f"seeds {v.seed} and on. "
             "Captions whose pictures are the same count as one, and held-out pictures that are trained under another caption "
             f"are left out ({left_out}). "
-            f"Features by {self.plan.extractor}; reference: all {len(self.pictures.select('train')):,} training pictures. "
+            f"Features by {self.plan.extractor}; FD, KID and the nearest training pictures are of all "
+            f"{len(self.pictures.select('train')):,} training pictures; precision, recall, density and coverage of those "
+            "whose captions are drawn. "
             "± is half a 95% confidence interval: Student's of means over pictures, Wilson's of shares, and for FD and KID "
             f"the jackknife over {PARTS} parts of what is drawn. FD of few pictures is above that of many."
             + (bits if self.plan.bits else "")
@@ -309,7 +311,7 @@ def report(
         scores |= run.attributes(judge) if config.data.name == "openmoji" else {}
     scores |= run.diversity()
     picture = None
-    if len(run.unseen("held_out")) + len(run.unseen("held_out_combination")):
+    if len(run.parts["held_out"]) + len(run.parts["combination"]):
         memorised, picture = run.memorised()
         scores |= memorised
     if plan.bits:
