@@ -14,7 +14,7 @@ from sfumato.pipelines.choices import with_sampler
 from sfumato.training import config as configs
 from sfumato.training.evaluation import grid  # noqa: F401  (for those who import this)
 from sfumato.training.features import features, frechet_distance, gaussian, kernel_distance, reference_features
-from sfumato.training.judge import train_judge
+from sfumato.training.judge import CODE, train_judge
 from sfumato.training.pictures import prepare
 
 
@@ -27,7 +27,7 @@ class Yardstick:
         self.true = reference_features(pictures, "efficientnet-lite0", cache_dir)[self.numbers]
         self.whole, self.judge = gaussian(self.true), train_judge(pictures, cache_dir)
 
-    def figures(self, made: list) -> dict[str, float]:
+    def figures(self, made: list) -> dict[str, float | str]:
         """`made`: a picture for each of `captions`, in their order."""
         made = np.stack([np.asarray(picture) for picture in made])
         seen = features(made)
@@ -38,6 +38,7 @@ class Yardstick:
             "KID": round(kernel_distance(self.true, seen), 5),
             "retrieval": round(float(np.mean((scores > own[:, None]).sum(1) < 1)), 4),
             "distance": round(float(np.linalg.norm(seen - self.true, axis=1).mean()), 4),
+            "judge": CODE,  # judges of other code are others: compare retrieval within one
         }
 
 

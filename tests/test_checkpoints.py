@@ -180,7 +180,11 @@ def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path,
     main([path, "checkpoint.resume=auto", "optim.lr=5e-4", "train.max_steps=4"])
     out = capsys.readouterr().out
     assert "optim.lr: 0.001 before, 0.0005 now" in out and "Still exact: weights" in out
-    main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=5"])
+    main([path, "checkpoint.resume=auto", "optim.lr=2e-4", "train.max_steps=5"])
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "step 3: optim.lr: 0.001 before, 0.0005 now; step 3: train.max_steps: 3 before, 4 now; step 4: " in card
+    assert "optim.lr: 0.0005 before, 0.0002 now" in card
+    main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=6"])
     assert "the pictures are others" in capsys.readouterr().out
 
 

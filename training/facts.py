@@ -86,6 +86,8 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
         known["picture sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
     if c.init_from is not None:
         known["base_model"] = public_name(c.init_from)
+    if state.get("changes"):
+        known["changed on the way"] = "; ".join(state["changes"])
     if c.lora.rank:
         known["LoRA rank"] = c.lora.rank
     if c.data.name == "openmoji":

@@ -27,6 +27,7 @@ from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
 from sfumato.training.tracking import Log, trackers
 
 DIVERGED, NOT_PUSHED = 3, 5
+SHOWN = ("objective.", "optim.", "train.", "ema.", "scheduler.", "seed:", "precision:")  # changes the card tells; no paths
 PATIENCE = 20  # seconds for the data workers of a trainer that was killed to notice
 
 
@@ -88,20 +89,22 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
     origin = checkpoints.origin(config, accelerator, pictures, task.parts)
     model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, checkpoints.trained(task.module)))
     ema = EMA(checkpoints.trained(task.module), config.ema.decay, config.ema.offload, bool(config.ema.snapshot_steps))
-    state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0}
+    state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0, "changes": []}
     if checkpoint:
         stored = checkpoints.read_state(checkpoint)
         checkpoints.restore(checkpoint, task.module, optimizer, ema)
         ema.optimization_step = stored["ema_step"]
         if accelerator.scaler is not None and stored["scaler"]:
             accelerator.scaler.load_state_dict(stored["scaler"])
-        state = {key: stored[key] for key in state}
+        state = {key: stored.get(key, start) for key, start in state.items()}
         task.restore(stored.get("task", {}))
         if pictures.several_sizes:  # where the batch size changed, blocks of one size begin elsewhere
             block = config.train.batch_size * accelerator.num_processes
             state["images_seen"] = -(-state["images_seen"] // block) * block
         accelerator.print(f"goes on from {checkpoint}")
-        for line in checkpoints.differences(stored, origin):
+        told = checkpoints.differences(stored, origin)
+        state["changes"] = [*state["changes"], *(f"step {state['step']:,}: {line}" for line in told if line.startswith(SHOWN))]
+        for line in told:
             accelerator.print(f"  {line}")
     pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
     output_dir, by = Path(config.output_dir), config.checkpoint.best_by
@@ -207,7 +210,13 @@ def train(run: Run) -> int:
         state["skipped_steps"] += not finite
         done, stopped = fraction_done(c, state), int(pulse[:, 2].max())
         log.write(
-            {**state, "loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm), "done": round(done, 5)}
+            {
+                **numbers(state),
+                "loss": pulse[:, 0].mean().item(),
+                "lr": lr,
+                "grad_norm": float(grad_norm),
+                "done": round(done, 5),
+            }
         )
         if every(c.ema.snapshot_steps, state) or (c.ema.snapshot_steps and done >= 1):
             checkpoints.snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
@@ -252,7 +261,7 @@ def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], 
     if last or (by is not None and by not in scores):
         own, what = task.scores(task.shareable())
     scores |= own
-    log.validated({**run.state, **scores})
+    log.validated({**numbers(run.state), **scores})
     if by is not None and best.is_better(by, scores[by], run.best):
         run.best, write, folder = scores[by], task.writer(run.state), run.output_dir / "best"
         if run.accelerator.is_main_process:
@@ -323,6 +332,11 @@ def push_result(run: Run) -> int:
     except hub.CannotPush as error:
         print(f"sfumato: not pushed: {error}. Later:  sfumato push {folder} {h.repo_id}", file=sys.stderr)
         return NOT_PUSHED
+
+
+def numbers(state: dict) -> dict:
+    """What metrics tell of how far a run is."""
+    return {key: value for key, value in state.items() if key != "changes"}
 
 
 def every(steps: int | None, state: dict) -> bool:
