@@ -2,8 +2,8 @@
 
     python benchmarks/recipe.py [--steps 1300] [--seeds 2] [--only NAME ...] [--out benchmarks/results/recipe.json]
 
-The first round changed `demo.yaml` as it was before it (`BEFORE`), the second one changes what won
-("normal(-1, 2), dropout 0.05"), which is `demo.yaml` now.
+Each round changed `demo.yaml` as it was then: the first one `BEFORE`, the second one what won it ("normal(-1, 2), dropout
+0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now.
 Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
 Rows go to runs/recipe.jsonl; what is there already is not repeated.
@@ -25,7 +25,8 @@ from sfumato.training.build import build_text_encoder
 from sfumato.training.judge import look
 from sfumato.training.pictures import prepare
 
-BEFORE = ["objective.log_snr_std=3", "objective.caption_dropout=0.1"]
+ADAMW = ["optim.name=adamw", "optim.lr=1e-3"]
+BEFORE = [*ADAMW, "objective.log_snr_std=3", "objective.caption_dropout=0.1"]
 FIRST = {
     "base": [],
     "target v": ["scheduler.prediction_type=v_prediction"],
@@ -86,7 +87,6 @@ SECOND = {
     "demo, immiscible, 8": ["objective.noise_candidates=8"],
     "demo, flips": ["data.random_flip=true"],
     "demo, rate 2e-3": ["optim.lr=2e-3"],
-    "demo, optimizer Muon": ["optim.name=muon"],
     "demo, text layers 2": ["text_encoder.num_hidden_layers=2"],
     "demo, width 24 to 96": ["unet.block_out_channels=[24, 48, 64, 96]"],
     "demo, two layers a block": ["unet.layers_per_block=2"],
@@ -94,7 +94,14 @@ SECOND = {
     "demo, batch 4": ["train.batch_size=4"],
     "demo, dropout 0.02": ["objective.caption_dropout=0.02"],
 }
-VARIANTS = {name: [*BEFORE, *settings] for name, settings in FIRST.items()} | SECOND
+THIRD = {
+    "demo, Muon, kernels too": ["optim.lr=1e-3"],
+    "demo, Muon, kernels too, rate 2e-3": [],
+    "demo, Muon, kernels too, rate 4e-3": ["optim.lr=4e-3"],
+    "demo, Muon, kernels too, rate 2e-3, batch 32": ["train.batch_size=32"],
+}
+VARIANTS = {name: [*BEFORE, *settings] for name, settings in FIRST.items()}
+VARIANTS |= {name: [*ADAMW, *settings] for name, settings in SECOND.items()} | THIRD
 ROWS = Path("runs/recipe.jsonl")
 
 

@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 SETTINGS = {
-    "fp32": [],
-    "bf16": ["train.mixed_precision=bf16"],
-    "gradient checkpointing": ["train.gradient_checkpointing=true"],
-    "Muon for matrices": ["optim.name=muon"],
+    "fp32": ["optim.name=adamw"],
+    "bf16": ["optim.name=adamw", "train.mixed_precision=bf16"],
+    "gradient checkpointing": ["optim.name=adamw", "train.gradient_checkpointing=true"],
+    "Muon": ["optim.name=muon"],
     "8-bit AdamW": ["optim.name=adamw_8bit"],
-    "batch 64": ["train.batch_size=64"],
-    "batch 64, gradient checkpointing": ["train.batch_size=64", "train.gradient_checkpointing=true"],
-    "compile, block by block": ["train.compile=regional"],
+    "batch 64": ["optim.name=adamw", "train.batch_size=64"],
+    "batch 64, gradient checkpointing": ["optim.name=adamw", "train.batch_size=64", "train.gradient_checkpointing=true"],
+    "compile, block by block": ["optim.name=adamw", "train.compile=regional"],
 }
 CHILD = """
 import json, resource, statistics, sys, time

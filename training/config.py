@@ -118,7 +118,7 @@ class ObjectiveConfig:
 class OptimConfig:
     """The learning rate warms up, then decays with the fraction of steps or minutes done."""
 
-    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # muon: for matrices, AdamW for the rest
+    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # muon: for matrices and kernels, AdamW beside
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
