@@ -184,7 +184,10 @@ def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path,
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
     assert "step 3: optim.lr: 0.001 before, 0.0005 now; step 3: train.max_steps: 3 before, 4 now; step 4: " in card
     assert "optim.lr: 0.0005 before, 0.0002 now" in card
-    main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=6"])
+    assert main([path, "checkpoint.resume=auto", "optim.name=muon", "train.max_steps=6"]) == 0
+    assert main([path, "checkpoint.resume=auto", "train.max_steps=7"]) == 0
+    assert capsys.readouterr().out.count("the optimizer's moments begin anew") == 2
+    main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=8"])
     assert "the pictures are others" in capsys.readouterr().out
 
 

@@ -350,20 +350,24 @@ def differences(stored: dict, now: dict) -> list[str]:
         order |= {"num_processes", "config.train.batch_size"}
     if now["config"]["data"]["buckets"]:  # a block of one size is as long as all processes read at once
         order |= {"num_processes", "config.train.batch_size"}
+    if "config.optim.name" in changed:
+        found.append("so the optimizer's moments begin anew")
     if "data" in changed:
         found.append("so the result is not that of one run: the pictures are others, in another order")
     elif changed & order:
         found.append("so the result is not that of one run: the pictures come in another order")
     elif changed:
         found.append(
-            "so the result is not bit for bit that of one run. Still exact: weights, averages, optimizer, and that each "
-            "picture, its noise and noise level come once and in the same order"
+            "so the result is not bit for bit that of one run. Still exact: weights, averages, the moments of a same "
+            "optimizer, and that each picture, its noise and noise level come once and in the same order"
         )
     return found
 
 
-def restore(folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
-    """Put a checkpoint's tensors back.
+def restore(
+    folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, with_moments: bool = True
+) -> None:
+    """Put a checkpoint's tensors back; the optimizer's not where another optimizer goes on.
 
     Raises:
         ValueError: the checkpoint is of a model with other parameters.
@@ -379,7 +383,7 @@ def restore(folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Opti
         raise ValueError(f"{folder} is of another model: {len(odd)} parameters differ, such as {', '.join(odd[:3])}")
     moments = {}
     for key, value in tensors.items():
-        if key.startswith("optimizer."):
+        if key.startswith("optimizer.") and with_moments:
             name, entry = key.removeprefix("optimizer.").split("|")
             moments.setdefault(name, {})[entry] = value
     with torch.no_grad():

@@ -92,7 +92,8 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
     state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0, "changes": []}
     if checkpoint:
         stored = checkpoints.read_state(checkpoint)
-        checkpoints.restore(checkpoint, task.module, optimizer, ema)
+        same = stored["config"]["optim"]["name"] == config.optim.name
+        checkpoints.restore(checkpoint, task.module, optimizer, ema, with_moments=same)
         ema.optimization_step = stored["ema_step"]
         if accelerator.scaler is not None and stored["scaler"]:
             accelerator.scaler.load_state_dict(stored["scaler"])
