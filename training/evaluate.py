@@ -58,8 +58,6 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
             raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
         if not (folder / "README.md").is_file():
             raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
-    if options.out is None and not folder.is_dir():
-        print("The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out")
     if options.pictures < 2 or (options.steps is not None and options.steps < 1):
         raise ValueError("--pictures must be at least 2 and --steps at least 1")
     pipe = SfumatoPipeline.from_pretrained(model)
@@ -88,6 +86,10 @@ def evaluate(model: str, options) -> int:
     pictures = prepare(config.data)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe.to(accelerator.device)
+    if options.out is None and not Path(model).is_dir():
+        accelerator.print(
+            "The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out"
+        )
     plan = Plan(count=options.pictures, extractor=options.extractor, bits=options.bits)
     scores, protocol, sheet = report(pipe, config, pictures, accelerator, plan)
     if not accelerator.is_main_process:

@@ -128,6 +128,10 @@ class Evaluation:
         """The first caption of record i."""
         return self.pictures[int(i)]["captions"][0]
 
+    def true(self, numbers: np.ndarray) -> np.ndarray:
+        """The pictures of records, `(N, H, W, C)` uint8."""
+        return np.stack([self.pictures.picture(int(i)) for i in numbers])
+
     def drawn(self, captions: list[str]) -> np.ndarray:
         """One picture a caption, `(N, H, W, C)` uint8."""
         return evaluation.arrays(evaluation.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator))
@@ -161,7 +165,7 @@ class Evaluation:
         What is known of their features already is not computed again.
         """
         numbers, own = self.parts[part], self.plan.extractor == DEFAULT
-        true = np.stack([self.pictures.picture(int(i)) for i in numbers])
+        true = self.true(numbers)
         return {
             "": judge.scores(self.of(part, self.made), captions, self.of(part, self.seen) if own else None),
             " by true pictures": judge.scores(true, captions, np.array(self.reference[numbers]) if own else None),
@@ -199,7 +203,7 @@ class Evaluation:
         if not len(numbers):
             return {}
         captions = [self.caption(i) for i in range(len(self.pictures))]
-        true = np.stack([self.pictures.picture(int(i)) for i in numbers])
+        true = self.true(numbers)
         found, of_tone = {}, {}
         for k, caption in enumerate(captions):
             if caption.split(" ")[0] in GENDERS:
@@ -237,16 +241,15 @@ class Evaluation:
         A training caption asks for its training picture; a held-out one does not, so what it gets tells copying apart. Its
         baseline are the true pictures of the same captions.
         """
-        train, scores = self.pictures.select("train"), {}
+        train = self.pictures.select("train")
         new = np.concatenate([self.parts["held_out"], self.parts["combination"]])
         others = self.parts["held_out"] if len(self.parts["held_out"]) else new
 
-        def shown(numbers):
-            return np.stack([self.pictures.picture(int(i)) for i in numbers])
-
         def near(made, seen, unseen):
-            blocks = (shown(train[k : k + 512]) for k in range(0, len(train), 512))
-            return memorisation.memorisation(made, seen, shown(unseen), self.reference[unseen], blocks, self.reference[train])
+            blocks = (self.true(train[k : k + 512]) for k in range(0, len(train), 512))
+            return memorisation.memorisation(
+                made, seen, self.true(unseen), self.reference[unseen], blocks, self.reference[train]
+            )
 
         made, seen = self.of("train", self.made), self.of("train", self.seen)
         told, which = near(made, seen, others)
@@ -266,8 +269,7 @@ class Evaluation:
         for part in ("held_out", "train"):
             numbers = self.parts[part][evenly(len(self.parts[part]), self.plan.bits)]
             if len(numbers):
-                shown = np.stack([self.pictures.picture(int(i)) for i in numbers])
-                told = bits_per_dim(self.pipe, shown, [self.caption(i) for i in numbers], self.plan.bits_levels)
+                told = bits_per_dim(self.pipe, self.true(numbers), [self.caption(i) for i in numbers], self.plan.bits_levels)
                 found[f"bits per dimension, {part.replace('_', '-')}"] = mean(told["each"])
         return found
 
