@@ -198,6 +198,22 @@ def test_minutes_end_a_run_and_drive_the_learning_rate(tmp_path):
     assert lines[-1]["lr"] < 0.02 * max(line["lr"] for line in lines)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system ties no process to cores")
+def test_threads_are_as_many_as_the_cores_that_a_run_may_use(tmp_path):
+    """A second thread on one core made a step half as slow again."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        loop.start(configs.load(tiny.config_file(tmp_path), ["train.num_threads=null"]))
+        assert torch.get_num_threads() == 1
+        os.sched_setaffinity(0, cores)
+        loop.start(configs.load(tiny.config_file(tmp_path), ["train.num_threads=null"]))
+        assert torch.get_num_threads() == len(cores)
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+
+
 def test_longer_captions_than_the_limit_are_told(tmp_path):
     with pytest.warns(UserWarning, match="text_encoder.max_length=.* would hold them all"):
         loop.prepare(configs.load(tiny.config_file(tmp_path, text_encoder={"max_length": 8})))

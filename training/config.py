@@ -140,7 +140,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # less memory, a second forward pass
     compile: Literal["no", "unet", "regional"] = "no"  # torch.compile of the UNet, whole or block by block
     num_workers: int = 0  # processes that prepare batches
-    num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores
+    num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores that the run may use
     trackers: list[str] | None = None  # such as tensorboard, wandb; null: tensorboard where it is installed
     max_bad_steps: int = 20  # so many steps in a row with a loss or gradient that is not finite end the run
 

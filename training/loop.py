@@ -133,7 +133,8 @@ def start(config: configs.Config) -> Accelerator:
         raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(config.train.num_threads or max(1, (os.cpu_count() or 1) // local))
+        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # taskset, Slurm
+        torch.set_num_threads(config.train.num_threads or max(1, ours // local))
     return accelerator
 
 
