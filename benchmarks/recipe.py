@@ -99,6 +99,9 @@ THIRD = {
     "demo, Muon, kernels too, rate 2e-3": [],
     "demo, Muon, kernels too, rate 4e-3": ["optim.lr=4e-3"],
     "demo, Muon, kernels too, rate 2e-3, batch 32": ["train.batch_size=32"],
+    "demo, Muon, kernels too, rate 2e-3, batch 8": ["train.batch_size=8"],
+    "demo, Muon, kernels too, rate 2e-3, width 24 to 96": ["unet.block_out_channels=[24, 48, 64, 96]"],
+    "demo, Muon, kernels too, rate 2e-3, two layers a block": ["unet.layers_per_block=2"],
 }
 VARIANTS = {name: [*BEFORE, *settings] for name, settings in FIRST.items()}
 VARIANTS |= {name: [*ADAMW, *settings] for name, settings in SECOND.items()} | THIRD

@@ -25,7 +25,7 @@ from sfumato.training.features import (
     manifold_scores,
 )
 from sfumato.training.judge import altered
-from sfumato.training.memorisation import as_rows, memorisation, nearest
+from sfumato.training.memorisation import as_rows, memorisation, nearest, nearest_training
 from sfumato.training.pictures import prepare
 from sfumato.training.quality import Evaluation, jackknifed, mean, student
 from sfumato.training.train import main
@@ -106,10 +106,11 @@ def test_copies_are_found_and_new_pictures_are_not():
     np.testing.assert_allclose(apart, cdist(as_rows(copies), rows).min(1), rtol=1e-6)
     assert np.linalg.norm(as_rows(np.zeros((1, 8, 8, 3))) - as_rows(np.full((1, 8, 8, 3), 255))) == pytest.approx(1)
     for drawn, share in ((copies, 1.0), (new, None)):
-        scores, which = memorisation(drawn, as_rows(drawn), held_out, as_rows(held_out), [train[:20], train[20:]], rows)
+        near, which = nearest_training(drawn, as_rows(drawn), [train[:20], train[20:]], rows)
+        assert near.shape == which.shape == (30, 2) and (which[:, 0] == which[:, 1]).all()
+        scores = memorisation(near, nearest_training(held_out, as_rows(held_out), [train], rows)[0])
         key = "share nearer than 95% of held-out pictures, pixels"
         assert scores[key] == share if share is not None else scores[key] < 0.3
-        assert which.shape == (30, 2)
 
 
 def test_skin_tones_are_read_off_openmoji():

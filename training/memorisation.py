@@ -27,40 +27,36 @@ def as_rows(pictures: np.ndarray) -> np.ndarray:
     return pictures.reshape(len(pictures), -1).astype(np.float32) / (255 * np.prod(pictures.shape[1:]) ** 0.5)
 
 
-def memorisation(
-    made: np.ndarray,
-    seen_made: np.ndarray,
-    unseen: np.ndarray,
-    seen_unseen: np.ndarray,
-    train: Iterable[np.ndarray],
-    seen_train: np.ndarray,
-) -> tuple[dict[str, float], np.ndarray]:
-    """Distances of drawn pictures to their nearest training pictures, in pixels and in features.
+def nearest_training(
+    shown: np.ndarray, seen: np.ndarray, train: Iterable[np.ndarray], seen_train: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest training pictures of pictures, in pixels and in features.
 
     Args:
-        made, unseen: pictures `(., H, W, C)` uint8, drawn ones and true ones that were not trained.
-        seen_made, seen_unseen, seen_train: features `(., D)`.
+        shown: pictures `(N, H, W, C)` uint8.
+        seen, seen_train: features `(., D)` of them and of the training pictures.
         train: the training pictures, in blocks `(., H, W, C)` uint8: a large set does not fit into memory as numbers.
 
     Returns:
-        In pixels and in features, the median distance of what is drawn, and the same of unseen pictures; in pixels, the share
-        of what is drawn that is nearer to a training picture than all but 5% of the unseen ones are. (In features noise that
-        no eye sees takes a copy farther away than an unseen picture is, so a share there would tell nothing.) And the numbers
-        of the nearest training pictures, `(N, 2)`: by pixels, by features.
+        The distances and the numbers of the nearest, each `(N, 2)`: by pixels, by features.
     """
-    scores, numbers = {}, []
-    for space, x, other, blocks in (
-        ("pixels", as_rows(made), as_rows(unseen), map(as_rows, train)),
-        ("features", seen_made, seen_unseen, [seen_train]),
-    ):
-        apart, which = nearest(np.concatenate([x, other]), blocks)
-        apart, baseline = apart[: len(x)], apart[len(x) :]
-        numbers.append(which[: len(x)])
-        scores[f"nearest training picture, {space}"] = float(np.median(apart))
-        scores[f"the same of held-out pictures, {space}"] = float(np.median(baseline))
-        if space == "pixels":
-            scores["share nearer than 95% of held-out pictures, pixels"] = float(np.mean(apart < np.quantile(baseline, 0.05)))
-    return scores, np.stack(numbers, axis=1)
+    pixels, features = nearest(as_rows(shown), map(as_rows, train)), nearest(seen, [seen_train])
+    return np.stack([pixels[0], features[0]], axis=1), np.stack([pixels[1], features[1]], axis=1)
+
+
+def memorisation(made: np.ndarray, unseen: np.ndarray) -> dict[str, float]:
+    """What the distances `(., 2)` of drawn pictures and of unseen true ones to the nearest training pictures tell of copies.
+
+    In pixels and in features, the median distance of what is drawn, and the same of unseen pictures; in pixels, the share of
+    what is drawn that is nearer to a training picture than all but 5% of the unseen ones are. (In features noise that no eye
+    sees takes a copy farther away than an unseen picture is, so a share there would tell nothing.)
+    """
+    scores = {}
+    for k, space in enumerate(("pixels", "features")):
+        scores[f"nearest training picture, {space}"] = float(np.median(made[:, k]))
+        scores[f"the same of held-out pictures, {space}"] = float(np.median(unseen[:, k]))
+    scores["share nearer than 95% of held-out pictures, pixels"] = float(np.mean(made[:, 0] < np.quantile(unseen[:, 0], 0.05)))
+    return scores
 
 
 def sheet(cells: list[tuple[np.ndarray, str]]) -> Image.Image:

@@ -243,23 +243,20 @@ class Evaluation:
         """
         train = self.pictures.select("train")
         new = np.concatenate([self.parts["held_out"], self.parts["combination"]])
-        others = self.parts["held_out"] if len(self.parts["held_out"]) else new
-
-        def near(made, seen, unseen):
-            blocks = (self.true(train[k : k + 512]) for k in range(0, len(train), 512))
-            return memorisation.memorisation(
-                made, seen, self.true(unseen), self.reference[unseen], blocks, self.reference[train]
-            )
-
-        made, seen = self.of("train", self.made), self.of("train", self.seen)
-        told, which = near(made, seen, others)
+        blocks = (self.true(train[k : k + 512]) for k in range(0, len(train), 512))
+        shown, seen = np.concatenate([self.made, self.true(new)]), np.concatenate([self.seen, self.reference[new]])
+        near, which = memorisation.nearest_training(shown, seen, blocks, self.reference[train])
+        near, near_true, which = near[: len(self.made)], near[len(self.made) :], self.of("train", train[which])
+        others = near_true[: len(self.parts["held_out"])] if len(self.parts["held_out"]) else near_true
+        told = memorisation.memorisation(self.of("train", near), others)
         scores = {name: Score(value) for name, value in told.items()}
-        told, _ = near(self.made[-len(new) :], self.seen[-len(new) :], new)
+        told = memorisation.memorisation(near[len(self.parts["train"]) :], near_true)
         scores |= {f"{name}, held-out captions": Score(value) for name, value in told.items()}
-        apart, cells = np.linalg.norm(seen - self.reference[train[which[:, 1]]], axis=1), []
+        made, cells = self.of("train", self.made), []
+        apart = self.of("train", near)[:, 1]
         for i in np.argsort(apart)[evenly(len(apart), 12)]:
             cells.append((made[i], self.caption(self.parts["train"][i])))
-            for space, k in zip(("pixels", "features"), train[which[i]]):
+            for space, k in zip(("pixels", "features"), which[i]):
                 cells.append((self.pictures.picture(int(k)), f"{space}: {self.caption(k)}"))
         return scores, memorisation.sheet(cells)
 
