@@ -47,6 +47,13 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def begin(path: Path, committed: list[dict]) -> None:
+    """Where there is no file of rows yet, as in a fresh clone, start from those that are committed."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in committed))
+
+
 def train(folder: str, *settings: str) -> None:
     """Train `configs/demo.yaml` with some settings in one thread of a process of its own; draws and saves only at the end."""
     quiet = ["validation.every_steps=null", "checkpoint.every_steps=null", "train.trackers=[]", "train.num_threads=1"]

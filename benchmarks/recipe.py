@@ -6,7 +6,8 @@ Each round changed `demo.yaml` as it was then: the first one `BEFORE`, the secon
 0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now.
 Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
-Rows go to runs/recipe.jsonl; what is there already is not repeated.
+Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
+(The rows "demo, optimizer Muon", torch's for matrices only, and "demo, Muon, kernels only" are of code that is gone.)
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Yardstick, judged, rows, train
+from measure import Yardstick, begin, judged, rows, train
 
 from sfumato.training import config as configs
 from sfumato.training.build import build_text_encoder
@@ -160,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="benchmarks/results/recipe.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ROWS.parent.mkdir(exist_ok=True)
+    begin(ROWS, json.loads(Path("benchmarks/results/recipe.json").read_text()))
     config = configs.load("configs/demo.yaml")
     Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
     with ThreadPoolExecutor(options.jobs) as pool:

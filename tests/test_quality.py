@@ -1,6 +1,7 @@
 """Metrics against independent implementations, and the whole report through the command line."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sfumato.cli import main as cli
 from sfumato.training import config as configs
 from sfumato.training import openmoji
 from sfumato.training.checkpoints import damage
+from sfumato.training.evaluate import prepared
 from sfumato.training.features import (
     distances,
     features,
@@ -255,11 +257,17 @@ def test_evaluate_of_a_run_knows_its_data_and_leaves_checkpoints_alone(tmp_path,
         Image.fromarray(RNG.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(f"picture {i}")
     path = tiny.config_file(tmp_path, data={"name": str(data)}, checkpoint={"every_steps": 3, "best_by": "held_out_loss"},
-                            validation={"every_steps": 3})  # fmt: skip
+                            validation={"every_steps": 3, "guider": "apg", "guidance_interval": [0.2, 0.8]})  # fmt: skip
     assert main([str(path)]) == 0
     run = tmp_path / "run"
     short = ["--pictures", "4", "--steps", "1"]
     assert cli(["evaluate", "--model", str(run), *short]) == 0, "the data are those of config.yaml"
+    told = json.loads((run / "pipeline" / "evaluation.json").read_text())["protocol"]
+    assert "guidance 3.0 (apg) in 0.2 to 0.8 of the steps" in told
+    options = Namespace(out=None, pictures=4, steps=1, data=None, sampler="unipc", guidance_scale=None, seed=0)
+    assert type(prepared(str(run / "pipeline"), options)[0].guider).__name__ == "AdaptiveProjectedGuidance", (
+        "as its grids were drawn"
+    )
     assert cli(["evaluate", "--model", str(run / "best" / "pipeline"), *short]) == 0
     inside = next((run / "checkpoints").iterdir()) / "pipeline"
     assert cli(["evaluate", "--model", str(inside), *short]) == 2 and "--out" in capsys.readouterr().err

@@ -130,7 +130,10 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long and how. The run ends at `max_steps` or `max_minutes` of training, whichever comes first."""
+    """How long and how. The run ends at `max_steps` or `max_minutes`, whichever comes first.
+
+    Minutes of the clock from the first step on: the grids and saves on the way are part of them, those at the end are not.
+    """
 
     max_steps: int | None = None
     max_minutes: float | None = None
@@ -177,7 +180,8 @@ class CheckpointConfig:
     every_steps: int | None = 1000
     keep: int = 2
     resume: str | None = None
-    best_by: str | None = None  # keep the best model in `best/`: by held_out_loss, FD, KID or a score of the task's own
+    best_by: str | None = None  # keep the best model in `best/`: by held_out_loss (not where few noise levels are trained:
+    # pictures went on to get better while it got worse, LOG.md), FD, KID or a score of the task's own
 
 
 @dataclass

@@ -18,7 +18,7 @@ from sfumato.training import checkpoints
 from sfumato.training.config import Config
 from sfumato.training.data import batches
 from sfumato.training.ema import EMA
-from sfumato.training.evaluation import grid
+from sfumato.training.evaluation import as_image, grid
 from sfumato.training.optimizers import build_optimizer
 from sfumato.training.pictures import PictureSet, prepare
 from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
@@ -65,7 +65,7 @@ def contact_sheet(pictures: PictureSet, count: int = 64) -> Image.Image:
     chosen = pictures.select("train")
     chosen = chosen[:: max(1, len(chosen) // count)][:count]
     drawn = [pictures.picture(int(i)) for i in chosen]
-    shown = [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p).convert("RGB") for p in drawn]
+    shown = [as_image(p).convert("RGB") for p in drawn]
     return grid(shown, [pictures[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
 
 
@@ -204,7 +204,14 @@ def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder)
         Finding("fine", f"{count:,} weights are trained, of {total:,}"),
         Finding("fine", f"{a_step} pictures a step on each process; {train / a_step:.0f} steps are an epoch on one process"),
         Finding("fine", f"a step takes {step * 1000:.0f} ms on one {device} process, {a_step / step:.0f} pictures/s"),
-        Finding("fine", f"{steps:,} steps, {steps * a_step / train:.1f} epochs, {minutes:.0f} minutes on one process"),
+        Finding("fine", f"{steps:,} steps, {steps * a_step / train:.1f} epochs, {minutes:.0f} minutes on one process")
+        if minutes < 24 * 60
+        else Finding(
+            "warning",
+            f"{steps:,} steps take {minutes / 1440:.0f} days on one process of this machine",
+            "It is sized for a faster one.",
+            "Set train.max_minutes, or take a smaller network, as configs/folder_cpu.yaml has it.",
+        ),
         Finding(
             "fine" if kept < free else "error",
             f"a checkpoint takes {checkpoint / 1e6:.0f} MB, the run up to {kept / 1e6:.0f} MB; {free / 1e6:.0f} MB are free",

@@ -11,21 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import add_evaluation, recommended
-from sfumato.pipelines.choices import with_sampler
+from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training import config as configs
 from sfumato.training.facts import public_name
 from sfumato.training.pictures import prepare
 from sfumato.training.quality import Plan, report
 
 
-def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Config:
-    """The config whose data are drawn: `data` itself or with that name, else that of the run, else the one that travels along.
-
-    Raises:
-        ValueError: the model does not say what it was trained on, and nothing else was named.
-    """
-    if data is not None and Path(data).suffix in (".yaml", ".yml"):
-        return configs.load(data)
+def trained_by(model: str) -> configs.Config | None:
+    """The config of the run that made a model, else the one that travels along with it."""
     folder = Path(model)
     kept = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
     kept.append(folder / "training_args.yaml")
@@ -34,8 +28,23 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Co
             kept = [Path(hf_hub_download(model, "training_args.yaml"))]
         except (OSError, HfHubHTTPError):
             kept = []
-    if found := [path for path in kept if path.is_file()]:
-        config = configs.load(found[0])
+    found = [path for path in kept if path.is_file()]
+    return configs.load(found[0]) if found else None
+
+
+def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Config:
+    """The config whose data are drawn: `data` itself or with that name, else the model's own. Guidance is always the model's.
+
+    Raises:
+        ValueError: the model does not say what it was trained on, and nothing else was named.
+    """
+    own = trained_by(model)
+    if data is not None and Path(data).suffix in (".yaml", ".yml"):
+        config = configs.load(data)
+        config.validation = own.validation if own else configs.ValidationConfig()
+        return config
+    if own:
+        config = own
     elif data is not None:
         channels, (height, _) = pipe.vae.config.in_channels, pipe.trained_size
         config = configs.Config(data=configs.DataConfig(resolution=height, channels=channels))
@@ -68,6 +77,8 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
     if (size, channels) != (pipe.trained_size, pipe.vae.config.in_channels):
         raise ValueError(f"the data are of {size} pixels and {channels} channels, the model draws {pipe.trained_size}")
     validation = config.validation
+    start, stop = validation.guidance_interval
+    pipe = with_guider(pipe, validation.guider, start=start, stop=stop)
     if options.sampler is not None:
         pipe = with_sampler(pipe, options.sampler)
     validation.num_inference_steps = advice["num_inference_steps"] if options.steps is None else options.steps

@@ -232,7 +232,7 @@ def train(run: Run) -> int:
             due = push_due = False
         for line in pushes.news():
             log.say(line)
-        if every(c.validation.every_steps, state) and done < 1:
+        if every(c.validation.every_steps, state) and done < 1 and not stopped:
             with checkpoints.averaged(ema, task.module):
                 log.show(state["step"], *task.show())
                 validate(run, log)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from sfumato.training.evaluation import grid
+from sfumato.training.evaluation import as_image, grid
 from sfumato.training.features import distances
 
 
@@ -61,5 +61,4 @@ def memorisation(made: np.ndarray, unseen: np.ndarray) -> dict[str, float]:
 
 def sheet(cells: list[tuple[np.ndarray, str]]) -> Image.Image:
     """Pictures with captions; rows of a drawn one, the training picture nearest in pixels and the one nearest in features."""
-    shown = [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture, _ in cells]
-    return grid(shown, [caption for _, caption in cells], columns=6)
+    return grid([as_image(picture) for picture, _ in cells], [caption for _, caption in cells], columns=6)

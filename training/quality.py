@@ -275,6 +275,8 @@ class Evaluation:
         v, counts = self.config.validation, {name: len(part) for name, part in self.parts.items()}
         held_out = ("held_out", "held_out_combination")
         left_out = sum(len(self.pictures.select(split)) - len(self.unseen(split)) for split in held_out)
+        guider = "" if v.guider == "cfg" else f" ({v.guider})"
+        guider += "" if v.guidance_interval == [0.0, 1.0] else " in {:g} to {:g} of the steps".format(*v.guidance_interval)
         drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
         bits = (
             " Bits per dimension are an upper bound over all noise levels; a plain copy takes 8, and a model whose levels are "
@@ -282,7 +284,7 @@ class Evaluation:
         )
         return (
             f"One picture for each of the first captions of {drawn.replace('combination', 'held-out-combination')} pictures, "
-            f"{type(self.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
+            f"{type(self.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}{guider}, "
             f"seeds {v.seed} and on. "
             "Captions whose pictures are the same count as one, and held-out pictures that are trained under another caption "
             f"are left out ({left_out}). "
