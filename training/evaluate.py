@@ -101,7 +101,8 @@ def evaluate(model: str, options) -> int:
         accelerator.print(
             "The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out"
         )
-    plan = Plan(count=options.pictures, extractor=options.extractor, bits=options.bits)
+    count, few = options.pictures, max(2, options.pictures // 32)
+    plan = Plan(count=count, diverse=few, extractor=options.extractor, bits=options.bits)
     scores, protocol, sheet = report(pipe, config, pictures, accelerator, plan)
     if not accelerator.is_main_process:
         return 0
