@@ -29,6 +29,7 @@ def test_a_sound_config_gets_no_warning_but_for_its_length(tmp_path, capsys):
     assert told(found, "fine", "4 pictures a step") and told(found, "fine", "weights are trained")
     assert cli.main(["doctor", str(path)]) == 0
     assert "last noise level" in capsys.readouterr().out
+    assert told(findings(path, "train.max_steps=1000000000"), "warning", "days on one process")
 
 
 @pytest.mark.filterwarnings("ignore:skipped", "ignore:.*captions are longer")

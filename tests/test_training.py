@@ -20,6 +20,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended
 from sfumato.training import config as configs
 from sfumato.training import loop, tasks
+from sfumato.training.checkpoints import damage
 from sfumato.training.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +188,19 @@ def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
     assert main([str(tiny.config_file(tmp_path))]) == 0
     assert metrics(tmp_path)[-1]["skipped_steps"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 6).values())
+
+
+def test_a_signal_on_a_validation_step_saves_and_draws_nothing_more(tmp_path, monkeypatch):
+    real = tasks.weighted_mse
+
+    def struck(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(tasks, "weighted_mse", struck)
+    assert main([str(tiny.config_file(tmp_path, validation={"every_steps": 1}))]) == 143
+    assert damage(tmp_path / "run" / "checkpoints" / "step-00000001") is None
+    assert not list((tmp_path / "run").glob("samples/*")) and not (tmp_path / "run" / "validation.jsonl").read_text()
 
 
 def test_minutes_end_a_run_and_drive_the_learning_rate(tmp_path):
