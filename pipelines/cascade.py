@@ -8,7 +8,7 @@ from diffusers import ImagePipelineOutput
 from huggingface_hub import snapshot_download
 
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.pipelines.trust import PICKLES
+from sfumato.pipelines.trust import UNREAD
 
 UPSCALER = "upscaler"  # the folder of the second model, inside that of the first
 
@@ -46,7 +46,7 @@ class Cascade:
         names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         of_hub = {name: arguments.pop(name) for name in names if name in arguments}
         if not Path(folder).is_dir():
-            folder = snapshot_download(str(folder), ignore_patterns=[f"*{suffix}" for suffix in PICKLES], **of_hub)
+            folder = snapshot_download(str(folder), ignore_patterns=UNREAD, **of_hub)
         parts = (Path(folder), Path(folder) / UPSCALER)
         return cls(*(SfumatoPipeline.from_pretrained(str(part), **arguments) for part in parts))
 

@@ -264,6 +264,7 @@ def _may_replace(folder: Path) -> None:
         "samples",
         UPSCALER,
         *TAKEN,
+        *(".DS_Store", ".cache", ".gitattributes"),  # what Finder and downloads from the Hub leave
         *(name for name in parts if not name.startswith("_")),
     }
     if more := sorted(path.name for path in folder.iterdir() if path.name not in known):

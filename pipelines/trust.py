@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+UNREAD = [f"*{suffix}" for suffix in PICKLES]  # of a repository on the Hub
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
 PARTS = (
     "vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder", "controlnet",

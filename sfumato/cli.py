@@ -146,33 +146,51 @@ def _opened(options, model: str):
     return pipe
 
 
-def _sample(options) -> int:
-    model = _find_pipeline(options.model)
-    import torch
-    from PIL import Image
+def _read_pictures(options) -> dict:
+    """The pictures that a command names, upright, as they are in training."""
+    from PIL import Image, ImageOps
 
-    from sfumato.pipelines import Cascade, SfumatoPipeline
-    from sfumato.pipelines.card import recommended
-    from sfumato.pipelines.cascade import UPSCALER
-    from sfumato.training.evaluation import grid
-
-    pipe = _opened(options, model)
-    advice = recommended(model)
-    options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
-    options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
-    frames, given = [], {}
+    given = {}
     for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
         if path:
             with Image.open(path) as file:
-                given[name] = file.copy()
+                given[name] = ImageOps.exif_transpose(file)
+    return given
+
+
+def _upscaler(model: str) -> Path | None:
+    """The folder of a cascade's second model, downloaded where the first one is on the Hub; None: there is none."""
+    from sfumato.pipelines.cascade import UPSCALER
+    from sfumato.pipelines.trust import UNREAD
+
+    if not Path(model).is_dir():
+        from huggingface_hub import snapshot_download
+
+        model = snapshot_download(model, allow_patterns=[f"{UPSCALER}/*"], ignore_patterns=UNREAD)
+    folder = Path(model) / UPSCALER
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def _sample(options) -> int:
+    model = _find_pipeline(options.model)
+    import torch
+
+    from sfumato.pipelines import Cascade, SfumatoPipeline
+    from sfumato.pipelines.card import recommended
+    from sfumato.training.evaluation import grid
+
+    pipe = _opened(options, model)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    advice = recommended(model)
+    options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
+    options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
+    frames, given = [], _read_pictures(options)
     given |= {} if options.strength is None else {"strength": options.strength}
 
-    draw, upscaler = pipe, Path(model) / UPSCALER
-    if (upscaler / "model_index.json").is_file():
-        draw, advice = (
-            Cascade(pipe, SfumatoPipeline.from_pretrained(str(upscaler)).to(pipe.device)),
-            recommended(str(upscaler)),
-        )
+    draw = pipe
+    if upscaler := _upscaler(model):
+        draw = Cascade(pipe, SfumatoPipeline.from_pretrained(str(upscaler)).to(pipe.device))
+        advice = recommended(str(upscaler))
         given |= {"upscaling_steps": advice["num_inference_steps"], "upscaling_guidance_scale": advice["guidance_scale"]}
 
     def keep(pipe, step, t, tensors):
@@ -246,13 +264,15 @@ def _evaluate(options) -> int:
 def _export(options) -> int:
     model = _find_pipeline(options.source)
     from sfumato.pipelines import SfumatoPipeline, export_pipeline
+    from sfumato.pipelines.cascade import UPSCALER
     from sfumato.pipelines.export import TAKEN
+    from sfumato.pipelines.trust import UNREAD
 
     raw, source = None, model
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download
 
-        source = snapshot_download(model, allow_patterns=[*TAKEN, "samples/*.png"])
+        source = snapshot_download(model, allow_patterns=[*TAKEN, "samples/*.png", f"{UPSCALER}/*"], ignore_patterns=UNREAD)
     if "raw" in options.variants:
         from sfumato.training import checkpoints
 

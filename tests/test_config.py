@@ -44,6 +44,8 @@ def test_round_trip(tmp_path):
         ("lora.rank=4", "set init_from"),
         ("init_from=somewhere", "unet.*comes from init_from"),
         ("optim.betas=[1", "tiny.yaml"),
+        ("unet=[1,2]", "tiny.yaml"),
+        ("train.num_workers=-1", "must not be negative"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, override, message):

@@ -343,6 +343,7 @@ def test_export_replaces_an_export_but_nothing_else(exported, tmp_path):
     with pytest.raises(ValueError, match="holds more than an export.*notes.md"):
         export_pipeline(pipe, tmp_path / "clone")
     (tmp_path / "clone" / "notes.md").rename(tmp_path / "precious" / "notes.md")
+    (tmp_path / "clone" / ".DS_Store").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "clone")
     export_pipeline(pipe, tmp_path / "link", {"title": "New"})
     assert "# New" in (tmp_path / "clone" / "README.md").read_text()

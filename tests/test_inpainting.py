@@ -9,7 +9,8 @@ from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.conditions import renoised
-from sfumato.pipelines.inputs import pad_for_outpainting
+from sfumato.pipelines.inputs import pad_for_outpainting, to_pixels
+from sfumato.training.pictures import read_picture
 
 SAMPLERS = ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "DEISMultistep", "LCM"]
 
@@ -88,6 +89,16 @@ def test_all_kinds_of_pictures_and_masks_mean_the_same(pipe, picture, mask):
         np.testing.assert_allclose(draw(pipe, image=given, mask_image=mask), expected, atol=1e-6)
     for given in masks:
         np.testing.assert_allclose(draw(pipe, image=picture, mask_image=given), expected, atol=1e-6)
+
+
+def test_transparent_parts_of_a_picture_lie_on_white_as_in_training(pipe, tmp_path):
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (4, 4, 12, 12))
+    clear.save(tmp_path / "clear.png")
+    read = read_picture(tmp_path / "clear.png", (16, 16))
+    assert tuple(read[0, 0]) == (255, 255, 255) and tuple(read[8, 8]) == (255, 0, 0)
+    given = (to_pixels(clear, 3, 16, 16, 1, 1)[0] + 1) * 127.5
+    np.testing.assert_allclose(given.permute(1, 2, 0), read, atol=1e-4)
 
 
 def test_outpainting_keeps_the_picture_within_the_larger_one(pipe, picture):

@@ -309,6 +309,19 @@ def test_grey_rgb_and_rgba(tmp_path, channels, colour):
     assert tuple(prepared.picture(0)[8, 8]) == colour
 
 
+def test_a_folder_of_picture_sets_is_told_to_be_one(tmp_path):
+    """Hugging Face's usual layout would otherwise train on the captions "train" and "test"."""
+    for name in ("train/cats/1.png", "train/dogs/2.png", "test/cats/3.png"):
+        picture(tmp_path / "split" / name)
+    picture(tmp_path / "described" / "part" / "1.png")
+    (tmp_path / "described" / "part" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}')
+    for folder, inner in (("split", "test, train"), ("described", "part")):
+        with pytest.raises(ValueError, match=f"picture sets of their own: {inner}; name one"):
+            pictures.prepare(folder_config(tmp_path, tmp_path / folder))
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "split" / "train"))
+    assert [prepared[i]["captions"] for i in range(2)] == [["cats"], ["dogs"]]
+
+
 def test_resize_policies(tmp_path):
     wide = Image.new("RGB", (40, 20), "red")
     wide.paste("blue", (0, 0, 8, 20))

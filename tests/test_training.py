@@ -256,6 +256,7 @@ def test_a_pretrained_text_encoder_is_frozen_and_kept(tmp_path):
         ("scheduler.beta_schedule=cosin", "unknown beta_schedule"),
         ("scheduler.beta=1", "SfumatoDDPMScheduler has no argument beta"),
         ("data.name=nowhere", "neither openmoji nor shapes"),
+        ("data.cache_dir=/dev/null/cache", "Not a directory"),
     ],
 )
 def test_wrong_settings_end_before_training(tmp_path, capsys, override, message):

@@ -242,7 +242,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
                     OmegaConf.update(layer, key, "no")
         merged = OmegaConf.merge(OmegaConf.structured(Config), *given)
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
     from sfumato.training.rules import check, idle  # which know the classes above
 

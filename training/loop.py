@@ -79,8 +79,9 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
     checkpoint = on_main(
         accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
     )
-    if config.checkpoint.best_by == "held_out_loss" and not len(pictures.select("held_out")):
-        raise ValueError("checkpoint.best_by=held_out_loss: no pictures are held out; choose another score")
+    by, held_out = config.checkpoint.best_by, len(pictures.select("held_out"))
+    if (by == "held_out_loss" and not held_out) or (by == "FD of model" and held_out == 1):
+        raise ValueError(f"checkpoint.best_by={by}: {held_out} pictures are held out, which is too few; choose another score")
     if config.checkpoint.best_by in DISTANCES:
         if pictures.several_sizes:
             raise ValueError(f"checkpoint.best_by={config.checkpoint.best_by}: needs pictures of one size")

@@ -21,7 +21,9 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from sfumato.pipelines import inputs
 from sfumato.pipelines.export import sync
+from sfumato.pipelines.inputs import MODES, on_white
 from sfumato.training import openmoji, shapes, sources
 from sfumato.training.config import DataConfig
 from sfumato.training.sources import Record, open_source
@@ -30,7 +32,6 @@ MAX_PIXELS = 32_000_000
 MIN_SIDE = 4
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SPLITS = ("train", "held_out", "held_out_combination")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 UNSEEN = (
     "cache_dir",
     "max_bad_share",
@@ -81,11 +82,7 @@ def read_picture(
                 picture = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
             if picture.mode not in ("RGB", "L"):
                 notes.add(f"converted from {picture.mode}")
-            if picture.mode in ("P", "PA", "LA", "RGBA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                if channels != 4:
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert(MODES[channels])
+            picture = on_white(picture, channels).convert(MODES[channels])
     except ValueError as error:
         known = ("megapixels", "pixels")
         raise error if str(error).endswith(known) else ValueError("damaged picture") from error
@@ -187,7 +184,7 @@ def _cache_key(config: DataConfig) -> str:
             parts[package] = version(package)
         except PackageNotFoundError:
             parts[package] = None
-    for module in (sources, openmoji, shapes):
+    for module in (sources, openmoji, shapes, inputs):
         parts[module.__name__] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
     parts["pictures"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     digest, path = hashlib.sha256(json.dumps(parts).encode()), Path(config.name).expanduser()

@@ -69,11 +69,6 @@ def _check_models(config: Config, need) -> None:
         "a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction",
     )
     need(not (epsilon and o.weight == "edm"), "objective.weight", "is unbounded on epsilon; predict sample or v_prediction")
-    need(
-        not (epsilon and config.objective.weight != "unit" and config.scheduler.get("rescale_betas_zero_snr")),
-        "objective.weight",
-        "divides by an SNR of zero with epsilon prediction and zero terminal SNR",
-    )
     need(config.autoencoder.kl_weight >= 0, "autoencoder.kl_weight", "must not be negative")
     need(config.autoencoder.sharpness_weight >= 0, "autoencoder.sharpness_weight", "must not be negative")
     need(config.upscaling.factor >= 2, "upscaling.factor", "must be at least 2")
@@ -120,23 +115,23 @@ def _check_run(config: Config, need) -> None:
     need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
     for key in ("batch_size", "gradient_accumulation_steps", "max_bad_steps"):
         need(getattr(config.train, key) > 0, f"train.{key}", "must be positive")
-    for section, key in (
-        ("train", "max_steps"),
-        ("train", "max_minutes"),
-        ("checkpoint", "every_steps"),
-        ("validation", "every_steps"),
-        ("hub", "every_steps"),
-        ("ema", "snapshot_steps"),
-    ):
+    every = ("checkpoint.every_steps", "validation.every_steps", "hub.every_steps", "ema.snapshot_steps")
+    for name in ("train.max_steps", "train.max_minutes", *every):
+        section, key = name.split(".")
         value = getattr(getattr(config, section), key)
-        need(value is None or value > 0, f"{section}.{key}", "must be positive, or null")
+        need(value is None or value > 0, name, "must be positive, or null")
+    need(config.train.num_workers >= 0, "train.num_workers", "must not be negative")
     need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
     known = scores_of(config)
     need(config.checkpoint.best_by in (None, *known), "checkpoint.best_by", f"choose one of {', '.join(known)}")
     by, there = config.checkpoint.best_by or "", all(map(importlib.util.find_spec, PACKAGES))
+    need(
+        not by.startswith(DISTANCES) or config.validation.num_judged >= 2,
+        "validation.num_judged",
+        f"must be at least 2 for {by}",
+    )
+    there = importlib.util.find_spec("torchmetrics") if by.startswith("SSIM") else there
     distance = by.startswith(("FD", "KID", "LD", "SSIM"))
-    need(not by.startswith("FD") or config.validation.num_judged >= 2, "validation.num_judged", "must be at least 2 for FD")
-    need(by != "KID" or config.validation.num_judged >= 2, "validation.num_judged", "must be at least 2 for KID")
     need(not distance or there, "checkpoint.best_by", "needs packages: pip install 'sfumato[metrics]'")
     need(not by or config.validation.every_steps is not None, "checkpoint.best_by", "needs validation.every_steps")
     need(not config.ema.snapshot_steps or config.task != "autoencoder", "ema.snapshot_steps", "is not for task=autoencoder")

@@ -113,6 +113,11 @@ def _folder(folder: Path, config: DataConfig) -> Iterator[Record]:
             "each picture, or sort the pictures into sub-folders named like their class"
         )
     names = [str(p.relative_to(folder)) for p in files]
+    described = {Path(name).parts[0] for name in names if list((folder / Path(name).parts[0]).glob("metadata.*"))}
+    if inner := sorted(described | {Path(name).parts[0] for name in names} & {"train", "test", "val", "validation"}):
+        raise ValueError(
+            f"{folder} holds picture sets of their own: {', '.join(inner)}; name one, such as {folder / inner[0]}"
+        )
     return (_in_folder(folder, name, Path(name).parts[0].replace("_", " ")) for name in names)
 
 

@@ -81,7 +81,8 @@ class TextToImage:
             pipe.unet.compile_repeated_blocks()
         self.texts, self.latents = self._cached()
         self.moments = LossMoments() if config.objective.importance else None
-        self.snr = pipe.scheduler.snr(pipe.scheduler.training_levels()).to(accelerator.device)
+        self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
+        self.snr = self.levels.to(accelerator.device)
         self.prompts = list(config.validation.prompts) or evaluation.captions_to_show(pictures)
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -98,9 +99,10 @@ class TextToImage:
     def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""
         o, scheduler = self.config.objective, self.pipe.scheduler
+        u, share = (batch["u"], torch.ones(())) if self.moments is None else self.moments.warp(batch["u"])
+        t = sample_timesteps(u, self.levels, o.timesteps, o.log_snr_mean, o.log_snr_std)  # on the CPU: MPS has no quantiles
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-        u, share = (batch["u"], 1.0) if self.moments is None else self.moments.warp(batch["u"])
-        t = sample_timesteps(u, self.snr, o.timesteps, o.log_snr_mean, o.log_snr_std)
+        u, share, t = (value.to(self.accelerator.device) for value in (u, share, t))
         torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
         x_0 = self.x_0(batch)
         noise = self.noise(batch["noise_seed"], x_0)

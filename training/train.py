@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         from sfumato.training import loop  # torch and diffusers only now: a wrong setting is told at once
 
         run = loop.prepare(settings)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
     try:
