@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from loopback_hub import Hub
 from PIL import Image
 
-from sfumato.pipelines import export_pipeline
+from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.training.train import main
 
 # Draws with whatever class; sfumato cannot be imported. Arguments: a file for the pictures, then (class, keywords) as JSON.
@@ -62,7 +62,7 @@ def run(hub, home, *command, token="writer", check=True):
         child = train(hub, home, command[1], token)
         assert not check or child.returncode == 0, child.stderr
         return child
-    start = [sys.executable, "-m", "sfumato.cli"] if command[0] in ("push", "export") else [sys.executable, "-c"]
+    start = [sys.executable, "-m", "sfumato.cli"] if command[0] in ("push", "export", "sample") else [sys.executable, "-c"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     child = subprocess.run(
         [*start, *map(str, command)], env={**env, "OMP_NUM_THREADS": "1", **hub.env(home, token)},
@@ -139,6 +139,29 @@ def test_ours_opens_a_repository_and_exports_the_same_folder(hub, model, tmp_pat
     assert again.pop("README.md").decode() == text and again == {
         k: v for k, v in files.items() if k not in ("README.md", ".gitattributes")
     }
+
+
+def test_a_cascade_is_drawn_and_exported_whole(hub, model, tmp_path):
+    second = export_pipeline(tiny.pipeline(tmp_path, task="upscaling", data={"resolution": 32}), tmp_path / "second")
+    export_pipeline(SfumatoPipeline.from_pretrained(model[0]), tmp_path / "cascade", upscaler=second)
+    run(hub, tmp_path / "home", "push", tmp_path / "cascade", "two")
+    run(
+        hub,
+        tmp_path / "new",
+        "sample",
+        "a red circle",
+        "--model",
+        "ada/two",
+        "--steps",
+        "2",
+        "--each",
+        tmp_path,
+        "--out",
+        tmp_path / "g.png",
+    )
+    assert Image.open(tmp_path / "00000.png").size == (32, 32), "the second model has drawn too"
+    run(hub, tmp_path / "home", "export", "ada/two", tmp_path / "again")
+    assert (tmp_path / "again" / "upscaler" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_a_dry_run_lists_and_changes_nothing(hub, model, tmp_path):
