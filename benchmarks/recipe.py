@@ -7,7 +7,8 @@ Each round changed `demo.yaml` as it was then: the first one `BEFORE`, the secon
 Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
 Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
-(The rows "demo, optimizer Muon", torch's for matrices only, and "demo, Muon, kernels only" are of code that is gone.)
+(The rows "demo, optimizer Muon", torch's for matrices only, "demo, Muon, kernels only" and "demo, Muon, four steps" of
+Newton-Schulz are of code that is gone.)
 """
 
 import argparse

@@ -390,6 +390,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+UNREAD = [f"*{suffix}" for suffix in PICKLES]  # of a repository on the Hub
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
 PARTS = (
     "vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder", "controlnet",
@@ -708,7 +709,7 @@ def to_pixels(
     """
     parts = image if isinstance(image, list) else [image]
     if all(isinstance(part, Image.Image) for part in parts):
-        sized = [part.convert(MODES[channels]) for part in parts]
+        sized = [on_white(part, channels).convert(MODES[channels]) for part in parts]
         sized = [p if p.size == (width, height) else p.resize((width, height), resample) for p in sized]
         image = [np.asarray(part).reshape(height, width, channels) for part in sized]
     pixels = _stack(name, image, one_has=3)
@@ -719,6 +720,15 @@ def to_pixels(
     if not (torch.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError(f"`{name}` must hold values from 0 to 1 (or be uint8)")
     return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
+
+
+def on_white(picture: Image.Image, channels: int) -> Image.Image:
+    """A PIL picture whose transparent parts lie on white, as in training; with 4 channels they stay transparent."""
+    if picture.mode in ("P", "PA", "LA", "RGBA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        if channels != 4:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture
 
 
 def to_mask(mask, height: int, width: int, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
