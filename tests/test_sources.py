@@ -320,6 +320,10 @@ def test_a_folder_of_picture_sets_is_told_to_be_one(tmp_path):
             pictures.prepare(folder_config(tmp_path, tmp_path / folder))
     prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "split" / "train"))
     assert [prepared[i]["captions"] for i in range(2)] == [["cats"], ["dogs"]]
+    picture(tmp_path / "vehicles" / "bus" / "1.png")
+    picture(tmp_path / "vehicles" / "train" / "2.png")
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "vehicles"))
+    assert [prepared[i]["captions"] for i in range(2)] == [["bus"], ["train"]], "a class, with others beside"
 
 
 def test_resize_policies(tmp_path):

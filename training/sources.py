@@ -113,8 +113,9 @@ def _folder(folder: Path, config: DataConfig) -> Iterator[Record]:
             "each picture, or sort the pictures into sub-folders named like their class"
         )
     names = [str(p.relative_to(folder)) for p in files]
-    described = {Path(name).parts[0] for name in names if list((folder / Path(name).parts[0]).glob("metadata.*"))}
-    if inner := sorted(described | {Path(name).parts[0] for name in names} & {"train", "test", "val", "validation"}):
+    classes = {Path(name).parts[0] for name in names}
+    described = {name for name in classes if list((folder / name).glob("metadata.*"))}
+    if inner := sorted(described or (classes if classes <= {"train", "test", "val", "validation"} else ())):
         raise ValueError(
             f"{folder} holds picture sets of their own: {', '.join(inner)}; name one, such as {folder / inner[0]}"
         )
