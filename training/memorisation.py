@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image
 
-from sfumato.training.evaluation import as_image, grid
 from sfumato.training.features import distances
 
 
@@ -57,8 +55,3 @@ def memorisation(made: np.ndarray, unseen: np.ndarray) -> dict[str, float]:
         scores[f"the same of held-out pictures, {space}"] = float(np.median(unseen[:, k]))
     scores["share nearer than 95% of held-out pictures, pixels"] = float(np.mean(made[:, 0] < np.quantile(unseen[:, 0], 0.05)))
     return scores
-
-
-def sheet(cells: list[tuple[np.ndarray, str]]) -> Image.Image:
-    """Pictures with captions; rows of a drawn one, the training picture nearest in pixels and the one nearest in features."""
-    return grid([as_image(picture) for picture, _ in cells], [caption for _, caption in cells], columns=6)

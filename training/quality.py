@@ -258,7 +258,8 @@ class Evaluation:
             cells.append((made[i], self.caption(self.parts["train"][i])))
             for space, k in zip(("pixels", "features"), which[i]):
                 cells.append((self.pictures.picture(int(k)), f"{space}: {self.caption(k)}"))
-        return scores, memorisation.sheet(cells)
+        shown, told = zip(*cells)
+        return scores, evaluation.grid([evaluation.as_image(picture) for picture in shown], list(told))
 
     def bits(self) -> dict[str, Score]:
         """Bits per dimension of held-out and of training pictures, at most."""

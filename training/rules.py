@@ -69,6 +69,11 @@ def _check_models(config: Config, need) -> None:
         "a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction",
     )
     need(not (epsilon and o.weight == "edm"), "objective.weight", "is unbounded on epsilon; predict sample or v_prediction")
+    need(
+        not (epsilon and config.objective.weight != "unit" and config.scheduler.get("rescale_betas_zero_snr")),
+        "objective.weight",
+        "divides by an SNR of zero with epsilon prediction and zero terminal SNR",
+    )
     need(config.autoencoder.kl_weight >= 0, "autoencoder.kl_weight", "must not be negative")
     need(config.autoencoder.sharpness_weight >= 0, "autoencoder.sharpness_weight", "must not be negative")
     need(config.upscaling.factor >= 2, "upscaling.factor", "must be at least 2")
