@@ -3,7 +3,8 @@
     python benchmarks/recipe.py [--steps 1300] [--seeds 2] [--only NAME ...] [--out benchmarks/results/recipe.json]
 
 Each round changed `demo.yaml` as it was then: the first one `BEFORE`, the second one what won it ("normal(-1, 2), dropout
-0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now.
+0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now; rows that begin with "Muon,"
+change that.
 Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
 Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
@@ -105,8 +106,24 @@ THIRD = {
     "demo, Muon, kernels too, rate 2e-3, width 24 to 96": ["unet.block_out_channels=[24, 48, 64, 96]"],
     "demo, Muon, kernels too, rate 2e-3, two layers a block": ["unet.layers_per_block=2"],
 }
+FOURTH = {
+    "Muon, target v": ["scheduler.prediction_type=v_prediction"],
+    "Muon, target eps": ["scheduler.prediction_type=epsilon"],
+    "Muon, levels uniform": ["objective.timesteps=uniform", "objective.log_snr_mean=0", "objective.log_snr_std=2"],
+    "Muon, levels laplace": ["objective.timesteps=laplace"],
+    "Muon, weight soft min-SNR": ["objective.weight=soft_min_snr", "objective.min_snr_floor=0"],
+    "Muon, weight P2": ["objective.weight=p2", "objective.min_snr_floor=0"],
+    "Muon, weight EDM": ["objective.weight=edm", "objective.min_snr_floor=0"],
+    "Muon, schedule linear": ["scheduler.beta_schedule=linear"],
+    "Muon, rate falls linearly": ["optim.lr_decay=linear"],
+    "Muon, rate constant": ["optim.lr_decay=constant"],
+    "Muon, EMA 0.9995": ["ema.decay=0.9995"],
+    "Muon, immiscible, 8": ["objective.noise_candidates=8"],
+    "Muon, offset noise 0.1": ["objective.offset_noise=0.1"],
+    "Muon, text embeddings 0.02": ["text_encoder.embedding_std=0.02"],
+}
 VARIANTS = {name: [*BEFORE, *settings] for name, settings in FIRST.items()}
-VARIANTS |= {name: [*ADAMW, *settings] for name, settings in SECOND.items()} | THIRD
+VARIANTS |= {name: [*ADAMW, *settings] for name, settings in SECOND.items()} | THIRD | FOURTH
 ROWS = Path("runs/recipe.jsonl")
 
 

@@ -9,7 +9,7 @@ from sfumato.training.config import OptimConfig
 from sfumato.training.optimizers import MuonAdamW, build_optimizer, orthogonal
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (16, 100), (100, 16), (1, 8)])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 20), (16, 100), (100, 16), (1, 8)])
 def test_orthogonal_is_five_steps_of_newton_schulz(shape):
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.logspace(0, -3, shape[1])
