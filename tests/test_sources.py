@@ -360,7 +360,10 @@ def test_buckets_keep_each_batch_to_one_size_and_show_every_picture(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*captions are longer")
-def test_buckets_and_flips_train(tmp_path):
+def test_buckets_and_flips_train_and_the_first_bucket_is_drawn(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    from sfumato.pipelines import SfumatoPipeline
     from sfumato.training.train import main
 
     for kind, size in {"tall": (20, 40), "wide": (40, 20)}.items():
@@ -368,6 +371,9 @@ def test_buckets_and_flips_train(tmp_path):
             picture(tmp_path / "f" / kind / f"{i}.png", size=size)
     data = {"name": str(tmp_path / "f"), "buckets": [[24, 16], [16, 24]], "random_flip": True}
     assert main([str(tiny.config_file(tmp_path, data=data))]) == 0
+    model = tmp_path / "run" / "pipeline"
+    assert DiffusionPipeline.from_pretrained(model)("tall", num_inference_steps=2).images[0].size == (16, 24)
+    assert SfumatoPipeline.from_pretrained(model)("tall", num_inference_steps=2).images[0].size == (16, 24)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -29,7 +29,7 @@ def build_autoencoder(config: Config) -> VariationalAutoencoder:
     """
     arguments = config.autoencoder.model
     known(arguments, AutoencoderKL, "autoencoder.model")
-    given = {"sample_size": config.data.resolution, "in_channels": config.data.channels, "out_channels": config.data.channels}
+    given = {"sample_size": max(config.data.size), "in_channels": config.data.channels, "out_channels": config.data.channels}
     if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
         raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
     torch.manual_seed(config.seed)
@@ -110,7 +110,7 @@ def known(arguments: dict, cls: type, section: str) -> None:
 
 def divisible(config: Config, factor: int) -> None:
     """Raise ValueError where a picture size is no multiple of the VAE's factor."""
-    for side in (config.data.resolution, *(side for size in config.data.buckets for side in size)):
+    for side in (side for size in config.data.buckets or [config.data.size] for side in size):
         if side % factor:
             raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
 

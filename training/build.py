@@ -161,7 +161,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions, tokenizer)
     upscaling = config.task == "upscaling"
     if config.vae.pretrained is None:
-        vae = identity_vae(config.data.resolution, config.data.channels, 4 if config.task == "inpainting" else None, upscaling)
+        vae = identity_vae(max(config.data.size), config.data.channels, 4 if config.task == "inpainting" else None, upscaling)
     else:
         vae, _ = _pretrained(AutoencoderKL, "vae.pretrained", config.vae.pretrained, "vae")
         vae.requires_grad_(False).eval()
@@ -181,7 +181,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         set_scaling_factor(vae, UPSCALERS_SCALE)
     divisible(config, factor)
     given = {
-        "sample_size": config.data.resolution // factor,
+        "sample_size": _sample_size(config, factor),
         "in_channels": _num_inputs(config, vae),
         "out_channels": vae.config.latent_channels * (1 + learns_variance(scheduler)),
         **({"class_embed_type": "timestep"} if upscaling else {}),
@@ -245,6 +245,12 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
     unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
 
 
+def _sample_size(config: Config, factor: int) -> int | tuple[int, int]:
+    """The UNet's `sample_size`: the side of the latents, or their height and width."""
+    height, width = (side // factor for side in config.data.size)
+    return height if height == width else (height, width)
+
+
 def load_pipeline(config: Config) -> SfumatoPipeline:
     """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
 
@@ -262,7 +268,7 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError(f"objective.self_conditioning: init_from={config.init_from!r} has {pipe.config.self_conditioning}")
     if channels == latents == pipe.unet.config.out_channels and config.task == "inpainting":
         if is_identity(pipe.vae):
-            pipe.register_modules(vae=identity_vae(config.data.resolution, pipe.vae.config.in_channels, 4))
+            pipe.register_modules(vae=identity_vae(max(config.data.size), pipe.vae.config.in_channels, 4))
             latents = 4
         widen(pipe.unet, _num_inputs(config, pipe.vae), latents)
     elif channels != _num_inputs(config, pipe.vae):
@@ -278,7 +284,7 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.weight == "edm":
         raise ValueError("objective.weight=edm: init_from predicts epsilon, on which it is unbounded; choose another")
-    pipe.unet.register_to_config(sample_size=config.data.resolution // pipe.vae_scale_factor)
+    pipe.unet.register_to_config(sample_size=_sample_size(config, pipe.vae_scale_factor))
     torch.manual_seed(config.seed)
     pipe.vae.requires_grad_(False).eval()
     train_text = bool(config.text_encoder.train) and not config.lora.rank

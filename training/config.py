@@ -21,7 +21,7 @@ class DataConfig:
     name: str = "openmoji"
     resolution: int = 32
     channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
-    buckets: list[list[int]] = field(default_factory=list)  # [height, width] of several picture sizes; none: one square
+    buckets: list[list[int]] = field(default_factory=list)  # [height, width] of several picture sizes, the first one drawn; none: one square
     resize: Literal["crop", "pad", "stretch"] = "crop"
     random_flip: bool = False  # left to right, half of the time; wrong for text and for captions that name a side
     image_column: str | None = None  # null: file_name in metadata files, image in parquet and Hub data sets
@@ -39,6 +39,11 @@ class DataConfig:
     cache_latents: bool = False  # encode all pictures by the VAE once, before training, and keep the result on disk
     cache_embeddings: bool = False  # the same for captions and a frozen text encoder
     cache_dir: str = "~/.cache/sfumato"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures that are drawn: of the first bucket, or the square of `resolution`."""
+        return tuple(self.buckets[0]) if self.buckets else (self.resolution, self.resolution)
 
 
 @dataclass

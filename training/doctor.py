@@ -145,11 +145,11 @@ def _captions(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> li
 
 def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     scheduler = pipe.scheduler
-    size = pipe.unet.config.sample_size
+    height, width = (side // pipe.vae_scale_factor for side in pipe.trained_size)
     terminal = float(scheduler.snr(scheduler.training_levels()[-1]))
     # A picture's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
-    mean_snr = terminal * size**2
-    what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for a picture's mean at {size} x {size}"
+    mean_snr = terminal * height * width
+    what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for a picture's mean at {height} x {width}"
     found = [
         Finding("fine", what)
         if mean_snr < 0.05

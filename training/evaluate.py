@@ -73,7 +73,7 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
     if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
         raise ValueError(f"{model} draws from pictures; evaluate is for models that draw from text alone")
     config, advice = config_of(model, options.data, pipe), recommended(model)
-    size, channels = (config.data.resolution,) * 2, config.data.channels
+    size, channels = config.data.size, config.data.channels
     if (size, channels) != (pipe.trained_size, pipe.vae.config.in_channels):
         raise ValueError(f"the data are of {size} pixels and {channels} channels, the model draws {pipe.trained_size}")
     validation = config.validation
