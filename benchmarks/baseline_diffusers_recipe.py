@@ -27,12 +27,13 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from measure import Yardstick, grid
+from measure import Yardstick
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sfumato.training import config as configs
 from sfumato.training.autoencoders import identity_vae, lists_to_tuples
 from sfumato.training.build import train_tokenizer
+from sfumato.training.evaluation import grid
 from sfumato.training.latents import to_pixel_values
 from sfumato.training.pictures import prepare
 from sfumato.training.shapes import evenly

@@ -12,7 +12,6 @@ import torch
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
 from sfumato.training import config as configs
-from sfumato.training.evaluation import grid  # noqa: F401  (for those who import this)
 from sfumato.training.features import features, frechet_distance, gaussian, kernel_distance, reference_features
 from sfumato.training.judge import CODE, train_judge
 from sfumato.training.pictures import prepare
@@ -32,7 +31,7 @@ class Yardstick:
         made = np.stack([np.asarray(picture) for picture in made])
         seen = features(made)
         scores = self.judge.scores(made, self.captions, seen)
-        own = scores[np.arange(len(made)), [self.captions.index(caption) for caption in self.captions]]
+        own = scores.diagonal()
         return {
             "FD": round(frechet_distance(self.whole, seen), 3),
             "KID": round(kernel_distance(self.true, seen), 5),
@@ -56,7 +55,13 @@ def begin(path: Path, committed: list[dict]) -> None:
 
 def train(folder: str, *settings: str) -> None:
     """Train `configs/demo.yaml` with some settings in one thread of a process of its own; draws and saves only at the end."""
-    quiet = ["validation.every_steps=null", "checkpoint.every_steps=null", "train.trackers=[]", "train.num_threads=1"]
+    quiet = [
+        "validation.every_steps=null",
+        "checkpoint.every_steps=null",
+        "train.trackers=[]",
+        "train.num_threads=1",
+        "checkpoint.resume=auto",
+    ]
     command = [sys.executable, "training/train.py", "configs/demo.yaml", *quiet, *settings, f"output_dir={folder}"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

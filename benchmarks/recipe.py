@@ -3,8 +3,8 @@
     python benchmarks/recipe.py [--steps 1300] [--seeds 2] [--only NAME ...] [--out benchmarks/results/recipe.json]
 
 Each round changed `demo.yaml` as it was then: the first one `BEFORE`, the second one what won it ("normal(-1, 2), dropout
-0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now; rows that begin with "Muon,"
-change that.
+0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now; rows that
+begin with "Muon," change that.
 Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
 Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
@@ -161,8 +161,6 @@ def run(name: str, seed: int, steps: int) -> None:
         return
     folder = f"runs/recipe/{name.replace(' ', '_').replace(',', '')}-{seed}"
     settings = [setting.format(seed=seed) for setting in VARIANTS[name]]
-    if "warm-up" in name:
-        warm_up(Path(f"runs/recipe/warm-{seed}"), seed)
     train(folder, *settings, "train.max_minutes=null", f"train.max_steps={steps}", f"seed={seed}")
     row = {"name": name, "seed": seed, "steps": steps, "settings": settings, **judged(folder)}
     print(row, flush=True)
@@ -182,6 +180,10 @@ if __name__ == "__main__":
     begin(ROWS, json.loads(Path("benchmarks/results/recipe.json").read_text()))
     config = configs.load("configs/demo.yaml")
     Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
+    for seed in range(options.seeds):
+        warm = Path(f"runs/recipe/warm-{seed}")
+        if "demo, contrastive warm-up" in options.only and not warm.exists():
+            warm_up(warm, seed)  # before there are threads, which share torch's random numbers
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [pool.submit(run, name, seed, options.steps) for seed in range(options.seeds) for name in options.only]
         for job in jobs:
@@ -189,7 +191,8 @@ if __name__ == "__main__":
     Path(options.out).write_text(json.dumps(rows(ROWS), indent=1) + "\n")
     table = {}
     for row in rows(ROWS):
-        table.setdefault(row["name"], []).append(row)
+        if row["pictures"] == options.steps * 16:
+            table.setdefault(row["name"], []).append(row)
     for name, found in sorted(table.items(), key=lambda item: sum(row["FD"] for row in item[1]) / len(item[1])):
         cells = [f"{row['FD']:.1f} / {row['distance']:.2f} / {row['retrieval']:.1%}" for row in found]
         print(f"| {name} | {' | '.join(cells)} | {sum(row['seconds'] for row in found) // len(found)} s |")

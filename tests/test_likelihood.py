@@ -98,4 +98,7 @@ def test_a_trained_model_learns_its_variance_and_tells_its_bits(tmp_path):
     assert told["bits/dim"] == pytest.approx(told["prior"] + told["decoder"] + sum(told["levels"]), rel=1e-5)
     some = bits_per_dim(pipe, shown, captions, num_levels=200)
     assert some["bits/dim"] == pytest.approx(told["bits/dim"], rel=0.1)
+    assert np.isnan(some["levels"]).any(), "levels that were left out are not told as 0"
+    with pytest.raises(ValueError, match="at least 2"):
+        bits_per_dim(pipe, shown, captions, num_levels=1)
     json.dumps(told)

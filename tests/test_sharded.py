@@ -6,6 +6,7 @@ Accelerate shards on GPUs only; here torch's own `fully_shard` does what Acceler
 import socket
 
 import crashes
+import pytest
 import tiny
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -13,17 +14,19 @@ from torch.distributed.fsdp import fully_shard
 from sfumato.pipelines import export_pipeline
 from sfumato.training import checkpoints
 from sfumato.training.build import Denoiser
+from sfumato.training.config import OptimConfig
 from sfumato.training.ema import EMA
+from sfumato.training.optimizers import build_optimizer
 
 
-def build(folder, sharded: bool):
+def build(folder, sharded: bool, kind: str):
     pipe = tiny.pipeline(folder)
     denoiser = Denoiser(pipe.unet, pipe.text_encoder)
     if sharded:
         fully_shard(pipe.unet.mid_block)
         fully_shard(denoiser)
     parameters = checkpoints.trained(denoiser)
-    return pipe, denoiser, torch.optim.AdamW(parameters, lr=1e-2), EMA(parameters, 0.9)
+    return pipe, denoiser, build_optimizer(OptimConfig(name=kind, lr=1e-2), parameters), EMA(parameters, 0.9)
 
 
 def steps(denoiser, optimizer, ema, count: int) -> None:
@@ -40,7 +43,8 @@ def close(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
 
 
-def test_sharded_state_equals_whole_state(tmp_path):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_sharded_state_equals_whole_state(tmp_path, kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,11 +53,11 @@ def test_sharded_state_equals_whole_state(tmp_path):
         folder = tmp_path / str(rank)
         folder.mkdir()
         torch.distributed.init_process_group("gloo")
-        _, whole, optimizer, ema = build(folder, sharded=False)
+        _, whole, optimizer, ema = build(folder, False, kind)
         steps(whole, optimizer, ema, 3)
         expected = checkpoints.collect(whole, optimizer, ema)
 
-        pipe, denoiser, optimizer, ema = build(folder, sharded=True)
+        pipe, denoiser, optimizer, ema = build(folder, True, kind)
         assert checkpoints.is_sharded(denoiser) and not checkpoints.is_sharded(whole)
         steps(denoiser, optimizer, ema, 3)
         tensors = checkpoints.collect(denoiser, optimizer, ema)
@@ -69,7 +73,7 @@ def test_sharded_state_equals_whole_state(tmp_path):
         torch.distributed.barrier()
 
         saved = tmp_path / "0" / "checkpoints" / "step-00000003"
-        _, again, optimizer, ema = build(folder, sharded=True)
+        _, again, optimizer, ema = build(folder, True, kind)
         checkpoints.restore(saved, again, optimizer, ema)
         restored = checkpoints.collect(again, optimizer, ema)
         assert restored.keys() == tensors.keys() and all(torch.equal(restored[k], tensors[k]) for k in tensors)

@@ -52,22 +52,19 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = alphabet + [letter + "</w>" for letter in alphabet]
-    # The learner counts only the letters it meets; ask for enough and cut its merges to what fits beside all bytes.
-    learner.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False),
+    # Pairs that are as frequent are merged in the order of their letters' numbers, so all letters get theirs here: those that
+    # the learner meets by itself come in another order in each process.
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size - 2, len(base)), end_of_word_suffix="</w>", special_tokens=base, show_progress=False
     )
-    vocab = {token: i for i, token in enumerate(base)}
-    merges = []
-    for merge in json.loads(learner.to_str())["model"]["merges"]:
-        if len(vocab) >= vocab_size - 2:
-            break
-        left, right = merge if isinstance(merge, list) else merge.split(" ")
+    learner.train_from_iterator(captions, trainer)
+    vocab, merges = {token: i for i, token in enumerate(base)}, []
+    for left, right in json.loads(learner.to_str())["model"]["merges"]:
         merges.append((left, right))
         vocab.setdefault(left + right, len(vocab))
     for mark in (START, END):
         vocab[mark] = len(vocab)
-    # Ties between equally frequent pairs may fall differently in another process; all must speak the first one's tokens.
+    # The same in every process by now; should another learner break ties at random, all speak the first one's tokens.
     vocab, merges = broadcast_object_list([vocab, merges])
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 

@@ -1,6 +1,7 @@
 """`sfumato evaluate`: measure a model on a picture set, print the figures, and put them into its card."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
             raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
         if not (folder / "README.md").is_file():
             raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
-    if options.pictures < 2 or (options.steps is not None and options.steps < 1):
-        raise ValueError("--pictures must be at least 2 and --steps at least 1")
+    if options.pictures < 2 or options.bits < 0 or not 0 <= options.seed < 2**62:
+        raise ValueError("--pictures must be at least 2, --bits at least 0, and --seed a number from 0 on, below 2**62")
+    if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ValueError(f"--out={options.out} is not a folder")
     pipe = SfumatoPipeline.from_pretrained(model)
     if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
         raise ValueError(f"{model} draws from pictures; evaluate is for models that draw from text alone")
@@ -84,6 +87,10 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
     validation.num_inference_steps = advice["num_inference_steps"] if options.steps is None else options.steps
     validation.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     validation.seed = options.seed
+    if not 1 <= validation.num_inference_steps <= pipe.scheduler.config.num_train_timesteps:
+        raise ValueError(f"--steps must be from 1 to {pipe.scheduler.config.num_train_timesteps}")
+    if not math.isfinite(validation.guidance_scale):
+        raise ValueError("--guidance-scale must be a finite number")
     return pipe, config
 
 

@@ -10,7 +10,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training import shapes
 from sfumato.training.config import Config, ValidationConfig
-from sfumato.training.metrics import shapes_obedience
+from sfumato.training.metrics import shapes_right
 from sfumato.training.pictures import PictureSet
 
 
@@ -97,8 +97,8 @@ def as_image(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
 
 
-def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, float]:
-    """Obedience on held-out captions of `shapes`: share right for each attribute and for all together."""
+def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, list[bool]]:
+    """Obedience on held-out captions of `shapes`; see `shapes_right`."""
     scenes = shapes.scenes(held_out=True, count=config.validation.num_judged, num_figures=config.data.num_figures)
     pictures = draw_pictures(pipe, [scene.caption for scene in scenes], config.validation, accelerator)
-    return shapes_obedience([np.asarray(picture) for picture in pictures], scenes)
+    return shapes_right([np.asarray(picture) for picture in pictures], scenes)

@@ -3,6 +3,7 @@
 By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights a package carries: nothing is downloaded.
 """
 
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from sfumato.training.pictures import PictureSet
 from sfumato.training.rules import PACKAGES
 
 DEFAULT = "efficientnet-lite0"
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # as it is imported, whatever becomes of the file
 
 
 @cache
@@ -75,8 +77,13 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         pixels = ((pixels + 1) / 2 - half) / spread
         seen = network.get_image_features(pixels) if clip else network(pixels)
-        return seen if isinstance(seen, torch.Tensor) else seen.pooler_output
+        return (seen if isinstance(seen, torch.Tensor) else seen.pooler_output).flatten(1)
 
+    try:
+        with torch.no_grad():
+            see(torch.zeros(1, 3, size, size))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"extractor {source!r} gives no features of pictures: {type(network).__name__}: {error}") from error
     return see
 
 
@@ -93,6 +100,15 @@ def extractor_named(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     raise ValueError(f"unknown extractor {name!r}; use {DEFAULT}, inception[:WEIGHTS], or transformers:FOLDER_OR_HUB_ID")
 
 
+def to_network(pictures: np.ndarray) -> torch.Tensor:
+    """Pictures `(N, H, W, C)` uint8, grey, RGB or RGBA, as `(N, 3, H, W)` in [-1, 1]; transparent ones are laid on white."""
+    values = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if values.shape[1] == 4:
+        share = (values[:, 3:] + 1) / 2
+        values = share * values[:, :3] + 1 - share
+    return values.expand(-1, 3, -1, -1)
+
+
 @torch.no_grad()
 def features(pictures: np.ndarray, extractor: str = DEFAULT, batch_size: int = 32) -> np.ndarray:
     """What a network sees in pictures `(N, H, W, C)` uint8: `(N, D)` float32.
@@ -107,11 +123,7 @@ def features(pictures: np.ndarray, extractor: str = DEFAULT, batch_size: int = 3
     """
     see, found = extractor_named(extractor), []
     for start in range(0, len(pictures), batch_size):
-        values = torch.from_numpy(np.array(pictures[start : start + batch_size])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        if values.shape[1] == 4:  # laid on white
-            share = (values[:, 3:] + 1) / 2
-            values = share * values[:, :3] + 1 - share
-        found.append(see(values.expand(-1, 3, -1, -1)).float())
+        found.append(see(to_network(pictures[start : start + batch_size])).float())
     return torch.cat(found).numpy()
 
 
@@ -192,10 +204,14 @@ def feature_distances(true: np.ndarray, made: np.ndarray) -> dict[str, float]:
 
 def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> np.ndarray:
     """Features of every record, `(N, D)`; computed once and kept on disk."""
-    source = extractor.partition(":")[2]
-    local = [Path(source), *Path(source).glob("*.safetensors")] if source else []  # weights that others may take the place of
-    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(local) if f.is_file()]
-    path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor, files)}.npy"
+    kind, _, source = extractor.partition(":")
+    found = [Path(source), *Path(source).glob("*.safetensors"), *Path(source).glob("*.json")] if source else []
+    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(found) if f.is_file()]  # that others may take the place of
+    if kind == "transformers" and not files:
+        from transformers import AutoConfig
+
+        files = AutoConfig.from_pretrained(source)._commit_hash  # of the Hub
+    path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor, files, CODE)}.npy"
 
     def compute(numbers):
         return features(np.stack([pictures.picture(i) for i in numbers]), extractor)

@@ -11,12 +11,12 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from sfumato.training.build import build_text_encoder
+from sfumato.training.build import build_text_encoder, train_tokenizer
 from sfumato.training.config import TextEncoderConfig
-from sfumato.training.features import DEFAULT, features, reference_features
+from sfumato.training.features import DEFAULT, features, reference_features, to_network
 from sfumato.training.pictures import PictureSet
 
-SIZE, GRID, STEPS = 128, 8, 800
+SIZE, GRID, STEPS, MAX_LENGTH = 128, 8, 800, 256
 ALTERED = 2
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # as it is imported, whatever becomes of the file
 
@@ -30,8 +30,11 @@ class Judge(torch.nn.Module):
 
     def __init__(self, captions: list[str]):
         super().__init__()
-        config = TextEncoderConfig(hidden_size=SIZE, num_hidden_layers=1, max_length=24, vocab_size=4096)
-        self.tokenizer, self.text = build_text_encoder(config, captions)
+        self.tokenizer = train_tokenizer(captions, 4096, MAX_LENGTH)
+        longest = max(map(len, self.tokenizer(captions, truncation=True).input_ids))
+        self.tokenizer.model_max_length = longest  # or captions that differ in their last words only would be one
+        config = TextEncoderConfig(hidden_size=SIZE, num_hidden_layers=1, max_length=longest)
+        self.text = build_text_encoder(config, captions, self.tokenizer)[1]
         self.caption = torch.nn.Linear(SIZE, SIZE)
         self.picture = torch.nn.Sequential(
             torch.nn.LazyLinear(4 * SIZE), torch.nn.GELU(), torch.nn.LayerNorm(4 * SIZE), torch.nn.Linear(4 * SIZE, SIZE)
@@ -41,7 +44,7 @@ class Judge(torch.nn.Module):
         self.register_buffer("std", torch.ones(1))
 
     def tokens(self, captions: list[str]) -> torch.Tensor:
-        """Token ids `(N, 24)`."""
+        """Token ids `(N, L)`, L that of the longest caption of the set, at most `MAX_LENGTH`."""
         return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def embed_captions(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,7 +57,7 @@ class Judge(torch.nn.Module):
 
     @torch.no_grad()
     def scores(self, pictures: np.ndarray, captions: list[str], seen: np.ndarray | None = None) -> np.ndarray:
-        """How well each caption goes with each picture `(N, H, W, 3)` uint8: cosines `(N, len(captions))`.
+        """How well each caption goes with each picture `(N, H, W, C)` uint8: cosines `(N, len(captions))`.
 
         `seen`: the pictures' `features`, where they are known.
         """
@@ -65,7 +68,7 @@ class Judge(torch.nn.Module):
 def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
     """What the judge reads of pictures `(N, H, W, C)` uint8: `(N, D)`."""
     seen = features(pictures) if seen is None else seen
-    pixels = torch.from_numpy(np.array(pictures[..., :3])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = to_network(pictures)
     return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
 
 

@@ -40,14 +40,17 @@ def bits_per_dim(
 
     Returns:
         `bits/dim` and `each`, those of each picture; its parts `prior` (L_T), `decoder` (L_0) and `levels`, the terms between,
-        for t = 1 to T - 1, all in bits per dimension.
+        for t = 1 to T - 1 (NaN where `num_levels` left a level out), all in bits per dimension.
 
     Raises:
-        ValueError: a model of latents, of flow matching, whose bound is another, or one that reads more than the noise.
+        ValueError: less than two levels; a model of latents, of flow matching, whose bound is another, or one that reads more
+            than the noise.
     """
     scheduler = trained(pipe.scheduler)
     check_bounded(pipe)
     device, steps = pipe.unet.device, scheduler.config.num_train_timesteps
+    if num_levels is not None and num_levels < 2:
+        raise ValueError("num_levels must be at least 2: t = 0 and one of the others")
     count = min(num_levels or steps, steps) - 1
     terms, times = np.zeros(steps), np.zeros(steps)
     each, prior, decoder = [], [], []
@@ -55,7 +58,7 @@ def bits_per_dim(
     for i in tqdm(range(len(pictures)), desc="bits per dimension", unit="picture", disable=not progress):
         x_0 = to_pixel_values(pictures[i : i + 1]).to(device)
         shift = (0.5 + i * 0.6180339887498949) % 1
-        levels = (1 + torch.floor((torch.arange(count) + shift) * (steps - 1) / count)).long()
+        levels = (1 + torch.floor((torch.arange(count, dtype=torch.float64) + shift) * (steps - 1) / count)).long()
         levels = torch.cat([levels.new_zeros(1), levels]).to(device)
         values = []
         for k in range(0, len(levels), batch_size):
@@ -75,5 +78,5 @@ def bits_per_dim(
         "each": [float(value) for value in each],
         "prior": float(np.mean(prior)),
         "decoder": float(np.mean(decoder)),
-        "levels": [float(v) for v in (terms / np.maximum(times, 1))[1:]],
+        "levels": [float(v) for v in np.where(times > 0, terms / np.maximum(times, 1), np.nan)[1:]],
     }

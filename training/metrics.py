@@ -106,22 +106,25 @@ def read_quarters(picture: np.ndarray) -> tuple[list[tuple[str, str] | None], st
     return [figure and figure[:2] for figure in figures], ground
 
 
-def shapes_obedience(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, float]:
-    """Share of pictures that show what their caption says: each attribute by itself, and all of it (`all`).
+def shapes_right(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, list[bool]]:
+    """Which pictures show what their caption says: each attribute by itself, and all of it (`all`).
 
     Of two figures: `ground`; `colours` and `shapes`, whichever figure has them; `all`, each figure in its own colour.
     """
     if isinstance(scenes[0], Pair):
         right = [_pair_right(*read_quarters(picture), scene) for picture, scene in zip(pictures, scenes)]
-        return {name: float(np.mean([r[name] for r in right])) for name in right[0]}
+        return {name: [r[name] for r in right] for name in right[0]}
     read = [read_scene(picture) for picture in pictures]
-    result = {
-        name: float(np.mean([r is not None and getattr(r, name) == getattr(s, name) for r, s in zip(read, scenes)]))
+    right = {
+        name: [r is not None and getattr(r, name) == getattr(s, name) for r, s in zip(read, scenes)]
         for name in ("colour", "shape", "size", "place", "ground")
     }
-    result["all"] = float(np.mean([r == s for r, s in zip(read, scenes)]))
-    result["unreadable"] = float(np.mean([r is None for r in read]))
-    return result
+    return right | {"all": [r == s for r, s in zip(read, scenes)], "unreadable": [r is None for r in read]}
+
+
+def shapes_obedience(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, float]:
+    """The shares of what `shapes_right` finds."""
+    return {name: float(np.mean(right)) for name, right in shapes_right(pictures, scenes).items()}
 
 
 def _pair_right(quarters: list, ground: str, scene: Pair) -> dict[str, bool]:

@@ -1,6 +1,7 @@
 """The optimizer that a config asks for."""
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sfumato.training.config import OptimConfig
 
@@ -67,9 +68,14 @@ class MuonAdamW(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
             average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
-            update = orthogonal(p.grad.lerp(average, self.momentum).flatten(1))
-            size = 0.2 * max(update.shape) ** 0.5  # the root mean square of AdamW's updates
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"] * size)
+            update = p.grad.lerp(average, self.momentum)
+            sharded = isinstance(update, DTensor)
+            whole = update.full_tensor() if sharded else update  # each process orthogonalises the whole matrix
+            size = 0.2 * max(whole.flatten(1).shape) ** 0.5  # the root mean square of AdamW's updates
+            update = orthogonal(whole.flatten(1)).view_as(whole)
+            if sharded:
+                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)  # has it already
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]  # loading a state replaces both
         self.adamw.step()
 

@@ -53,7 +53,9 @@ class Score:
 
 
 def student(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, by its expansion around the normal one; good to 1% from 3 degrees of freedom on."""
+    """The 97.5% quantile of Student's t, by its expansion around the normal one, good to 1% from 3 degrees of freedom on."""
+    if freedom < 3:
+        return (12.706, 4.303)[freedom - 1]
     z = 1.959964
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
@@ -189,7 +191,7 @@ class Evaluation:
             for name, scores in self.judged(judge, part, captions).items():
                 scores = np.stack([scores[:, list(alike)].max(1) for alike in groups], axis=1)
                 own = scores[np.arange(len(numbers)), [place_of[int(self.alike[i])] for i in numbers]]
-                place = (scores > own[:, None]).sum(1)
+                place = (scores >= own[:, None]).sum(1) - 1  # what cannot be told apart comes before
                 found[f"retrieval at 1, {what}{name}"] = mean(place < 1)
                 found[f"retrieval at 5, {what}{name}"] = mean(place < 5)
         return found
@@ -249,9 +251,11 @@ class Evaluation:
         near, near_true, which = near[: len(self.made)], near[len(self.made) :], self.of("train", train[which])
         others = near_true[: len(self.parts["held_out"])] if len(self.parts["held_out"]) else near_true
         told = memorisation.memorisation(self.of("train", near), others)
-        scores = {name: Score(value) for name, value in told.items()}
+        scores = {name: mean(values) if np.ndim(values) else Score(values) for name, values in told.items()}
         told = memorisation.memorisation(near[len(self.parts["train"]) :], near_true)
-        scores |= {f"{name}, held-out captions": Score(value) for name, value in told.items()}
+        scores |= {
+            f"{name}, held-out captions": mean(values) if np.ndim(values) else Score(values) for name, values in told.items()
+        }
         made, cells = self.of("train", self.made), []
         apart = self.of("train", near)[:, 1]
         for i in np.argsort(apart)[evenly(len(apart), 12)]:
@@ -306,8 +310,8 @@ def report(
     scores = run.distances()
     if config.data.name == "shapes":
         obeyed = evaluation.evaluate_shapes(run.pipe, config, accelerator)
-        scores |= {f"obedience, {name}": Score(value) for name, value in obeyed.items()}
-    elif config.data.channels == 3:
+        scores |= {f"obedience, {name}": mean(right) for name, right in obeyed.items()}
+    else:
         judge = train_judge(pictures, config.data.cache_dir)
         scores |= run.retrieval(judge)
         scores |= run.attributes(judge) if config.data.name == "openmoji" else {}

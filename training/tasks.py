@@ -202,7 +202,8 @@ class TextToImage:
         """What can be measured on held-out data, and what it is; nothing where nothing can."""
         count, scores, what = min(self.config.validation.num_judged, NUM_HELD_OUT), {}, ""
         if self.config.data.name == "shapes":
-            scores = evaluation.evaluate_shapes(pipe, self.config, self.accelerator)
+            right = evaluation.evaluate_shapes(pipe, self.config, self.accelerator)
+            scores = {name: float(np.mean(values)) for name, values in right.items()}
             what = f"obedience to {count} held-out captions, judged by a program"
         if self.config.checkpoint.best_by in DISTANCES:
             train = self.pictures.select("train")
