@@ -117,6 +117,7 @@ FOURTH = {
     "Muon, schedule linear": ["scheduler.beta_schedule=linear"],
     "Muon, rate falls linearly": ["optim.lr_decay=linear"],
     "Muon, rate constant": ["optim.lr_decay=constant"],
+    "Muon, rate trapezoid": ["optim.lr_decay=trapezoid"],
     "Muon, EMA 0.9995": ["ema.decay=0.9995"],
     "Muon, immiscible, 8": ["objective.noise_candidates=8"],
     "Muon, offset noise 0.1": ["objective.offset_noise=0.1"],

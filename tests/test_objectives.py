@@ -147,3 +147,5 @@ def test_learning_rate_warms_up_then_follows_the_fraction_done():
     assert lr_scale(100, 0.5, 9, "cosine") == pytest.approx(0.5)
     assert lr_scale(100, 1.0, 9, "cosine") == pytest.approx(0, abs=1e-6)
     assert lr_scale(100, 0.9, 0, "constant") == 1
+    assert lr_scale(100, 0.7, 9, "trapezoid") == 1 and lr_scale(100, 0.9, 9, "trapezoid") == pytest.approx(0.5)
+    assert lr_scale(0, 0.0, 9, "trapezoid") == pytest.approx(0.1) and lr_scale(100, 1.0, 9, "trapezoid") == 0

@@ -131,7 +131,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     lr_warmup_steps: int = 100
-    lr_decay: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay: Literal["constant", "linear", "cosine", "trapezoid"] = "cosine"
     max_grad_norm: float = 1.0
 
 

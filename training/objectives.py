@@ -154,11 +154,16 @@ def autoencoder_loss(
 
 
 def lr_scale(step: int, fraction_done: float, warmup_steps: int, decay: str) -> float:
-    """Factor on the learning rate: linear warm-up in steps, then decay by the fraction of steps or minutes done."""
+    """Factor on the learning rate: linear warm-up in steps, then decay by the fraction of steps or minutes done.
+
+    `trapezoid`: constant, and in the last fifth linear down to 0 (Hagele et al. 2024, arXiv 2405.18392).
+    """
     warm = min(1.0, (step + 1) / (warmup_steps + 1))
     left = max(0.0, 1.0 - fraction_done)
     if decay == "constant":
         return warm
+    if decay == "trapezoid":
+        return warm * min(1.0, 5 * left)
     if decay == "linear":
         return warm * left
     return warm * 0.5 * (1 - math.cos(left * math.pi))

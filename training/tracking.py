@@ -85,12 +85,10 @@ class Log:
         if not self.main:
             return
         path, entry = self.folder / "validation.jsonl", finite(entry)
-        with open(
-            path.with_name("validation.jsonl.new"), "w"
-        ) as file:  # without what an earlier end of the run told of this step
-            rows = [line for line in lines(path) if json.loads(line)["step"] < entry["step"]]
-            file.write("\n".join([*rows, json.dumps(entry)]) + "\n")
-        path.with_name("validation.jsonl.new").replace(path)
+        rows = [line for line in lines(path) if json.loads(line)["step"] < entry["step"]]  # not an earlier end of the run's
+        new = path.with_name("validation.jsonl.new")
+        new.write_text("".join(line + "\n" for line in [*rows, json.dumps(entry)]))
+        new.replace(path)
         if self.accelerator.trackers:
             known = ("step", "images_seen", "seconds", "skipped_steps")
             told = {key: value for key, value in entry.items() if key not in known and value is not None}
