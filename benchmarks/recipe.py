@@ -2,14 +2,14 @@
 
     python benchmarks/recipe.py [--steps 1300] [--seeds 2] [--only NAME ...] [--out benchmarks/results/recipe.json]
 
-Each round changed `demo.yaml` as it was then: the first one `BEFORE`, the second one what won it ("normal(-1, 2), dropout
-0.05", by `ADAMW`), the third one the optimizer. "demo, Muon, kernels too, rate 2e-3" is `demo.yaml` now; rows that
-begin with "Muon," change that.
+Each round changed `demo.yaml` as it was then: the first one `BEFORE`; the second one what won it ("normal(-1, 2), dropout
+0.05", by `ADAMW`); the third one the optimizer; the fourth one, rows that begin with "Muon,", what won that, "demo, Muon,
+kernels too, rate 2e-3". "Muon, rate trapezoid" is `demo.yaml` now.
 Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
 Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
-(The rows "demo, optimizer Muon", torch's for matrices only, "demo, Muon, kernels only" and "demo, Muon, four steps" of
-Newton-Schulz are of code that is gone.)
+(The rows "demo, optimizer Muon", torch's for matrices only, "demo, Muon, kernels only", "demo, Muon, four steps" of
+Newton-Schulz and "demo, SOAP", pytorch_optimizer's with eigenbases up to 256 every 10 steps, are of code that is gone.)
 """
 
 import argparse
@@ -28,7 +28,8 @@ from sfumato.training.build import build_text_encoder
 from sfumato.training.judge import look
 from sfumato.training.pictures import prepare
 
-ADAMW = ["optim.name=adamw", "optim.lr=1e-3"]
+COSINE = ["optim.lr_decay=cosine"]
+ADAMW = ["optim.name=adamw", "optim.lr=1e-3", *COSINE]
 BEFORE = [*ADAMW, "objective.log_snr_std=3", "objective.caption_dropout=0.1"]
 FIRST = {
     "base": [],
@@ -124,7 +125,8 @@ FOURTH = {
     "Muon, text embeddings 0.02": ["text_encoder.embedding_std=0.02"],
 }
 VARIANTS = {name: [*BEFORE, *settings] for name, settings in FIRST.items()}
-VARIANTS |= {name: [*ADAMW, *settings] for name, settings in SECOND.items()} | THIRD | FOURTH
+VARIANTS |= {name: [*ADAMW, *settings] for name, settings in SECOND.items()}
+VARIANTS |= {name: [*COSINE, *settings] for name, settings in (THIRD | FOURTH).items()}
 ROWS = Path("runs/recipe.jsonl")
 
 
