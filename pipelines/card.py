@@ -101,6 +101,8 @@ _AGAIN = """
 ```sh
 sfumato train training_args.yaml output_dir=runs/again
 ```
+
+(Pictures of one's own are named by `data.name=FOLDER` behind it.)
 """
 
 _EVALUATION = """## How good it is
@@ -110,7 +112,7 @@ _EVALUATION = """## How good it is
 {rows}
 {protocol}
 {picture}
-Measured again by `sfumato evaluate --model FOLDER`.
+Measured again by `sfumato evaluate --model FOLDER` (with `--data FOLDER` for pictures of one's own).
 
 """
 

@@ -146,15 +146,23 @@ def _opened(options, model: str):
     return pipe
 
 
-def _read_pictures(options) -> dict:
-    """The pictures that a command names, upright, as they are in training."""
+def _read_pictures(options, pipe) -> dict:
+    """The pictures that a command names, upright and, but for one that is to be made larger, cropped to the model's shape."""
     from PIL import Image, ImageOps
 
-    given = {}
+    given, (height, width) = {}, pipe.trained_size
     for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
-        if path:
-            with Image.open(path) as file:
-                given[name] = ImageOps.exif_transpose(file)
+        if not path:
+            continue
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        scale = min(picture.width / width, picture.height / height)
+        size = round(width * scale), round(height * scale)
+        if pipe.reads != "low_res" and size != picture.size:
+            print(f"{path}: cropped to its middle, {size[0]} x {size[1]} pixels", file=sys.stderr)
+            left, top = (picture.width - size[0]) // 2, (picture.height - size[1]) // 2
+            picture = picture.crop((left, top, left + size[0], top + size[1]))
+        given[name] = picture
     return given
 
 
@@ -171,8 +179,23 @@ def _upscaler(model: str) -> Path | None:
     return folder if (folder / "model_index.json").is_file() else None
 
 
+def _check_outputs(options) -> None:
+    """Raise ValueError before anything is drawn for a place or a format in which the pictures could not be kept."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    for name, path in (("out", options.out), ("gif", options.gif)):
+        if path and (Path(path).suffix.lower() not in kinds or Path(path).is_dir()):
+            raise ValueError(f"--{name}={path} is no name for a picture; end it in .{'png' if name == 'out' else 'gif'}")
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if options.each:
+        Path(options.each).mkdir(parents=True, exist_ok=True)
+
+
 def _sample(options) -> int:
     model = _find_pipeline(options.model)
+    _check_outputs(options)
     import torch
 
     from sfumato.pipelines import Cascade, SfumatoPipeline
@@ -180,11 +203,12 @@ def _sample(options) -> int:
     from sfumato.training.evaluation import grid
 
     pipe = _opened(options, model)
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     advice = recommended(model)
     options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
     options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
-    frames, given = [], _read_pictures(options)
+    if options.negative_prompt and options.guidance_scale <= 1 and options.guider == "cfg":
+        print("--negative-prompt has no effect without guidance; set --guidance-scale above 1", file=sys.stderr)
+    frames, given = [], _read_pictures(options, pipe)
     given |= {} if options.strength is None else {"strength": options.strength}
 
     draw = pipe
@@ -215,7 +239,6 @@ def _sample(options) -> int:
     _write(sheet, Path(options.out), settings)
     print(f"wrote {options.out} ({options.steps} steps, {pipe.num_passes} passes of the network for each picture)")
     if options.each:
-        Path(options.each).mkdir(parents=True, exist_ok=True)
         for i, (picture, prompt) in enumerate(zip(pictures, options.prompts)):
             own = {**settings, "prompts": [prompt], "seed": options.seed + i}
             _write(picture, Path(options.each) / f"{options.seed + i:05d}.png", own)

@@ -53,6 +53,22 @@ def test_identity_vae_is_the_identity(dtype, tolerance):
     torch.testing.assert_close(vae.decode(edge).sample, edge, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        ("unet", {"block_out_channels": 64}),
+        ("unet", {"attention_head_dim": 0}),
+        ("unet", {"transformer_layers_per_block": "x"}),
+        ("unet", {"dropout": "x"}),
+        ("scheduler", {"num_train_timesteps": "abc"}),
+        ("scheduler", {"beta_schedule": "cosine", "schedule_params": {"s": "x"}}),
+    ],
+)
+def test_values_that_the_stock_classes_fail_on_are_told_by_their_section(tmp_path, section, values):
+    with pytest.raises(ValueError, match=f"^{section}: "):
+        tiny.pipeline(tmp_path, **{section: values})
+
+
 def test_the_seed_decides_the_weights(tmp_path):
     a, b = tiny.pipeline(tmp_path), tiny.pipeline(tmp_path)
     assert all(torch.equal(x, y) for x, y in zip(a.unet.parameters(), b.unet.parameters()))

@@ -243,6 +243,19 @@ def test_what_may_change_on_resume_is_not_told(tmp_path, capsys):
     assert " before, " not in capsys.readouterr().out
 
 
+def test_a_run_that_is_done_takes_no_other_data_or_settings(tmp_path, capsys):
+    """It would train nothing and tell in its card of what the weights never saw."""
+    path = str(make_config(tmp_path))
+    assert main([path]) == 0
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    for other in ("data.num_pictures=32", "optim.lr=0.5"):
+        assert main([path, "checkpoint.resume=auto", other]) == 2
+        assert "is done; choose another output_dir" in capsys.readouterr().err
+    assert main([path, "checkpoint.resume=auto", "title=Other"]) == 0
+    assert (tmp_path / "run" / "pipeline" / "README.md").read_text() != card
+    assert main([path, "checkpoint.resume=auto", "optim.lr=1e-4", "train.max_steps=10"]) == 0, "one that goes on takes them"
+
+
 def test_no_pickle_is_written(tmp_path):
     main([str(make_config(tmp_path))])
     endings = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}

@@ -58,6 +58,34 @@ def test_a_picture_and_a_mask_from_files(model, tmp_path):
     assert Image.open(tmp_path / "a.png").getpixel((60, 60)) == (255, 0, 0)
 
 
+def test_a_picture_of_another_shape_is_cropped_not_squashed(model, tmp_path, capsys):
+    wide = Image.new("RGB", (32, 16), "blue")
+    wide.paste("red", (8, 0, 24, 16))
+    wide.save(tmp_path / "in.png")
+    command = ["sample", "--model", str(model), "x", "--steps", "3", "--out", str(tmp_path / "a.png")]
+    Image.new("L", (16, 16), 0).save(tmp_path / "mask.png")
+    assert main([*command, "--image", str(tmp_path / "in.png"), "--mask", str(tmp_path / "mask.png")]) == 0
+    drawn = Image.open(tmp_path / "a.png")
+    assert {drawn.getpixel((x, 60)) for x in (10, 60, 120)} == {(255, 0, 0)}
+    assert "in.png: cropped to its middle, 16 x 16 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--out", "grid"], ["--out", "."], ["--gif", "film.xyz"], ["--each", "file"]])
+def test_where_pictures_cannot_be_kept_nothing_is_drawn(model, tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(SfumatoPipeline, "from_pretrained", lambda *a, **k: pytest.fail("opened before it was checked"))
+    assert main(["sample", "--model", str(model), "x", *wrong]) == 2
+    assert wrong[1] in capsys.readouterr().err
+
+
+def test_a_negative_prompt_without_guidance_is_told(model, tmp_path, capsys):
+    command = ["sample", "--model", str(model), "x", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    for scale, told in (("1", True), ("2", False)):
+        assert main([*command, "--negative-prompt", "blue", "--guidance-scale", scale]) == 0
+        assert ("no effect without guidance" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize("flag, kind", [("--sampler", "sampler"), ("--guider", "guider"), ("--runtime", "runtime")])
 def test_unknown_names_are_told_with_the_known_ones(model, capsys, flag, kind):
     assert main(["sample", "--model", str(model), "x", flag, "magic"]) == 2

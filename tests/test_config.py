@@ -69,6 +69,15 @@ def test_a_bare_no_is_no(tmp_path):
     assert loaded.train.compile == loaded.train.mixed_precision == "no"
 
 
+def test_a_section_of_the_file_can_be_emptied_on_the_command_line(tmp_path):
+    path = tiny.config_file(tmp_path)
+    with pytest.raises(ValueError, match="on the command line: unet={}"):
+        config.load(path, ["init_from=x"])
+    with pytest.warns(UserWarning, match="text_encoder"):
+        loaded = config.load(path, ["init_from=x", "unet={}", "scheduler=null"])
+    assert loaded.unet == loaded.scheduler == {} and loaded.train.batch_size == 4
+
+
 def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
     path = tiny.config_file(tmp_path)
     with warnings.catch_warnings():

@@ -326,6 +326,29 @@ def test_a_folder_of_picture_sets_is_told_to_be_one(tmp_path):
     assert [prepared[i]["captions"] for i in range(2)] == [["bus"], ["train"]], "a class, with others beside"
 
 
+def test_what_people_do_to_caption_files(tmp_path):
+    """An unquoted comma would cut a caption; Windows begins a text with a mark; tools leave hidden files and archives."""
+    for name in ("1.png", "2.png", "._1.png", ".ipynb_checkpoints/1.png"):
+        picture(tmp_path / "f" / name)
+    table = tmp_path / "f" / "metadata.csv"
+    table.write_text('file_name,text\n1.png,a red, round ball\n2.png,"a red, round ball"\n')
+    with pytest.raises(ValueError, match="more cells than columns; put a caption that has commas in quotes"):
+        pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=1.0))
+    assert [record["captions"] for record in prepared] == [["a red, round ball"]]
+    table.write_text("image,caption\n1.png,a ball\n")
+    with pytest.raises(ValueError, match="data.image_column and data.caption_column"):
+        pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+    table.unlink()
+    for name in ("1", "2"):
+        (tmp_path / "f" / f"{name}.txt").write_text(f"ball {name}\n", encoding="utf-8-sig")
+    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+    assert [record["captions"] for record in prepared] == [["ball 1"], ["ball 2"]]
+    (tmp_path / "f" / "backup.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="both pictures and backup.tar"):
+        pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+
+
 def test_resize_policies(tmp_path):
     wide = Image.new("RGB", (40, 20), "red")
     wide.paste("blue", (0, 0, 8, 20))

@@ -33,7 +33,7 @@ def build_autoencoder(config: Config) -> VariationalAutoencoder:
     if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
         raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
     torch.manual_seed(config.seed)
-    vae = AutoencoderKL(**{**lists_to_tuples(arguments), **given})
+    vae = made("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **given})
     divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
     return VariationalAutoencoder(vae)
 
@@ -106,6 +106,14 @@ def known(arguments: dict, cls: type, section: str) -> None:
         raise ValueError(
             f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}"
         )
+
+
+def made(section: str, cls: type, arguments: dict):
+    """An object of a stock class; ValueError for values that it cannot be made of, whatever the class raises."""
+    try:
+        return cls(**arguments)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{section}: {cls.__name__} cannot be made of it: {type(error).__name__}: {error}") from error
 
 
 def divisible(config: Config, factor: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -14,7 +15,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.conditions import UPSCALERS_SCALE
 from sfumato.pipelines.guided import run_network
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
-from sfumato.training.autoencoders import divisible, identity_vae, known, lists_to_tuples, set_scaling_factor
+from sfumato.training.autoencoders import divisible, identity_vae, known, lists_to_tuples, made, set_scaling_factor
 from sfumato.training.config import Config, TextEncoderConfig
 from sfumato.training.latents import is_identity
 
@@ -129,12 +130,12 @@ def build_scheduler(config: Config) -> SfumatoDDPMScheduler | SfumatoFlowSchedul
     if config.objective.target == "flow":
         if unknown := set(config.scheduler) - {"num_train_timesteps", "shift"}:  # others do not travel
             raise ValueError(f"scheduler: flow matching takes num_train_timesteps and shift, not {', '.join(sorted(unknown))}")
-        return SfumatoFlowScheduler(**config.scheduler)
+        return made("scheduler", SfumatoFlowScheduler, config.scheduler)
     arguments = {"timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False, **config.scheduler}
     if config.vae.pretrained is None:
         arguments = {"thresholding": True, "sample_max_value": 1.0, **arguments}
     known(arguments, SfumatoDDPMScheduler, "scheduler")
-    return SfumatoDDPMScheduler(**arguments)
+    return made("scheduler", SfumatoDDPMScheduler, arguments)
 
 
 def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer | None = None) -> SfumatoPipeline:
@@ -186,7 +187,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     }
     if clash := {k: config.unet[k] for k, v in given.items() if config.unet.get(k, v) != v}:
         raise ValueError(f"unet: {clash} contradicts what data, vae and text_encoder say: { {k: given[k] for k in clash} }")
-    unet = UNet2DConditionModel(**{**lists_to_tuples(config.unet), **given})
+    unet = made("unet", UNet2DConditionModel, {**lists_to_tuples(config.unet), **given})
     strengthen_conditioning(unet)
     more = {"self_conditioning": True} if config.objective.self_conditioning else {}
     if upscaling:
@@ -255,8 +256,11 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         ValueError: no such model, one that this trainer cannot train, or one of another resolution factor.
         ModuleNotFoundError: LoRA needs the package peft.
     """
+    inside = Path(config.init_from) / "pipeline"  # of a run folder
     try:
-        pipe = SfumatoPipeline.from_pretrained(config.init_from, torch_dtype=torch.float32)
+        pipe = SfumatoPipeline.from_pretrained(
+            inside if (inside / "model_index.json").is_file() else config.init_from, torch_dtype=torch.float32
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
     pipe.register_modules(scheduler=trained(pipe.scheduler))  # whatever sampler the folder names, its schedule is what counts

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -247,6 +247,10 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
             for key in ("train.mixed_precision", "train.compile"):
                 if OmegaConf.select(layer, key) is False:  # what YAML makes of a bare no
                     OmegaConf.update(layer, key, "no")
+        for key in [key for key, _, value in (item.partition("=") for item in overrides) if value in ("{}", "null")]:
+            if isinstance(OmegaConf.select(given[0], key), DictConfig):  # a section of the file that is to be empty
+                OmegaConf.update(given[0], key, {}, merge=False)
+                OmegaConf.update(given[1], key, {}, merge=False)
         merged = OmegaConf.merge(OmegaConf.structured(Config), *given)
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, TypeError) as error:

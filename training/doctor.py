@@ -65,7 +65,7 @@ def contact_sheet(pictures: PictureSet, count: int = 64) -> Image.Image:
     chosen = pictures.select("train")
     chosen = chosen[:: max(1, len(chosen) // count)][:count]
     drawn = [pictures.picture(int(i)) for i in chosen]
-    shown = [as_image(p).convert("RGB") for p in drawn]
+    shown = [as_image(p) for p in drawn]
     return grid(shown, [pictures[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
 
 
@@ -120,9 +120,10 @@ def _captions(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> li
             f"Set text_encoder.max_length={lengths.max()}.",
         )
     ]
-    if not long and lengths.max() < limit / 2:
+    enough = max(16, 2 * lengths.max())  # prompts may be longer than captions
+    if enough < limit and config.init_from is None and config.text_encoder.pretrained is None:
         found.append(
-            Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={lengths.max()} does.")
+            Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={enough} does.")
         )
     if len(set(captions)) == 1:
         found.append(Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the pictures."))

@@ -101,7 +101,10 @@ def evaluate(model: str, options) -> int:
         ValueError: model, data or a choice that cannot be used.
     """
     pipe, config = prepared(model, options)
-    pictures = prepare(config.data)
+    try:
+        pictures = prepare(config.data)
+    except ValueError as error:
+        raise ValueError(f"{error}. What the model was trained on may be elsewhere; name it with --data") from error
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe.to(accelerator.device)
     if options.out is None and not Path(model).is_dir():

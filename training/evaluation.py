@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.pipelines.inputs import on_white
 from sfumato.training import shapes
 from sfumato.training.config import Config, ValidationConfig
 from sfumato.training.metrics import shapes_right
@@ -82,7 +83,7 @@ def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
         x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(on_white(picture, 3).resize((width, height), Image.Resampling.NEAREST), (x, y))
         lines, words = [""], prompt.split()
         for word in words:
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font) > width:

@@ -19,11 +19,14 @@ from sfumato.training.checkpoints import lines
 from sfumato.training.config import CheckpointConfig, Config, DataConfig, HubConfig, dump
 from sfumato.training.pictures import PictureSet
 
+SETS = ("openmoji", "shapes")
+
 
 def public_name(source: str) -> str:
     """A Hub id or a word as it is; of a path of this machine, the last part."""
     known = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists()
-    return source if known else Path(source).name
+    name = Path(source).name
+    return source if known or source in SETS else f"./{name}" if name in SETS else name
 
 
 def public_settings(config: Config) -> str:

@@ -28,6 +28,15 @@ from sfumato.training.tracking import Log, trackers
 
 DIVERGED, NOT_PUSHED = 3, 5
 SHOWN = ("objective.", "optim.", "train.", "ema.", "scheduler.", "seed:", "precision:")  # changes the card tells; no paths
+RESULT = (
+    "data:",
+    "data.random_flip",
+    "objective.",
+    "optim.",
+    "scheduler.",
+    "unet.",
+    "seed:",
+)  # what a run that is done cannot take any more
 PATIENCE = 20  # seconds for the data workers of a trainer that was killed to notice
 
 
@@ -105,6 +114,9 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
             state["images_seen"] = -(-state["images_seen"] // block) * block
         accelerator.print(f"goes on from {checkpoint}")
         told = checkpoints.differences(stored, origin)
+        other = [line for line in told if line.startswith(RESULT)]
+        if fraction_done(config, state) >= 1 and other:
+            raise ValueError(f"the run in {config.output_dir} is done; choose another output_dir, or undo this: {other[0]}")
         state["changes"] = [*state["changes"], *(f"step {state['step']:,}: {line}" for line in told if line.startswith(SHOWN))]
         for line in told:
             accelerator.print(f"  {line}")

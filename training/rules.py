@@ -51,6 +51,7 @@ def _check_objective(config: Config, need) -> None:
 def _check_models(config: Config, need) -> None:
     need(config.text_encoder.vocab_size >= 514, "text_encoder.vocab_size", "must be at least 514 (all bytes and two marks)")
     need(config.text_encoder.max_length >= 3, "text_encoder.max_length", "must be at least 3")
+    need(config.text_encoder.embedding_std > 0, "text_encoder.embedding_std", "must be positive")
     heads = config.text_encoder.num_attention_heads
     need(
         heads > 0 and config.text_encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads"
@@ -98,8 +99,8 @@ def _check_models(config: Config, need) -> None:
     if config.init_from is not None:
         need(not flow, "objective.target", "comes from init_from; leave it out")
         rule = "comes from init_from; leave it out"
-        need(not config.unet, "unet", rule)
-        need(not config.scheduler, "scheduler", rule)
+        need(not config.unet, "unet", f"{rule} (on the command line: unet={{}})")
+        need(not config.scheduler, "scheduler", f"{rule} (on the command line: scheduler={{}})")
         need(config.vae.pretrained is None, "vae.pretrained", rule)
         need(config.text_encoder.pretrained is None, "text_encoder.pretrained", rule)
 

@@ -19,6 +19,7 @@ from sfumato.training.config import DataConfig
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_FILE_BYTES = 256_000_000
 MAX_CAPTION_CHARACTERS = 10_000
+NAME_THEM = "Name them with data.image_column and data.caption_column"
 
 
 @dataclass
@@ -38,7 +39,7 @@ def captions_of(value) -> tuple[list[str], str | None]:
     if any(isinstance(text, dict) or text != text for text in values):
         return [], "caption is no text"
     values = [text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text for text in values]
-    texts = [str(text).strip() for text in values]
+    texts = [str(text).replace("\ufeff", "").strip() for text in values]  # Windows begins text files with that mark
     texts = [text for text in texts if text]
     sound = [text for text in texts if text.encode("utf-8", "ignore").decode() == text]
     short = [text for text in sound if len(text) <= MAX_CAPTION_CHARACTERS]
@@ -61,9 +62,14 @@ def open_source(config: DataConfig) -> Iterator[Record]:
         return _shapes(config)
     path = Path(config.name).expanduser()
     files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    if tars := [file for file in files if file.name.endswith((".tar", ".tar.gz", ".tgz"))]:
+    loose = [file for file in files if file.suffix.lower() in SUFFIXES]
+    tars = [file for file in files if file.name.endswith((".tar", ".tar.gz", ".tgz"))]
+    parquets = [file for file in files if file.suffix == ".parquet"]
+    if loose and (tars or parquets):
+        raise ValueError(f"{path} holds both pictures and {(tars + parquets)[0].name}; name that file, or put it elsewhere")
+    if tars:
         return _tars(tars, config)
-    if parquets := [file for file in files if file.suffix == ".parquet"]:
+    if parquets:
         return _parquet(parquets, config)
     if path.is_dir():
         return _folder(path.resolve(), config)
@@ -105,6 +111,7 @@ def _folder(folder: Path, config: DataConfig) -> Iterator[Record]:
         if (folder / name).is_file():
             return _metadata(folder, folder / name, config)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if any(path.with_suffix(".txt").is_file() for path in files):
         return (_in_folder(folder, str(p.relative_to(folder)), _text_file(folder, p.with_suffix(".txt"))) for p in files)
     if any(path.parent == folder for path in files):
@@ -132,10 +139,13 @@ def _metadata(folder: Path, path: Path, config: DataConfig) -> Iterator[Record]:
         if first is None:
             first = row
             if missing := [key for key in columns if key not in row]:
-                raise ValueError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(map(str, row))}")
+                has = f"it has {', '.join(map(str, row))}. {NAME_THEM}"
+                raise ValueError(f"{path} has no column {' and '.join(missing)}; {has}")
         name = row.get(columns[0])
         if not isinstance(name, str) or not name:
             yield Record(f"{path.name} line {number + 1}", fault="no file name")
+        elif None in row:  # or a caption would end at its first comma
+            yield Record(name, fault="more cells than columns; put a caption that has commas in quotes")
         else:
             yield _in_folder(folder, name, row.get(columns[1]))
 
@@ -239,10 +249,7 @@ def _columns(features: dict, config: DataConfig) -> tuple[str, str, Callable[[in
     """The names of the picture and caption columns, and what turns labels into names if captions are labels."""
     image, caption = config.image_column or "image", config.caption_column or "text"
     if features and (missing := [key for key in (image, caption) if key not in features]):
-        raise ValueError(
-            f"{config.name} has no column {' and '.join(missing)}; it has {', '.join(features)}. "
-            "Name them with data.image_column and data.caption_column"
-        )
+        raise ValueError(f"{config.name} has no column {' and '.join(missing)}; it has {', '.join(features)}. {NAME_THEM}")
     return image, caption, getattr(features.get(caption), "int2str", None)
 
 

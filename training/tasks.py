@@ -1,5 +1,6 @@
 """What can be trained: each task has its network, its loss, what it shows and what it hands over. The loop is the same."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -68,7 +69,8 @@ class TextToImage:
             raise ValueError(
                 f"validation.num_inference_steps={config.validation.num_inference_steps}: the model has {steps} steps"
             )
-        evaluation.as_drawn(pipe, config.validation)
+        sampler = copy.deepcopy(evaluation.as_drawn(pipe, config.validation).scheduler)
+        sampler.set_timesteps(config.validation.num_inference_steps)  # fails now, not when the first grid is drawn
         pipe.vae.to(accelerator.device)
         self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(accelerator.device)
         self.parts = (pipe.unet, pipe.text_encoder, pipe.vae)
