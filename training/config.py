@@ -21,9 +21,7 @@ class DataConfig:
     name: str = "openmoji"
     resolution: int = 32
     channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
-    buckets: list[list[int]] = field(
-        default_factory=list
-    )  # [height, width] of several picture sizes, the first one drawn; none: one square
+    buckets: list[list[int]] = field(default_factory=list)  # [height, width] of several sizes, the first one drawn
     resize: Literal["crop", "pad", "stretch"] = "crop"
     random_flip: bool = False  # left to right, half of the time; wrong for text and for captions that name a side
     image_column: str | None = None  # null: file_name in metadata files, image in parquet and Hub data sets

@@ -28,15 +28,8 @@ from sfumato.training.tracking import Log, trackers
 
 DIVERGED, NOT_PUSHED = 3, 5
 SHOWN = ("objective.", "optim.", "train.", "ema.", "scheduler.", "seed:", "precision:")  # changes the card tells; no paths
-RESULT = (
-    "data:",
-    "data.random_flip",
-    "objective.",
-    "optim.",
-    "scheduler.",
-    "unet.",
-    "seed:",
-)  # what a run that is done cannot take any more
+# Changes that a run which is done cannot take any more.
+RESULT = ("data:", "data.random_flip", "objective.", "optim.", "scheduler.", "unet.", "seed:")
 PATIENCE = 20  # seconds for the data workers of a trainer that was killed to notice
 
 
