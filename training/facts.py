@@ -18,8 +18,7 @@ from sfumato.training import openmoji
 from sfumato.training.checkpoints import lines
 from sfumato.training.config import CheckpointConfig, Config, DataConfig, HubConfig, dump
 from sfumato.training.pictures import PictureSet
-
-SETS = ("openmoji", "shapes")
+from sfumato.training.rules import SETS
 
 
 def public_name(source: str) -> str:

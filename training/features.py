@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sfumato.training.latents import content_hash, stored
+from sfumato.training.latents import content_hash, stored, to_pixel_values
 from sfumato.training.pictures import PictureSet
 from sfumato.training.rules import PACKAGES
 
@@ -102,7 +102,7 @@ def extractor_named(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def to_network(pictures: np.ndarray) -> torch.Tensor:
     """Pictures `(N, H, W, C)` uint8, grey, RGB or RGBA, as `(N, 3, H, W)` in [-1, 1]; transparent ones are laid on white."""
-    values = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    values = to_pixel_values(pictures)
     if values.shape[1] == 4:
         share = (values[:, 3:] + 1) / 2
         values = share * values[:, :3] + 1 - share

