@@ -30,13 +30,13 @@ from diffusers.training_utils import EMAModel
 from measure import Yardstick
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sfumato.training import config as configs
-from sfumato.training.autoencoders import identity_vae, lists_to_tuples
-from sfumato.training.build import train_tokenizer
-from sfumato.training.evaluation import grid
-from sfumato.training.latents import to_pixel_values
-from sfumato.training.pictures import prepare
-from sfumato.training.shapes import evenly
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
+from sfumato.training.data.sources.shapes import evenly
+from sfumato.training.models.autoencoder import identity_vae, lists_to_tuples
+from sfumato.training.models.build import train_tokenizer
+from sfumato.training.models.latent_space import to_pixel_values
+from sfumato.training.quality.drawing import grid
 
 # x_0 is clipped to [-1, 1] at each step, as it is for ours.
 SAMPLING = {"timestep_spacing": "trailing", "thresholding": True, "sample_max_value": 1.0}

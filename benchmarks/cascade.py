@@ -24,10 +24,10 @@ import torch
 
 from sfumato.pipelines import Cascade, SfumatoPipeline
 from sfumato.pipelines.card import recommended
-from sfumato.training import config as configs
-from sfumato.training.evaluation import grid
-from sfumato.training.features import features, frechet_distance
-from sfumato.training.pictures import prepare
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
+from sfumato.training.quality.drawing import grid
+from sfumato.training.quality.features import features, frechet_distance
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--cascade", default="runs/cascade")

@@ -30,12 +30,12 @@ root = Path(tempfile.mkdtemp())
 
 MEMORY = """
 import json, re, sys, time
-from sfumato.training import config as configs
-from sfumato.training.data import batches
-from sfumato.training.latents import cached_texts
-from sfumato.training.pictures import prepare
+from sfumato.training.config import schema as configs  # noqa: E402
+from sfumato.training.data.loader import batches  # noqa: E402
+from sfumato.training.models.latent_space import cached_texts
+from sfumato.training.data.prepare import prepare  # noqa: E402
 from transformers import CLIPTokenizer
-from sfumato.training.build import train_tokenizer
+from sfumato.training.models.build import train_tokenizer
 config = configs.Config(data=configs.DataConfig(name=sys.argv[1], resolution=8, cache_dir=sys.argv[2]))
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -86,10 +86,10 @@ for count in options.counts:
     result["memory"].append(json.loads(done.stdout.splitlines()[-1]))
     print(result["memory"][-1], flush=True)
 
-from sfumato.training import config as configs  # noqa: E402  (after the children, whose memory it would not touch anyway)
 from sfumato.training import loop  # noqa: E402
-from sfumato.training.data import batches  # noqa: E402
-from sfumato.training.pictures import prepare  # noqa: E402
+from sfumato.training.config import schema as configs  # noqa: E402
+from sfumato.training.data.loader import batches  # noqa: E402
+from sfumato.training.data.prepare import prepare  # noqa: E402
 
 rng = np.random.default_rng(0)
 bodies = [picture(256, rng, "jpeg") for _ in range(64)]

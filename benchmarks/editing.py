@@ -19,9 +19,9 @@ from PIL import Image
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.edit import edit
-from sfumato.training import shapes
-from sfumato.training.evaluation import grid
-from sfumato.training.metrics import read_quarters
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.drawing import grid
+from sfumato.training.quality.obedience import read_quarters
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="runs/two_shapes/pipeline")

@@ -21,10 +21,10 @@ from chart import lines
 from sfumato.cli import _find_pipeline
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import SECOND, with_guider, with_sampler
-from sfumato.training import config as configs
-from sfumato.training import pictures as prepared
-from sfumato.training import shapes
-from sfumato.training.metrics import shapes_obedience
+from sfumato.training.config import schema as configs
+from sfumato.training.data import prepare as prepared
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.obedience import shapes_obedience
 
 SCALES = (1.0, 1.5, 2.5, 4.0, 7.0)
 COPIES, STEPS = 4, 15

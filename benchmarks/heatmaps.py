@@ -16,8 +16,8 @@ import torch
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended
 from sfumato.pipelines.explain import explain
-from sfumato.training import shapes
-from sfumato.training.metrics import read_quarters
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.obedience import read_quarters
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="runs/two_shapes/pipeline")

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training import shapes
-from sfumato.training.features import features, frechet_distance
-from sfumato.training.metrics import read_quarters, shapes_obedience
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.features import features, frechet_distance
+from sfumato.training.quality.obedience import read_quarters, shapes_obedience
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="runs/two_shapes/pipeline")

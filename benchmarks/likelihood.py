@@ -17,7 +17,7 @@ from scipy import stats
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import replaced
 from sfumato.schedulers import SfumatoDDPMScheduler
-from sfumato.training.likelihood import bits_per_dim
+from sfumato.training.quality.likelihood import bits_per_dim
 from sfumato.training.train import main
 
 STD, SIDE, FOLDER = 0.25, 8, Path("runs/gaussian")

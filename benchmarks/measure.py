@@ -11,10 +11,10 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
-from sfumato.training import config as configs
-from sfumato.training.features import features, frechet_distance, gaussian, kernel_distance, reference_features
-from sfumato.training.judge import CODE, train_judge
-from sfumato.training.pictures import prepare
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
+from sfumato.training.quality.features import features, frechet_distance, gaussian, kernel_distance, reference_features
+from sfumato.training.quality.judge import CODE, train_judge
 
 
 class Yardstick:

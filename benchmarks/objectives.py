@@ -19,8 +19,8 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
-from sfumato.training import shapes
-from sfumato.training.metrics import shapes_obedience
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.obedience import shapes_obedience
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pictures", type=int, default=128)

@@ -24,8 +24,8 @@ from baseline_diffusers_recipe import RECIPES
 from chart import lines
 from measure import Yardstick, begin, judged, rows, train
 
-from sfumato.training import config as configs
-from sfumato.training.pictures import prepare
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
 
 ROWS, HERE = Path("runs/quality_per_minute.jsonl"), Path(__file__).parent
 

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from measure import Yardstick, begin, judged, rows, train
 
-from sfumato.training import config as configs
-from sfumato.training.build import build_text_encoder
-from sfumato.training.judge import look
-from sfumato.training.pictures import prepare
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
+from sfumato.training.models.build import build_text_encoder
+from sfumato.training.quality.judge import look
 
 COSINE = ["optim.lr_decay=cosine"]
 ADAMW = ["optim.name=adamw", "optim.lr=1e-3", *COSINE]

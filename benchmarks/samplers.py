@@ -18,8 +18,8 @@ from chart import lines
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import SAMPLERS, with_sampler
-from sfumato.training import shapes
-from sfumato.training.metrics import shapes_obedience
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.obedience import shapes_obedience
 
 STEPS = (4, 8, 15, 30, 50)
 

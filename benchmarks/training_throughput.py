@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from sfumato.training import config as configs
 from sfumato.training import loop
-from sfumato.training.build import Denoiser, build_pipeline
-from sfumato.training.checkpoints import trained
+from sfumato.training.config import schema as configs
+from sfumato.training.engine.checkpoints import trained
+from sfumato.training.models.build import Denoiser, build_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--config", default="configs/shapes.yaml")

@@ -200,7 +200,7 @@ def _sample(options) -> int:
 
     from sfumato.pipelines import Cascade, SfumatoPipeline
     from sfumato.pipelines.card import recommended
-    from sfumato.training.evaluation import grid
+    from sfumato.training.quality.drawing import grid
 
     pipe = _opened(options, model)
     advice = recommended(model)
@@ -264,7 +264,7 @@ def _ema(options) -> int:
     model = _find_pipeline(options.run)
     from sfumato.pipelines import SfumatoPipeline, export_pipeline
     from sfumato.pipelines.card import forget_figures
-    from sfumato.training.ema import post_hoc
+    from sfumato.training.engine.ema import post_hoc
 
     weights, pipe = post_hoc(Path(options.run) / "ema", options.length), SfumatoPipeline.from_pretrained(model)
     for part in ("unet", "text_encoder", "controlnet"):
@@ -279,7 +279,7 @@ def _ema(options) -> int:
 
 def _evaluate(options) -> int:
     model = _find_pipeline(options.model)
-    from sfumato.training.evaluate import evaluate
+    from sfumato.training.quality.command import evaluate
 
     return evaluate(model, options)
 
@@ -297,7 +297,7 @@ def _export(options) -> int:
 
         source = snapshot_download(model, allow_patterns=[*TAKEN, "samples/*.png", f"{UPSCALER}/*"], ignore_patterns=UNREAD)
     if "raw" in options.variants:
-        from sfumato.training import checkpoints
+        from sfumato.training.engine import checkpoints
 
         near = [Path(model).parent, *reversed(checkpoints.folders(Path(model).parent))]
         raw = next((checkpoints.raw_weights(f) for f in near if (f / "state.safetensors").is_file()), None)
@@ -312,7 +312,7 @@ def _export(options) -> int:
 
 def _push(options) -> int:
     model = _find_pipeline(options.source)
-    from sfumato.training import hub
+    from sfumato.training.publish import hub
 
     if options.dry_run:
         names = hub.files_to_push(Path(model))
@@ -328,7 +328,7 @@ def _push(options) -> int:
 
 
 def _doctor(options) -> int:
-    from sfumato.training import config as configs
+    from sfumato.training.config import schema as configs
 
     config = configs.load(options.config, options.overrides)
     from sfumato.training.doctor import examine

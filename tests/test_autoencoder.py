@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training.metrics import picture_quality
 from sfumato.training.objectives import autoencoder_loss
+from sfumato.training.quality.obedience import picture_quality
 from sfumato.training.train import main
 
 MODEL = {

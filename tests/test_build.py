@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import CLIPTokenizer
 
-from sfumato.training import build
-from sfumato.training.openmoji import records
+from sfumato.training.data.sources.openmoji import records
+from sfumato.training.models import build
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from test_data import picture
 
-from sfumato.training import checkpoints, loop
+from sfumato.training import loop
+from sfumato.training.engine import checkpoints
 from sfumato.training.train import main
 
 

@@ -5,14 +5,14 @@ import warnings
 import pytest
 import tiny
 
-from sfumato.training import config
+from sfumato.training.config import schema
 
 
 def test_round_trip(tmp_path):
-    loaded = config.load(tiny.config_file(tmp_path), ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "checkpoint.resume=null"])
+    loaded = schema.load(tiny.config_file(tmp_path), ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "checkpoint.resume=null"])
     assert loaded.optim.lr == 3e-4 and loaded.optim.betas == (0.8, 0.9) and loaded.checkpoint.resume is None
-    (tmp_path / "again.yaml").write_text(config.dump(loaded))
-    assert config.load(tmp_path / "again.yaml") == loaded
+    (tmp_path / "again.yaml").write_text(schema.dump(loaded))
+    assert schema.load(tmp_path / "again.yaml") == loaded
 
 
 @pytest.mark.parametrize(
@@ -50,31 +50,31 @@ def test_round_trip(tmp_path):
 )
 def test_wrong_settings_are_named(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
-        config.load(tiny.config_file(tmp_path), override if isinstance(override, list) else [override])
+        schema.load(tiny.config_file(tmp_path), override if isinstance(override, list) else [override])
 
 
 def test_all_wrong_settings_are_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)optim.lr.*ema.decay"):
-        config.load(tiny.config_file(tmp_path), ["optim.lr=0", "ema.decay=2"])
+        schema.load(tiny.config_file(tmp_path), ["optim.lr=0", "ema.decay=2"])
 
 
 def test_missing_file_is_told(tmp_path):
     with pytest.raises(ValueError, match="no config file"):
-        config.load(tmp_path / "none.yaml")
+        schema.load(tmp_path / "none.yaml")
 
 
 def test_a_bare_no_is_no(tmp_path):
     path = tiny.config_file(tmp_path, train={"mixed_precision": False})
-    loaded = config.load(path, ["train.compile=no"])
+    loaded = schema.load(path, ["train.compile=no"])
     assert loaded.train.compile == loaded.train.mixed_precision == "no"
 
 
 def test_a_section_of_the_file_can_be_emptied_on_the_command_line(tmp_path):
     path = tiny.config_file(tmp_path)
     with pytest.raises(ValueError, match="on the command line: unet={}"):
-        config.load(path, ["init_from=x"])
+        schema.load(path, ["init_from=x"])
     with pytest.warns(UserWarning, match="text_encoder"):
-        loaded = config.load(path, ["init_from=x", "unet={}", "scheduler=null"])
+        loaded = schema.load(path, ["init_from=x", "unet={}", "scheduler=null"])
     assert loaded.unet == loaded.scheduler == {} and loaded.train.batch_size == 4
 
 
@@ -82,7 +82,7 @@ def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
     path = tiny.config_file(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config.load(path)
+        schema.load(path)
     for override, needed in {
         "objective.min_snr_gamma=3": "objective.weight=min_snr",
         "objective.log_snr_mean=1": "objective.timesteps=normal",
@@ -92,4 +92,4 @@ def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
         "data.split=test": "a Hub data set",
     }.items():
         with pytest.warns(UserWarning, match=f"{override.split('=')[0]}=.* has no effect without {needed}"):
-            config.load(path, [override])
+            schema.load(path, [override])

@@ -11,8 +11,10 @@ import tiny
 import torch
 from PIL import Image
 
-from sfumato.training import config as configs
-from sfumato.training import data, latents, openmoji, pictures
+from sfumato.training.config import schema as configs
+from sfumato.training.data import loader, prepare
+from sfumato.training.data.sources import openmoji
+from sfumato.training.models import latent_space
 
 
 def folder_config(tmp_path, folder, **more):
@@ -47,12 +49,12 @@ def test_metadata_csv_jsonl_text_files_and_class_folders(tmp_path):
         picture(tmp_path / name / "a.png")
         picture(tmp_path / name / "b" / "c.png", "blue")
         write(tmp_path / name)
-        prepared = pictures.prepare(folder_config(tmp_path, tmp_path / name))
+        prepared = prepare.prepare(folder_config(tmp_path, tmp_path / name))
         assert captions(prepared) == {"a.png": "red thing", "b/c.png": "blue, thing"}
         assert len(prepared) == 2 and prepared.picture(1).shape == (16, 16, 3)
         assert tuple(prepared.picture(0)[8, 8]) == (255, 0, 0)
     picture(tmp_path / "classes" / "sea_lion" / "1.jpg")
-    assert captions(pictures.prepare(folder_config(tmp_path, tmp_path / "classes"))) == {"sea_lion/1.jpg": "sea lion"}
+    assert captions(prepare.prepare(folder_config(tmp_path, tmp_path / "classes"))) == {"sea_lion/1.jpg": "sea lion"}
 
 
 def test_odd_but_sound_pictures_come_out_right(tmp_path):
@@ -69,7 +71,7 @@ def test_odd_but_sound_pictures_come_out_right(tmp_path):
     turned.save(folder / "turned.png", exif=exif)
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text(path.stem)
-    prepared = pictures.prepare(folder_config(tmp_path, folder, max_bad_share=0.0))
+    prepared = prepare.prepare(folder_config(tmp_path, folder, max_bad_share=0.0))
     middle = {record["id"].split(".")[0]: prepared.picture(i)[8, 8] for i, record in enumerate(prepared)}
     np.testing.assert_array_equal(middle["alpha"], [255] * 3)  # clear means white, not black
     np.testing.assert_array_equal(middle["grey"], [128] * 3)
@@ -96,9 +98,9 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path):
     rows += [{"file_name": "good0.png", "text": "  "}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match="8 of 28 pictures.*data.max_bad_share"):
-        pictures.prepare(folder_config(tmp_path, folder))
+        prepare.prepare(folder_config(tmp_path, folder))
     with pytest.warns(UserWarning, match="skipped 8 of 28"):
-        prepared = pictures.prepare(folder_config(tmp_path, folder, max_bad_share=0.5))
+        prepared = prepare.prepare(folder_config(tmp_path, folder, max_bad_share=0.5))
     assert {reason: sorted(names) for reason, names in prepared.skipped.items()} == {
         "damaged picture": ["cut.jpg"],
         "not a picture": ["empty.png", "text.png"],
@@ -122,23 +124,23 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path):
 def test_unusable_sources_say_what_to_do(tmp_path, make, message):
     make(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        pictures.prepare(folder_config(tmp_path, tmp_path / "source"))
+        prepare.prepare(folder_config(tmp_path, tmp_path / "source"))
 
 
 def test_a_changed_folder_is_prepared_anew_an_unchanged_one_is_not(tmp_path):
     picture(tmp_path / "f" / "cat" / "1.png")
-    first = pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+    first = prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     stored = sorted((tmp_path / "cache").iterdir())
-    pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+    prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     assert sorted((tmp_path / "cache").iterdir()) == stored
     picture(tmp_path / "f" / "cat" / "2.png")
-    assert len(pictures.prepare(folder_config(tmp_path, tmp_path / "f"))) == len(first) + 1
+    assert len(prepare.prepare(folder_config(tmp_path, tmp_path / "f"))) == len(first) + 1
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    return configs.load(tiny.config_file(folder)), pictures.prepare(configs.load(tiny.config_file(folder)).data)
+    return configs.load(tiny.config_file(folder)), prepare.prepare(configs.load(tiny.config_file(folder)).data)
 
 
 def test_shapes_split(shapes):
@@ -150,7 +152,7 @@ def test_shapes_split(shapes):
 
 def test_each_epoch_shows_each_picture_once_in_its_own_order(shapes):
     config, prepared = shapes
-    stream = data.CaptionedPictures(prepared, seed=3, caption_dropout=0.0)
+    stream = loader.CaptionedPictures(prepared, seed=3, caption_dropout=0.0)
     epochs = [[stream[e * 64 + i][0] for i in range(64)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(prepared.select("train"))
     assert epochs[0] != epochs[1]
@@ -158,18 +160,18 @@ def test_each_epoch_shows_each_picture_once_in_its_own_order(shapes):
 
 def test_a_sample_is_a_function_of_its_position_alone(shapes):
     _, prepared = shapes
-    forward = data.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
-    backward = data.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
+    forward = loader.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
+    backward = loader.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
     seen = {i: forward[i] for i in range(150)}
     for i in reversed(range(150)):
         assert backward[i] == seen[i]
-    other = data.CaptionedPictures(prepared, seed=4, caption_dropout=0.5)
+    other = loader.CaptionedPictures(prepared, seed=4, caption_dropout=0.5)
     assert [other[i][4] for i in range(9)] != [seen[i][4] for i in range(9)]
 
 
 def test_captions_are_dropped_anew_for_every_sample(shapes):
     _, prepared = shapes
-    stream = data.CaptionedPictures(prepared, seed=0, caption_dropout=0.25)
+    stream = loader.CaptionedPictures(prepared, seed=0, caption_dropout=0.25)
     dropped = np.array([[stream[e * 64 + i][2] == len(prepared.captions) for i in range(64)] for e in range(40)])
     assert dropped.mean() == pytest.approx(0.25, abs=0.03)
     assert not any((dropped[0] == row).all() for row in dropped[1:])
@@ -177,7 +179,7 @@ def test_captions_are_dropped_anew_for_every_sample(shapes):
 
 def test_noise_levels_spread_evenly_over_any_batch(shapes):
     _, prepared = shapes
-    stream = data.CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
+    stream = loader.CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
     for start in (0, 17, 640):
         u = sorted(stream[start + i][3] for i in range(16))
         assert max(np.diff([0.0, *u, 1.0])) < 2.7 / 16
@@ -186,15 +188,15 @@ def test_noise_levels_spread_evenly_over_any_batch(shapes):
 def test_two_processes_see_together_what_one_sees(shapes, tmp_path):
     config, prepared = shapes
     tokenizer = tiny.build.train_tokenizer(prepared.training_captions(), 600, 20)
-    texts = latents.cached_texts(prepared, tokenizer, None, tmp_path)
+    texts = latent_space.cached_texts(prepared, tokenizer, None, tmp_path)
     config.train.batch_size = 4
-    pair = [data.batches(prepared, config, texts, rank, 2) for rank in range(2)]
-    one = data.batches(prepared, config, texts, 0, 1)
+    pair = [loader.batches(prepared, config, texts, rank, 2) for rank in range(2)]
+    one = loader.batches(prepared, config, texts, 0, 1)
     for _ in range(3):
         for stream in pair:
             a, b = next(one), next(stream)
             assert all(torch.equal(a[key], b[key]) for key in a)
-    resumed = next(data.batches(prepared, config, texts, 0, 1, start=24))
+    resumed = next(loader.batches(prepared, config, texts, 0, 1, start=24))
     assert torch.equal(resumed["noise_seed"], next(one)["noise_seed"])
     assert a["pixel_values"].shape == (4, 3, 16, 16) and a["pixel_values"].abs().max() <= 1
     assert a["text"].shape == (4, 20)
@@ -202,9 +204,9 @@ def test_two_processes_see_together_what_one_sees(shapes, tmp_path):
 
 def test_noise_depends_on_the_seed_of_each_sample_only():
     seeds = torch.tensor([1, 2, 3])
-    noise = data.noise_for(seeds, (3, 8, 8), torch.device("cpu"))
-    assert torch.equal(noise[1], data.noise_for(seeds[1:2], (3, 8, 8), torch.device("cpu"))[0])
-    assert abs(data.noise_for(torch.arange(500), (3, 8, 8), torch.device("cpu")).std() - 1) < 0.01
+    noise = loader.noise_for(seeds, (3, 8, 8), torch.device("cpu"))
+    assert torch.equal(noise[1], loader.noise_for(seeds[1:2], (3, 8, 8), torch.device("cpu"))[0])
+    assert abs(loader.noise_for(torch.arange(500), (3, 8, 8), torch.device("cpu")).std() - 1) < 0.01
 
 
 def test_openmoji_names_pictures_in_two_languages():
@@ -224,7 +226,7 @@ def test_openmoji_names_pictures_in_two_languages():
 def test_captions_can_begin_with_the_main_colour(tmp_path):
     words = ["face", "heart", "book"]
     settings = {"languages": ["en"], "skin_tones": False, "words": words, "cache_dir": str(tmp_path)}
-    plain, told = (pictures.prepare(configs.DataConfig(**settings, colours=colours)) for colours in (False, True))
+    plain, told = (prepare.prepare(configs.DataConfig(**settings, colours=colours)) for colours in (False, True))
     captions = {record["captions"][0]: record["captions"] for record in (told[i] for i in range(len(told)))}
     assert captions["pig face"][-1] == "pink pig face" and captions["beating heart"][-1] == "red beating heart"
     assert all("pink pink" not in caption for caption in captions["pink heart"])
@@ -232,7 +234,7 @@ def test_captions_can_begin_with_the_main_colour(tmp_path):
         before = plain[i]["captions"]
         assert told[i]["captions"][: len(before)] == before and told[i]["split"] == plain[i]["split"]
 
-    chinese = pictures.prepare(configs.DataConfig(**{**settings, "languages": ["zh"]}, colours=True))
+    chinese = prepare.prepare(configs.DataConfig(**{**settings, "languages": ["zh"]}, colours=True))
     assert all(len(chinese[i]["captions"]) == 1 for i in range(len(chinese)))  # the colours have English names
 
 

@@ -8,8 +8,8 @@ import tiny
 from test_data import picture
 
 from sfumato import cli
-from sfumato.training import config as configs
 from sfumato.training import doctor
+from sfumato.training.config import schema as configs
 from sfumato.training.train import main
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training.ema import EMA, TRACKS, coefficients, gamma_of, overlap, post_hoc
+from sfumato.training.engine.ema import EMA, TRACKS, coefficients, gamma_of, overlap, post_hoc
 from sfumato.training.train import main
 
 

@@ -26,7 +26,7 @@ from sfumato import cli
 from sfumato.pipelines import SfumatoPipeline, export, export_pipeline
 from sfumato.pipelines.export import joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
-from sfumato.training import config as configs
+from sfumato.training.config import schema as configs
 from sfumato.training.train import main
 
 FILES = {

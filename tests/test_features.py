@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sfumato.training import features
+from sfumato.training.quality import features
 
 
 def test_features_tell_spoilt_pictures_from_good_ones():

@@ -10,7 +10,7 @@ from PIL import Image
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.conditions import renoised
 from sfumato.pipelines.inputs import pad_for_outpainting, to_pixels
-from sfumato.training.pictures import read_picture
+from sfumato.training.data.prepare import read_picture
 
 SAMPLERS = ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "DEISMultistep", "LCM"]
 

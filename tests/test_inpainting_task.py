@@ -12,8 +12,8 @@ from PIL import Image
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.conditions import masks_beside
-from sfumato.training.build import widen
-from sfumato.training.masks import random_mask
+from sfumato.training.models.build import widen
+from sfumato.training.tasks.masks import random_mask
 from sfumato.training.train import main
 
 

@@ -8,8 +8,8 @@ import tiny
 import torch
 from diffusers import AutoencoderKL
 
-from sfumato.training import latents
-from sfumato.training.pictures import prepare
+from sfumato.training.data.prepare import prepare
+from sfumato.training.models import latent_space
 from sfumato.training.train import main
 
 
@@ -53,15 +53,15 @@ def test_keys_follow_the_content(tmp_path, base):
     config = tiny.configs.load(latent_config(tmp_path, base, num_pictures=4)).data
     pictures = prepare(config)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
-    first = latents.cached_latents(pictures, vae, tmp_path / "kept")
+    first = latent_space.cached_latents(pictures, vae, tmp_path / "kept")
     assert first.shape == (260, 4, 8, 8)
-    expected = latents.encode(vae, latents.to_pixel_values(pictures.picture(3)[None]))[0]
+    expected = latent_space.encode(vae, latent_space.to_pixel_values(pictures.picture(3)[None]))[0]
     np.testing.assert_allclose(first[3], expected.numpy(), atol=1e-5)
-    latents.cached_latents(pictures, vae, tmp_path / "kept")
+    latent_space.cached_latents(pictures, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 1
     with torch.no_grad():
         vae.encoder.conv_in.bias += 1
-    latents.cached_latents(pictures, vae, tmp_path / "kept")
+    latent_space.cached_latents(pictures, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 2
 
 

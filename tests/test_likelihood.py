@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_ddpm import discrete_log_likelihood
-from sfumato.training.likelihood import bits_per_dim
+from sfumato.training.quality.likelihood import bits_per_dim
 from sfumato.training.train import main
 
 STD = 0.25
@@ -86,8 +86,8 @@ def test_a_trained_model_learns_its_variance_and_tells_its_bits(tmp_path):
     )
     assert main([str(path)]) == 0
     from sfumato.pipelines import SfumatoPipeline
-    from sfumato.training import config as configs
-    from sfumato.training.pictures import prepare
+    from sfumato.training.config import schema as configs
+    from sfumato.training.data.prepare import prepare
 
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.unet.config.out_channels == 6 and pipe.scheduler.config.variance_type == "learned_range"

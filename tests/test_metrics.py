@@ -5,8 +5,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sfumato.training.metrics import read_scene, shapes_obedience
-from sfumato.training.shapes import COLOURS, GROUNDS, NUM_HELD_OUT, PLACES, SHAPES, SIZES, Scene, coverage, draw, scenes
+from sfumato.training.data.sources.shapes import (
+    COLOURS,
+    GROUNDS,
+    NUM_HELD_OUT,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    coverage,
+    draw,
+    scenes,
+)
+from sfumato.training.quality.obedience import read_scene, shapes_obedience
 
 
 @pytest.mark.parametrize("resolution", [24, 32, 64])

@@ -16,6 +16,7 @@ sys.path.insert(0, str(FIXTURES))
 import make  # noqa: E402
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # settings without effect, and data that are prepared anew
 @pytest.mark.parametrize("name", list(make.CASES))
 def test_a_run_of_0_1_0_is_drawn_and_resumed_as_by_0_1_0(tmp_path, monkeypatch, name):
     """Bit for bit on the kind of machine that made the fixtures, to rounding on others."""

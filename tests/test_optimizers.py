@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from sfumato.training.config import OptimConfig
-from sfumato.training.optimizers import MuonAdamW, build_optimizer, orthogonal
+from sfumato.training.config.schema import OptimConfig
+from sfumato.training.engine.optimizers import MuonAdamW, build_optimizer, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 20), (16, 100), (100, 16), (1, 8)])

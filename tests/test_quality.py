@@ -14,11 +14,12 @@ from scipy.spatial.distance import cdist
 from transformers import BertConfig, BertModel
 
 from sfumato.cli import main as cli
-from sfumato.training import config as configs
-from sfumato.training import openmoji
-from sfumato.training.checkpoints import damage
-from sfumato.training.evaluate import prepared
-from sfumato.training.features import (
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
+from sfumato.training.data.sources import openmoji
+from sfumato.training.engine.checkpoints import damage
+from sfumato.training.quality.command import prepared
+from sfumato.training.quality.features import (
     distances,
     features,
     frechet_distance,
@@ -27,10 +28,9 @@ from sfumato.training.features import (
     kernel_within,
     manifold_scores,
 )
-from sfumato.training.judge import Judge, altered
-from sfumato.training.memorisation import as_rows, memorisation, nearest, nearest_training
-from sfumato.training.pictures import prepare
-from sfumato.training.quality import Evaluation, jackknifed, mean, student
+from sfumato.training.quality.judge import Judge, altered
+from sfumato.training.quality.memorisation import as_rows, memorisation, nearest, nearest_training
+from sfumato.training.quality.report import Evaluation, jackknifed, mean, student
 from sfumato.training.train import main
 
 RNG = np.random.default_rng(0)
@@ -238,7 +238,7 @@ def run(tmp_path_factory):
 
 def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(run))
-    monkeypatch.setattr("sfumato.training.judge.STEPS", 30)
+    monkeypatch.setattr("sfumato.training.quality.judge.STEPS", 30)
     folder = run / "run" / "pipeline"
     command = ["evaluate", "--model", str(folder), "--pictures", "12", "--steps", "2", "--bits", "2"]
     assert cli(command) == 0
@@ -264,7 +264,7 @@ def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, 
 
 
 def test_evaluate_of_a_run_knows_its_data_and_leaves_checkpoints_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sfumato.training.judge.STEPS", 2)
+    monkeypatch.setattr("sfumato.training.quality.judge.STEPS", 2)
     data = tmp_path / "pictures"
     data.mkdir()
     for i in range(150):
@@ -300,7 +300,7 @@ def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys, monkeypatch):
     assert "--data" in capsys.readouterr().err
     folder = str(run / "run" / "pipeline")
     monkeypatch.setattr(
-        "sfumato.training.evaluation.draw_pictures", lambda *a, **k: pytest.fail("drawn before it was checked")
+        "sfumato.training.quality.drawing.draw_pictures", lambda *a, **k: pytest.fail("drawn before it was checked")
     )
     other, blind = tiny.config_file(tmp_path, data={"resolution": 24}), tmp_path / "reads words"
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(

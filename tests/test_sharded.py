@@ -12,11 +12,11 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from sfumato.pipelines import export_pipeline
-from sfumato.training import checkpoints
-from sfumato.training.build import Denoiser
-from sfumato.training.config import OptimConfig
-from sfumato.training.ema import EMA
-from sfumato.training.optimizers import build_optimizer
+from sfumato.training.config.schema import OptimConfig
+from sfumato.training.engine import checkpoints
+from sfumato.training.engine.ema import EMA
+from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.models.build import Denoiser
 
 
 def build(folder, sharded: bool, kind: str):

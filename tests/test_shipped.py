@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from sfumato import cli
-from sfumato.training import openmoji
+from sfumato.training.data.sources import openmoji
 
 FOLDER = Path(__file__).parent.parent / "models" / "openmoji"
 

@@ -14,10 +14,11 @@ import tiny
 from PIL import Image
 from test_data import claims, folder_config, picture
 
-from sfumato.training import config as configs
-from sfumato.training import pictures, sources
-from sfumato.training.data import CaptionedPictures, batches
-from sfumato.training.latents import cached_texts
+from sfumato.training.config import schema as configs
+from sfumato.training.data import prepare
+from sfumato.training.data.loader import CaptionedPictures, batches
+from sfumato.training.data.sources import registry
+from sfumato.training.models.latent_space import cached_texts
 
 TABLE = Path(__file__).parent / "hostile_inputs.md"
 
@@ -102,7 +103,7 @@ def outcomes(folder: Path) -> dict[str, str]:
     def judge(label, source, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            table[label] = outcome(pictures.prepare(configs.DataConfig(name=str(source), **config)), name)
+            table[label] = outcome(prepare.prepare(configs.DataConfig(name=str(source), **config)), name)
 
     for number, (label, (body, caption)) in enumerate(pictures_and_captions().items()):
         source = folder / f"f{number}"
@@ -206,7 +207,7 @@ def test_tars_are_read_without_extracting(tmp_path):
     tar(tmp_path / "set" / "0.tar", [("a.png", RED), ("a.txt", b"red thing"), ("b.jpg", RED), ("b.json", b'{"text": "two"}')])
     tar(tmp_path / "set" / "1.tar.gz", [("c.png", RED), ("c.cls", b"three")], "w:gz")
     before = sorted(tmp_path.rglob("*"))
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "set"))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "set"))
     assert [record["captions"] for record in prepared] == [["red thing"], ["two"], ["three"]]
     assert tuple(prepared.picture(2)[8, 8]) == (255, 0, 0)
     assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in str(p)] == before
@@ -237,20 +238,20 @@ def parquet(tmp_path):
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_parquet_columns_lists_and_labels(tmp_path, parquet):
     more = {"image_column": "picture", "max_bad_share": 0.5}
-    lists = pictures.prepare(folder_config(tmp_path, parquet, caption_column="says", **more))
+    lists = prepare.prepare(folder_config(tmp_path, parquet, caption_column="says", **more))
     assert [record["captions"] for record in lists] == [["one", "eins"], ["three"]]
     assert lists.skipped == {"no picture": ["row 1"]}  # a path of this machine in a stranger's table is not followed
-    labels = pictures.prepare(folder_config(tmp_path, parquet / "rows.parquet", caption_column="kind", **more))
+    labels = prepare.prepare(folder_config(tmp_path, parquet / "rows.parquet", caption_column="kind", **more))
     assert [record["captions"] for record in labels] == [["sea lion"], ["cat"]]
     with pytest.raises(ValueError, match="no column image and text; it has picture, says, kind"):
-        pictures.prepare(folder_config(tmp_path, parquet))
+        prepare.prepare(folder_config(tmp_path, parquet))
 
 
 def test_only_a_few_rows_of_a_large_row_group_are_held(tmp_path):
     pa = pytest.importorskip("pyarrow")
     body = RED + bytes(100_000)  # 200 MB in one row group
     write_parquet(tmp_path / "1.parquet", [(body[:-1] + bytes([i % 256]), b"x") for i in range(2000)])
-    records = sources.open_source(folder_config(tmp_path, tmp_path / "1.parquet"))
+    records = registry.open_source(folder_config(tmp_path, tmp_path / "1.parquet"))
     held = [pa.total_allocated_bytes() for _ in records]
     assert len(held) == 2000 and max(held) < 100_000_000
 
@@ -261,7 +262,7 @@ def test_a_column_that_a_later_file_lacks_is_told_before_training(tmp_path):
     write_parquet(tmp_path / "set" / "0.parquet", [(RED, b"good")])
     parquet.write_table(pa.table({"image": [RED], "caption": ["x"]}), tmp_path / "set" / "1.parquet")
     with pytest.raises(ValueError, match="1.parquet must have one column text; it has image, caption"):
-        pictures.prepare(folder_config(tmp_path, tmp_path / "set"))
+        prepare.prepare(folder_config(tmp_path, tmp_path / "set"))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_a_column_that_a_later_file_lacks_is_told_before_training(tmp_path):
     ],
 )
 def test_what_a_caption_cell_may_be(cell, expected):
-    assert sources.captions_of(cell) == expected
+    assert registry.captions_of(cell) == expected
 
 
 def test_a_stricter_share_judges_what_is_prepared_already(tmp_path):
@@ -284,16 +285,16 @@ def test_a_stricter_share_judges_what_is_prepared_already(tmp_path):
         picture(tmp_path / "f" / "cat" / f"{i}.png")
     (tmp_path / "f" / "cat" / "9.png").write_bytes(b"")
     with pytest.warns(UserWarning, match="skipped 1 of 10"):
-        first = pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.2))
-    assert pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.3)).fingerprint == first.fingerprint
+        first = prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.2))
+    assert prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.3)).fingerprint == first.fingerprint
     with pytest.raises(ValueError, match="1 of 10 pictures"):
-        pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.05))
+        prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.05))
 
 
 def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        prepared = pictures.prepare(
+        prepared = prepare.prepare(
             folder_config(tmp_path, parquet, image_column="picture", caption_column="says", max_bad_share=0.5)
         )
     stream = CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
@@ -305,7 +306,7 @@ def test_grey_rgb_and_rgba(tmp_path, channels, colour):
     picture(
         tmp_path / "f" / "cat" / "1.png", (255, 0, 0, 128) if channels == 4 else "red", mode="RGBA" if channels == 4 else "RGB"
     )
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f", channels=channels))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f", channels=channels))
     assert tuple(prepared.picture(0)[8, 8]) == colour
 
 
@@ -317,12 +318,12 @@ def test_a_folder_of_picture_sets_is_told_to_be_one(tmp_path):
     (tmp_path / "described" / "part" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}')
     for folder, inner in (("split", "test, train"), ("described", "part")):
         with pytest.raises(ValueError, match=f"picture sets of their own: {inner}; name one"):
-            pictures.prepare(folder_config(tmp_path, tmp_path / folder))
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "split" / "train"))
+            prepare.prepare(folder_config(tmp_path, tmp_path / folder))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "split" / "train"))
     assert [prepared[i]["captions"] for i in range(2)] == [["cats"], ["dogs"]]
     picture(tmp_path / "vehicles" / "bus" / "1.png")
     picture(tmp_path / "vehicles" / "train" / "2.png")
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "vehicles"))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "vehicles"))
     assert [prepared[i]["captions"] for i in range(2)] == [["bus"], ["train"]], "a class, with others beside"
 
 
@@ -333,20 +334,20 @@ def test_what_people_do_to_caption_files(tmp_path):
     table = tmp_path / "f" / "metadata.csv"
     table.write_text('file_name,text\n1.png,a red, round ball\n2.png,"a red, round ball"\n')
     with pytest.raises(ValueError, match="more cells than columns; put a caption that has commas in quotes"):
-        pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=1.0))
+        prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=1.0))
     assert [record["captions"] for record in prepared] == [["a red, round ball"]]
     table.write_text("image,caption\n1.png,a ball\n")
     with pytest.raises(ValueError, match="data.image_column and data.caption_column"):
-        pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+        prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     table.unlink()
     for name in ("1", "2"):
         (tmp_path / "f" / f"{name}.txt").write_text(f"ball {name}\n", encoding="utf-8-sig")
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     assert [record["captions"] for record in prepared] == [["ball 1"], ["ball 2"]]
     (tmp_path / "f" / "backup.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="both pictures and backup.tar"):
-        pictures.prepare(folder_config(tmp_path, tmp_path / "f"))
+        prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
 
 
 def test_resize_policies(tmp_path):
@@ -356,7 +357,7 @@ def test_resize_policies(tmp_path):
     wide.save(tmp_path / "f" / "cat" / "1.png")
     corner = {}
     for resize in ("crop", "pad", "stretch"):
-        shown = pictures.prepare(folder_config(tmp_path, tmp_path / "f", resize=resize)).picture(0)
+        shown = prepare.prepare(folder_config(tmp_path, tmp_path / "f", resize=resize)).picture(0)
         corner[resize] = [tuple(255 * int(c > 128) for c in shown[y, 1]) for y in (1, 8)]
     assert corner == {
         "crop": [(255, 0, 0)] * 2,  # the blue edge is cut off
@@ -370,7 +371,7 @@ def test_buckets_keep_each_batch_to_one_size_and_show_every_picture(tmp_path):
     for kind, size in sizes.items():
         for i in range(5):
             picture(tmp_path / "f" / kind / f"{i}.png", size=size)
-    prepared = pictures.prepare(folder_config(tmp_path, tmp_path / "f", buckets=[[16, 16], [24, 12], [12, 24]]))
+    prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f", buckets=[[16, 16], [24, 12], [12, 24]]))
     assert {record["captions"][0]: prepared.picture(i).shape for i, record in enumerate(prepared)} == {
         "square": (16, 16, 3), "tall": (24, 12, 3), "wide": (12, 24, 3),
     }  # fmt: skip
@@ -424,7 +425,7 @@ def test_a_random_flip_mirrors_half_of_the_visits(tmp_path):
     half.save(tmp_path / "f" / "cat" / "1.png")
     path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "random_flip": True}, train={"batch_size": 200})
     config = configs.load(path)
-    prepared = pictures.prepare(config.data)
+    prepared = prepare.prepare(config.data)
     tokenizer = tiny.build.train_tokenizer(["cat"], 600, 20)
     texts = cached_texts(prepared, tokenizer, None, tmp_path)
     left_is_red = next(batches(prepared, config, texts))["pixel_values"][:, 0, 8, 2] > 0

@@ -17,7 +17,7 @@ from test_flow import config as flow_config
 from sfumato import cli
 from sfumato.pipelines import Cascade, SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.training import hub
+from sfumato.training.publish import hub
 from sfumato.training.train import main
 
 CHILD = """

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended
-from sfumato.training import config as configs
-from sfumato.training import loop, tasks
-from sfumato.training.checkpoints import damage
+from sfumato.training import loop
+from sfumato.training.config import schema as configs
+from sfumato.training.engine.checkpoints import damage
+from sfumato.training.tasks import text_to_image
 from sfumato.training.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -163,13 +164,13 @@ def test_a_half_written_checkpoint_is_not_taken(tmp_path):
 
 def test_nan_never_reaches_the_weights(tmp_path, monkeypatch):
     """Every gradient from step 4 on is NaN: steps are skipped and counted, the run stops, the checkpoint stays good."""
-    real, calls = tasks.weighted_mse, []
+    real, calls = text_to_image.weighted_mse, []
 
     def poisoned(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) > 3 else 1.0)
 
-    monkeypatch.setattr(tasks, "weighted_mse", poisoned)
+    monkeypatch.setattr(text_to_image, "weighted_mse", poisoned)
     assert main([str(tiny.config_file(tmp_path, train={"max_steps": 50, "max_bad_steps": 5}))]) == 3
     lines = metrics(tmp_path)
     assert len(lines) == 8 and lines[-1]["skipped_steps"] == 5 and lines[-1]["loss"] is None
@@ -178,26 +179,26 @@ def test_nan_never_reaches_the_weights(tmp_path, monkeypatch):
 
 
 def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
-    real, calls = tasks.weighted_mse, []
+    real, calls = text_to_image.weighted_mse, []
 
     def poisoned(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(tasks, "weighted_mse", poisoned)
+    monkeypatch.setattr(text_to_image, "weighted_mse", poisoned)
     assert main([str(tiny.config_file(tmp_path))]) == 0
     assert metrics(tmp_path)[-1]["skipped_steps"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 6).values())
 
 
 def test_a_signal_on_a_validation_step_saves_and_draws_nothing_more(tmp_path, monkeypatch):
-    real = tasks.weighted_mse
+    real = text_to_image.weighted_mse
 
     def struck(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(tasks, "weighted_mse", struck)
+    monkeypatch.setattr(text_to_image, "weighted_mse", struck)
     assert main([str(tiny.config_file(tmp_path, validation={"every_steps": 1}))]) == 143
     assert damage(tmp_path / "run" / "checkpoints" / "step-00000001") is None
     assert not list((tmp_path / "run").glob("samples/*")) and not (tmp_path / "run" / "validation.jsonl").read_text()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.conditions import low_res_beside
-from sfumato.training.autoencoders import identity_vae, set_scaling_factor
+from sfumato.training.models.autoencoder import identity_vae, set_scaling_factor
 from sfumato.training.train import main
 
 

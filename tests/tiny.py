@@ -2,8 +2,8 @@
 
 import yaml
 
-from sfumato.training import build
-from sfumato.training import config as configs
+from sfumato.training.config import schema as configs
+from sfumato.training.models import build
 
 CAPTIONS = ["a red circle", "a blue square on a white ground", "披萨"]
 

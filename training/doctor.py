@@ -14,14 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training import checkpoints
-from sfumato.training.config import Config
-from sfumato.training.data import batches
-from sfumato.training.ema import EMA
-from sfumato.training.evaluation import as_image, grid
-from sfumato.training.optimizers import build_optimizer
-from sfumato.training.pictures import PictureSet, prepare
-from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
+from sfumato.training.config.schema import Config
+from sfumato.training.data.loader import batches
+from sfumato.training.data.prepare import PictureSet, prepare
+from sfumato.training.engine import checkpoints
+from sfumato.training.engine.ema import EMA
+from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.quality.drawing import as_image, grid
+from sfumato.training.tasks.text_to_image import TASKS, Autoencoder, TextToImage
 
 
 @dataclass

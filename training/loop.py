@@ -13,18 +13,19 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
-from sfumato.training import best, checkpoints, hub
-from sfumato.training import config as configs
-from sfumato.training.data import batches
-from sfumato.training.ema import EMA
-from sfumato.training.features import DEFAULT, reference_features
+from sfumato.training.config import schema as configs
+from sfumato.training.config.rules import DISTANCES
+from sfumato.training.data.loader import batches
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.prepare import prepare as prepare_pictures
+from sfumato.training.engine import best, checkpoints
+from sfumato.training.engine.ema import EMA
+from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.engine.tracking import Log, trackers
 from sfumato.training.objectives import lr_scale
-from sfumato.training.optimizers import build_optimizer
-from sfumato.training.pictures import PictureSet
-from sfumato.training.pictures import prepare as prepare_pictures
-from sfumato.training.rules import DISTANCES
-from sfumato.training.tasks import TASKS, Autoencoder, TextToImage
-from sfumato.training.tracking import Log, trackers
+from sfumato.training.publish import hub
+from sfumato.training.quality.features import DEFAULT, reference_features
+from sfumato.training.tasks.text_to_image import TASKS, Autoencoder, TextToImage
 
 DIVERGED, NOT_PUSHED = 3, 5
 SHOWN = ("objective.", "optim.", "train.", "ema.", "scheduler.", "seed:", "precision:")  # changes the card tells; no paths

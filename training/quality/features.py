@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sfumato.training.latents import content_hash, stored, to_pixel_values
-from sfumato.training.pictures import PictureSet
-from sfumato.training.rules import PACKAGES
+from sfumato.training.config.rules import PACKAGES
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.models.latent_space import content_hash, stored, to_pixel_values
 
 DEFAULT = "efficientnet-lite0"
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # as it is imported, whatever becomes of the file

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from sfumato.training.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Pair, Scene, coverage
+from sfumato.training.data.sources.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Pair, Scene, coverage
 
 # A picture counts as showing a figure only if the best template covers it this well (soft intersection over union).
 MIN_OVERLAP = 0.7

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from sfumato.pipelines.choices import FLOW_SAMPLERS, GUIDERS, SAMPLERS, SECOND
-from sfumato.training.config import Config
+from sfumato.training.config.schema import Config
 
 DISTANCES = ("FD", "KID")
 SETS = ("openmoji", "shapes")  # names of data that are no place

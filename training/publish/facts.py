@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato import __version__
-from sfumato.training import openmoji
-from sfumato.training.checkpoints import lines
-from sfumato.training.config import CheckpointConfig, Config, DataConfig, HubConfig, dump
-from sfumato.training.pictures import PictureSet
-from sfumato.training.rules import SETS
+from sfumato.training.config.rules import SETS
+from sfumato.training.config.schema import CheckpointConfig, Config, DataConfig, HubConfig, dump
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.sources import openmoji
+from sfumato.training.engine.checkpoints import lines
 
 
 def public_name(source: str) -> str:
@@ -130,7 +130,7 @@ def _versions() -> dict[str, str | None]:
 @cache
 def _commit() -> str | None:
     """The git commit of this code, where it is a checkout."""
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     try:

@@ -25,9 +25,9 @@ from transformers import CLIPTextModel
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import replaced
 from sfumato.pipelines.export import sync, sync_entry
-from sfumato.training.config import Config
-from sfumato.training.ema import EMA, TRACKS
-from sfumato.training.pictures import PictureSet
+from sfumato.training.config.schema import Config
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.engine.ema import EMA, TRACKS
 
 # Settings that a resumed run may change and still end bit for bit as one run.
 FREE = ("output_dir", "title", "checkpoint", "validation", "hub")

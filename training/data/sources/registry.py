@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import fsspec
 import numpy as np
 
-from sfumato.training import openmoji, shapes
-from sfumato.training.config import DataConfig
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.sources import openmoji, shapes
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_FILE_BYTES = 256_000_000

@@ -15,17 +15,14 @@ from transformers import CLIPTokenizer
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.choices import replaced
 from sfumato.pipelines.conditions import estimator, low_res_beside, masks_beside
-from sfumato.training import checkpoints, evaluation, facts
-from sfumato.training.autoencoder_task import Autoencoder
-from sfumato.training.build import Denoiser, build_pipeline, warn_of_long_captions
-from sfumato.training.config import Config
-from sfumato.training.data import noise_for
-from sfumato.training.edges import edge_f1, edges
-from sfumato.training.features import feature_distances
-from sfumato.training.held_out import held_out_loss
-from sfumato.training.latents import cached_latents, cached_texts, encode, is_identity, to_pixel_values
-from sfumato.training.masks import random_mask
-from sfumato.training.metrics import picture_quality
+from sfumato.training.config.rules import DISTANCES
+from sfumato.training.config.schema import Config
+from sfumato.training.data.loader import noise_for
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.sources.shapes import NUM_HELD_OUT, evenly
+from sfumato.training.engine import checkpoints
+from sfumato.training.models.build import Denoiser, build_pipeline, warn_of_long_captions
+from sfumato.training.models.latent_space import cached_latents, cached_texts, encode, is_identity, to_pixel_values
 from sfumato.training.objectives import (
     LossMoments,
     loss_weight,
@@ -34,10 +31,15 @@ from sfumato.training.objectives import (
     sample_timesteps,
     weighted_mse,
 )
-from sfumato.training.pictures import PictureSet
-from sfumato.training.quality import set_distances
-from sfumato.training.rules import DISTANCES
-from sfumato.training.shapes import NUM_HELD_OUT, evenly
+from sfumato.training.publish import facts
+from sfumato.training.quality import drawing
+from sfumato.training.quality.features import feature_distances
+from sfumato.training.quality.held_out import held_out_loss
+from sfumato.training.quality.obedience import picture_quality
+from sfumato.training.quality.report import set_distances
+from sfumato.training.tasks.autoencoder import Autoencoder
+from sfumato.training.tasks.edges import edge_f1, edges
+from sfumato.training.tasks.masks import random_mask
 
 
 class TextToImage:
@@ -69,7 +71,7 @@ class TextToImage:
             raise ValueError(
                 f"validation.num_inference_steps={config.validation.num_inference_steps}: the model has {steps} steps"
             )
-        sampler = copy.deepcopy(evaluation.as_drawn(pipe, config.validation).scheduler)
+        sampler = copy.deepcopy(drawing.as_drawn(pipe, config.validation).scheduler)
         sampler.set_timesteps(config.validation.num_inference_steps)  # fails now, not when the first grid is drawn
         pipe.vae.to(accelerator.device)
         self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(accelerator.device)
@@ -85,7 +87,7 @@ class TextToImage:
         self.moments = LossMoments() if config.objective.importance else None
         self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
         self.snr = self.levels.to(accelerator.device)
-        self.prompts = list(config.validation.prompts) or evaluation.captions_to_show(pictures)
+        self.prompts = list(config.validation.prompts) or drawing.captions_to_show(pictures)
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
         data, pipe, latents = self.config.data, self.pipe, None
@@ -168,15 +170,15 @@ class TextToImage:
 
     def shareable(self) -> SfumatoPipeline:
         """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
-        return evaluation.as_drawn(checkpoints.shareable(self.pipe, self.module), self.config.validation)
+        return drawing.as_drawn(checkpoints.shareable(self.pipe, self.module), self.config.validation)
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """The fixed prompts, drawn with the fixed seeds."""
         return self.prompts, self.drawn(self.shareable(), self.prompts)
 
     def drawn(self, pipe: SfumatoPipeline, captions: list[str], **given) -> list[Image.Image]:
-        """One picture a caption, as `validation` says; see `evaluation.draw_pictures`."""
-        return evaluation.draw_pictures(pipe, captions, self.config.validation, self.accelerator, **given)
+        """One picture a caption, as `validation` says; see `drawing.draw_pictures`."""
+        return drawing.draw_pictures(pipe, captions, self.config.validation, self.accelerator, **given)
 
     def told(self, state: dict) -> dict:
         """What an exported folder says of the run."""
@@ -197,20 +199,20 @@ class TextToImage:
 
     @property
     def split(self) -> str:
-        """What `evaluation.to_show` takes pictures of."""
+        """What `drawing.to_show` takes pictures of."""
         return "held-out" if len(self.pictures.select("held_out")) else "training"
 
     def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
         """What can be measured on held-out data, and what it is; nothing where nothing can."""
         count, scores, what = min(self.config.validation.num_judged, NUM_HELD_OUT), {}, ""
         if self.config.data.name == "shapes":
-            right = evaluation.evaluate_shapes(pipe, self.config, self.accelerator)
+            right = drawing.evaluate_shapes(pipe, self.config, self.accelerator)
             scores = {name: float(np.mean(values)) for name, values in right.items()}
             what = f"obedience to {count} held-out captions, judged by a program"
         if self.config.checkpoint.best_by in DISTANCES:
             train = self.pictures.select("train")
             chosen = train[evenly(len(train), self.config.validation.num_judged)]
-            made = evaluation.arrays(self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen]))
+            made = drawing.arrays(self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen]))
             scores |= set_distances(self.pictures, made, self.config.data.cache_dir)
             what = what or f"{len(made)} training captions drawn"
         return scores, what
@@ -241,8 +243,8 @@ class TextToImage:
 
 
 def captioned(pictures: PictureSet, count: int) -> tuple[list[str], list[np.ndarray]]:
-    """Captions and pictures `(H, W, C)` uint8 that `evaluation.to_show` chooses."""
-    chosen = evaluation.to_show(pictures, count)
+    """Captions and pictures `(H, W, C)` uint8 that `drawing.to_show` chooses."""
+    chosen = drawing.to_show(pictures, count)
     return [pictures[i]["captions"][0] for i in chosen], [pictures.picture(i) for i in chosen]
 
 
@@ -300,7 +302,7 @@ class Upscaling(TextToImage):
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures: enlarged plainly, enlarged by the model, and true."""
         captions, true, plain, drawn = self.enlarged(4, self.shareable())
-        rows = zip(captions, map(evaluation.as_image, plain), drawn, map(evaluation.as_image, true))
+        rows = zip(captions, map(drawing.as_image, plain), drawn, map(drawing.as_image, true))
         names, pictures = zip(*(cell for c, p, d, t in rows for cell in ((f"{c}: bicubic", p), ("drawn", d), ("true", t))))
         return list(names), list(pictures)
 
@@ -342,7 +344,7 @@ class Control(TextToImage):
         """Edges of held-out pictures, and what is drawn by them."""
         captions, maps, drawn = self.followed(6, self.shareable())
         names, pictures = zip(
-            *(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, evaluation.as_image(m)), ("drawn", d)))
+            *(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, drawing.as_image(m)), ("drawn", d)))
         )
         return list(names), list(pictures)
 

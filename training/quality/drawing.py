@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.pipelines.inputs import on_white
-from sfumato.training import shapes
-from sfumato.training.config import Config, ValidationConfig
-from sfumato.training.metrics import shapes_right
-from sfumato.training.pictures import PictureSet
+from sfumato.training.config.schema import Config, ValidationConfig
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.sources import shapes
+from sfumato.training.quality.obedience import shapes_right
 
 
 def to_show(pictures: PictureSet, count: int) -> list[int]:

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from sfumato.training import evaluation
-from sfumato.training.build import Denoiser
-from sfumato.training.checkpoints import shareable
-from sfumato.training.data import GOLDEN_RATIO, collate, noise_for
+from sfumato.training.data.loader import GOLDEN_RATIO, collate, noise_for
+from sfumato.training.engine.checkpoints import shareable
+from sfumato.training.models.build import Denoiser
+from sfumato.training.quality import drawing
 
 # Bands of log-SNR, in nats: from where only the layout of a picture is left to where only its grain is missing.
 EDGES = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
@@ -38,7 +38,7 @@ def held_out_loss(task, batch_size: int | None = None) -> dict[str, float]:
     log_snr = task.snr.clamp(1e-20, 1e20).log()
     samples = [
         (number, k, EDGES[k] + (EDGES[k + 1] - EDGES[k]) * ((i * GOLDEN_RATIO) % 1.0))
-        for i, number in enumerate(evaluation.to_show(pictures, task.config.validation.num_held_out))
+        for i, number in enumerate(drawing.to_show(pictures, task.config.validation.num_held_out))
         for k in range(bands)
         if log_snr[-1] <= EDGES[k] and EDGES[k + 1] <= log_snr[0]
     ]

@@ -12,9 +12,9 @@ from accelerate.utils import is_tensorboard_available
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sfumato.training.checkpoints import lines
-from sfumato.training.config import Config, dump
-from sfumato.training.evaluation import grid
+from sfumato.training.config.schema import Config, dump
+from sfumato.training.engine.checkpoints import lines
+from sfumato.training.quality.drawing import grid
 
 
 def trackers(config: Config) -> list[str]:

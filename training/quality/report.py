@@ -9,9 +9,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training import evaluation, memorisation, openmoji
-from sfumato.training.config import Config
-from sfumato.training.features import (
+from sfumato.training.config.schema import Config
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.sources import openmoji
+from sfumato.training.data.sources.shapes import evenly
+from sfumato.training.quality import drawing, memorisation
+from sfumato.training.quality.features import (
     DEFAULT,
     distances,
     extractor_named,
@@ -23,10 +26,8 @@ from sfumato.training.features import (
     manifold_scores,
     reference_features,
 )
-from sfumato.training.judge import Judge, same_pictures, train_judge
-from sfumato.training.likelihood import bits_per_dim, check_bounded
-from sfumato.training.pictures import PictureSet
-from sfumato.training.shapes import evenly
+from sfumato.training.quality.judge import Judge, same_pictures, train_judge
+from sfumato.training.quality.likelihood import bits_per_dim, check_bounded
 
 PARTS = 10
 GENDERS = ("man", "woman", "person")
@@ -136,7 +137,7 @@ class Evaluation:
 
     def drawn(self, captions: list[str]) -> np.ndarray:
         """One picture a caption, `(N, H, W, C)` uint8."""
-        return evaluation.arrays(evaluation.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator))
+        return drawing.arrays(drawing.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator))
 
     def looked_at(self, made: np.ndarray, extractor: str) -> np.ndarray:
         """Features of drawn pictures, each process its share."""
@@ -261,7 +262,7 @@ class Evaluation:
             for space, k in zip(("pixels", "features"), which[i]):
                 cells.append((self.pictures.picture(int(k)), f"{space}: {self.caption(k)}"))
         shown, told = zip(*cells)
-        return scores, evaluation.grid([evaluation.as_image(picture) for picture in shown], list(told))
+        return scores, drawing.grid([drawing.as_image(picture) for picture in shown], list(told))
 
     def bits(self) -> dict[str, Score]:
         """Bits per dimension of held-out and of training pictures, at most."""
@@ -307,7 +308,7 @@ def report(
     run = Evaluation(pipe, config, pictures, accelerator, plan)
     scores = run.distances()
     if config.data.name == "shapes":
-        obeyed = evaluation.evaluate_shapes(run.pipe, config, accelerator)
+        obeyed = drawing.evaluate_shapes(run.pipe, config, accelerator)
         scores |= {f"obedience, {name}": mean(right) for name, right in obeyed.items()}
     else:
         judge = train_judge(pictures, config.data.cache_dir)

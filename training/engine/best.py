@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sfumato.pipelines.export import put
-from sfumato.training.checkpoints import CannotSave
+from sfumato.training.engine.checkpoints import CannotSave
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sfumato.training.config import OptimConfig
+from sfumato.training.config.schema import OptimConfig
 
 
 def _factor(square: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.conditions import UPSCALERS_SCALE
 from sfumato.pipelines.guided import run_network
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
-from sfumato.training.autoencoders import divisible, identity_vae, known, lists_to_tuples, made, set_scaling_factor
-from sfumato.training.config import Config, TextEncoderConfig
-from sfumato.training.latents import is_identity
+from sfumato.training.models.autoencoder import divisible, identity_vae, known, lists_to_tuples, made, set_scaling_factor
+from sfumato.training.config.schema import Config, TextEncoderConfig
+from sfumato.training.models.latent_space import is_identity
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

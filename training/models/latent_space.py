@@ -14,7 +14,7 @@ from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
 from sfumato.pipelines.export import sync
-from sfumato.training.pictures import PictureSet
+from sfumato.training.data.prepare import PictureSet
 
 
 def is_identity(vae: AutoencoderKL) -> bool:

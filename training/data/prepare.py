@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from sfumato.pipelines import inputs
 from sfumato.pipelines.export import sync
 from sfumato.pipelines.inputs import MODES, on_white
-from sfumato.training import openmoji, shapes, sources
-from sfumato.training.config import DataConfig
-from sfumato.training.sources import Record, open_source
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.sources import openmoji, shapes
+from sfumato.training.data.sources import registry as sources
+from sfumato.training.data.sources.registry import Record, open_source
 
 MAX_PIXELS = 32_000_000
 MIN_SIDE = 4

@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import run_network
 from sfumato.schedulers import SfumatoDDPMScheduler, trained
-from sfumato.training.data import noise_for
-from sfumato.training.latents import is_identity, to_pixel_values
+from sfumato.training.data.loader import noise_for
+from sfumato.training.models.latent_space import is_identity, to_pixel_values
 
 
 def check_bounded(pipe: SfumatoPipeline) -> None:

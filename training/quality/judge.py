@@ -11,10 +11,10 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from sfumato.training.build import build_text_encoder, train_tokenizer
-from sfumato.training.config import TextEncoderConfig
-from sfumato.training.features import DEFAULT, features, reference_features, to_network
-from sfumato.training.pictures import PictureSet
+from sfumato.training.config.schema import TextEncoderConfig
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.models.build import build_text_encoder, train_tokenizer
+from sfumato.training.quality.features import DEFAULT, features, reference_features, to_network
 
 SIZE, GRID, STEPS, MAX_LENGTH = 128, 8, 800, 256
 ALTERED = 2

@@ -13,10 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import add_evaluation, recommended
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.training import config as configs
-from sfumato.training.facts import public_name
-from sfumato.training.pictures import prepare
-from sfumato.training.quality import Plan, report
+from sfumato.training.config import schema as configs
+from sfumato.training.data.prepare import prepare
+from sfumato.training.publish.facts import public_name
+from sfumato.training.quality.report import Plan, report
 
 
 def trained_by(model: str) -> configs.Config | None:

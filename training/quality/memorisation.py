@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sfumato.training.features import distances
+from sfumato.training.quality.features import distances
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import inspect
 import torch
 from diffusers import AutoencoderKL
 
-from sfumato.training.config import Config
+from sfumato.training.config.schema import Config
 
 
 class VariationalAutoencoder(torch.nn.Module):

@@ -253,7 +253,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
-    from sfumato.training.rules import check, idle  # which know the classes above
+    from sfumato.training.config.rules import check, idle
 
     check(config)
     for line in idle(config):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sfumato.training.config import Config
-from sfumato.training.latents import to_pixel_values
-from sfumato.training.pictures import PictureSet
+from sfumato.training.config.schema import Config
+from sfumato.training.data.prepare import PictureSet
+from sfumato.training.models.latent_space import to_pixel_values
 
 GOLDEN_RATIO = 0.6180339887498949
 
