@@ -30,13 +30,14 @@ from diffusers.training_utils import EMAModel
 from measure import Yardstick
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sfumato.training.config import schema as configs
+from sfumato.figures import grid
+from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.data.sources.shapes import evenly
-from sfumato.training.models.autoencoder import identity_vae, lists_to_tuples
-from sfumato.training.models.build import train_tokenizer
+from sfumato.training.data.sources.shapes import evenly_spaced
+from sfumato.training.models.autoencoder import identity_vae
 from sfumato.training.models.latent_space import to_pixel_values
-from sfumato.training.quality.drawing import grid
+from sfumato.training.models.stock_classes import lists_to_tuples
+from sfumato.training.models.text import train_tokenizer
 
 # x_0 is clipped to [-1, 1] at each step, as it is for ours.
 SAMPLING = {"timestep_spacing": "trailing", "thresholding": True, "sample_max_value": 1.0}
@@ -221,7 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs/rivals.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = configs.load(options.config)
+    config = load_config(options.config)
     pictures = prepare(config.data)
     yardstick = Yardstick(pictures, config.data.cache_dir)
     run = Run(options.recipe, config, pictures, options.seed, options.embedding_std)
@@ -239,6 +240,6 @@ if __name__ == "__main__":
             print(row, flush=True)
             with open(options.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
-    chosen = evenly(len(yardstick.captions), 12)
+    chosen = evenly_spaced(len(yardstick.captions), 12)
     sheet = grid([images[i] for i in chosen], [yardstick.captions[i] for i in chosen])
     sheet.save(Path(options.out).with_name(f"{options.recipe}-{options.seed}.png"))

@@ -22,19 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sfumato.figures import grid
 from sfumato.pipelines import Cascade, SfumatoPipeline
 from sfumato.pipelines.card import recommended
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.quality.drawing import grid
-from sfumato.training.quality.features import features, frechet_distance
+from sfumato.training.quality.distances import frechet_distance
+from sfumato.training.quality.features import features
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--cascade", default="runs/cascade")
 parser.add_argument("--direct", default="runs/openmoji_direct/pipeline")
 parser.add_argument("--out", default="benchmarks/results/cascade.json")
 options = parser.parse_args()
-config = configs.load("configs/openmoji_direct.yaml")
+config = load_config("configs/openmoji_direct.yaml")
 pictures = prepare(config.data)
 numbers = np.concatenate([pictures.select(split) for split in ("train", "held_out", "held_out_combination")])
 trained = np.isin(numbers, pictures.select("train"))

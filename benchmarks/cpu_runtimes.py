@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import RUNTIMES, replaced
+from sfumato.pipelines.choices import RUNTIMES, replace_components
 from sfumato.pipelines.runtimes import with_runtime
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -35,7 +35,7 @@ torch.manual_seed(0)
 large = UNet2DConditionModel.from_config(
     trained.unet.config, sample_size=64, block_out_channels=[64, 128, 256, 256], norm_num_groups=32
 )
-models = {"demo": (trained, 30), "random, 64 pixels": (replaced(trained, unet=large.eval()), 4)}
+models = {"demo": (trained, 30), "random, 64 pixels": (replace_components(trained, unet=large.eval()), 4)}
 
 
 def draw(pipe, count, steps):

@@ -36,7 +36,7 @@ from sfumato.training.models.latent_space import cached_texts
 from sfumato.training.data.prepare import prepare  # noqa: E402
 from transformers import CLIPTokenizer
 from sfumato.training.models.build import train_tokenizer
-config = configs.Config(data=configs.DataConfig(name=sys.argv[1], resolution=8, cache_dir=sys.argv[2]))
+config = configs.Config(data=schema.DataConfig(name=sys.argv[1], resolution=8, cache_dir=sys.argv[2]))
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = anonymous()
@@ -87,7 +87,8 @@ for count in options.counts:
     print(result["memory"][-1], flush=True)
 
 from sfumato.training import loop  # noqa: E402
-from sfumato.training.config import schema as configs  # noqa: E402
+from sfumato.training.config import schema  # noqa: E402
+from sfumato.training.config.load import load_config  # noqa: E402
 from sfumato.training.data.loader import batches  # noqa: E402
 from sfumato.training.data.prepare import prepare  # noqa: E402
 
@@ -112,12 +113,12 @@ for name, source in {
     "parquet of 256-pixel png": root / "set.parquet",
     "shapes, drawn": "shapes",
 }.items():
-    config = configs.DataConfig(name=str(source), resolution=64, num_pictures=options.records, cache_dir=str(root / "cache2"))
+    config = schema.DataConfig(name=str(source), resolution=64, num_pictures=options.records, cache_dir=str(root / "cache2"))
     start = time.perf_counter()
     pictures = prepare(config)
     result["sources_records_per_second"][name] = len(pictures) / (time.perf_counter() - start)
 
-config = configs.load(options.config, [f"output_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", "train.max_steps=40",
+config = load_config(options.config, [f"output_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", "train.max_steps=40",
                                        "train.max_minutes=null", "checkpoint.every_steps=null", "train.trackers=[]",
                                        "validation.every_steps=null"])  # fmt: skip
 run = loop.prepare(config)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sfumato.figures import grid
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.edit import edit
 from sfumato.training.data.sources import shapes
-from sfumato.training.quality.drawing import grid
 from sfumato.training.quality.obedience import read_quarters
 
 parser = argparse.ArgumentParser(description=__doc__)

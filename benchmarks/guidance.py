@@ -21,7 +21,7 @@ from chart import lines
 from sfumato.cli import _find_pipeline
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import SECOND, with_guider, with_sampler
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.data import prepare as prepared
 from sfumato.training.data.sources import shapes
 from sfumato.training.quality.obedience import shapes_obedience
@@ -52,7 +52,7 @@ def judge():
             return shapes_obedience([np.uint8(np.round(image * 255)) for image in images], [scenes[i] for i in numbers])["all"]
 
         return [scene.caption for scene in scenes], obeyed
-    data = prepared.prepare(configs.load(options.config).data)
+    data = prepared.prepare(load_config(options.config).data)
     known = data.select("train")
     table = np.stack([data.picture(int(i)) for i in known]).reshape(len(known), -1) / 255
     titles = [data[int(i)]["captions"][0] for i in known]

@@ -24,7 +24,8 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.data.sources import shapes
-from sfumato.training.quality.features import features, frechet_distance
+from sfumato.training.quality.distances import frechet_distance
+from sfumato.training.quality.features import features
 from sfumato.training.quality.obedience import read_quarters, shapes_obedience
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import replaced
+from sfumato.pipelines.choices import replace_components
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.quality.likelihood import bits_per_dim
 from sfumato.training.train import main
@@ -34,7 +34,7 @@ def toy(count: int, seed: int) -> tuple[np.ndarray, float, float]:
 def without_learned_variance(pipe, kind: str):
     """The same model with one of the fixed variances."""
     config = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-    return replaced(pipe, scheduler=SfumatoDDPMScheduler(**{**config, "variance_type": kind}))
+    return replace_components(pipe, scheduler=SfumatoDDPMScheduler(**{**config, "variance_type": kind}))
 
 
 if __name__ == "__main__":

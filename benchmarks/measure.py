@@ -11,9 +11,10 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.quality.features import features, frechet_distance, gaussian, kernel_distance, reference_features
+from sfumato.training.quality.distances import frechet_distance, gaussian, kernel_distance
+from sfumato.training.quality.features import features, reference_features
 from sfumato.training.quality.judge import CODE, train_judge
 
 
@@ -68,7 +69,7 @@ def train(folder: str, *settings: str) -> None:
 
 def judged(folder: str) -> dict:
     """Figures of a run of ours and what it saw: 12 steps of DPM-Solver++, the better one by FD of the scales 1 and 1.5."""
-    config = configs.load(f"{folder}/config.yaml")
+    config = load_config(f"{folder}/config.yaml")
     pictures = prepare(config.data)
     yardstick, last = (
         Yardstick(pictures, config.data.cache_dir),

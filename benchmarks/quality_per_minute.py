@@ -24,7 +24,7 @@ from baseline_diffusers_recipe import RECIPES
 from chart import lines
 from measure import Yardstick, begin, judged, rows, train
 
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
 
 ROWS, HERE = Path("runs/quality_per_minute.jsonl"), Path(__file__).parent
@@ -112,7 +112,7 @@ if __name__ == "__main__":
     if options.judge:
         judge(options.judge, options.ours[0], options.seed)
         sys.exit()
-    config = configs.load("configs/demo.yaml")
+    config = load_config("configs/demo.yaml")
     Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
     # Rows of rivals that were cut short go.
     whole = {"ours": None, **dict(options.rivals)}

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from measure import Yardstick, begin, judged, rows, train
 
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.models.build import build_text_encoder
+from sfumato.training.models.text import build_text_encoder
 from sfumato.training.quality.judge import look
 
 COSINE = ["optim.lr_decay=cosine"]
@@ -132,7 +132,7 @@ ROWS = Path("runs/recipe.jsonl")
 
 def warm_up(folder: Path, seed: int, steps: int = 300, batch_size: int = 64) -> None:
     """Train the demo's text encoder to tell which training picture a caption names (Radford et al. 2021), and save it."""
-    config = configs.load("configs/demo.yaml")
+    config = load_config("configs/demo.yaml")
     pictures = prepare(config.data)
     torch.manual_seed(seed)
     rng, train = np.random.default_rng(seed), pictures.select("train")
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     begin(ROWS, json.loads(Path("benchmarks/results/recipe.json").read_text()))
-    config = configs.load("configs/demo.yaml")
+    config = load_config("configs/demo.yaml")
     Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
     for seed in range(options.seeds):
         warm = Path(f"runs/recipe/warm-{seed}")

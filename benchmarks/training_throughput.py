@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from sfumato.training import loop
-from sfumato.training.config import schema as configs
-from sfumato.training.engine.checkpoints import trained
-from sfumato.training.models.build import Denoiser, build_pipeline
+from sfumato.training.config.load import load_config
+from sfumato.training.models.build import build_pipeline
+from sfumato.training.models.denoiser import Denoiser
+from sfumato.training.models.parameters import trained_parameters
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--config", default="configs/shapes.yaml")
@@ -33,7 +34,7 @@ options = parser.parse_args()
 
 folder = tempfile.mkdtemp()
 total = options.warmup + (options.rounds + 1) * options.steps
-config = configs.load(
+config = load_config(
     options.config,
     [
         f"output_dir={folder}",
@@ -49,7 +50,7 @@ captions = run.pictures.training_captions()
 
 bare_pipe = build_pipeline(config, captions)
 bare = Denoiser(bare_pipe.unet, bare_pipe.text_encoder)
-optimizer = torch.optim.AdamW(trained(bare), lr=1e-4, fused=True)
+optimizer = torch.optim.AdamW(trained_parameters(bare), lr=1e-4, fused=True)
 size, batch = config.data.resolution, config.train.batch_size
 x, target = torch.randn(2, batch, 3, size, size)
 t = torch.randint(0, 1000, (batch,))

@@ -11,7 +11,7 @@ from yaml import YAMLError
 from sfumato import __version__
 from sfumato.pipelines.inputs import MODES
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import SfumatoFlowScheduler, trained
+from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 
 _CARD = """---
 {data}
@@ -257,7 +257,7 @@ def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
 
 
 def _flows(pipe: SfumatoPipeline) -> bool:
-    return isinstance(trained(pipe.scheduler), SfumatoFlowScheduler)
+    return isinstance(training_scheduler(pipe.scheduler), SfumatoFlowScheduler)
 
 
 def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
@@ -330,12 +330,12 @@ def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
     notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
     schedule = notes or {"beta_schedule": scheduler.get("beta_schedule")}
     if _flows(pipe):
-        schedule = {"flow": "straight", "shift": trained(pipe.scheduler).config.shift}
+        schedule = {"flow": "straight", "shift": training_scheduler(pipe.scheduler).config.shift}
     rows = {
         "Parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "Resolution": f"{height * factor} x {width * factor} pixels, {pipe.vae.config.out_channels} channels; works {space}",
         "Text": f"CLIP text encoder, up to {pipe.tokenizer.model_max_length} tokens, vocabulary of {len(pipe.tokenizer):,}",
-        "Prediction": f"{trained(pipe.scheduler).prediction_type}, {scheduler.num_train_timesteps} noise levels",
+        "Prediction": f"{training_scheduler(pipe.scheduler).prediction_type}, {scheduler.num_train_timesteps} noise levels",
         "Noise schedule": f"`{json.dumps(schedule)}`"
         + (", zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""),
     }

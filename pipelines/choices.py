@@ -41,7 +41,7 @@ def check_name(kind: str, name: str, known: dict) -> None:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
 
 
-def replaced(pipe, **parts):
+def replace_components(pipe, **parts):
     """The same pipeline with other parts; all others are shared, and keep their precision."""
     from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
@@ -59,16 +59,16 @@ def with_sampler(pipe, name: str):
     """
     import diffusers
 
-    from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
+    from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, training_scheduler
 
     check_name("sampler", name, SAMPLERS)
-    known = trained(pipe.scheduler)
+    known = training_scheduler(pipe.scheduler)
     if isinstance(known, SfumatoFlowScheduler):
         if name not in FLOW_SAMPLERS:
             raise ValueError(f"{name} cannot draw with a model of flow matching; choose one of {', '.join(FLOW_SAMPLERS)}")
         cls = SAMPLERS[name][0]
         known = known if name == "euler" else known.to_stock(getattr(diffusers, cls), solver_order=2)
-        return replaced(pipe, scheduler=known)
+        return replace_components(pipe, scheduler=known)
     if name == "euler-a" and pipe.scheduler.config.prediction_type == "sample":
         raise ValueError("diffusers' euler-a cannot draw with a model that predicts the picture itself; use dpm++-sde")
     cls, more = SAMPLERS[name]
@@ -85,7 +85,7 @@ def with_sampler(pipe, name: str):
     scheduler.register_to_config(_sfumato=notes)
     if name == "euler-a":
         _in_double(scheduler)
-    return replaced(pipe, scheduler=scheduler)
+    return replace_components(pipe, scheduler=scheduler)
 
 
 def _in_double(scheduler) -> None:
@@ -132,10 +132,10 @@ def with_guider(pipe, name: str, weak=None, **settings):
         given["seg_guidance_config"] = hooks.SmoothedEnergyGuidanceConfig(**_middle(pipe))
     guider = cls(**{**given, **settings})
     if weak is not None:
-        from sfumato.schedulers import trained
+        from sfumato.schedulers import training_scheduler
 
         for what, read in {
-            "prediction_type": lambda p: trained(p.scheduler).prediction_type,
+            "prediction_type": lambda p: training_scheduler(p.scheduler).prediction_type,
             "in_channels": lambda p: p.unet.config.in_channels,
             "out_channels": lambda p: p.unet.config.out_channels,
             "a ControlNet:": lambda p: p.controlnet is not None,
@@ -144,7 +144,7 @@ def with_guider(pipe, name: str, weak=None, **settings):
             if here != there:
                 raise ValueError(f"the weaker model has {what} {there}, this one {here}")
         guider.weak = weak
-    return replaced(pipe, guider=guider)
+    return replace_components(pipe, guider=guider)
 
 
 def _mended(name: str, cls: type) -> type:

@@ -11,7 +11,7 @@ from PIL import Image
 UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every VAE's scaling factor
 
 
-def beside_noise(unet, vae) -> str | None:
+def extra_input_kind(unet, vae) -> str | None:
     """What the UNet reads beside the noisy latents: `masks` and masked pictures, as those of Stable Diffusion's inpainting do;
     a picture of `low_res`, as those of its upscaling do; None: nothing.
     """
@@ -23,7 +23,7 @@ def beside_noise(unet, vae) -> str | None:
     return "masks" if more == vae.config.latent_channels + 1 else None
 
 
-def estimator(scheduler):
+def x0_estimator(scheduler):
     """What a network with self-conditioning reads beside the noise: x_0 as its last prediction meant it, zeros at first (Chen
     et al. 2022, arXiv 2208.04202). A function of prediction, x_t and t, the first two `(B, C, h, w)`.
     """
@@ -43,14 +43,14 @@ def estimator(scheduler):
     return estimated
 
 
-def first_seen(pipe, pixels, mask, noise: torch.Tensor, seen: torch.Tensor | None):
+def initial_condition(pipe, pixels, mask, noise: torch.Tensor, seen: torch.Tensor | None):
     """What the UNet reads beside the noise at the first step, or None, and how that changes, or None; see `estimator`."""
     if pipe.reads == "estimate":
-        return torch.zeros_like(noise), estimator(pipe.scheduler)
-    return masks_beside(pipe.vae, pixels, mask, noise) if pipe.reads == "masks" else seen, None
+        return torch.zeros_like(noise), x0_estimator(pipe.scheduler)
+    return inpainting_condition(pipe.vae, pixels, mask, noise) if pipe.reads == "masks" else seen, None
 
 
-def size_to_draw(pipe, image) -> tuple[int, int]:
+def default_size(pipe, image) -> tuple[int, int]:
     """Height and width in pixels where a call names none: the trained ones.
 
     Upscaling follows the small picture, or the first of a list: an array or tensor has the size of the latents already, and so
@@ -58,7 +58,7 @@ def size_to_draw(pipe, image) -> tuple[int, int]:
     than was trained is drawn at that.
     """
     first, factor, trained = image[0] if isinstance(image, list) and image else image, pipe.vae_scale_factor, pipe.trained_size
-    if beside_noise(pipe.unet, pipe.vae) != "low_res":
+    if extra_input_kind(pipe.unet, pipe.vae) != "low_res":
         return trained
     if isinstance(first, Image.Image):
         times = factor if factor > 1 else max(1, min(trained) / min(first.size))
@@ -78,13 +78,13 @@ def check_upscaling(vae) -> None:
         )
 
 
-def renoised(scheduler, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:
+def renoise(scheduler, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:
     """From timestep `s` back up to `t` by fresh noise: sqrt(a) x_s + sqrt(1 - a) eps with a = abar_t / abar_s."""
     a = (scheduler.alphas_cumprod[t] / scheduler.alphas_cumprod[s]).to(x_s)
     return a.sqrt() * x_s + (1 - a).sqrt() * randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
 
 
-def masks_beside(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
+def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
     """What an inpainting UNet reads beside the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the masked picture.
 
     Args:
@@ -99,7 +99,7 @@ def masks_beside(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, no
     return torch.cat([F.interpolate(mask, shown.shape[-2:]), shown], dim=1)
 
 
-def low_res_beside(scheduler, pixels: torch.Tensor, level: torch.Tensor | int, generator=None) -> torch.Tensor:
+def low_res_condition(scheduler, pixels: torch.Tensor, level: torch.Tensor | int, generator=None) -> torch.Tensor:
     """A small picture `(B, 3, h, w)` with noise of the timesteps `level`, one or `(B,)`, so that an upscaling network does not
     trust it too much (noise conditioning augmentation; Ho et al. 2022, arXiv 2106.15282, section 4).
     """

@@ -7,7 +7,7 @@ import torch
 
 from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import SfumatoFlowScheduler, trained
+from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 
 
 @torch.no_grad()
@@ -29,10 +29,10 @@ def invert(
     """
     if pipe.reads or pipe.controlnet is not None:
         raise ValueError("inversion is for models that read nothing but noise and text")
-    if isinstance(trained(pipe.scheduler), SfumatoFlowScheduler):
+    if isinstance(training_scheduler(pipe.scheduler), SfumatoFlowScheduler):
         raise ValueError("DDIM inversion is for diffusion, not for flow matching; use `image` and `strength`")
     pipe = with_sampler(pipe, "ddim")
-    scheduler, device = trained(pipe.scheduler), pipe._execution_device
+    scheduler, device = training_scheduler(pipe.scheduler), pipe._execution_device
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
     taken = max(1, round(strength * num_inference_steps))
     text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.schedulers import trained
+from sfumato.schedulers import training_scheduler
 
 
 @dataclass
@@ -143,5 +143,5 @@ def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:
 
 def _expected(pipe: SfumatoPipeline, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> np.ndarray:
     """x_0 of a prediction, as a picture `(H, W, C)` in [0, 1]. Every scheduler's `scale_model_input` gives x_t as trained."""
-    x_0 = trained(pipe.scheduler).denoised(output, x_t, t)
+    x_0 = training_scheduler(pipe.scheduler).denoised(output, x_t, t)
     return pipe.image_processor.postprocess(pipe.decode_latents(x_0), output_type="np")[0]

@@ -1,7 +1,6 @@
 """Write the folder that travels: stock classes, safetensors, both tokenizer forms, `pipeline.py` and a model card."""
 
 import copy
-import ctypes
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
+from sfumato.files import put
 from sfumato.pipelines import conditions, guided, inputs, pipeline_sfumato, stock, trust
 from sfumato.pipelines.card import model_card, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
@@ -19,6 +19,8 @@ from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 
 NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
+
+
 TAKEN = ("README.md", "training_args.yaml", "evaluation.json", "memorisation.png")
 
 
@@ -44,21 +46,6 @@ def joined_source() -> str:
     sources = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     sources = [re.sub(r"^from sfumato\.[\w.]+ import [^(\n]+\n", "", source, flags=re.M) for source in sources]
     return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *sources])
-
-
-def sync_entry(path: Path) -> None:
-    """Force a file, or the list of what a folder holds, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder and all in it, to the disk, so that renaming it into place never shows it unwritten."""
-    for part in [*path.rglob("*"), path]:
-        sync_entry(part)
 
 
 def _prefixed(table: dict) -> dict:
@@ -233,21 +220,6 @@ def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
             card.write_text(text.replace("## What it is\n", _CASCADE.format(where=where), 1), "utf-8")
 
 
-def put(new: Path, folder: Path) -> None:
-    """Sync a folder that is written in full to the disk and put it into place: a crash leaves the old one or the new one."""
-    old = folder.with_name(f".{folder.name}.old")
-    for path in new.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
-    sync(new)
-    if folder.exists() and not _exchange(new, folder):
-        folder.rename(old)
-    if not folder.exists():
-        new.rename(folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    sync_entry(folder.parent)
-
-
 def _may_replace(folder: Path) -> None:
     """Raise ValueError unless there is nothing at `folder`, or an export and nothing but it."""
     if not folder.exists():
@@ -295,13 +267,3 @@ def _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants,
         shown = "samples/loss.png" if curve is not None else None
         card = model_card(pipe, where, facts, gallery, shown, settings is not None, variants)
         ModelCard(card).save(new / "README.md")
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is never none; False where the system cannot (other than Linux)."""
-    try:
-        rename = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

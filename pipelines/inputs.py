@@ -194,7 +194,7 @@ def to_pixels(
     """
     parts = image if isinstance(image, list) else [image]
     if all(isinstance(part, Image.Image) for part in parts):
-        sized = [on_white(part, channels).convert(MODES[channels]) for part in parts]
+        sized = [composite_on_white(part, channels).convert(MODES[channels]) for part in parts]
         sized = [p if p.size == (width, height) else p.resize((width, height), resample) for p in sized]
         image = [np.asarray(part).reshape(height, width, channels) for part in sized]
     pixels = _stack(name, image, one_has=3)
@@ -207,7 +207,7 @@ def to_pixels(
     return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
 
 
-def on_white(picture: Image.Image, channels: int) -> Image.Image:
+def composite_on_white(picture: Image.Image, channels: int) -> Image.Image:
     """A PIL picture whose transparent parts lie on white, as in training; with 4 channels they stay transparent."""
     if picture.mode in ("P", "PA", "LA", "RGBA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

@@ -31,7 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sfumato.pipelines.conditions import beside_noise, first_seen, low_res_beside, renoised, size_to_draw
+from sfumato.pipelines.conditions import default_size, extra_input_kind, initial_condition, low_res_condition, renoise
 from sfumato.pipelines.guided import guided_prediction, weak_embeds
 from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
 from sfumato.pipelines.stock import REMOTE_CLASS, stock_parts, stock_pipeline, write_class
@@ -221,7 +221,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     @property
     def reads(self) -> str | None:
         """What the UNet reads beside the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
-        return "estimate" if self.config.self_conditioning else beside_noise(self.unet, self.vae)
+        return "estimate" if self.config.self_conditioning else extra_input_kind(self.unet, self.vae)
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
@@ -240,7 +240,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             noise_level = min(20, self.config.max_noise_level) if noise_level is None else noise_level
             grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
             small = to_pixels(image, self.vae.config.in_channels, *grid, *batch, Image.Resampling.BICUBIC).to(device, dtype)
-            seen = low_res_beside(self.low_res_scheduler, small, noise_level, generator)
+            seen = low_res_condition(self.low_res_scheduler, small, noise_level, generator)
             given["class_labels"] = torch.full((len(small),), noise_level, device=device)
         if control_image is not None:
             hint = to_pixels(
@@ -341,7 +341,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
         """
-        height, width = (own if side is None else side for side, own in zip((height, width), size_to_draw(self, image)))
+        height, width = (own if side is None else side for side, own in zip((height, width), default_size(self, image)))
         check_inputs(
             self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
             num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,
@@ -373,7 +373,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 if hasattr(self.scheduler, "set_begin_index"):
                     self.scheduler.set_begin_index(begin)
                 latents = self.noised(x_0, noise, timesteps[0])
-        (seen, estimated), self._num_timesteps = first_seen(self, pixels, mask, noise, seen), len(timesteps)
+        (seen, estimated), self._num_timesteps = initial_condition(self, pixels, mask, noise, seen), len(timesteps)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
@@ -391,7 +391,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                         kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])
                         latents = latent_mask * latents + (1 - latent_mask) * kept
                     if again:
-                        latents = renoised(self.scheduler, latents, timesteps[i + 1], t, generator)
+                        latents = renoise(self.scheduler, latents, timesteps[i + 1], t, generator)
                 if callback_on_step_end is not None:
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}

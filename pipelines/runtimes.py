@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from sfumato.pipelines.choices import RUNTIMES, check_name, replaced
+from sfumato.pipelines.choices import RUNTIMES, check_name, replace_components
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
 
@@ -101,4 +101,4 @@ def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
         return (engines[shapes](*inputs).to(x_t.dtype),)
 
     unet.forward = forward
-    return replaced(pipe, unet=unet)
+    return replace_components(pipe, unet=unet)

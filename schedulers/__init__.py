@@ -4,7 +4,7 @@ from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
 __all__ = ["SfumatoDDPMScheduler", "SfumatoFlowScheduler", "trained"]
 
 
-def trained(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
+def training_scheduler(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
     """Of any sampler, the noise levels that its model was trained with, as one of our schedulers."""
     if isinstance(scheduler, SfumatoDDPMScheduler | SfumatoFlowScheduler):
         return scheduler

@@ -198,9 +198,9 @@ def _sample(options) -> int:
     _check_outputs(options)
     import torch
 
+    from sfumato.figures import grid
     from sfumato.pipelines import Cascade, SfumatoPipeline
     from sfumato.pipelines.card import recommended
-    from sfumato.training.quality.drawing import grid
 
     pipe = _opened(options, model)
     advice = recommended(model)
@@ -328,9 +328,9 @@ def _push(options) -> int:
 
 
 def _doctor(options) -> int:
-    from sfumato.training.config import schema as configs
+    from sfumato.training.config.load import load_config
 
-    config = configs.load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     from sfumato.training.doctor import examine
 
     findings = examine(config)

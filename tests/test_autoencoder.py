@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.objectives import autoencoder_loss
-from sfumato.training.quality.obedience import picture_quality
+from sfumato.training.quality.fidelity import picture_quality
 from sfumato.training.train import main
 
 MODEL = {

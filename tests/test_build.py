@@ -6,12 +6,12 @@ import torch
 from transformers import CLIPTokenizer
 
 from sfumato.training.data.sources.openmoji import records
-from sfumato.training.models import build
+from sfumato.training.models import build, text
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build.train_tokenizer(["a red heart", "a red circle on a white ground", "红心 披萨"] * 3, 600, 32)
+    return text.train_tokenizer(["a red heart", "a red circle on a white ground", "红心 披萨"] * 3, 600, 32)
 
 
 @pytest.mark.parametrize("text", ["", "a red heart", "红心", "naïve ☕ 👩🏽‍🚒", "пицца", "x" * 50])
@@ -30,9 +30,9 @@ def test_words_of_the_captions_are_one_token(tokenizer):
 def test_the_same_captions_give_the_same_tokenizer():
     """Many pairs of letters are as frequent; a judge or a run that begins anew must break these ties alike."""
     captions = [caption for record in records(["en", "zh"], True) for caption in record["captions"]]
-    first, *others = (build.train_tokenizer(captions, 4096, 32) for _ in range(4))
+    first, *others = (text.train_tokenizer(captions, 4096, 32) for _ in range(4))
     assert all(other.get_vocab() == first.get_vocab() for other in others) and len(first) == 4096
-    assert len(build.train_tokenizer(captions, 300, 32)) == 514, "all bytes and two marks"
+    assert len(text.train_tokenizer(captions, 300, 32)) == 514, "all bytes and two marks"
 
 
 def test_tokenizer_reloads_the_same(tokenizer, tmp_path):

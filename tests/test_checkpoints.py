@@ -15,8 +15,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from test_data import picture
 
+from sfumato import files
 from sfumato.training import loop
-from sfumato.training.engine import checkpoints
+from sfumato.training.engine import checkpoints, resume
 from sfumato.training.train import main
 
 
@@ -112,9 +113,9 @@ def test_when_no_checkpoint_is_whole_the_run_stops_and_names_each(tmp_path, caps
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     path = make_config(tmp_path)
     assert crashes.train(path, moments=(1, 4, False)) == [-signal.SIGKILL]
-    assert checkpoints.last_step(tmp_path / "run" / "metrics.jsonl") == 3
+    assert resume.last_step(tmp_path / "run" / "metrics.jsonl") == 3
     assert main([str(path), "checkpoint.resume=auto"]) == 0
-    assert [json.loads(line)["step"] for line in checkpoints.lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+    assert [json.loads(line)["step"] for line in files.lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
 
 
 def test_lost_checkpoints_are_not_taken_for_a_young_run(tmp_path, capsys):

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, SECOND, replaced, with_guider, with_sampler
+from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, SECOND, replace_components, with_guider, with_sampler
 from sfumato.pipelines.runtimes import with_runtime
 
 
@@ -54,7 +54,7 @@ def test_no_sampler_leaves_anything_behind(pipe, first, tmp_path):
     """Whatever was chosen before, in memory and through disk, a sampler is the same, and `ddpm` is what was trained."""
     chosen = with_sampler(pipe, first)
     chosen.scheduler.save_pretrained(tmp_path)
-    stored = replaced(pipe, scheduler=type(chosen.scheduler).from_pretrained(tmp_path))
+    stored = replace_components(pipe, scheduler=type(chosen.scheduler).from_pretrained(tmp_path))
     keys = ("thresholding", "clip_sample", "algorithm_type", "use_exponential_sigmas", "prediction_type", "trained_betas")
     for second in SAMPLERS:
         expected = with_sampler(pipe, second).scheduler.config

@@ -5,14 +5,14 @@ import warnings
 import pytest
 import tiny
 
-from sfumato.training.config import schema
+from sfumato.training.config.load import dump_config, load_config
 
 
 def test_round_trip(tmp_path):
-    loaded = schema.load(tiny.config_file(tmp_path), ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "checkpoint.resume=null"])
+    loaded = load_config(tiny.config_file(tmp_path), ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "checkpoint.resume=null"])
     assert loaded.optim.lr == 3e-4 and loaded.optim.betas == (0.8, 0.9) and loaded.checkpoint.resume is None
-    (tmp_path / "again.yaml").write_text(schema.dump(loaded))
-    assert schema.load(tmp_path / "again.yaml") == loaded
+    (tmp_path / "again.yaml").write_text(dump_config(loaded))
+    assert load_config(tmp_path / "again.yaml") == loaded
 
 
 @pytest.mark.parametrize(
@@ -50,31 +50,31 @@ def test_round_trip(tmp_path):
 )
 def test_wrong_settings_are_named(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
-        schema.load(tiny.config_file(tmp_path), override if isinstance(override, list) else [override])
+        load_config(tiny.config_file(tmp_path), override if isinstance(override, list) else [override])
 
 
 def test_all_wrong_settings_are_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)optim.lr.*ema.decay"):
-        schema.load(tiny.config_file(tmp_path), ["optim.lr=0", "ema.decay=2"])
+        load_config(tiny.config_file(tmp_path), ["optim.lr=0", "ema.decay=2"])
 
 
 def test_missing_file_is_told(tmp_path):
     with pytest.raises(ValueError, match="no config file"):
-        schema.load(tmp_path / "none.yaml")
+        load_config(tmp_path / "none.yaml")
 
 
 def test_a_bare_no_is_no(tmp_path):
     path = tiny.config_file(tmp_path, train={"mixed_precision": False})
-    loaded = schema.load(path, ["train.compile=no"])
+    loaded = load_config(path, ["train.compile=no"])
     assert loaded.train.compile == loaded.train.mixed_precision == "no"
 
 
 def test_a_section_of_the_file_can_be_emptied_on_the_command_line(tmp_path):
     path = tiny.config_file(tmp_path)
     with pytest.raises(ValueError, match="on the command line: unet={}"):
-        schema.load(path, ["init_from=x"])
+        load_config(path, ["init_from=x"])
     with pytest.warns(UserWarning, match="text_encoder"):
-        loaded = schema.load(path, ["init_from=x", "unet={}", "scheduler=null"])
+        loaded = load_config(path, ["init_from=x", "unet={}", "scheduler=null"])
     assert loaded.unet == loaded.scheduler == {} and loaded.train.batch_size == 4
 
 
@@ -82,7 +82,7 @@ def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
     path = tiny.config_file(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schema.load(path)
+        load_config(path)
     for override, needed in {
         "objective.min_snr_gamma=3": "objective.weight=min_snr",
         "objective.log_snr_mean=1": "objective.timesteps=normal",
@@ -92,4 +92,4 @@ def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
         "data.split=test": "a Hub data set",
     }.items():
         with pytest.warns(UserWarning, match=f"{override.split('=')[0]}=.* has no effect without {needed}"):
-            schema.load(path, [override])
+            load_config(path, [override])

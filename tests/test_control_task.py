@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training.models.build import build_controlnet
-from sfumato.training.tasks.edges import edge_f1, edges
+from sfumato.training.models.controlnet import build_controlnet
+from sfumato.training.tasks.control import edge_f1, edges
 from sfumato.training.train import main
 
 

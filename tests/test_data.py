@@ -11,14 +11,15 @@ import tiny
 import torch
 from PIL import Image
 
-from sfumato.training.config import schema as configs
-from sfumato.training.data import loader, prepare
+from sfumato.training.config import schema
+from sfumato.training.config.load import load_config
+from sfumato.training.data import cached, loader, prepare, streams
 from sfumato.training.data.sources import openmoji
-from sfumato.training.models import latent_space
+from sfumato.training.models.text import train_tokenizer
 
 
 def folder_config(tmp_path, folder, **more):
-    return configs.DataConfig(name=str(folder), resolution=16, cache_dir=str(tmp_path / "cache"), **more)
+    return schema.DataConfig(name=str(folder), resolution=16, cache_dir=str(tmp_path / "cache"), **more)
 
 
 def picture(path, colour="red", size=(20, 30), mode="RGB", **save):
@@ -140,7 +141,7 @@ def test_a_changed_folder_is_prepared_anew_an_unchanged_one_is_not(tmp_path):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    return configs.load(tiny.config_file(folder)), prepare.prepare(configs.load(tiny.config_file(folder)).data)
+    return load_config(tiny.config_file(folder)), prepare.prepare(load_config(tiny.config_file(folder)).data)
 
 
 def test_shapes_split(shapes):
@@ -187,8 +188,8 @@ def test_noise_levels_spread_evenly_over_any_batch(shapes):
 
 def test_two_processes_see_together_what_one_sees(shapes, tmp_path):
     config, prepared = shapes
-    tokenizer = tiny.build.train_tokenizer(prepared.training_captions(), 600, 20)
-    texts = latent_space.cached_texts(prepared, tokenizer, None, tmp_path)
+    tokenizer = train_tokenizer(prepared.training_captions(), 600, 20)
+    texts = cached.cached_texts(prepared, tokenizer, None, tmp_path)
     config.train.batch_size = 4
     pair = [loader.batches(prepared, config, texts, rank, 2) for rank in range(2)]
     one = loader.batches(prepared, config, texts, 0, 1)
@@ -204,9 +205,9 @@ def test_two_processes_see_together_what_one_sees(shapes, tmp_path):
 
 def test_noise_depends_on_the_seed_of_each_sample_only():
     seeds = torch.tensor([1, 2, 3])
-    noise = loader.noise_for(seeds, (3, 8, 8), torch.device("cpu"))
-    assert torch.equal(noise[1], loader.noise_for(seeds[1:2], (3, 8, 8), torch.device("cpu"))[0])
-    assert abs(loader.noise_for(torch.arange(500), (3, 8, 8), torch.device("cpu")).std() - 1) < 0.01
+    noise = streams.noise_for(seeds, (3, 8, 8), torch.device("cpu"))
+    assert torch.equal(noise[1], streams.noise_for(seeds[1:2], (3, 8, 8), torch.device("cpu"))[0])
+    assert abs(streams.noise_for(torch.arange(500), (3, 8, 8), torch.device("cpu")).std() - 1) < 0.01
 
 
 def test_openmoji_names_pictures_in_two_languages():
@@ -226,7 +227,7 @@ def test_openmoji_names_pictures_in_two_languages():
 def test_captions_can_begin_with_the_main_colour(tmp_path):
     words = ["face", "heart", "book"]
     settings = {"languages": ["en"], "skin_tones": False, "words": words, "cache_dir": str(tmp_path)}
-    plain, told = (prepare.prepare(configs.DataConfig(**settings, colours=colours)) for colours in (False, True))
+    plain, told = (prepare.prepare(schema.DataConfig(**settings, colours=colours)) for colours in (False, True))
     captions = {record["captions"][0]: record["captions"] for record in (told[i] for i in range(len(told)))}
     assert captions["pig face"][-1] == "pink pig face" and captions["beating heart"][-1] == "red beating heart"
     assert all("pink pink" not in caption for caption in captions["pink heart"])
@@ -234,7 +235,7 @@ def test_captions_can_begin_with_the_main_colour(tmp_path):
         before = plain[i]["captions"]
         assert told[i]["captions"][: len(before)] == before and told[i]["split"] == plain[i]["split"]
 
-    chinese = prepare.prepare(configs.DataConfig(**{**settings, "languages": ["zh"]}, colours=True))
+    chinese = prepare.prepare(schema.DataConfig(**{**settings, "languages": ["zh"]}, colours=True))
     assert all(len(chinese[i]["captions"]) == 1 for i in range(len(chinese)))  # the colours have English names
 
 

@@ -9,12 +9,12 @@ from test_data import picture
 
 from sfumato import cli
 from sfumato.training import doctor
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.train import main
 
 
 def findings(path, *overrides):
-    return {(f.severity, f.what): f for f in doctor.examine(configs.load(path, overrides))}
+    return {(f.severity, f.what): f for f in doctor.examine(load_config(path, overrides))}
 
 
 def told(found, severity, words):

@@ -22,11 +22,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from sfumato import cli
-from sfumato.pipelines import SfumatoPipeline, export, export_pipeline
+from sfumato import cli, files
+from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.export import joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import dump_config, load_config
 from sfumato.training.train import main
 
 FILES = {
@@ -221,7 +221,7 @@ def test_what_was_loaded_by_remote_code_is_exported_as_the_same_folder(exported,
 def test_killed_between_the_renames_of_a_system_without_exchange(exported, tmp_path, monkeypatch, renames):
     pipe, _ = exported
     export_pipeline(pipe, tmp_path / "model", {"title": "Old"})
-    monkeypatch.setattr(export, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
 
     def work():
         seen = []
@@ -384,10 +384,10 @@ def test_what_a_run_shares_tells_how_it_was_made_and_repeats_it(tmp_path):
     for fact in ("| Steps | 12 |", "| Pictures seen | 48 |", "minutes", "learning rate 0.001", "judged by", "Train it again"):
         assert fact in card, fact
     # The settings that travel make the same model, and export keeps what the folder tells.
-    again = configs.load(
+    again = load_config(
         folder / "training_args.yaml", [f"output_dir={tmp_path / 'again'}", f"data.cache_dir={tmp_path / 'cache'}"]
     )
-    (tmp_path / "again.yaml").write_text(configs.dump(again))
+    (tmp_path / "again.yaml").write_text(dump_config(again))
     assert main([str(tmp_path / "again.yaml")]) == 0
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         assert (tmp_path / "again" / "pipeline" / f"{part}.safetensors").read_bytes() == (

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sfumato.training.quality import features
+from sfumato.training.quality import features, fidelity
 
 
 def test_features_tell_spoilt_pictures_from_good_ones():
@@ -12,6 +12,6 @@ def test_features_tell_spoilt_pictures_from_good_ones():
         picture[:] = rng.integers(0, 256, 3)
         picture[8:24, 4 + i : 16 + i] = rng.integers(0, 256, 3)
     little, much = (np.uint8(np.clip(true + rng.normal(0, s, true.shape), 0, 255)) for s in (4, 60))
-    near, far = (features.feature_distances(true, made) for made in (little, much))
+    near, far = (fidelity.feature_distances(true, made) for made in (little, much))
     assert near["FD"] < far["FD"] and near["LD"] < far["LD"]
     assert features.features(true[..., :1]).shape == (12, 1280)  # grey too

@@ -17,7 +17,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
 from sfumato.pipelines.edit import invert
 from sfumato.pipelines.explain import explain
-from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, trained
+from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler, training_scheduler
 from sfumato.training.objectives import loss_weight
 from sfumato.training.train import main
 
@@ -137,10 +137,10 @@ def test_it_goes_on(tmp_path, folder):
 def test_every_scheduler_knows_what_its_model_was_trained_with(folder, tmp_path):
     stock = DiffusionPipeline.from_pretrained(folder)
     for scheduler in (stock.scheduler, UniPCMultistepScheduler.from_config(stock.scheduler.config)):
-        known = trained(scheduler)
+        known = training_scheduler(scheduler)
         assert type(known) is SfumatoFlowScheduler and known.config.shift == 2.0
-    assert trained(FlowMatchEulerDiscreteScheduler(shift=3.0)).config.shift == 3.0
-    assert type(trained(tiny.pipeline(tmp_path).scheduler)) is SfumatoDDPMScheduler
+    assert training_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0)).config.shift == 3.0
+    assert type(training_scheduler(tiny.pipeline(tmp_path).scheduler)) is SfumatoDDPMScheduler
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.conditions import renoised
+from sfumato.pipelines.conditions import renoise
 from sfumato.pipelines.inputs import pad_for_outpainting, to_pixels
-from sfumato.training.data.prepare import read_picture
+from sfumato.training.data.images import read_picture
 
 SAMPLERS = ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "DEISMultistep", "LCM"]
 
@@ -141,7 +141,7 @@ def test_noising_up_again_is_the_forward_process(pipe):
     s, t = torch.tensor(300), torch.tensor(600)
     generator = torch.Generator().manual_seed(0)
     x_s = pipe.noised(x_0, torch.randn(x_0.shape, generator=generator), s)
-    x_t = renoised(pipe.scheduler, x_s, s, t, generator)
+    x_t = renoise(pipe.scheduler, x_s, s, t, generator)
     abar = pipe.scheduler.alphas_cumprod[t]
     assert abs(x_t.mean() - 0.5 * abar.sqrt()) < 0.01 and abs(x_t.var() - (1 - abar)) < 0.01
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_sampler
-from sfumato.pipelines.conditions import masks_beside
-from sfumato.training.models.build import widen
-from sfumato.training.tasks.masks import random_mask
+from sfumato.pipelines.conditions import inpainting_condition
+from sfumato.training.models.finetune import widen
+from sfumato.training.tasks.inpainting import random_mask
 from sfumato.training.train import main
 
 
@@ -90,7 +90,7 @@ def test_the_network_reads_what_is_outside_the_mask_and_not_what_is_inside(train
     mask[..., 4:12, 4:12] = 1
     pixels, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.zeros(1, 4, 16, 16)
     with torch.no_grad():
-        seen = masks_beside(pipe.vae, pixels, mask, noise)
+        seen = inpainting_condition(pipe.vae, pixels, mask, noise)
     torch.testing.assert_close(seen[:, :1], mask)
     torch.testing.assert_close(seen[:, 1:4], pixels * (1 - mask), atol=1e-5, rtol=1e-5)
     assert seen[:, 4].abs().max() < 1e-5  # the channel that pads the picture to four

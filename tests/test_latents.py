@@ -8,6 +8,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKL
 
+from sfumato.training.data import cached
 from sfumato.training.data.prepare import prepare
 from sfumato.training.models import latent_space
 from sfumato.training.train import main
@@ -40,28 +41,28 @@ def latent_config(folder, base, **data):
 @pytest.mark.filterwarnings("ignore:.*captions are longer", "ignore:.*has no effect")
 def test_cached_training_equals_uncached(tmp_path, base):
     losses = []
-    for cached in (False, True):
-        folder = tmp_path / str(cached)
+    for keep in (False, True):
+        folder = tmp_path / str(keep)
         folder.mkdir()
-        path = latent_config(folder, base, num_pictures=40, cache_latents=cached, cache_embeddings=cached)
+        path = latent_config(folder, base, num_pictures=40, cache_latents=keep, cache_embeddings=keep)
         assert main([str(path)]) == 0
         losses.append([json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_keys_follow_the_content(tmp_path, base):
-    config = tiny.configs.load(latent_config(tmp_path, base, num_pictures=4)).data
+    config = tiny.load_config(latent_config(tmp_path, base, num_pictures=4)).data
     pictures = prepare(config)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
-    first = latent_space.cached_latents(pictures, vae, tmp_path / "kept")
+    first = cached.cached_latents(pictures, vae, tmp_path / "kept")
     assert first.shape == (260, 4, 8, 8)
     expected = latent_space.encode(vae, latent_space.to_pixel_values(pictures.picture(3)[None]))[0]
     np.testing.assert_allclose(first[3], expected.numpy(), atol=1e-5)
-    latent_space.cached_latents(pictures, vae, tmp_path / "kept")
+    cached.cached_latents(pictures, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 1
     with torch.no_grad():
         vae.encoder.conv_in.bias += 1
-    latent_space.cached_latents(pictures, vae, tmp_path / "kept")
+    cached.cached_latents(pictures, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 2
 
 

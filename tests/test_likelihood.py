@@ -86,12 +86,12 @@ def test_a_trained_model_learns_its_variance_and_tells_its_bits(tmp_path):
     )
     assert main([str(path)]) == 0
     from sfumato.pipelines import SfumatoPipeline
-    from sfumato.training.config import schema as configs
+    from sfumato.training.config.load import load_config
     from sfumato.training.data.prepare import prepare
 
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.unet.config.out_channels == 6 and pipe.scheduler.config.variance_type == "learned_range"
-    pictures = prepare(configs.load(path).data)
+    pictures = prepare(load_config(path).data)
     shown = np.stack([pictures.picture(i) for i in range(3)])
     captions = [pictures[i]["captions"][0] for i in range(3)]
     told = bits_per_dim(pipe, shown, captions)

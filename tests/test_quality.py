@@ -19,18 +19,19 @@ from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import openmoji
 from sfumato.training.engine.checkpoints import damage
 from sfumato.training.quality.command import prepared
-from sfumato.training.quality.features import (
+from sfumato.training.quality.distances import (
     distances,
-    features,
     frechet_distance,
     gaussian,
     kernel_distance,
     kernel_within,
     manifold_scores,
 )
+from sfumato.training.quality.features import features
 from sfumato.training.quality.judge import Judge, altered
-from sfumato.training.quality.memorisation import as_rows, memorisation, nearest, nearest_training
-from sfumato.training.quality.report import Evaluation, jackknifed, mean, student
+from sfumato.training.quality.memorisation import flat_rows, memorisation, nearest, nearest_training
+from sfumato.training.quality.report import Evaluation
+from sfumato.training.quality.statistics import jackknife_score, mean, student_quantile
 from sfumato.training.train import main
 
 RNG = np.random.default_rng(0)
@@ -88,14 +89,14 @@ def test_confidence_intervals_cover_the_truth():
         assert 0.92 < np.mean([abs(score.value - truth) <= score.half_width for score in scores])
     assert mean(np.zeros(45)).half_width == pytest.approx(0.079, abs=0.01), "none of 45 is not none for sure"
     assert mean([1.0]).half_width is None
-    assert student(9) == pytest.approx(2.262, abs=0.005) and student(4) == pytest.approx(2.776, abs=0.03)
+    assert student_quantile(9) == pytest.approx(2.262, abs=0.005) and student_quantile(4) == pytest.approx(2.776, abs=0.03)
 
 
 def test_the_interval_of_a_distance_is_its_spread_over_other_sets():
     """FD and KID of fresh sets from one distribution: the told half width is about 1.96 of their standard deviation."""
     true = RNG.normal(size=(500, 16))
     for distance in (lambda x: frechet_distance(true, x), lambda x: kernel_distance(true, x)):
-        scores = [jackknifed(distance, RNG.normal(size=(150, 16)) + 0.1) for _ in range(60)]
+        scores = [jackknife_score(distance, RNG.normal(size=(150, 16)) + 0.1) for _ in range(60)]
         spread = 1.96 * np.std([score.value for score in scores])
         assert np.median([score.half_width for score in scores]) == pytest.approx(spread, rel=0.5)
 
@@ -103,15 +104,15 @@ def test_the_interval_of_a_distance_is_its_spread_over_other_sets():
 def test_copies_are_found_and_new_pictures_are_not():
     train, held_out, new = (RNG.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8) for n in (50, 40, 30))
     copies = np.clip(train[:30].astype(int) + RNG.integers(-2, 3, (30, 8, 8, 3)), 0, 255).astype(np.uint8)
-    rows = as_rows(train)
-    apart, which = nearest(as_rows(copies), [rows[:20], rows[20:]])  # in two blocks
+    rows = flat_rows(train)
+    apart, which = nearest(flat_rows(copies), [rows[:20], rows[20:]])  # in two blocks
     assert which.tolist() == list(range(30))
-    np.testing.assert_allclose(apart, cdist(as_rows(copies), rows).min(1), rtol=1e-6)
-    assert np.linalg.norm(as_rows(np.zeros((1, 8, 8, 3))) - as_rows(np.full((1, 8, 8, 3), 255))) == pytest.approx(1)
+    np.testing.assert_allclose(apart, cdist(flat_rows(copies), rows).min(1), rtol=1e-6)
+    assert np.linalg.norm(flat_rows(np.zeros((1, 8, 8, 3))) - flat_rows(np.full((1, 8, 8, 3), 255))) == pytest.approx(1)
     for drawn, share in ((copies, 1.0), (new, None)):
-        near, which = nearest_training(drawn, as_rows(drawn), [train[:20], train[20:]], rows)
+        near, which = nearest_training(drawn, flat_rows(drawn), [train[:20], train[20:]], rows)
         assert near.shape == which.shape == (30, 2) and (which[:, 0] == which[:, 1]).all()
-        scores = memorisation(near, nearest_training(held_out, as_rows(held_out), [train], rows)[0])
+        scores = memorisation(near, nearest_training(held_out, flat_rows(held_out), [train], rows)[0])
         key = "share nearer than 95% of held-out pictures, pixels"
         assert scores[key].mean() == share if share is not None else scores[key].mean() < 0.3
 

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.conditions import estimator
+from sfumato.pipelines.conditions import x0_estimator
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.train import main
 
@@ -43,7 +43,7 @@ def test_the_estimate_is_x_0_of_the_prediction(kind):
     t = torch.tensor([10, 400, 900])
     x_t = scheduler.add_noise(x_0, noise, t)
     target = scheduler.training_target(x_0, noise, t)
-    torch.testing.assert_close(estimator(scheduler)(target, x_t, t), x_0, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(x0_estimator(scheduler)(target, x_t, t), x_0, rtol=1e-2, atol=1e-2)
 
 
 def test_drawing_feeds_each_estimate_into_the_next_step(folder):

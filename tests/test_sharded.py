@@ -16,7 +16,8 @@ from sfumato.training.config.schema import OptimConfig
 from sfumato.training.engine import checkpoints
 from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import build_optimizer
-from sfumato.training.models.build import Denoiser
+from sfumato.training.models.denoiser import Denoiser
+from sfumato.training.models.parameters import is_sharded, plain_pipeline, trained_parameters
 
 
 def build(folder, sharded: bool, kind: str):
@@ -25,7 +26,7 @@ def build(folder, sharded: bool, kind: str):
     if sharded:
         fully_shard(pipe.unet.mid_block)
         fully_shard(denoiser)
-    parameters = checkpoints.trained(denoiser)
+    parameters = trained_parameters(denoiser)
     return pipe, denoiser, build_optimizer(OptimConfig(name=kind, lr=1e-2), parameters), EMA(parameters, 0.9)
 
 
@@ -36,7 +37,7 @@ def steps(denoiser, optimizer, ema, count: int) -> None:
         denoiser(x, torch.tensor([3, 700]), torch.randint(0, 99, (2, 20), generator=generator)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(checkpoints.trained(denoiser))
+        ema.step(trained_parameters(denoiser))
 
 
 def close(a: dict, b: dict) -> bool:
@@ -58,12 +59,12 @@ def test_sharded_state_equals_whole_state(tmp_path, kind):
         expected = checkpoints.collect(whole, optimizer, ema)
 
         pipe, denoiser, optimizer, ema = build(folder, True, kind)
-        assert checkpoints.is_sharded(denoiser) and not checkpoints.is_sharded(whole)
+        assert is_sharded(denoiser) and not is_sharded(whole)
         steps(denoiser, optimizer, ema, 3)
         tensors = checkpoints.collect(denoiser, optimizer, ema)
         assert close(tensors, expected)
-        with checkpoints.averaged(ema, denoiser):
-            shared = checkpoints.shareable(pipe, denoiser)
+        with ema.averaged(ema, denoiser):
+            shared = plain_pipeline(pipe, denoiser)
         name = "conv_in.weight"
         assert torch.equal(dict(shared.unet.named_parameters())[name], tensors[f"ema.unet.{name}"])
         image = shared("a red circle", num_inference_steps=2, output_type="pt").images

@@ -14,11 +14,13 @@ import tiny
 from PIL import Image
 from test_data import claims, folder_config, picture
 
-from sfumato.training.config import schema as configs
+from sfumato.training.config import schema
+from sfumato.training.config.load import load_config
 from sfumato.training.data import prepare
+from sfumato.training.data.cached import cached_texts
 from sfumato.training.data.loader import CaptionedPictures, batches
 from sfumato.training.data.sources import registry
-from sfumato.training.models.latent_space import cached_texts
+from sfumato.training.models.text import train_tokenizer
 
 TABLE = Path(__file__).parent / "hostile_inputs.md"
 
@@ -103,7 +105,7 @@ def outcomes(folder: Path) -> dict[str, str]:
     def judge(label, source, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            table[label] = outcome(prepare.prepare(configs.DataConfig(name=str(source), **config)), name)
+            table[label] = outcome(prepare.prepare(schema.DataConfig(name=str(source), **config)), name)
 
     for number, (label, (body, caption)) in enumerate(pictures_and_captions().items()):
         source = folder / f"f{number}"
@@ -424,9 +426,9 @@ def test_a_random_flip_mirrors_half_of_the_visits(tmp_path):
     (tmp_path / "f" / "cat").mkdir(parents=True)
     half.save(tmp_path / "f" / "cat" / "1.png")
     path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "random_flip": True}, train={"batch_size": 200})
-    config = configs.load(path)
+    config = load_config(path)
     prepared = prepare.prepare(config.data)
-    tokenizer = tiny.build.train_tokenizer(["cat"], 600, 20)
+    tokenizer = train_tokenizer(["cat"], 600, 20)
     texts = cached_texts(prepared, tokenizer, None, tmp_path)
     left_is_red = next(batches(prepared, config, texts))["pixel_values"][:, 0, 8, 2] > 0
     assert 70 < left_is_red.sum() < 130

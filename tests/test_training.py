@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended
 from sfumato.training import loop
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.engine.checkpoints import damage
 from sfumato.training.tasks import text_to_image
 from sfumato.training.train import main
@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_where_it_belongs(tmp_path, capsys):
     assert {"step", "images_seen", "seconds", "loss", "lr", "grad_norm"} <= set(lines[0])
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
     assert {p.name for p in (run / "samples").iterdir()} == {f"step-0000000{i}.png" for i in (2, 4, 6)}
-    assert configs.load(run / "config.yaml").train.max_steps == 6
+    assert load_config(run / "config.yaml").train.max_steps == 6
     assert set(json.loads((run / "evaluation.json").read_text())) >= {"colour", "shape", "size", "place", "ground", "all"}
     assert "DiffusionPipeline.from_pretrained" in capsys.readouterr().out
     for pipeline in (run / "pipeline", run / "checkpoints" / "step-00000003" / "pipeline"):
@@ -219,10 +219,10 @@ def test_threads_are_as_many_as_the_cores_that_a_run_may_use(tmp_path):
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         os.sched_setaffinity(0, {min(cores)})
-        loop.start(configs.load(tiny.config_file(tmp_path), ["train.num_threads=null"]))
+        loop.start(load_config(tiny.config_file(tmp_path), ["train.num_threads=null"]))
         assert torch.get_num_threads() == 1
         os.sched_setaffinity(0, cores)
-        loop.start(configs.load(tiny.config_file(tmp_path), ["train.num_threads=null"]))
+        loop.start(load_config(tiny.config_file(tmp_path), ["train.num_threads=null"]))
         assert torch.get_num_threads() == len(cores)
     finally:
         os.sched_setaffinity(0, cores)
@@ -231,7 +231,7 @@ def test_threads_are_as_many_as_the_cores_that_a_run_may_use(tmp_path):
 
 def test_longer_captions_than_the_limit_are_told(tmp_path):
     with pytest.warns(UserWarning, match="text_encoder.max_length=.* would hold them all"):
-        loop.prepare(configs.load(tiny.config_file(tmp_path, text_encoder={"max_length": 8})))
+        loop.prepare(load_config(tiny.config_file(tmp_path, text_encoder={"max_length": 8})))
 
 
 def test_a_pretrained_text_encoder_is_frozen_and_kept(tmp_path):

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionUpscalePi
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.conditions import low_res_beside
+from sfumato.pipelines.conditions import low_res_condition
 from sfumato.training.models.autoencoder import identity_vae, set_scaling_factor
 from sfumato.training.train import main
 
@@ -86,7 +86,7 @@ def test_latents_in_another_scale_are_the_same_pictures():
 def test_noise_on_the_small_picture_is_that_of_its_level():
     scheduler, pixels = DDPMScheduler(beta_schedule="squaredcos_cap_v2"), torch.zeros(4, 3, 64, 64)
     levels = torch.tensor([0, 20, 350, 999])
-    found = low_res_beside(scheduler, pixels, levels, torch.Generator().manual_seed(0)).std((1, 2, 3))
+    found = low_res_condition(scheduler, pixels, levels, torch.Generator().manual_seed(0)).std((1, 2, 3))
     torch.testing.assert_close(found, (1 - scheduler.alphas_cumprod[levels]).sqrt(), atol=0.02, rtol=0.02)
 
 

@@ -2,7 +2,7 @@
 
 import yaml
 
-from sfumato.training.config import schema as configs
+from sfumato.training.config.load import load_config
 from sfumato.training.models import build
 
 CAPTIONS = ["a red circle", "a blue square on a white ground", "披萨"]
@@ -41,7 +41,7 @@ def config_file(folder, **sections):
 
 def pipeline(tmp_path, **sections):
     """A pipeline with random weights."""
-    pipe = build.build_pipeline(configs.load(config_file(tmp_path, **sections)), CAPTIONS)
+    pipe = build.build_pipeline(load_config(config_file(tmp_path, **sections)), CAPTIONS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -13,15 +13,20 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
+from sfumato import files
+from sfumato.figures import grid, to_pil
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.schema import Config
+from sfumato.training.data.array_set import PictureSet
 from sfumato.training.data.loader import batches
-from sfumato.training.data.prepare import PictureSet, prepare
+from sfumato.training.data.prepare import prepare
 from sfumato.training.engine import checkpoints
 from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import build_optimizer
-from sfumato.training.quality.drawing import as_image, grid
-from sfumato.training.tasks.text_to_image import TASKS, Autoencoder, TextToImage
+from sfumato.training.models.parameters import trained_parameters
+from sfumato.training.tasks.autoencoder import Autoencoder
+from sfumato.training.tasks.registry import TASKS
+from sfumato.training.tasks.text_to_image import TextToImage
 
 
 @dataclass
@@ -65,7 +70,7 @@ def contact_sheet(pictures: PictureSet, count: int = 64) -> Image.Image:
     chosen = pictures.select("train")
     chosen = chosen[:: max(1, len(chosen) // count)][:count]
     drawn = [pictures.picture(int(i)) for i in chosen]
-    shown = [as_image(p) for p in drawn]
+    shown = [to_pil(p) for p in drawn]
     return grid(shown, [pictures[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
 
 
@@ -175,7 +180,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
 
 def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder) -> list[Finding]:
     """Batch arithmetic, and memory, time and disk by three real steps on one process of this machine."""
-    device, parameters = task.accelerator.device.type, checkpoints.trained(task.module)
+    device, parameters = task.accelerator.device.type, trained_parameters(task.module)
     optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, config.ema.decay)
     loader = batches(pictures, config, task.texts, latents=task.latents, beside=task.beside)
     seconds = []
@@ -274,7 +279,7 @@ def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]
 
 
 def _skipped(folder: Path) -> list[Finding]:
-    lines = checkpoints.lines(folder / "metrics.jsonl")
+    lines = files.lines(folder / "metrics.jsonl")
     count = json.loads(lines[-1])["skipped_steps"] if lines else 0
     what = f"{count} steps had a gradient that is not finite"
     return [Finding("warning", what, "They were left out.", "Lower optim.lr.")] if count else []

@@ -15,17 +15,20 @@ from transformers.utils import logging as transformers_logging
 
 from sfumato.training.config import schema as configs
 from sfumato.training.config.rules import DISTANCES
+from sfumato.training.data.array_set import PictureSet
 from sfumato.training.data.loader import batches
-from sfumato.training.data.prepare import PictureSet
 from sfumato.training.data.prepare import prepare as prepare_pictures
-from sfumato.training.engine import best, checkpoints
-from sfumato.training.engine.ema import EMA
+from sfumato.training.engine import best, checkpoints, resume
+from sfumato.training.engine.ema import EMA, averaged, forget_snapshots, snapshot
 from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.engine.tracking import Log, trackers
+from sfumato.training.models.parameters import is_sharded, trained_parameters
 from sfumato.training.objectives import lr_scale
 from sfumato.training.publish import hub
 from sfumato.training.quality.features import DEFAULT, reference_features
-from sfumato.training.tasks.text_to_image import TASKS, Autoencoder, TextToImage
+from sfumato.training.tasks.autoencoder import Autoencoder
+from sfumato.training.tasks.registry import TASKS
+from sfumato.training.tasks.text_to_image import TextToImage
 
 DIVERGED, NOT_PUSHED = 3, 5
 SHOWN = ("objective.", "optim.", "train.", "ema.", "scheduler.", "seed:", "precision:")  # changes the card tells; no paths
@@ -80,7 +83,7 @@ def prepare(config: configs.Config) -> Run:
 def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelerator, lock: FileLock) -> Run:
     """Task, optimizer and averages, from random weights or from a checkpoint."""
     checkpoint = on_main(
-        accelerator, checkpoints.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
+        accelerator, resume.find, config.checkpoint.resume, Path(config.output_dir), config.checkpoint.every_steps
     )
     by, held_out = config.checkpoint.best_by, len(pictures.select("held_out"))
     if (by == "held_out_loss" and not held_out) or (by == "FD of model" and held_out == 1):
@@ -90,9 +93,9 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
             raise ValueError(f"checkpoint.best_by={config.checkpoint.best_by}: needs pictures of one size")
         reference_features(pictures, DEFAULT, config.data.cache_dir)  # now, which is not training time
     task = TASKS[config.task](config, pictures, checkpoint, accelerator)
-    origin = checkpoints.origin(config, accelerator, pictures, task.parts)
-    model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, checkpoints.trained(task.module)))
-    ema = EMA(checkpoints.trained(task.module), config.ema.decay, config.ema.offload, bool(config.ema.snapshot_steps))
+    origin = resume.origin(config, accelerator, pictures, task.parts)
+    model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, trained_parameters(task.module)))
+    ema = EMA(trained_parameters(task.module), config.ema.decay, config.ema.offload, bool(config.ema.snapshot_steps))
     state = {"step": 0, "images_seen": 0, "seconds": 0.0, "skipped_steps": 0, "changes": []}
     if checkpoint:
         stored = checkpoints.read_state(checkpoint)
@@ -107,7 +110,7 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
             block = config.train.batch_size * accelerator.num_processes
             state["images_seen"] = -(-state["images_seen"] // block) * block
         accelerator.print(f"goes on from {checkpoint}")
-        told = checkpoints.differences(stored, origin)
+        told = resume.differences(stored, origin)
         other = [line for line in told if line.startswith(RESULT)]
         if fraction_done(config, state) >= 1 and other:
             raise ValueError(f"the run in {config.output_dir} is done; choose another output_dir, or undo this: {other[0]}")
@@ -116,7 +119,7 @@ def assemble(config: configs.Config, pictures: PictureSet, accelerator: Accelera
             accelerator.print(f"  {line}")
     pushes = hub.BackgroundPush(Path(config.output_dir) / ".push")
     output_dir, by = Path(config.output_dir), config.checkpoint.best_by
-    on_main(accelerator, checkpoints.forget_snapshots, output_dir, state["step"])
+    on_main(accelerator, forget_snapshots, output_dir, state["step"])
     score = on_main(accelerator, best.best_before, output_dir, by, state["step"])
     return Run(config, accelerator, pictures, task, model, optimizer, ema, state, checkpoint, origin, pushes, score, lock)
 
@@ -178,7 +181,7 @@ def train(run: Run) -> int:
         0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
     c, accelerator, task, state, ema = run.config, run.accelerator, run.task, run.state, run.ema
-    device, parameters = accelerator.device, checkpoints.trained(task.module)
+    device, parameters = accelerator.device, trained_parameters(task.module)
     model, optimizer = run.model, run.optimizer
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = batches(run.pictures, c, task.texts, rank, world, state["images_seen"], task.latents, task.beside)
@@ -228,7 +231,7 @@ def train(run: Run) -> int:
             }
         )
         if every(c.ema.snapshot_steps, state) or (c.ema.snapshot_steps and done >= 1):
-            checkpoints.snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
+            snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
         due, push_due = due or every(c.checkpoint.every_steps, state), push_due or every(c.hub.every_steps, state)
         if (due and finite) or stopped or done >= 1:
             log.sync()
@@ -240,7 +243,7 @@ def train(run: Run) -> int:
         for line in pushes.news():
             log.say(line)
         if every(c.validation.every_steps, state) and done < 1 and not stopped:
-            with checkpoints.averaged(ema, task.module):
+            with averaged(ema, task.module):
                 log.show(state["step"], *task.show())
                 validate(run, log)
 
@@ -254,7 +257,7 @@ def train(run: Run) -> int:
             f" The checkpoints are good. Lower optim.lr (now {c.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
-    with checkpoints.averaged(ema, task.module):
+    with averaged(ema, task.module):
         finish(run, log)
     return 0
 
@@ -303,7 +306,7 @@ def fraction_done(config: configs.Config, state: dict) -> float:
 def save(run: Run) -> Path | None:
     """Write a checkpoint, from the first process; the others take part where the weights are sharded."""
     main = run.accelerator.is_main_process
-    if not main and not checkpoints.is_sharded(run.task.module):
+    if not main and not is_sharded(run.task.module):
         return None
     scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.task.module, run.optimizer, run.ema)
     stored = {
@@ -313,7 +316,7 @@ def save(run: Run) -> Path | None:
         "scaler": scaler.state_dict() if scaler is not None else None,
         **run.origin,
     }
-    with checkpoints.averaged(run.ema, run.task.module):
+    with averaged(run.ema, run.task.module):
         write = run.task.writer(run.state)
         if main:
             return checkpoints.save(run.output_dir, tensors, write, stored, run.config.checkpoint.keep)

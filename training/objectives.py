@@ -139,7 +139,12 @@ def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.T
 
 
 def autoencoder_loss(
-    rebuilt: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, pixels: torch.Tensor, kl_weight: float, sharpness: float
+    rebuilt: torch.Tensor,
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    pixels: torch.Tensor,
+    kl_weight: float,
+    sharpness: float,
 ) -> torch.Tensor:
     """Mean squared error + kl_weight * KL(N(mean, exp(logvar)) || N(0, 1)) for each latent number, in float32.
 

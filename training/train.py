@@ -16,10 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         print("\nEvery key and its meaning: training/config.py. Examples: configs/*.yaml.")
         return 0 if arguments else 2
-    from sfumato.training.config import schema
+    from sfumato.training.config.load import load_config
 
     try:
-        settings = schema.load(arguments[0], arguments[1:])
+        settings = load_config(arguments[0], arguments[1:])
         from sfumato.training import loop  # torch and diffusers only now: a wrong setting is told at once
 
         run = loop.prepare(settings)

@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfumato.training.config.schema import Config
-from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.streams import GOLDEN_RATIO
 from sfumato.training.models.latent_space import to_pixel_values
-
-GOLDEN_RATIO = 0.6180339887498949
 
 
 class CaptionedPictures(Dataset):
@@ -148,10 +147,3 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C and SIGTERM reach every process of a group; the trainer still needs its workers to end the step under way."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def noise_for(seeds: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard normal noise `(B, *shape)`, each sample's from its own seed."""
-    generator = torch.Generator(device)
-    rows = [torch.randn(shape, generator=generator.manual_seed(int(s)), device=device) for s in seeds]
-    return torch.stack(rows)

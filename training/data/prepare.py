@@ -10,29 +10,24 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from sfumato.files import sync
 from sfumato.pipelines import inputs
-from sfumato.pipelines.export import sync
-from sfumato.pipelines.inputs import MODES, on_white
 from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.array_set import RECORD, SPLITS, PictureSet
+from sfumato.training.data.images import _open, read_picture
 from sfumato.training.data.sources import openmoji, shapes
 from sfumato.training.data.sources import registry as sources
 from sfumato.training.data.sources.registry import Record, open_source
 
-MAX_PIXELS = 32_000_000
-MIN_SIDE = 4
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-SPLITS = ("train", "held_out", "held_out_combination")
 UNSEEN = (
     "cache_dir",
     "max_bad_share",
@@ -40,141 +35,6 @@ UNSEEN = (
     "cache_latents",
     "cache_embeddings",
 )  # settings that change no prepared picture
-RECORD = np.dtype([("bucket", "u2"), ("row", "u4"), ("split", "u1"), ("first_caption", "u8"), ("num_captions", "u4")])
-
-
-def _open(source: Path | bytes) -> Image.Image:
-    """A picture in a plain format; others, such as EPS, run programs of their own on what a stranger wrote."""
-    return Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS)
-
-
-def read_picture(
-    source: Path | bytes, size: tuple[int, int], channels: int = 3, resize: str = "crop", notes: set[str] | None = None
-) -> np.ndarray:
-    """One picture as `(*size, channels)` uint8: turned upright, laid on white unless `channels` is 4, and fitted.
-
-    Args:
-        source: a file or its content.
-        size: height and width.
-        channels: 1 grey, 3 RGB, 4 RGBA.
-        resize: `crop` the longer side, `pad` the shorter one with white, or `stretch`.
-        notes: gets what was unusual about the picture, such as a palette.
-
-    Raises:
-        ValueError: too large (judged before decoding), too small, or not readable; the reason in a few words.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PIL, on large and on odd pictures: we have our own words for both
-            picture = _open(source)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels")
-            if min(picture.size) < MIN_SIDE:
-                raise ValueError(f"smaller than {MIN_SIDE} pixels")
-            notes = set() if notes is None else notes
-            if getattr(picture, "n_frames", 1) > 1:
-                notes.add("animated: first frame taken")
-            if picture.getexif().get(0x0112, 1) != 1:
-                notes.add("turned upright")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
-                notes.add("16 bits scaled to 8")
-                deep = np.asarray(picture).astype(np.uint32)
-                picture = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
-            if picture.mode not in ("RGB", "L"):
-                notes.add(f"converted from {picture.mode}")
-            picture = on_white(picture, channels).convert(MODES[channels])
-    except ValueError as error:
-        known = ("megapixels", "pixels")
-        raise error if str(error).endswith(known) else ValueError("damaged picture") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError("not a picture") from error
-    except Exception as error:  # PIL raises nearly anything on a damaged file
-        raise ValueError("damaged picture") from error
-    wanted, how = (size[1], size[0]), Image.Resampling.LANCZOS
-    if resize == "stretch":
-        fitted = picture.resize(wanted, how)
-    elif resize == "pad":
-        fitted = ImageOps.pad(picture, wanted, how, color={1: 255, 3: (255,) * 3, 4: (255, 255, 255, 0)}[channels])
-    else:
-        fitted = ImageOps.fit(picture, wanted, how)
-    return np.asarray(fitted).reshape(*size, channels)
-
-
-class Texts(Sequence):
-    """Many texts in one memory-mapped file."""
-
-    def __init__(self, folder: Path, name: str):
-        self.ends = np.load(folder / f"{name}-ends.npy", mmap_mode="r")
-        empty = not len(self.ends) or not self.ends[-1]
-        self.body = np.zeros(0, np.uint8) if empty else np.memmap(folder / f"{name}.bin", np.uint8, "r")
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> str:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return self.body[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])].tobytes().decode()
-
-
-class PictureSet(Sequence):
-    """Prepared pictures and their records. Item i is a dict: `id`, `captions`, `split`.
-
-    Attributes:
-        buckets: the picture sizes, (height, width).
-        table: an array of `RECORD`, a row a record.
-        skipped: reason -> names of the records that could not be used.
-        num_records: with those that could not be used.
-        noted: what was unusual about pictures that could -> how many.
-        fingerprint: changes with anything that changes the pictures.
-    """
-
-    def __init__(self, folder: Path):
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.skipped, self.noted, self.channels = report["skipped"], report["noted"], report["channels"]
-        self.num_records = report["records"]
-        self.buckets = [tuple(size) for size in report["buckets"]]
-        self.fingerprint = folder.name
-        self.table = np.load(folder / "records.npy", mmap_mode="r")
-        self.captions, self.names = Texts(folder, "captions"), Texts(folder, "names")
-        self._maps = []
-        for height, width in self.buckets:
-            path = folder / f"pictures-{height}x{width}.bin"
-            shape = (-1, height, width, self.channels)
-            self._maps.append(np.memmap(path, np.uint8, "r").reshape(shape) if path.stat().st_size else None)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        row = self.table[i]
-        first, count = int(row["first_caption"]), int(row["num_captions"])
-        captions = [self.captions[first + k] for k in range(count)]
-        return {"id": self.names[i], "captions": captions, "split": SPLITS[row["split"]]}
-
-    @property
-    def several_sizes(self) -> bool:
-        """Whether training pictures are of more than one size."""
-        return len(np.unique(self.table["bucket"][self.select("train")])) > 1
-
-    def picture(self, i: int) -> np.ndarray:
-        """Picture i, `(H, W, C)` uint8."""
-        row = self.table[i]
-        return self._maps[row["bucket"]][row["row"]]
-
-    def select(self, split: str) -> np.ndarray:
-        """Indices of the records of `train`, `held_out` or `held_out_combination`, `(N,)` int64."""
-        return np.flatnonzero(self.table["split"] == SPLITS.index(split))
-
-    def training_captions(self, limit: int = 200_000) -> list[str]:
-        """All captions of the training split, in order; of a larger set `limit` records, evenly spread."""
-        chosen = self.select("train")
-        return [text for i in chosen[:: -(-len(chosen) // limit) or 1] for text in self[int(i)]["captions"]]
 
 
 def _cache_key(config: DataConfig) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sfumato.pipelines.export import put
-from sfumato.training.engine.checkpoints import CannotSave
+from sfumato.files import CannotSave, put
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:

@@ -1,13 +1,18 @@
 """Averaged weights: those that are exported, and two tracks from which an average of any length can be made later."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sfumato.files import CannotSave
+from sfumato.training.models.parameters import trained_names, trained_parameters, whole_tensor
 
 TRACKS = (0.05, 0.1)  # lengths, as the standard deviation of their profile in shares of the run
 
@@ -112,3 +117,47 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
                 part = row[TRACKS.index(float(track))] * opened.get_tensor(key).double()
                 total[name] = total[name] + part if name in total else part
     return {name: value.float() for name, value in total.items()}
+
+
+@contextmanager
+def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the trained parameters of `module` are the averaged ones, and it is in evaluation mode."""
+    parameters, training = trained_parameters(module), [part for part in module.modules() if part.training]
+    module.eval()  # no dropout in what is drawn
+    raw = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():  # one by one, since sharded tensors know no fused copy
+        for parameter, shadow in zip(parameters, ema.shadow_params):
+            parameter.copy_(shadow)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, raw):
+                parameter.copy_(value)
+        for part in training:
+            part.training = True
+
+
+def snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA, main: bool) -> None:
+    """Keep the tracks of `ema` as they are at a step, in half precision; all processes must call, the first one writes."""
+    half = {
+        f"{length}|{name}": whole_tensor(value).half()
+        for length, track in zip(TRACKS, ema.tracks.values())
+        for name, value in zip(trained_names(module), track)
+    }
+    if not main:
+        return
+    folder = output_dir / "ema"
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file(half, folder / ".new")
+        (folder / ".new").replace(folder / f"step-{step:08d}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CannotSave(f"could not save a snapshot in {folder}: {error}; make room and go on") from error
+
+
+def forget_snapshots(output_dir: Path, step: int) -> None:
+    """Remove snapshots of steps past `step`, which are about to be done again, or of an older run."""
+    for file in (output_dir / "ema").glob("step-*.safetensors"):
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()

@@ -12,9 +12,10 @@ from accelerate.utils import is_tensorboard_available
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sfumato.training.config.schema import Config, dump
-from sfumato.training.engine.checkpoints import lines
-from sfumato.training.quality.drawing import grid
+from sfumato.figures import grid
+from sfumato.files import lines
+from sfumato.training.config.load import dump_config
+from sfumato.training.config.schema import Config
 
 
 def trackers(config: Config) -> list[str]:
@@ -50,11 +51,11 @@ class Log:
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         # Trackers take flat scalars and texts.
-        accelerator.init_trackers("sfumato", {"config": dump(config)} if accelerator.log_with else None)
+        accelerator.init_trackers("sfumato", {"config": dump_config(config)} if accelerator.log_with else None)
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump(config))
+        (self.folder / "config.yaml").write_text(dump_config(config))
         for path in (self.folder / "validation.jsonl", self.folder / "metrics.jsonl"):
             # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
             kept = path.with_name(f"{path.name}.new")

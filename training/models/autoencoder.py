@@ -1,11 +1,10 @@
 """Autoencoders: one to train, the identity for pixel models, and latents in another scale."""
 
-import inspect
-
 import torch
 from diffusers import AutoencoderKL
 
 from sfumato.training.config.schema import Config
+from sfumato.training.models.stock_classes import build_stock, check_arguments, check_divisible, lists_to_tuples
 
 
 class VariationalAutoencoder(torch.nn.Module):
@@ -28,13 +27,13 @@ def build_autoencoder(config: Config) -> VariationalAutoencoder:
         ValueError: an argument that the class does not have, or that contradicts `data`.
     """
     arguments = config.autoencoder.model
-    known(arguments, AutoencoderKL, "autoencoder.model")
+    check_arguments(arguments, AutoencoderKL, "autoencoder.model")
     given = {"sample_size": max(config.data.size), "in_channels": config.data.channels, "out_channels": config.data.channels}
     if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
         raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
     torch.manual_seed(config.seed)
-    vae = made("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **given})
-    divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
+    vae = build_stock("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **given})
+    check_divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
     return VariationalAutoencoder(vae)
 
 
@@ -97,32 +96,3 @@ def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
         vae.quant_conv.bias[channels:] += 2 * torch.log(torch.tensor(by))  # the log-variance
         vae.post_quant_conv.weight /= by
     vae.register_to_config(scaling_factor=factor)
-
-
-def known(arguments: dict, cls: type, section: str) -> None:
-    """Raise ValueError for arguments that `cls` does not take."""
-    allowed = list(inspect.signature(cls.__init__).parameters)[1:]
-    if unknown := set(arguments) - set(allowed):
-        raise ValueError(
-            f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}"
-        )
-
-
-def made(section: str, cls: type, arguments: dict):
-    """An object of a stock class; ValueError for values that it cannot be made of, whatever the class raises."""
-    try:
-        return cls(**arguments)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{section}: {cls.__name__} cannot be made of it: {type(error).__name__}: {error}") from error
-
-
-def divisible(config: Config, factor: int) -> None:
-    """Raise ValueError where a picture size is no multiple of the VAE's factor."""
-    for side in (side for size in config.data.buckets or [config.data.size] for side in size):
-        if side % factor:
-            raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
-
-
-def lists_to_tuples(arguments: dict) -> dict:
-    """As diffusers writes its configs."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}

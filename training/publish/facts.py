@@ -1,7 +1,6 @@
 """What is told of a run: to readers in the card, to programs in the weights' metadata, and to who repeats it."""
 
 import hashlib
-import json
 import re
 import subprocess
 from dataclasses import asdict, replace
@@ -9,16 +8,14 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
 
 from sfumato import __version__
+from sfumato.training.config.load import dump_config
 from sfumato.training.config.rules import SETS
-from sfumato.training.config.schema import CheckpointConfig, Config, DataConfig, HubConfig, dump
-from sfumato.training.data.prepare import PictureSet
+from sfumato.training.config.schema import CheckpointConfig, Config, DataConfig, HubConfig
+from sfumato.training.data.array_set import PictureSet
 from sfumato.training.data.sources import openmoji
-from sfumato.training.engine.checkpoints import lines
 
 
 def public_name(source: str) -> str:
@@ -44,7 +41,7 @@ def public_settings(config: Config) -> str:
         checkpoint=replace(config.checkpoint, resume=CheckpointConfig().resume),
         hub=HubConfig(),
     )
-    return dump(clean)
+    return dump_config(clean)
 
 
 def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state: dict) -> dict:
@@ -146,28 +143,3 @@ def _device(accelerator: Accelerator) -> str:
 
         return torch.cuda.get_device_name(accelerator.device)
     return accelerator.device.type
-
-
-def loss_curve(metrics: Path, width: int = 640, height: int = 240) -> Image.Image | None:
-    """The smoothed loss of `metrics.jsonl` over the steps, on a logarithmic scale; None for fewer than ten steps."""
-    entries = [json.loads(line) for line in lines(metrics)]
-    losses = np.array([entry["loss"] for entry in entries if entry["loss"]], dtype=float)
-    if len(losses) < 10:
-        return None
-    window = max(1, len(losses) // 50)
-    smooth = np.log10(np.convolve(losses, np.ones(window) / window, "valid"))
-    low, high = smooth.min(), max(smooth.max(), smooth.min() + 1e-6)
-    left, bottom, top, right = 60, height - 30, 12, width - 12
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
-    for part in (0.0, 0.5, 1.0):
-        y = bottom - part * (bottom - top)
-        pen.text((left - 6, y), f"{10 ** (low + part * (high - low)):.3g}", "black", font, anchor="rm")
-        x = left + part * (right - left)
-        pen.text((x, bottom + 6), f"{int(part * entries[-1]['step']):,}", "black", font, anchor="ma" if part < 1 else "ra")
-    xs = np.linspace(left, right, len(smooth))
-    ys = bottom - (smooth - low) / (high - low) * (bottom - top)
-    pen.line(list(zip(xs, ys)), (50, 80, 160), width=2)
-    pen.text((right, top), f"loss over steps, mean of {window}", "black", font, anchor="ra")
-    return sheet

@@ -13,13 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import add_evaluation, recommended
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.training.config import schema as configs
+from sfumato.training.config import schema
+from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
 from sfumato.training.publish.facts import public_name
 from sfumato.training.quality.report import Plan, report
 
 
-def trained_by(model: str) -> configs.Config | None:
+def trained_by(model: str) -> schema.Config | None:
     """The config of the run that made a model, else the one that travels along with it."""
     folder = Path(model)
     kept = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
@@ -30,10 +31,10 @@ def trained_by(model: str) -> configs.Config | None:
         except (OSError, HfHubHTTPError):
             kept = []
     found = [path for path in kept if path.is_file()]
-    return configs.load(found[0]) if found else None
+    return load_config(found[0]) if found else None
 
 
-def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Config:
+def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> schema.Config:
     """The config whose data are drawn: `data` itself or with that name, else the model's own. Guidance is always the model's.
 
     Raises:
@@ -41,14 +42,14 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Co
     """
     own = trained_by(model)
     if data is not None and Path(data).suffix in (".yaml", ".yml"):
-        config = configs.load(data)
-        config.validation = own.validation if own else configs.ValidationConfig()
+        config = load_config(data)
+        config.validation = own.validation if own else schema.ValidationConfig()
         return config
     if own:
         config = own
     elif data is not None:
         channels, (height, _) = pipe.vae.config.in_channels, pipe.trained_size
-        config = configs.Config(data=configs.DataConfig(resolution=height, channels=channels))
+        config = schema.Config(data=schema.DataConfig(resolution=height, channels=channels))
     else:
         raise ValueError(f"{model} does not say what it was trained on; name it with --data")
     if data is not None:
@@ -56,7 +57,7 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> configs.Co
     return config
 
 
-def prepared(model: str, options) -> tuple[SfumatoPipeline, configs.Config]:
+def prepared(model: str, options) -> tuple[SfumatoPipeline, schema.Config]:
     """The model as it is to draw, and the config of data and drawing.
 
     Raises:

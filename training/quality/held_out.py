@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from sfumato.training.data.loader import GOLDEN_RATIO, collate, noise_for
-from sfumato.training.engine.checkpoints import shareable
-from sfumato.training.models.build import Denoiser
+from sfumato.training.data.loader import collate
+from sfumato.training.data.streams import GOLDEN_RATIO, noise_for
+from sfumato.training.models.denoiser import Denoiser
+from sfumato.training.models.parameters import plain_pipeline
 from sfumato.training.quality import drawing
 
 # Bands of log-SNR, in nats: from where only the layout of a picture is left to where only its grain is missing.
@@ -31,14 +32,14 @@ def held_out_loss(task, batch_size: int | None = None) -> dict[str, float]:
         pictures are held out, it is of training pictures, and called `training_loss`.
     """
     pictures, scheduler, accelerator = task.pictures, task.pipe.scheduler, task.accelerator
-    device, pipe, bands = accelerator.device, shareable(task.pipe, task.module), len(EDGES) - 1
+    device, pipe, bands = accelerator.device, plain_pipeline(task.pipe, task.module), len(EDGES) - 1
     name = "held_out_loss" if len(pictures.select("held_out")) else "training_loss"
     model = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet)
     batch_size = batch_size or task.config.train.batch_size
     log_snr = task.snr.clamp(1e-20, 1e20).log()
     samples = [
         (number, k, EDGES[k] + (EDGES[k + 1] - EDGES[k]) * ((i * GOLDEN_RATIO) % 1.0))
-        for i, number in enumerate(drawing.to_show(pictures, task.config.validation.num_held_out))
+        for i, number in enumerate(drawing.sample_indices(pictures, task.config.validation.num_held_out))
         for k in range(bands)
         if log_snr[-1] <= EDGES[k] and EDGES[k + 1] <= log_snr[0]
     ]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sfumato.training.config.schema import TextEncoderConfig
-from sfumato.training.data.prepare import PictureSet
-from sfumato.training.models.build import build_text_encoder, train_tokenizer
+from sfumato.training.data.array_set import PictureSet
+from sfumato.training.models.text import build_text_encoder, train_tokenizer
 from sfumato.training.quality.features import DEFAULT, features, reference_features, to_network
 
 SIZE, GRID, STEPS, MAX_LENGTH = 128, 8, 800, 256
@@ -72,7 +72,7 @@ def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
     return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
 
 
-def same_pictures(pictures: PictureSet) -> np.ndarray:
+def first_duplicates(pictures: PictureSet) -> np.ndarray:
     """For each record the number of the first one whose picture is the same, pixel for pixel, `(N,)`.
 
     Captions of such pictures cannot be told apart by looking, and one that is trained shows what the other one is of.
@@ -147,7 +147,7 @@ def _fit(
 ) -> None:
     torch.manual_seed(seed)  # others may have drawn since
     judge.mean, judge.std = seen[0].float().mean(0), seen[0].float().std(0) + 1e-3
-    tokens, rng, same = judge.tokens(captions), np.random.default_rng(seed), torch.from_numpy(same_pictures(pictures))
+    tokens, rng, same = judge.tokens(captions), np.random.default_rng(seed), torch.from_numpy(first_duplicates(pictures))
     judge.embed_pictures(seen[0, :2].float())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)

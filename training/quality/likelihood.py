@@ -6,16 +6,16 @@ from tqdm.auto import tqdm
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import run_network
-from sfumato.schedulers import SfumatoDDPMScheduler, trained
-from sfumato.training.data.loader import noise_for
+from sfumato.schedulers import SfumatoDDPMScheduler, training_scheduler
+from sfumato.training.data.streams import noise_for
 from sfumato.training.models.latent_space import is_identity, to_pixel_values
 
 
-def check_bounded(pipe: SfumatoPipeline) -> None:
+def check_has_bound(pipe: SfumatoPipeline) -> None:
     """Raise ValueError for a model whose bits per dimension are not bounded here."""
     if not is_identity(pipe.vae):
         raise ValueError("bits per dimension are of pixels; this model works on latents")
-    if not isinstance(trained(pipe.scheduler), SfumatoDDPMScheduler) or pipe.reads is not None:
+    if not isinstance(training_scheduler(pipe.scheduler), SfumatoDDPMScheduler) or pipe.reads is not None:
         raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy picture alone")
 
 
@@ -46,8 +46,8 @@ def bits_per_dim(
         ValueError: less than two levels; a model of latents, of flow matching, whose bound is another, or one that reads more
             than the noise.
     """
-    scheduler = trained(pipe.scheduler)
-    check_bounded(pipe)
+    scheduler = training_scheduler(pipe.scheduler)
+    check_has_bound(pipe)
     device, steps = pipe.unet.device, scheduler.config.num_train_timesteps
     if num_levels is not None and num_levels < 2:
         raise ValueError("num_levels must be at least 2: t = 0 and one of the others")

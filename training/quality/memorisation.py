@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sfumato.training.quality.features import distances
+from sfumato.training.quality.distances import distances
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +20,7 @@ def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarr
     return found, which
 
 
-def as_rows(pictures: np.ndarray) -> np.ndarray:
+def flat_rows(pictures: np.ndarray) -> np.ndarray:
     """Pictures `(N, H, W, C)` uint8 as rows whose distance is the root mean square over pixels, of 1 for white to black."""
     return pictures.reshape(len(pictures), -1).astype(np.float32) / (255 * np.prod(pictures.shape[1:]) ** 0.5)
 
@@ -38,7 +38,7 @@ def nearest_training(
     Returns:
         The distances and the numbers of the nearest, each `(N, 2)`: by pixels, by features.
     """
-    pixels, features = nearest(as_rows(shown), map(as_rows, train)), nearest(seen, [seen_train])
+    pixels, features = nearest(flat_rows(shown), map(flat_rows, train)), nearest(seen, [seen_train])
     return np.stack([pixels[0], features[0]], axis=1), np.stack([pixels[1], features[1]], axis=1)
 
 

@@ -3,9 +3,13 @@
 from functools import cache
 
 import numpy as np
-import torch
+from accelerate import Accelerator
 
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.schema import Config
+from sfumato.training.data.sources import shapes
 from sfumato.training.data.sources.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Pair, Scene, coverage
+from sfumato.training.quality.drawing import draw_images
 
 # A picture counts as showing a figure only if the best template covers it this well (soft intersection over union).
 MIN_OVERLAP = 0.7
@@ -51,27 +55,6 @@ def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, 
         if overlap > best_overlap:
             best, best_overlap = (colour, shape, radius * resolution / side, (x, y)), overlap
     return best
-
-
-def picture_quality(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
-    """How near pictures are to the true ones; both `(N, H, W, C)` uint8.
-
-    Returns:
-        `PSNR` in dB, the mean over pictures of 10 log10(255^2 / MSE), at most 100; `SSIM`, the mean structural similarity
-        (Wang et al. 2004), where torchmetrics is installed (extra `[metrics]`).
-    """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-    except ModuleNotFoundError:
-        ssim = None
-    found = {"PSNR": []} if ssim is None else {"PSNR": [], "SSIM": []}
-    for pair in zip(true, drawn):
-        a, b = (x.astype(np.float32) / 255 for x in pair)
-        found["PSNR"].append(10 * np.log10(1 / max(float(np.square(a - b).mean()), 1e-10)))
-        if ssim is not None:
-            pair = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (b, a))
-            found["SSIM"].append(float(ssim(*pair, data_range=1.0)))
-    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def read_scene(picture: np.ndarray) -> Scene | None:
@@ -137,3 +120,10 @@ def _pair_right(quarters: list, ground: str, scene: Pair) -> dict[str, bool]:
         "all": seen == sorted(scene.figures) and ground == scene.ground,
         "unreadable": len(seen) != 2,
     }
+
+
+def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, list[bool]]:
+    """Obedience on held-out captions of `shapes`; see `shapes_right`."""
+    scenes = shapes.scenes(held_out=True, count=config.validation.num_judged, num_figures=config.data.num_figures)
+    pictures = draw_images(pipe, [scene.caption for scene in scenes], config.validation, accelerator)
+    return shapes_right([np.asarray(picture) for picture in pictures], scenes)

@@ -8,28 +8,26 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
+from sfumato import figures
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.schema import Config
-from sfumato.training.data.prepare import PictureSet
+from sfumato.training.data.array_set import PictureSet
 from sfumato.training.data.sources import openmoji
-from sfumato.training.data.sources.shapes import evenly
-from sfumato.training.quality import drawing, memorisation
-from sfumato.training.quality.features import (
-    DEFAULT,
+from sfumato.training.data.sources.shapes import evenly_spaced
+from sfumato.training.quality import drawing, memorisation, obedience
+from sfumato.training.quality.distances import (
     distances,
-    extractor_named,
-    features,
     frechet_distance,
     gaussian,
     kernel_distance,
     kernel_within,
     manifold_scores,
-    reference_features,
 )
-from sfumato.training.quality.judge import Judge, same_pictures, train_judge
-from sfumato.training.quality.likelihood import bits_per_dim, check_bounded
+from sfumato.training.quality.features import DEFAULT, features, load_extractor, reference_features
+from sfumato.training.quality.judge import Judge, first_duplicates, train_judge
+from sfumato.training.quality.likelihood import bits_per_dim, check_has_bound
+from sfumato.training.quality.statistics import PARTS, Score, jackknife_score, mean
 
-PARTS = 10
 GENDERS = ("man", "woman", "person")
 
 
@@ -45,50 +43,6 @@ class Plan:
     bits_levels: int = 100
 
 
-@dataclass
-class Score:
-    """A figure and half the width of its 95% confidence interval, where it has one."""
-
-    value: float
-    half_width: float | None = None
-
-
-def student(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, by its expansion around the normal one, good to 1% from 3 degrees of freedom on."""
-    if freedom < 3:
-        return (12.706, 4.303)[freedom - 1]
-    z = 1.959964
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
-
-
-def mean(values: np.ndarray) -> Score:
-    """The mean of values of independent pictures. The interval is Student's; of shares Wilson's, whose farther end is told."""
-    values = np.asarray(values, float)
-    count, value = len(values), float(values.mean())
-    if count < 2:
-        return Score(value)
-    t = student(count - 1)
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        centre = (value + t**2 / (2 * count)) / (1 + t**2 / count)
-        half = t / (1 + t**2 / count) * (value * (1 - value) / count + t**2 / (4 * count**2)) ** 0.5
-        return Score(value, abs(centre - value) + half)
-    return Score(value, float(t * values.std(ddof=1) / count**0.5))
-
-
-def jackknifed(distance, made: np.ndarray) -> Score:
-    """The distance of a set `(N, D)`, and its interval by leaving out each of up to ten parts of it in turn.
-
-    (Drawing from the set with replacement would bias FD and KID, which count on pictures being different ones.)
-    """
-    parts = np.array_split(np.random.default_rng(0).permutation(len(made)), min(PARTS, len(made)))
-    if len(parts) < 3 or len(made) - max(map(len, parts)) < 2:
-        return Score(distance(made))
-    without = np.array([distance(np.delete(made, part, axis=0)) for part in parts])
-    spread = ((len(parts) - 1) * np.square(without - without.mean()).mean()) ** 0.5
-    return Score(distance(made), float(student(len(parts) - 1) * spread))
-
-
 def set_distances(pictures: PictureSet, made: np.ndarray, cache_dir: str) -> dict[str, float]:
     """FD and KID of drawn pictures `(N, H, W, C)` uint8 to all training pictures."""
     train, seen = reference_features(pictures, DEFAULT, cache_dir)[pictures.select("train")], features(made)
@@ -100,15 +54,15 @@ class Evaluation:
 
     def __init__(self, pipe: SfumatoPipeline, config: Config, pictures: PictureSet, accelerator: Accelerator, plan: Plan):
         for extractor in {DEFAULT, plan.extractor}:
-            extractor_named(extractor)
+            load_extractor(extractor)
         if plan.bits:
-            check_bounded(pipe)
+            check_has_bound(pipe)
         if pictures.several_sizes or len(pictures.select("train")) < 2:
             raise ValueError("evaluation needs at least two training pictures, all of one size")
         self.config, self.pictures, self.accelerator, self.plan = config, pictures, accelerator, plan
         self.pipe = pipe
         train, held_out = pictures.select("train"), self.unseen("held_out")
-        train, held_out = (part[evenly(len(part), plan.count)] for part in (train, held_out))
+        train, held_out = (part[evenly_spaced(len(part), plan.count)] for part in (train, held_out))
         combined = self.unseen("held_out_combination")
         combined = [i for i in combined if openmoji.tone_of(self.caption(i))[0] and self.caption(i).split(" ")[0] in GENDERS]
         self.parts = {"train": train, "held_out": held_out, "combination": np.array(combined, np.int64)}
@@ -120,7 +74,7 @@ class Evaluation:
     @cached_property
     def alike(self) -> np.ndarray:
         """See `same_pictures`."""
-        return same_pictures(self.pictures)
+        return first_duplicates(self.pictures)
 
     def unseen(self, split: str) -> np.ndarray:
         """Records of a held-out split whose picture is not trained under another caption."""
@@ -137,7 +91,7 @@ class Evaluation:
 
     def drawn(self, captions: list[str]) -> np.ndarray:
         """One picture a caption, `(N, H, W, C)` uint8."""
-        return drawing.arrays(drawing.draw_pictures(self.pipe, captions, self.config.validation, self.accelerator))
+        return figures.to_arrays(drawing.draw_images(self.pipe, captions, self.config.validation, self.accelerator))
 
     def looked_at(self, made: np.ndarray, extractor: str) -> np.ndarray:
         """Features of drawn pictures, each process its share."""
@@ -156,8 +110,8 @@ class Evaluation:
         train, made = self.reference[self.pictures.select("train")], self.of("train", self.seen)
         whole, within = gaussian(train), kernel_within(train)
         found = {
-            "FD": jackknifed(lambda x: frechet_distance(whole, x), made),
-            "KID": jackknifed(lambda x: kernel_distance(train, x, within), made),
+            "FD": jackknife_score(lambda x: frechet_distance(whole, x), made),
+            "KID": jackknife_score(lambda x: kernel_distance(train, x, within), made),
         }
         values = manifold_scores(self.reference[self.parts["train"]], made, k=min(5, len(made) - 1))
         return found | {name: mean(v) for name, v in values.items()}
@@ -226,7 +180,7 @@ class Evaluation:
     def diversity(self) -> dict[str, Score]:
         """Mean distance in features between drawings of one caption, beside that between training pictures."""
         train = self.pictures.select("train")
-        chosen = train[evenly(len(train), self.plan.diverse)]
+        chosen = train[evenly_spaced(len(train), self.plan.diverse)]
         captions = [self.caption(i) for i in chosen for _ in range(self.plan.repeats)]
         seen = self.looked_at(self.drawn(captions), self.plan.extractor).reshape(len(chosen), self.plan.repeats, -1)
 
@@ -257,18 +211,18 @@ class Evaluation:
                 scores[f"{name}{what}"] = mean(values) if np.ndim(values) else Score(values)
         made, cells = self.of("train", self.made), []
         apart = self.of("train", near)[:, 1]
-        for i in np.argsort(apart)[evenly(len(apart), 12)]:
+        for i in np.argsort(apart)[evenly_spaced(len(apart), 12)]:
             cells.append((made[i], self.caption(self.parts["train"][i])))
             for space, k in zip(("pixels", "features"), which[i]):
                 cells.append((self.pictures.picture(int(k)), f"{space}: {self.caption(k)}"))
         shown, told = zip(*cells)
-        return scores, drawing.grid([drawing.as_image(picture) for picture in shown], list(told))
+        return scores, figures.grid([figures.to_pil(picture) for picture in shown], list(told))
 
     def bits(self) -> dict[str, Score]:
         """Bits per dimension of held-out and of training pictures, at most."""
         found = {}
         for part in ("held_out", "train"):
-            numbers = self.parts[part][evenly(len(self.parts[part]), self.plan.bits)]
+            numbers = self.parts[part][evenly_spaced(len(self.parts[part]), self.plan.bits)]
             if len(numbers):
                 told = bits_per_dim(self.pipe, self.true(numbers), [self.caption(i) for i in numbers], self.plan.bits_levels)
                 found[f"bits per dimension, {part.replace('_', '-')}"] = mean(told["each"])
@@ -308,7 +262,7 @@ def report(
     run = Evaluation(pipe, config, pictures, accelerator, plan)
     scores = run.distances()
     if config.data.name == "shapes":
-        obeyed = drawing.evaluate_shapes(run.pipe, config, accelerator)
+        obeyed = obedience.evaluate_shapes(run.pipe, config, accelerator)
         scores |= {f"obedience, {name}": mean(right) for name, right in obeyed.items()}
     else:
         judge = train_judge(pictures, config.data.cache_dir)

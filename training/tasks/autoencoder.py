@@ -9,16 +9,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 
-from sfumato.pipelines.export import put
+from sfumato import figures
+from sfumato.files import put
 from sfumato.training.config.schema import Config
-from sfumato.training.data.loader import noise_for
-from sfumato.training.data.prepare import PictureSet
-from sfumato.training.data.sources.shapes import evenly
+from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.sources.shapes import evenly_spaced
+from sfumato.training.data.streams import noise_for
 from sfumato.training.models.autoencoder import build_autoencoder
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
 from sfumato.training.quality import drawing
-from sfumato.training.quality.obedience import picture_quality
+from sfumato.training.quality.fidelity import picture_quality
 
 
 class Autoencoder:
@@ -70,14 +71,14 @@ class Autoencoder:
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """Held-out pictures, each beside what comes back from its latents."""
-        numbers = drawing.to_show(self.pictures, 6)
+        numbers = drawing.sample_indices(self.pictures, 6)
         pairs = [picture for both in zip(*self._rebuilt(numbers)[:2]) for picture in both]
         names = [name for i in numbers for name in (self.pictures[i]["captions"][0], "from its latents")]
-        return names, [drawing.as_image(picture) for picture in pairs]
+        return names, [figures.to_pil(picture) for picture in pairs]
 
     def held_out(self) -> dict[str, float]:
         """Mean squared error, in [-1, 1], of held-out pictures as they come back from the means of their latents."""
-        shown, rebuilt, _ = self._rebuilt(drawing.to_show(self.pictures, self.config.validation.num_held_out))
+        shown, rebuilt, _ = self._rebuilt(drawing.sample_indices(self.pictures, self.config.validation.num_held_out))
         apart = (shown.astype(np.float64) - rebuilt) / 127.5
         name = "held_out_loss" if len(self.pictures.select("held_out")) else "training_loss"
         return {name: float(np.square(apart).mean())}
@@ -90,14 +91,14 @@ class Autoencoder:
     def _set_scale(self, count: int) -> np.ndarray:
         """Set the scaling factor, so that latents have variance 1; returns those of `count` training pictures."""
         train = self.pictures.select("train")
-        latents = self._rebuilt(train[evenly(len(train), count)])[2]
+        latents = self._rebuilt(train[evenly_spaced(len(train), count)])[2]
         self.module.vae.register_to_config(scaling_factor=float(1 / latents.std()))
         return latents
 
     def scores(self, pipe) -> tuple[dict[str, float], str]:
         """How near pictures come back: PSNR and, where it can be had, SSIM."""
         count = self.config.validation.num_judged
-        return picture_quality(*self._rebuilt(drawing.to_show(self.pictures, count))[:2]), "held-out pictures"
+        return picture_quality(*self._rebuilt(drawing.sample_indices(self.pictures, count))[:2]), "held-out pictures"
 
     def shareable(self) -> None:
         """There is no pipeline."""

@@ -6,23 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from sfumato import figures
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.choices import replaced
-from sfumato.pipelines.conditions import estimator, low_res_beside, masks_beside
+from sfumato.pipelines.conditions import x0_estimator
 from sfumato.training.config.rules import DISTANCES
 from sfumato.training.config.schema import Config
-from sfumato.training.data.loader import noise_for
-from sfumato.training.data.prepare import PictureSet
-from sfumato.training.data.sources.shapes import NUM_HELD_OUT, evenly
+from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.cached import cached_latents, cached_texts
+from sfumato.training.data.sources.shapes import NUM_HELD_OUT, evenly_spaced
+from sfumato.training.data.streams import noise_for
 from sfumato.training.engine import checkpoints
-from sfumato.training.models.build import Denoiser, build_pipeline, warn_of_long_captions
-from sfumato.training.models.latent_space import cached_latents, cached_texts, encode, is_identity, to_pixel_values
+from sfumato.training.models import finetune
+from sfumato.training.models.build import build_pipeline
+from sfumato.training.models.denoiser import Denoiser
+from sfumato.training.models.latent_space import encode, is_identity
+from sfumato.training.models.parameters import plain_pipeline
+from sfumato.training.models.text import warn_of_long_captions
 from sfumato.training.objectives import (
     LossMoments,
     loss_weight,
@@ -32,14 +35,9 @@ from sfumato.training.objectives import (
     weighted_mse,
 )
 from sfumato.training.publish import facts
-from sfumato.training.quality import drawing
-from sfumato.training.quality.features import feature_distances
+from sfumato.training.quality import drawing, obedience
 from sfumato.training.quality.held_out import held_out_loss
-from sfumato.training.quality.obedience import picture_quality
 from sfumato.training.quality.report import set_distances
-from sfumato.training.tasks.autoencoder import Autoencoder
-from sfumato.training.tasks.edges import edge_f1, edges
-from sfumato.training.tasks.masks import random_mask
 
 
 class TextToImage:
@@ -71,7 +69,7 @@ class TextToImage:
             raise ValueError(
                 f"validation.num_inference_steps={config.validation.num_inference_steps}: the model has {steps} steps"
             )
-        sampler = copy.deepcopy(drawing.as_drawn(pipe, config.validation).scheduler)
+        sampler = copy.deepcopy(drawing.sampling_pipeline(pipe, config.validation).scheduler)
         sampler.set_timesteps(config.validation.num_inference_steps)  # fails now, not when the first grid is drawn
         pipe.vae.to(accelerator.device)
         self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(accelerator.device)
@@ -87,7 +85,7 @@ class TextToImage:
         self.moments = LossMoments() if config.objective.importance else None
         self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
         self.snr = self.levels.to(accelerator.device)
-        self.prompts = list(config.validation.prompts) or drawing.captions_to_show(pictures)
+        self.prompts = list(config.validation.prompts) or drawing.sample_captions(pictures)
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
         data, pipe, latents = self.config.data, self.pipe, None
@@ -149,7 +147,7 @@ class TextToImage:
         if self.config.objective.self_conditioning:
             with torch.no_grad():
                 first = model(torch.cat([x_t, torch.zeros_like(x_t)], dim=1), t, batch["text"], None)
-                first = estimator(self.pipe.scheduler)(first.float(), x_t, t)
+                first = x0_estimator(self.pipe.scheduler)(first.float(), x_t, t)
             chosen = ((batch["noise_seed"] & 4 > 0) | all_first).reshape(-1, 1, 1, 1)
             return model(torch.cat([x_t, torch.where(chosen, first, 0)], dim=1), t, batch["text"], None)
         x_t, given = self.network_input(x_t, batch)
@@ -170,7 +168,7 @@ class TextToImage:
 
     def shareable(self) -> SfumatoPipeline:
         """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
-        return drawing.as_drawn(checkpoints.shareable(self.pipe, self.module), self.config.validation)
+        return drawing.sampling_pipeline(plain_pipeline(self.pipe, self.module), self.config.validation)
 
     def show(self) -> tuple[list[str], list[Image.Image]]:
         """The fixed prompts, drawn with the fixed seeds."""
@@ -178,7 +176,7 @@ class TextToImage:
 
     def drawn(self, pipe: SfumatoPipeline, captions: list[str], **given) -> list[Image.Image]:
         """One picture a caption, as `validation` says; see `drawing.draw_pictures`."""
-        return drawing.draw_pictures(pipe, captions, self.config.validation, self.accelerator, **given)
+        return drawing.draw_images(pipe, captions, self.config.validation, self.accelerator, **given)
 
     def told(self, state: dict) -> dict:
         """What an exported folder says of the run."""
@@ -206,13 +204,13 @@ class TextToImage:
         """What can be measured on held-out data, and what it is; nothing where nothing can."""
         count, scores, what = min(self.config.validation.num_judged, NUM_HELD_OUT), {}, ""
         if self.config.data.name == "shapes":
-            right = drawing.evaluate_shapes(pipe, self.config, self.accelerator)
+            right = obedience.evaluate_shapes(pipe, self.config, self.accelerator)
             scores = {name: float(np.mean(values)) for name, values in right.items()}
             what = f"obedience to {count} held-out captions, judged by a program"
         if self.config.checkpoint.best_by in DISTANCES:
             train = self.pictures.select("train")
-            chosen = train[evenly(len(train), self.config.validation.num_judged)]
-            made = drawing.arrays(self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen]))
+            chosen = train[evenly_spaced(len(train), self.config.validation.num_judged)]
+            made = figures.to_arrays(self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen]))
             scores |= set_distances(self.pictures, made, self.config.data.cache_dir)
             what = what or f"{len(made)} training captions drawn"
         return scores, what
@@ -232,8 +230,8 @@ class TextToImage:
         folder = output_dir / "pipeline"
         if main:
             if config.lora.rank:
-                checkpoints.save_lora(self.pipe, output_dir / "lora")
-            h, curve = config.hub, facts.loss_curve(output_dir / "metrics.jsonl")
+                finetune.save_lora(self.pipe, output_dir / "lora")
+            h, curve = config.hub, figures.loss_curve(output_dir / "metrics.jsonl")
             raw = checkpoints.raw_weights(saved) if "raw" in h.variants else None
             export_pipeline(
                 pipe, folder, samples=list(zip(prompts, pictures)), curve=curve, variants=h.variants, raw=raw,
@@ -244,122 +242,5 @@ class TextToImage:
 
 def captioned(pictures: PictureSet, count: int) -> tuple[list[str], list[np.ndarray]]:
     """Captions and pictures `(H, W, C)` uint8 that `drawing.to_show` chooses."""
-    chosen = drawing.to_show(pictures, count)
+    chosen = drawing.sample_indices(pictures, count)
     return [pictures[i]["captions"][0] for i in chosen], [pictures.picture(i) for i in chosen]
-
-
-class Inpainting(TextToImage):
-    """A UNet that also gets a mask and the picture outside of it, as Stable Diffusion's inpainting models do.
-
-    From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels of zero weight.
-    """
-
-    @staticmethod
-    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """A random mask `(1, H, W)`, 1 where to draw."""
-        return {"mask": random_mask(np.random.default_rng(seed), *picture.shape[:2])[None].astype(np.float32)}
-
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, None]:
-        """The noisy latents, and beside them what is given: the mask, and the picture outside of it."""
-        return torch.cat([x_t, masks_beside(self.pipe.vae, batch["pixel_values"], batch["mask"], x_t)], dim=1), None
-
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out pictures, their middle drawn anew."""
-        captions, given = captioned(self.pictures, 12)
-        masks = [np.zeros(picture.shape[:2], bool) for picture in given]
-        for mask in masks:
-            height, width = mask.shape
-            mask[height // 4 : -height // 4, width // 4 : -width // 4] = True
-        return captions, self.drawn(self.shareable(), captions, image=given, mask_image=masks)
-
-
-class Upscaling(TextToImage):
-    """A UNet that also gets a smaller picture, made a little noisy, as Stable Diffusion's upscaling models do."""
-
-    def small(self, pixels: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """Pictures `(B, C, H, W)` made smaller by `upscaling.factor`, in the size of the latents, and still in [-1, 1]."""
-        small = F.interpolate(pixels, scale_factor=1 / self.config.upscaling.factor, mode="area")
-        return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)
-
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
-        """The noisy latents, and beside them the smaller picture with noise, whose level the network is told."""
-        small, limit = self.small(batch["pixel_values"], x_t.shape[-2:]), self.pipe.config.max_noise_level
-        seeds = [(int(seed) + 1) % 2**63 for seed in batch["noise_seed"]]  # not the noise of x_t
-        level = torch.tensor([np.random.default_rng(s).integers(limit + 1) for s in seeds], device=x_t.device)
-        generators = [torch.Generator(x_t.device).manual_seed(s) for s in seeds]
-        small = low_res_beside(self.pipe.low_res_scheduler, small, level, generators)
-        return torch.cat([x_t, small], dim=1), {"class_labels": level}
-
-    def enlarged(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], list[np.ndarray], list[np.ndarray], list]:
-        """Captions, held-out pictures, and what bicubic enlarging and the model make of them once they are smaller."""
-        captions, true = captioned(self.pictures, count)
-        pixels = to_pixel_values(np.stack(true))
-        grid = [side // pipe.vae_scale_factor for side in pixels.shape[-2:]]
-        given = [p for p in self.small(pixels, grid).permute(0, 2, 3, 1).div(2).add(0.5).numpy()]
-        plain = self.small(pixels, pixels.shape[-2:]).permute(0, 2, 3, 1).add(1).mul(127.5).round().byte().numpy()
-        return captions, true, list(plain), self.drawn(pipe, captions, image=given)
-
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out pictures: enlarged plainly, enlarged by the model, and true."""
-        captions, true, plain, drawn = self.enlarged(4, self.shareable())
-        rows = zip(captions, map(drawing.as_image, plain), drawn, map(drawing.as_image, true))
-        names, pictures = zip(*(cell for c, p, d, t in rows for cell in ((f"{c}: bicubic", p), ("drawn", d), ("true", t))))
-        return list(names), list(pictures)
-
-    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
-        """How near to the true pictures, beside bicubic enlarging."""
-        _, true, plain, drawn = self.enlarged(self.config.validation.num_judged, pipe)
-        true, plain, drawn = np.stack(true), np.stack(plain), np.stack([np.asarray(d).reshape(true[0].shape) for d in drawn])
-        found = {}
-        for name, made in (("model", drawn), ("bicubic", plain)):
-            made = picture_quality(true, made) | feature_distances(true, made)
-            found |= {f"{key} of {name}": value for key, value in made.items()}
-        return found, f"{len(true)} {self.split} pictures, enlarged {self.config.upscaling.factor} times"
-
-
-class Control(TextToImage):
-    """A ControlNet beside the model of `init_from`, which stays as it is: pictures follow the edges that they are given."""
-
-    def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("task=control is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
-        super().__init__(config, pictures, checkpoint, accelerator)
-
-    @staticmethod
-    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The picture's edges as a map `(3, H, W)`, 1 on edges."""
-        return {"map": np.repeat(edges(picture)[None], 3, 0).astype(np.float32)}
-
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
-        """The noisy latents; the map goes to the ControlNet."""
-        return x_t, {"map": batch["map"]}
-
-    def followed(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
-        """Captions and edge maps `(N, H, W, 3)` uint8 of held-out pictures, and what is drawn by them."""
-        captions, true = captioned(self.pictures, count)
-        maps = np.stack([np.uint8(255 * edges(picture)) for picture in true])[..., None].repeat(3, -1)
-        return captions, maps, self.drawn(pipe, captions, control_image=list(maps))
-
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Edges of held-out pictures, and what is drawn by them."""
-        captions, maps, drawn = self.followed(6, self.shareable())
-        names, pictures = zip(
-            *(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, drawing.as_image(m)), ("drawn", d)))
-        )
-        return list(names), list(pictures)
-
-    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
-        """How well the edges of what is drawn agree with those given, with the ControlNet and without."""
-        captions, maps, drawn = self.followed(self.config.validation.num_judged, pipe)
-        free = self.drawn(replaced(pipe, controlnet=None), captions)
-        f1 = [np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(made, maps)]) for made in (drawn, free)]
-        return {"F1": float(f1[0]), "F1 without control": float(f1[1])}, f"edges of {len(maps)} {self.split} pictures followed"
-
-
-TASKS = {
-    "text_to_image": TextToImage,
-    "inpainting": Inpainting,
-    "upscaling": Upscaling,
-    "control": Control,
-    "autoencoder": Autoencoder,
-}

@@ -88,10 +88,10 @@ def scenes(held_out: bool, count: int | None = None, num_figures: int = 1) -> li
     Of all, or of no more than `count`, evenly spread: they are sorted by colour.
     """
     found = _everything(num_figures)[held_out]
-    return found if count is None else [found[i] for i in evenly(len(found), count)]
+    return found if count is None else [found[i] for i in evenly_spaced(len(found), count)]
 
 
-def evenly(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
     """`count` numbers below `total`, or all where there are fewer, evenly spread from the first to near the last."""
     count = min(count, total)
     return [i * total // count for i in range(count)]

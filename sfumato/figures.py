@@ -1,0 +1,65 @@
+"""Grids, sheets and curves: numpy and PIL only."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sfumato.files import lines
+from sfumato.pipelines.inputs import composite_on_white
+
+
+def to_arrays(pictures: list[Image.Image]) -> np.ndarray:
+    """Pictures of one size as `(N, H, W, C)` uint8, grey ones with one channel."""
+    return np.stack([np.asarray(picture).reshape(picture.height, picture.width, -1) for picture in pictures])
+
+
+def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
+    """One picture of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
+    scale = max(1, min_side // pictures[0].width)
+    width, height, gap, text = pictures[0].width * scale, pictures[0].height * scale, 6, 26
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
+        sheet.paste(composite_on_white(picture, 3).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        lines, words = [""], prompt.split()
+        for word in words:
+            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font) > width:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.multiline_text((x, y + height), "\n".join(lines[:2]), "black", font, spacing=0)
+    return sheet
+
+
+def to_pil(picture: np.ndarray) -> Image.Image:
+    """`(H, W, C)` uint8 as PIL has it."""
+    return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+
+
+def loss_curve(metrics: Path, width: int = 640, height: int = 240) -> Image.Image | None:
+    """The smoothed loss of `metrics.jsonl` over the steps, on a logarithmic scale; None for fewer than ten steps."""
+    entries = [json.loads(line) for line in lines(metrics)]
+    losses = np.array([entry["loss"] for entry in entries if entry["loss"]], dtype=float)
+    if len(losses) < 10:
+        return None
+    window = max(1, len(losses) // 50)
+    smooth = np.log10(np.convolve(losses, np.ones(window) / window, "valid"))
+    low, high = smooth.min(), max(smooth.max(), smooth.min() + 1e-6)
+    left, bottom, top, right = 60, height - 30, 12, width - 12
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+    for part in (0.0, 0.5, 1.0):
+        y = bottom - part * (bottom - top)
+        pen.text((left - 6, y), f"{10 ** (low + part * (high - low)):.3g}", "black", font, anchor="rm")
+        x = left + part * (right - left)
+        pen.text((x, bottom + 6), f"{int(part * entries[-1]['step']):,}", "black", font, anchor="ma" if part < 1 else "ra")
+    xs = np.linspace(left, right, len(smooth))
+    ys = bottom - (smooth - low) / (high - low) * (bottom - top)
+    pen.line(list(zip(xs, ys)), (50, 80, 160), width=2)
+    pen.text((right, top), f"loss over steps, mean of {window}", "black", font, anchor="ra")
+    return sheet

@@ -1,0 +1,86 @@
+"""A prepared set: flat files, memory-mapped, so that a run holds few bytes a record in memory."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "held_out", "held_out_combination")
+
+
+RECORD = np.dtype([("bucket", "u2"), ("row", "u4"), ("split", "u1"), ("first_caption", "u8"), ("num_captions", "u4")])
+
+
+class Texts(Sequence):
+    """Many texts in one memory-mapped file."""
+
+    def __init__(self, folder: Path, name: str):
+        self.ends = np.load(folder / f"{name}-ends.npy", mmap_mode="r")
+        empty = not len(self.ends) or not self.ends[-1]
+        self.body = np.zeros(0, np.uint8) if empty else np.memmap(folder / f"{name}.bin", np.uint8, "r")
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.body[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])].tobytes().decode()
+
+
+class PictureSet(Sequence):
+    """Prepared pictures and their records. Item i is a dict: `id`, `captions`, `split`.
+
+    Attributes:
+        buckets: the picture sizes, (height, width).
+        table: an array of `RECORD`, a row a record.
+        skipped: reason -> names of the records that could not be used.
+        num_records: with those that could not be used.
+        noted: what was unusual about pictures that could -> how many.
+        fingerprint: changes with anything that changes the pictures.
+    """
+
+    def __init__(self, folder: Path):
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.skipped, self.noted, self.channels = report["skipped"], report["noted"], report["channels"]
+        self.num_records = report["records"]
+        self.buckets = [tuple(size) for size in report["buckets"]]
+        self.fingerprint = folder.name
+        self.table = np.load(folder / "records.npy", mmap_mode="r")
+        self.captions, self.names = Texts(folder, "captions"), Texts(folder, "names")
+        self._maps = []
+        for height, width in self.buckets:
+            path = folder / f"pictures-{height}x{width}.bin"
+            shape = (-1, height, width, self.channels)
+            self._maps.append(np.memmap(path, np.uint8, "r").reshape(shape) if path.stat().st_size else None)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        row = self.table[i]
+        first, count = int(row["first_caption"]), int(row["num_captions"])
+        captions = [self.captions[first + k] for k in range(count)]
+        return {"id": self.names[i], "captions": captions, "split": SPLITS[row["split"]]}
+
+    @property
+    def several_sizes(self) -> bool:
+        """Whether training pictures are of more than one size."""
+        return len(np.unique(self.table["bucket"][self.select("train")])) > 1
+
+    def picture(self, i: int) -> np.ndarray:
+        """Picture i, `(H, W, C)` uint8."""
+        row = self.table[i]
+        return self._maps[row["bucket"]][row["row"]]
+
+    def select(self, split: str) -> np.ndarray:
+        """Indices of the records of `train`, `held_out` or `held_out_combination`, `(N,)` int64."""
+        return np.flatnonzero(self.table["split"] == SPLITS.index(split))
+
+    def training_captions(self, limit: int = 200_000) -> list[str]:
+        """All captions of the training split, in order; of a larger set `limit` records, evenly spread."""
+        chosen = self.select("train")
+        return [text for i in chosen[:: -(-len(chosen) // limit) or 1] for text in self[int(i)]["captions"]]

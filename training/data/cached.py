@@ -1,0 +1,81 @@
+"""What frozen models make of the data, computed once and kept on disk."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+from tqdm.auto import tqdm
+
+from sfumato.files import sync
+from sfumato.training.data.array_set import PictureSet
+from sfumato.training.models.latent_space import encode, to_pixel_values
+
+
+def content_hash(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
+    """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
+
+    Several processes may call at once: one computes, the others wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            new, array = path.with_name(f".{path.name}.new"), None
+            for start in tqdm(range(0, count, batch), desc=what, unit="batch"):
+                rows = compute(range(start, min(start + batch, count)))
+                if array is None:
+                    array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
+                array[start : start + len(rows)] = rows
+            array.flush()
+            sync(new)
+            os.replace(new, path)
+    return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def cached_latents(pictures: PictureSet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
+    """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of data and VAE."""
+    device = next(vae.parameters()).device
+    key = content_hash(pictures.fingerprint, vae, vae.config.scaling_factor)
+
+    def compute(numbers):
+        batch = to_pixel_values(np.stack([pictures.picture(i) for i in numbers])).to(device)
+        return encode(vae, batch).float().cpu().numpy()
+
+    return stored(Path(cache_dir).expanduser() / f"latents-{key}.npy", len(pictures), compute, "encoding pictures")
+
+
+@torch.no_grad()
+def cached_texts(pictures: PictureSet, tokenizer, text_encoder, cache_dir: str) -> np.ndarray:
+    """What the text encoder reads of every caption and, last, of the empty one: token ids, `(N + 1, L)` int64.
+
+    With a `text_encoder`, what it says: embeddings, `(N + 1, L, D)` float32. Keyed by content as above.
+    """
+    count = len(pictures.captions)
+    key = content_hash(pictures.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+
+    def compute(numbers):
+        texts = [pictures.captions[i] if i < count else "" for i in numbers]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        if text_encoder is None:
+            return ids.numpy()
+        return text_encoder(ids.to(next(text_encoder.parameters()).device))[0].float().cpu().numpy()
+
+    name, batch = ("tokens", 4096) if text_encoder is None else ("embeddings", 64)
+    return stored(Path(cache_dir).expanduser() / f"{name}-{key}.npy", count + 1, compute, "reading captions", batch)

@@ -1,0 +1,107 @@
+"""Checkpoints: `step-00001000/` with the training state (safetensors and JSON, no pickle) and a loadable `pipeline/`.
+
+A checkpoint is written beside its place, synced to the disk and renamed into it. `state.json` is written last and holds
+the SHA-256 of every other file, so a torn or damaged folder is recognised. Old ones go only after a newer one is whole.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.schedulers import training_scheduler
+from sfumato.training.config.schema import Config
+from sfumato.training.models.autoencoder import identity_vae
+from sfumato.training.models.controlnet import build_controlnet
+from sfumato.training.models.denoiser import learns_variance, num_unet_inputs, sample_size
+from sfumato.training.models.latent_space import is_identity
+from sfumato.training.models.stock_classes import check_divisible
+
+
+def save_lora(pipe: SfumatoPipeline, folder: Path) -> None:
+    """Write the UNet's LoRA adapter as `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` reads."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> None:
+    """More channels in and out, their weights zero: what the UNet computes stays as it is until they are trained."""
+    for name, ins, outs in (("conv_in", in_channels, None), ("conv_out", None, out_channels)):
+        old = getattr(unet, name)
+        ins, outs = ins or old.in_channels, outs or old.out_channels
+        new = torch.nn.Conv2d(ins, outs, old.kernel_size, padding=old.padding)
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.zero_()
+            new.weight[: old.out_channels, : old.in_channels] = old.weight
+            new.bias[: old.out_channels] = old.bias
+        setattr(unet, name, new)
+    unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
+
+
+def load_pipeline(config: Config) -> SfumatoPipeline:
+    """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
+
+    Raises:
+        ValueError: no such model, one that this trainer cannot train, or one of another resolution factor.
+        ModuleNotFoundError: LoRA needs the package peft.
+    """
+    inside = Path(config.init_from) / "pipeline"  # of a run folder
+    try:
+        pipe = SfumatoPipeline.from_pretrained(
+            inside if (inside / "model_index.json").is_file() else config.init_from, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
+    pipe.register_modules(
+        scheduler=training_scheduler(pipe.scheduler)
+    )  # whatever sampler the folder names, its schedule is what counts
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if pipe.config.self_conditioning != config.objective.self_conditioning:
+        raise ValueError(f"objective.self_conditioning: init_from={config.init_from!r} has {pipe.config.self_conditioning}")
+    if channels == latents == pipe.unet.config.out_channels and config.task == "inpainting":
+        if is_identity(pipe.vae):
+            pipe.register_modules(vae=identity_vae(max(config.data.size), pipe.vae.config.in_channels, 4))
+            latents = 4
+        widen(pipe.unet, num_unet_inputs(config, pipe.vae), latents)
+    elif channels != num_unet_inputs(config, pipe.vae):
+        model = f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents"
+        raise ValueError(f"{model}, not one for {config.task}")
+    if pipe.vae.config.in_channels != config.data.channels:
+        raise ValueError(f"data.channels={config.data.channels}: init_from draws {pipe.vae.config.in_channels} channels")
+    check_divisible(config, pipe.vae_scale_factor)
+    if pipe.unet.config.out_channels != latents * (1 + learns_variance(pipe.scheduler)):
+        outputs = f"{pipe.unet.config.out_channels} outputs for {latents} latents"
+        raise ValueError(f"init_from={config.init_from!r}: {outputs} and variance_type {pipe.scheduler.config.variance_type}")
+    if pipe.scheduler.prediction_type == "epsilon" and config.objective.min_snr_floor:
+        raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
+    if pipe.scheduler.prediction_type == "epsilon" and config.objective.weight == "edm":
+        raise ValueError("objective.weight=edm: init_from predicts epsilon, on which it is unbounded; choose another")
+    pipe.unet.register_to_config(sample_size=sample_size(config, pipe.vae_scale_factor))
+    torch.manual_seed(config.seed)
+    pipe.vae.requires_grad_(False).eval()
+    train_text = bool(config.text_encoder.train) and not config.lora.rank
+    pipe.text_encoder.requires_grad_(train_text).train(train_text)
+    pipe.unet.requires_grad_(not config.lora.rank).train()
+    if config.task == "control":
+        pipe.unet.requires_grad_(False).eval()
+        pipe.text_encoder.requires_grad_(False).eval()
+        if pipe.controlnet is None:
+            pipe.register_modules(controlnet=build_controlnet(pipe.unet, pipe.vae_scale_factor))
+        if pipe.controlnet.config.conditioning_channels != 3:
+            raise ValueError(f"init_from={config.init_from!r} has a ControlNet that does not read maps of 3 channels")
+        pipe.controlnet.requires_grad_(True).train()
+    elif pipe.controlnet is not None:
+        raise ValueError(f"init_from={config.init_from!r} has a ControlNet, which only task=control trains")
+    if config.lora.rank:
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("lora.rank needs a package: pip install 'sfumato[lora]'") from error
+        alpha = config.lora.rank if config.lora.alpha is None else config.lora.alpha
+        pipe.unet.add_adapter(LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=config.lora.target_modules))
+    return pipe

@@ -1,0 +1,60 @@
+"""The trained parameters of a module by name, whole where they are sharded over processes (FSDP2)."""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import CLIPTextModel
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import replace_components
+
+
+def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that training changes, in a fixed order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def trained_names(module: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, gathered where it is sharded (all processes must call)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def fill_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Whether the module's weights are spread over the processes (FSDP2), so that all must take part in reading them."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def plain_pipeline(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoPipeline:
+    """The pipeline with plain, whole modules, as export and drawing need them; itself where they are so already.
+
+    A copy where the weights are sharded (all processes must call) or where the UNet has a LoRA adapter, whose additions
+    are then in the copy's weights.
+    """
+    if is_sharded(denoiser):
+        state = {name: whole_tensor(tensor) for name, tensor in denoiser.state_dict().items()}
+        unet = UNet2DConditionModel.from_config(pipe.unet.config)
+        text_encoder = CLIPTextModel(pipe.text_encoder.config)
+        for name, module in (("unet.", unet), ("text_encoder.", text_encoder)):
+            module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+        parts = {"unet": unet, "text_encoder": text_encoder}
+        parts = {name: module.to(pipe.vae.device).eval() for name, module in parts.items()}
+    elif getattr(pipe.unet, "peft_config", None):
+        unet = copy.deepcopy(pipe.unet)
+        unet.fuse_lora()
+        unet.unload_lora()
+        parts = {"unet": unet}
+    else:
+        return pipe
+    return replace_components(pipe, **parts)

@@ -1,0 +1,34 @@
+"""Arguments of diffusers classes, checked before anything is built of them."""
+
+import inspect
+
+from sfumato.training.config.schema import Config
+
+
+def check_arguments(arguments: dict, cls: type, section: str) -> None:
+    """Raise ValueError for arguments that `cls` does not take."""
+    allowed = list(inspect.signature(cls.__init__).parameters)[1:]
+    if unknown := set(arguments) - set(allowed):
+        raise ValueError(
+            f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}"
+        )
+
+
+def build_stock(section: str, cls: type, arguments: dict):
+    """An object of a stock class; ValueError for values that it cannot be made of, whatever the class raises."""
+    try:
+        return cls(**arguments)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{section}: {cls.__name__} cannot be made of it: {type(error).__name__}: {error}") from error
+
+
+def check_divisible(config: Config, factor: int) -> None:
+    """Raise ValueError where a picture size is no multiple of the VAE's factor."""
+    for side in (side for size in config.data.buckets or [config.data.size] for side in size):
+        if side % factor:
+            raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
+
+
+def lists_to_tuples(arguments: dict) -> dict:
+    """As diffusers writes its configs."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}

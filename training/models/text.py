@@ -1,0 +1,95 @@
+"""Tokenizers that learn their words from captions, and CLIP text encoders."""
+
+import json
+import warnings
+
+import torch
+from accelerate.utils import broadcast_object_list
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.schema import TextEncoderConfig
+from sfumato.training.models.pretrained import load_part
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-level BPE is learned from `captions`.
+
+    All 256 bytes are in the vocabulary, alone and at a word's end, so every text in every script can be written.
+    """
+    blank = CLIPTokenizer(vocab={END: 0, START: 1}, merges=[])
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = alphabet + [letter + "</w>" for letter in alphabet]
+    # Pairs that are as frequent are merged in the order of their letters' numbers, so all letters get theirs here: those that
+    # the learner meets by itself come in another order in each process.
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size - 2, len(base)), end_of_word_suffix="</w>", special_tokens=base, show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    vocab, merges = {token: i for i, token in enumerate(base)}, []
+    for left, right in json.loads(learner.to_str())["model"]["merges"]:
+        merges.append((left, right))
+        vocab.setdefault(left + right, len(vocab))
+    for mark in (START, END):
+        vocab[mark] = len(vocab)
+    # The same in every process by now; should another learner break ties at random, all speak the first one's tokens.
+    vocab, merges = broadcast_object_list([vocab, merges])
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, captions: list[str], tokenizer: CLIPTokenizer | None = None
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer, where not given, and text encoder, from random weights or pretrained (a folder or Hub id with both)."""
+    if config.pretrained is not None:
+        key, source = "text_encoder.pretrained", config.pretrained
+        encoder, whole = load_part(CLIPTextModel, key, source, "text_encoder", dtype=torch.float32)
+        try:
+            tokenizer = tokenizer or CLIPTokenizer.from_pretrained(source, subfolder="tokenizer" if whole else "")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}={source!r}: its tokenizer cannot be opened: {error}") from error
+        if len(tokenizer) < 256:  # transformers makes an empty one where there is none
+            raise ValueError(f"{key}={source!r} has no tokenizer beside its text encoder")
+    else:
+        tokenizer = tokenizer or train_tokenizer(captions, config.vocab_size, config.max_length)
+        encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden_size,
+                intermediate_size=4 * config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                max_position_embeddings=config.max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words can hardly be told apart at first;
+        # LOG.md has the figures, which one text layer and the data's palette share in.
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Embedding):
+                torch.nn.init.normal_(module.weight, std=config.embedding_std)
+    train = config.train if config.train is not None else config.pretrained is None
+    encoder.requires_grad_(train)
+    return tokenizer, encoder.train(train)
+
+
+def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
+    """Say how many captions lose their end to the token limit; nothing is cut in silence."""
+    limit, long, longest = pipe.tokenizer.model_max_length, 0, 0
+    for start in range(0, len(captions), 1000):
+        lengths = [len(ids) for ids in pipe.tokenizer(captions[start : start + 1000], verbose=False).input_ids]
+        long, longest = long + sum(length > limit for length in lengths), max(longest, *lengths)
+    if long:
+        warnings.warn(
+            f"{long} of {len(captions)} captions are longer than {limit} tokens and are cut; "
+            f"text_encoder.max_length={longest} would hold them all",
+            stacklevel=2,
+        )

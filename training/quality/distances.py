@@ -1,0 +1,67 @@
+"""Distances between sets of images in the features of a network."""
+
+import numpy as np
+import torch
+
+
+def gaussian(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(D,)` of a set `(N, D)` and a factor F, `(min(N, D), D)`, of its covariance F'F."""
+    x = torch.from_numpy(np.asarray(x, np.float64))
+    factor = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    return x.mean(0), torch.linalg.qr(factor, mode="r").R if len(x) > x.shape[1] else factor
+
+
+def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets `(N, D)` (Heusel et al. 2017, arXiv 1706.08500).
+
+    A set that is compared often may be given as what `gaussian` makes of it.
+    """
+    (m_a, x), (m_b, y) = (s if isinstance(s, tuple) else gaussian(s) for s in (a, b))
+    # With S_a = x'x and S_b = y'y, the eigenvalues of S_a S_b are the squared singular values of x y'.
+    root = torch.linalg.svdvals(x @ y.T).sum()
+    return float((m_a - m_b).square().sum() + x.square().sum() + y.square().sum() - 2 * root)
+
+
+def _kernel_sum(a: np.ndarray, b: np.ndarray, rows: int = 256) -> float:
+    """The sum of KID's kernel (x'y / D + 1)^3 over all pairs of two sets, some rows at a time: sets may be large."""
+    return sum(((a[k : k + rows] @ b.T / a.shape[1] + 1) ** 3).sum() for k in range(0, len(a), rows))
+
+
+def kernel_within(x: np.ndarray) -> float:
+    """The mean of KID's kernel over pairs of different pictures of a set `(N, D)`."""
+    x = np.asarray(x, np.float64)
+    own = ((np.square(x).sum(1) / x.shape[1] + 1) ** 3).sum()
+    return float(_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray, within: float | None = None) -> float:
+    """Squared maximum mean discrepancy of two sets `(N, D)`, unbiased, kernel (x'y / D + 1)^3: KID (Binkowski et al. 2018,
+    arXiv 1801.01401), over all pictures at once rather than over subsets.
+
+    `within`: what `kernel_within(a)` gives, for a set that is compared often.
+    """
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    within = kernel_within(a) if within is None else within
+    return float(within + kernel_within(b) - 2 * _kernel_sum(b, a) / (len(a) * len(b)))
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean distances between the rows of `(N, D)` and `(M, D)`: `(N, M)` float64."""
+    return torch.cdist(*(torch.from_numpy(np.asarray(x, np.float64)) for x in (a, b))).numpy()
+
+
+def manifold_scores(true: np.ndarray, made: np.ndarray, k: int = 5) -> dict[str, np.ndarray]:
+    """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020, arXiv
+    2002.09797), each as values whose mean it is: precision and density of each made picture, recall and coverage of each true.
+
+    A set's manifold is the union of balls around its pictures that reach to their `k`-th neighbours in the set.
+    """
+    between = distances(true, made)  # (N, M)
+    of_true, of_made = (np.sort(distances(x, x), axis=1)[:, min(k, len(x) - 1)] for x in (true, made))
+    inside = between < of_true[:, None]
+    return {
+        "precision": inside.any(0).astype(float),
+        "recall": (between < of_made[None]).any(1).astype(float),
+        "density": inside.sum(0) / k,
+        "coverage": (between.min(1) < of_true).astype(float),
+    }

@@ -1,0 +1,59 @@
+"""Inpainting: a UNet that also reads a mask and the image around it."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sfumato.pipelines.conditions import inpainting_condition
+from sfumato.training.tasks.text_to_image import TextToImage, captioned
+
+
+class Inpainting(TextToImage):
+    """A UNet that also gets a mask and the picture outside of it, as Stable Diffusion's inpainting models do.
+
+    From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels of zero weight.
+    """
+
+    @staticmethod
+    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """A random mask `(1, H, W)`, 1 where to draw."""
+        return {"mask": random_mask(np.random.default_rng(seed), *picture.shape[:2])[None].astype(np.float32)}
+
+    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, None]:
+        """The noisy latents, and beside them what is given: the mask, and the picture outside of it."""
+        return torch.cat([x_t, inpainting_condition(self.pipe.vae, batch["pixel_values"], batch["mask"], x_t)], dim=1), None
+
+    def show(self) -> tuple[list[str], list[Image.Image]]:
+        """Held-out pictures, their middle drawn anew."""
+        captions, given = captioned(self.pictures, 12)
+        masks = [np.zeros(picture.shape[:2], bool) for picture in given]
+        for mask in masks:
+            height, width = mask.shape
+            mask[height // 4 : -height // 4, width // 4 : -width // 4] = True
+        return captions, self.drawn(self.shareable(), captions, image=given, mask_image=masks)
+
+
+def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """`(height, width)` float32, 1 where to draw: a box (4 of 10), strokes (3), all but a box (2) or everything (1)."""
+    kind = rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])
+    if kind == 3:
+        return np.ones((height, width), np.float32)
+    if kind == 1:
+        return _strokes(rng, height, width)
+    sides = rng.uniform(0.25, 0.75, 2) * (height, width)
+    top, left = rng.uniform(0, 1, 2) * ((height, width) - sides)
+    mask = np.zeros((height, width), np.float32)
+    mask[round(top) : max(round(top + sides[0]), 1), round(left) : max(round(left + sides[1]), 1)] = 1
+    return 1 - mask if kind == 2 else mask
+
+
+def _strokes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """One to three strokes of a brush, each of two to four straight pieces."""
+    points = np.stack(np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij"), -1)
+    nearest = np.full((height, width), np.inf)
+    for _ in range(rng.integers(1, 4)):
+        corners = rng.uniform(0, 1, (rng.integers(3, 6), 2)) * (height, width)
+        for a, b in zip(corners, corners[1:]):
+            along = ((points - a) @ (b - a) / max((b - a) @ (b - a), 1e-9)).clip(0, 1)
+            nearest = np.minimum(nearest, np.linalg.norm(points - a - along[..., None] * (b - a), axis=-1))
+    return (nearest < rng.uniform(0.05, 0.12) * min(height, width)).astype(np.float32)
