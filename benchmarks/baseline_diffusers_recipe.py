@@ -32,8 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sfumato.figures import grid
 from sfumato.training.config.load import load_config
+from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.prepare import prepare
-from sfumato.training.data.sources.shapes import evenly_spaced
 from sfumato.training.models.autoencoder import identity_vae
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.models.stock_classes import lists_to_tuples
@@ -88,12 +88,12 @@ class Edm:
 class Run:
     """One recipe on the network and the data of a config."""
 
-    def __init__(self, recipe: str, config, pictures, seed: int, embedding_std: float = 0.02):
+    def __init__(self, recipe: str, config, image_set, seed: int, embedding_std: float = 0.02):
         torch.manual_seed(seed)
-        self.recipe, self.config, self.pictures = recipe, config, pictures
-        self.train, self.generator = pictures.select("train"), torch.Generator().manual_seed(seed)
+        self.recipe, self.config, self.image_set = recipe, config, image_set
+        self.train, self.generator = image_set.select("train"), torch.Generator().manual_seed(seed)
         text = config.text_encoder
-        self.tokenizer = train_tokenizer(pictures.training_captions(), text.vocab_size, text.max_length)
+        self.tokenizer = train_tokenizer(image_set.training_captions(), text.vocab_size, text.max_length)
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(self.tokenizer), hidden_size=text.hidden_size, intermediate_size=4 * text.hidden_size,
@@ -136,14 +136,14 @@ class Run:
         self.step, self.seen = 0, 0
 
     def batch(self, size: int = 16):
-        """Pictures and token ids, drawn with replacement, with one of the captions of each."""
+        """Images and token ids, drawn with replacement, with one of the captions of each."""
         numbers = self.train[torch.randint(len(self.train), (size,), generator=self.generator).numpy()]
         captions = []
         for i in numbers:
-            own = self.pictures[int(i)]["captions"]
+            own = self.image_set[int(i)]["captions"]
             drop, which = torch.rand(2, generator=self.generator).tolist()
             captions.append("" if drop < self.dropout else own[int(which * len(own))])
-        return to_pixel_values([self.pictures.picture(int(i)) for i in numbers]), self.ids(captions)
+        return to_pixel_values([self.image_set.image(int(i)) for i in numbers]), self.ids(captions)
 
     def ids(self, captions):
         return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -176,7 +176,7 @@ class Run:
 
     @torch.no_grad()
     def draw(self, captions, scale: float):
-        """A picture for each caption."""
+        """An image for each caption."""
         images = []
         vae = identity_vae(self.config.data.resolution, 3)
         pipe = StableDiffusionPipeline(
@@ -199,7 +199,7 @@ class Run:
         return images
 
     def judged(self, yardstick: Yardstick) -> tuple[dict, list]:
-        """The best figures by FD over raw and averaged weights and two scales, and the pictures."""
+        """The best figures by FD over raw and averaged weights and two scales, and the images."""
         kept, found = copy.deepcopy([p.data for p in self.parameters]), []
         for weights in ("raw", "ema"):
             if weights == "ema":
@@ -223,9 +223,9 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(options.config)
-    pictures = prepare(config.data)
-    yardstick = Yardstick(pictures, config.data.cache_dir)
-    run = Run(options.recipe, config, pictures, options.seed, options.embedding_std)
+    image_set = prepare(config.data)
+    yardstick = Yardstick(image_set, config.data.cache_dir)
+    run = Run(options.recipe, config, image_set, options.seed, options.embedding_std)
     name = options.recipe if options.embedding_std == 0.02 else f"{options.recipe}, our embeddings"
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     spent, marks = 0.0, sorted({options.minutes, *(mark for mark in MARKS if mark <= options.minutes)})

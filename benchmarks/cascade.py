@@ -6,11 +6,11 @@
     accelerate launch training/train.py configs/openmoji_direct.yaml     # 24 minutes
     python benchmarks/cascade.py [--out benchmarks/results/cascade.json]
 
-The first model of the cascade trains in float32, which costs it pictures; its second one trains on all emoji, not only
+The first model of the cascade trains in float32, which costs it images; its second one trains on all emoji, not only
 on those of the captions.
 
-FD: Fréchet distance of the features of what is drawn to those of the true pictures, for the captions that the models of text
-were trained on. LD: mean distance of the features to those of the caption's own picture. Held out: LD of captions never seen.
+FD: Fréchet distance of the features of what is drawn to those of the true images, for the captions that the models of text
+were trained on. LD: mean distance of the features to those of the caption's own image. Held out: LD of captions never seen.
 Draws twelve prompts by each, the cascade above.
 """
 
@@ -36,11 +36,11 @@ parser.add_argument("--direct", default="runs/openmoji_direct/pipeline")
 parser.add_argument("--out", default="benchmarks/results/cascade.json")
 options = parser.parse_args()
 config = load_config("configs/openmoji_direct.yaml")
-pictures = prepare(config.data)
-numbers = np.concatenate([pictures.select(split) for split in ("train", "held_out", "held_out_combination")])
-trained = np.isin(numbers, pictures.select("train"))
-captions = [pictures[int(i)]["captions"][0] for i in numbers]
-true = np.stack([pictures.picture(int(i)) for i in numbers])
+images = prepare(config.data)
+numbers = np.concatenate([images.select(split) for split in ("train", "held_out", "held_out_combination")])
+trained = np.isin(numbers, images.select("train"))
+captions = [images[int(i)]["captions"][0] for i in numbers]
+true = np.stack([images.image(int(i)) for i in numbers])
 cascade, direct = Cascade.from_pretrained(options.cascade), SfumatoPipeline.from_pretrained(options.direct)
 for pipe in (cascade.base, cascade.upscaler, direct):
     pipe.set_progress_bar_config(disable=True)

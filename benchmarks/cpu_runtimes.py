@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_runtimes.py [--model runs/demo/pipeline] [--rounds 7] [--out benchmarks/results/cpu_runtimes.json]
 
-For 1 and for 12 pictures at 30 steps with guidance 1.5: seconds of a call (median of the rounds, in each of which every
+For 1 and for 12 images at 30 steps with guidance 1.5: seconds of a call (median of the rounds, in each of which every
 runtime draws once), and the greatest and root mean square difference to torch in float32, pixels in [0, 1]. Building an
 engine, at the first call, is timed by itself.
 Beside the model, a network of random weights that is larger, at 64 pixels and 4 steps.
@@ -53,13 +53,13 @@ for model, (pipe, steps) in models.items():
     for count in (1, 12):
         pipes = {name: with_runtime(pipe, name) for name in RUNTIMES}
         first, seconds = {name: draw(p, count, steps)[0] for name, p in pipes.items()}, {name: [] for name in pipes}
-        pictures = {}
+        images = {}
         for _ in range(options.rounds):
             for name, p in pipes.items():
-                spent, pictures[name] = draw(p, count, steps)
+                spent, images[name] = draw(p, count, steps)
                 seconds[name].append(spent)
         for name in pipes:
-            apart, median = np.abs(pictures[name] - pictures["torch"]), statistics.median(seconds[name])
+            apart, median = np.abs(images[name] - images["torch"]), statistics.median(seconds[name])
             row = {
                 "model": model,
                 "parameters": sum(p.numel() for p in pipe.unet.parameters()),

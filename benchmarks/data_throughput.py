@@ -1,9 +1,9 @@
-"""Records/s of each source, pictures/s of the prepared set, memory against record count, and what a step waits for data.
+"""Records/s of each source, images/s of the prepared set, memory against record count, and what a step waits for data.
 
     python benchmarks/data_throughput.py [--counts 10000 100000 1000000] [--out benchmarks/results/data_throughput.json]
 
 Memory is the anonymous memory of a child process (RssAnon: what the process itself holds; memory-mapped files, which the
-system may drop at any time, not counted) after preparing a parquet file of that many 8-pixel pictures and reading 200 batches.
+system may drop at any time, not counted) after preparing a parquet file of that many 8-pixel images and reading 200 batches.
 """
 
 import argparse
@@ -41,19 +41,19 @@ def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = anonymous()
 start = time.perf_counter()
-pictures = prepare(config.data)
+images = prepare(config.data)
 seconds, prepared = time.perf_counter() - start, anonymous()
-tokenizer = train_tokenizer(pictures.training_captions(), 1000, 16)
-stream = batches(pictures, config, cached_texts(pictures, tokenizer, None, sys.argv[2]))
+tokenizer = train_tokenizer(images.training_captions(), 1000, 16)
+stream = batches(images, config, cached_texts(images, tokenizer, None, sys.argv[2]))
 for _ in range(200):
     next(stream)
-print(json.dumps({"records": len(pictures), "prepare_seconds": seconds, "before_mb": before, "prepared_mb": prepared,
+print(json.dumps({"records": len(images), "prepare_seconds": seconds, "before_mb": before, "prepared_mb": prepared,
                   "reading_mb": anonymous()}))
 """
 
 
-def picture(side: int, rng, kind: str = "png") -> bytes:
-    """A smooth picture, as photographs are."""
+def image(side: int, rng, kind: str = "png") -> bytes:
+    """A smooth image, as photographs are."""
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
     body = io.BytesIO()
     small.resize((side, side), Image.Resampling.BICUBIC).save(body, kind)
@@ -64,7 +64,7 @@ def write_parquet(path: Path, count: int, side: int) -> Path:
     import datasets
 
     rng = np.random.default_rng(0)
-    few = [picture(side, rng) for _ in range(min(count, 256))]
+    few = [image(side, rng) for _ in range(min(count, 256))]
 
     def rows():
         for i in range(count):
@@ -93,7 +93,7 @@ from sfumato.training.data.loader import batches  # noqa: E402
 from sfumato.training.data.prepare import prepare  # noqa: E402
 
 rng = np.random.default_rng(0)
-bodies = [picture(256, rng, "jpeg") for _ in range(64)]
+bodies = [image(256, rng, "jpeg") for _ in range(64)]
 folder = root / "folder"
 folder.mkdir()
 with open(folder / "metadata.jsonl", "w") as rows:
@@ -115,14 +115,14 @@ for name, source in {
 }.items():
     config = schema.DataConfig(name=str(source), resolution=64, num_pictures=options.records, cache_dir=str(root / "cache2"))
     start = time.perf_counter()
-    pictures = prepare(config)
-    result["sources_records_per_second"][name] = len(pictures) / (time.perf_counter() - start)
+    images = prepare(config)
+    result["sources_records_per_second"][name] = len(images) / (time.perf_counter() - start)
 
 config = load_config(options.config, [f"output_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", "train.max_steps=40",
                                        "train.max_minutes=null", "checkpoint.every_steps=null", "train.trackers=[]",
                                        "validation.every_steps=null"])  # fmt: skip
 run = loop.prepare(config)
-stream = batches(run.pictures, config, run.texts)
+stream = batches(run.images, config, run.texts)
 next(stream)
 times = []
 for _ in range(200):

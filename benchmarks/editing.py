@@ -1,10 +1,10 @@
-"""Editing true pictures of `shapes` with two figures: SDEdit against DDIM inversion, by the strength.
+"""Editing true images of `shapes` with two figures: SDEdit against DDIM inversion, by the strength.
 
     python benchmarks/editing.py [--model runs/two_shapes/pipeline] [--pictures 32] [--out benchmarks/results/editing.json]
 
 The new caption gives one figure another colour. Right: share of results that show the new caption. In place: share in which
-both figures are, moreover, in the quarters they were in. Unchanged: root mean square difference to the picture in the other
-three quarters, pixels in [0, 1]. 50 steps of DDIM, guidance 1.5. Draws a picture of six beside.
+both figures are, moreover, in the quarters they were in. Unchanged: root mean square difference to the image in the other
+three quarters, pixels in [0, 1]. 50 steps of DDIM, guidance 1.5. Draws an image of six beside.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from sfumato.training.quality.obedience import read_quarters
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="runs/two_shapes/pipeline")
-parser.add_argument("--pictures", type=int, default=32)
+parser.add_argument("--images", type=int, default=32)
 parser.add_argument("--out", default="benchmarks/results/editing.json")
 options = parser.parse_args()
 pipe = with_sampler(SfumatoPipeline.from_pretrained(options.model), "ddim")
 pipe.set_progress_bar_config(disable=True)
 size, rng = pipe.unet.config.sample_size, np.random.default_rng(0)
-scenes = shapes.scenes(held_out=True, count=options.pictures, num_figures=2)
+scenes = shapes.scenes(held_out=True, count=options.originals, num_figures=2)
 truth = [shapes.draw(scene, size, rng) for scene in scenes]
 wanted = []
 for i, scene in enumerate(scenes):
@@ -56,12 +56,12 @@ def judge(images):
     return {"right": right / len(images), "in place": in_place / len(images), "unchanged": float(np.mean(changes))}
 
 
-def sdedit(picture, source, prompt, number, **call):
-    return pipe(prompt, image=picture, generator=torch.Generator().manual_seed(number), **call)
+def sdedit(original, source, prompt, number, **call):
+    return pipe(prompt, image=original, generator=torch.Generator().manual_seed(number), **call)
 
 
-def inversion(picture, source, prompt, number, **call):
-    return edit(pipe, picture, source, prompt, **call)
+def inversion(original, source, prompt, number, **call):
+    return edit(pipe, original, source, prompt, **call)
 
 
 table, shown = {}, {}
@@ -70,21 +70,21 @@ for name, method in (("SDEdit", sdedit), ("inversion", inversion)):
         images = [
             np.asarray(
                 method(
-                    picture, old.caption, new.caption, i, strength=strength, num_inference_steps=50, guidance_scale=1.5
+                    original, old.caption, new.caption, i, strength=strength, num_inference_steps=50, guidance_scale=1.5
                 ).images[0]
             )
-            for i, (picture, old, new) in enumerate(zip(truth, scenes, wanted))
+            for i, (original, old, new) in enumerate(zip(truth, scenes, wanted))
         ]
         table.setdefault(name, {})[strength] = judge(images)
         shown[name, strength] = images
         print(name, strength, table[name][strength], flush=True)
 Path(options.out).write_text(json.dumps({"pictures": len(truth), "table": table}, indent=1) + "\n")
 best = {name: max(rows, key=lambda s: rows[s]["in place"]) for name, rows in table.items()}
-pictures, captions = [], []
+originals, captions = [], []
 for images, words in (
     (truth, [scene.caption for scene in scenes]),
     *((shown[name, best[name]], [f"{name} {best[name]}: {scene.caption}" for scene in wanted]) for name in table),
 ):
-    pictures += [Image.fromarray(image) for image in images[:6]]
+    originals += [Image.fromarray(image) for image in images[:6]]
     captions += words[:6]
-grid(pictures, captions).save(Path(options.out).with_suffix(".png"))
+grid(originals, captions).save(Path(options.out).with_suffix(".png"))

@@ -3,9 +3,9 @@
     C=runs/two_shapes/checkpoints; python benchmarks/guidance.py --model $C/step-00001000 --weak $C/step-00000500
     python benchmarks/guidance.py --model runs/demo/pipeline --data openmoji --out benchmarks/results/guidance_openmoji.json
 
-Four pictures of each caption, by dpm++ in 15 steps, the same noise for every guider. Diversity: root mean square difference
-between pictures of the same caption, pixels in [0, 1]. Obedience on shapes: share of held-out captions of which a program
-reads everything off the picture. On openmoji: share of pictures to which, of all pictures that the model was trained on, one
+Four images of each caption, by dpm++ in 15 steps, the same noise for every guider. Diversity: root mean square difference
+between images of the same caption, pixels in [0, 1]. Obedience on shapes: share of held-out captions of which a program
+reads everything off the image. On openmoji: share of images to which, of all images that the model was trained on, one
 with this caption is nearest (root mean square over pixels). Writes a chart beside the figures.
 """
 
@@ -44,7 +44,7 @@ def opened(source):
 
 
 def judge():
-    """The captions, and a function from pictures `(N, H, W, 3)` and their captions' numbers to obedience."""
+    """The captions, and a function from images `(N, H, W, 3)` and their captions' numbers to obedience."""
     if options.data == "shapes":
         scenes = shapes.scenes(held_out=True, count=options.captions, num_figures=2)
 
@@ -54,7 +54,7 @@ def judge():
         return [scene.caption for scene in scenes], obeyed
     data = prepared.prepare(load_config(options.config).data)
     known = data.select("train")
-    table = np.stack([data.picture(int(i)) for i in known]).reshape(len(known), -1) / 255
+    table = np.stack([data.image(int(i)) for i in known]).reshape(len(known), -1) / 255
     titles = [data[int(i)]["captions"][0] for i in known]
     chosen = list(dict.fromkeys(titles))
     chosen = chosen[:: max(1, len(chosen) // options.captions)][: options.captions]

@@ -2,7 +2,7 @@
 
     python benchmarks/heatmaps.py [--model runs/two_shapes/pipeline] [--captions 64] [--out benchmarks/results/heatmaps.json]
 
-Counted are pictures that show both figures of their caption, each in its own quarter. A word lands on the right object where
+Counted are images that show both figures of their caption, each in its own quarter. A word lands on the right object where
 its heat is greater on the quarter with its figure than on the quarter with the other. Chance is 50%. Draws one figure beside.
 """
 

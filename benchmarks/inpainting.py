@@ -1,4 +1,4 @@
-"""Inpainting: redraw a figure of a true picture of `shapes` as another, by blending, RePaint, and a model trained for it.
+"""Inpainting: redraw a figure of a true image of `shapes` as another, by blending, RePaint, and a model trained for it.
 
     python benchmarks/inpainting.py [--model runs/two_shapes/pipeline] [--trained runs/two_shapes_inpainting/pipeline]
         [--figures 2] [--pictures 64] [--out benchmarks/results/inpainting_two.json]
@@ -7,9 +7,9 @@
 With one figure the mask is a disc around it, and the caption asks for the same place, size and ground, and another colour and
 shape; with two it is the quarter of one of them, and the caption asks for another colour and shape beside what is kept.
 Obedience (`all`): share of results of which a program reads everything right. Seam: mean jump of a colour value (0 to 255)
-across the mask's edge, where the true picture has none. Distance: root mean square difference inside the mask to the nearest
-of 64 true pictures of the new caption, pixels in [0, 1]. FD: Fréchet distance, in the features of an ImageNet network,
-of what is inside the mask to the same part of true pictures that show there what the new caption asks for.
+across the mask's edge, where the true image has none. Distance: root mean square difference inside the mask to the nearest
+of 64 true images of the new caption, pixels in [0, 1]. FD: Fréchet distance, in the features of an ImageNet network,
+of what is inside the mask to the same part of true images that show there what the new caption asks for.
 30 steps of the model's own sampler, guidance 1.5.
 """
 
@@ -32,14 +32,14 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="runs/two_shapes/pipeline")
 parser.add_argument("--trained", help="a model of task=inpainting, for the same pictures")
 parser.add_argument("--figures", type=int, default=2)
-parser.add_argument("--pictures", type=int, default=64)
+parser.add_argument("--images", type=int, default=64)
 parser.add_argument("--out", default="benchmarks/results/inpainting_two.json")
 options = parser.parse_args()
 pipes = {"": SfumatoPipeline.from_pretrained(options.model)}
 if options.trained:
     pipes["trained"] = SfumatoPipeline.from_pretrained(options.trained)
 size, rng = pipes[""].unet.config.sample_size, np.random.default_rng(0)
-scenes = shapes.scenes(held_out=True, count=options.pictures, num_figures=options.figures)
+scenes = shapes.scenes(held_out=True, count=options.originals, num_figures=options.figures)
 truth = [shapes.draw(scene, size, rng) for scene in scenes]
 axis = (np.arange(size) + 0.5) / size
 masks, wanted = [], []
@@ -81,17 +81,17 @@ def inside(images: list[np.ndarray], of: list[np.ndarray]) -> np.ndarray:
 
 
 def right_there(scene, mask: np.ndarray, number: int, count: int = 4) -> list[np.ndarray]:
-    """True pictures of a caption, with two figures those whose first one is in the mask."""
+    """True images of a caption, with two figures those whose first one is in the mask."""
     draws, found = np.random.default_rng(number), []
     while len(found) < count:
-        picture = shapes.draw(scene, size, draws)
+        original = shapes.draw(scene, size, draws)
         quarters = [mask[y : y + size // 2, x : x + size // 2].all() for y in (0, size // 2) for x in (0, size // 2)]
-        if options.figures == 1 or read_quarters(picture)[0][quarters.index(True)] == scene.figures[0]:
-            found.append(picture)
+        if options.figures == 1 or read_quarters(original)[0][quarters.index(True)] == scene.figures[0]:
+            found.append(original)
     return found
 
 
-pairs = [(picture, mask) for i, (scene, mask) in enumerate(zip(wanted, masks)) for picture in right_there(scene, mask, i)]
+pairs = [(original, mask) for i, (scene, mask) in enumerate(zip(wanted, masks)) for original in right_there(scene, mask, i)]
 expected = inside(*map(list, zip(*pairs)))
 table = {}
 ways = {"blending": ("", 1), "RePaint, 5 times each step": ("", 5), "RePaint, 10 times each step": ("", 10)}

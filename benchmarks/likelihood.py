@@ -1,9 +1,9 @@
-"""Bits per dimension on pictures whose entropy is known: independent Gaussian pixels, rounded to 256 levels.
+"""Bits per dimension on images whose entropy is known: independent Gaussian pixels, rounded to 256 levels.
 
     python benchmarks/likelihood.py [--minutes 6] [--out benchmarks/results/likelihood.json]
 
 Trains a UNet on them by the trainer with the hybrid loss and a learned variance (Nichol and Dhariwal 2021), and bounds the
-bits of pictures it has not seen by all of its 1,000 steps; beside it, the same with each fixed variance, and its parts.
+bits of images it has not seen by all of its 1,000 steps; beside it, the same with each fixed variance, and its parts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ STD, SIDE, FOLDER = 0.25, 8, Path("runs/gaussian")
 
 
 def toy(count: int, seed: int) -> tuple[np.ndarray, float, float]:
-    """Pictures `(N, 8, 8, 3)` uint8, the entropy of such in bits per dimension, and the bits that these very ones have."""
+    """Images `(N, 8, 8, 3)` uint8, the entropy of such in bits per dimension, and the bits that these very ones have."""
     levels = np.linspace(-1, 1, 256)
     p = np.diff(np.concatenate([[0], stats.norm(0, STD).cdf((levels[1:] + levels[:-1]) / 2), [1]]))
     drawn = np.random.default_rng(seed).choice(256, (count, SIDE, SIDE, 3), p=p)
@@ -45,8 +45,8 @@ if __name__ == "__main__":
     data = FOLDER / "pictures"
     if not data.exists():
         data.mkdir(parents=True)
-        for i, picture in enumerate(toy(20_000, seed=1)[0]):
-            Image.fromarray(picture).save(data / f"{i:05d}.png")
+        for i, image in enumerate(toy(20_000, seed=1)[0]):
+            Image.fromarray(image).save(data / f"{i:05d}.png")
         lines = [json.dumps({"file_name": f"{i:05d}.png", "text": "noise"}) for i in range(20_000)]
         (data / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     config = FOLDER / "config.yaml"
@@ -67,12 +67,12 @@ if __name__ == "__main__":
     if main([str(config)]):
         raise SystemExit("training failed")
     pipe = SfumatoPipeline.from_pretrained(FOLDER / "run" / "pipeline")
-    pictures, entropy, truth = toy(48, seed=2)
+    images, entropy, truth = toy(48, seed=2)
     told = {"entropy": entropy, "truth": truth}
-    told["learned"] = bits_per_dim(pipe, pictures, ["noise"] * len(pictures))
+    told["learned"] = bits_per_dim(pipe, images, ["noise"] * len(images))
     told["learned"]["excess"] = told["learned"]["bits/dim"] / truth - 1
     for kind in ("fixed_small", "fixed_large"):
-        told[kind] = bits_per_dim(without_learned_variance(pipe, kind), pictures, ["noise"] * len(pictures))
+        told[kind] = bits_per_dim(without_learned_variance(pipe, kind), images, ["noise"] * len(images))
         told[kind]["excess"] = told[kind]["bits/dim"] / truth - 1
     for name, row in told.items():
         if isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""The figures by which recipes are compared, of pictures drawn for the training captions of a set."""
+"""The figures by which recipes are compared, of images drawn for the training captions of a set."""
 
 import json
 import os
@@ -19,17 +19,17 @@ from sfumato.training.quality.judge import CODE, train_judge
 
 
 class Yardstick:
-    """FD, KID, retrieval and the mean distance to the caption's own picture, over the training captions of `pictures`."""
+    """FD, KID, retrieval and the mean distance to the caption's own image, over the training captions of `images`."""
 
-    def __init__(self, pictures, cache_dir: str):
-        self.numbers = pictures.select("train")
-        self.captions = [pictures[int(i)]["captions"][0] for i in self.numbers]
-        self.true = reference_features(pictures, "efficientnet-lite0", cache_dir)[self.numbers]
-        self.whole, self.judge = gaussian(self.true), train_judge(pictures, cache_dir)
+    def __init__(self, image_set, cache_dir: str):
+        self.numbers = image_set.select("train")
+        self.captions = [image_set[int(i)]["captions"][0] for i in self.numbers]
+        self.true = reference_features(image_set, "efficientnet-lite0", cache_dir)[self.numbers]
+        self.whole, self.judge = gaussian(self.true), train_judge(image_set, cache_dir)
 
     def figures(self, made: list) -> dict[str, float | str]:
-        """`made`: a picture for each of `captions`, in their order."""
-        made = np.stack([np.asarray(picture) for picture in made])
+        """`made`: an image for each of `captions`, in their order."""
+        made = np.stack([np.asarray(image) for image in made])
         seen = features(made)
         scores = self.judge.scores(made, self.captions, seen)
         own = scores.diagonal()
@@ -70,9 +70,9 @@ def train(folder: str, *settings: str) -> None:
 def judged(folder: str) -> dict:
     """Figures of a run of ours and what it saw: 12 steps of DPM-Solver++, the better one by FD of the scales 1 and 1.5."""
     config = load_config(f"{folder}/config.yaml")
-    pictures = prepare(config.data)
+    image_set = prepare(config.data)
     yardstick, last = (
-        Yardstick(pictures, config.data.cache_dir),
+        Yardstick(image_set, config.data.cache_dir),
         json.loads(Path(folder, "metrics.jsonl").open().readlines()[-1]),
     )
     pipe, found = with_sampler(SfumatoPipeline.from_pretrained(f"{folder}/pipeline"), "dpm++"), []

@@ -23,11 +23,11 @@ from sfumato.training.data.sources import shapes
 from sfumato.training.quality.obedience import shapes_obedience
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--pictures", type=int, default=128)
+parser.add_argument("--images", type=int, default=128)
 parser.add_argument("--out", default="benchmarks/results/objectives.json")
 options = parser.parse_args()
 runs = {"x_0": "runs/two_shapes", "v": "runs/two_shapes_v", "flow": "runs/two_shapes_flow"}
-scenes = shapes.scenes(held_out=True, count=options.pictures, num_figures=2)
+scenes = shapes.scenes(held_out=True, count=options.images, num_figures=2)
 table = {}
 for name, folder in runs.items():
     last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Quality against minutes of training and against pictures seen: ours and rival recipes, same network, data and cores.
+"""Quality against minutes of training and against images seen: ours and rival recipes, same network, data and cores.
 
     python benchmarks/quality_per_minute.py [--ours 2 4 6 10] [--rivals diffusers=60 edm=20 ...] [--seeds 3] [--out FILE.json]
 
@@ -80,7 +80,7 @@ def summary() -> dict:
 
 
 def reached(name: str, sign: int, bar: float) -> dict | None:
-    """Minutes and pictures after which the mean of our runs is as good as a bar; None: never."""
+    """Minutes and images after which the mean of our runs is as good as a bar; None: never."""
     mine = [row for row in rows(ROWS) if row["recipe"] == "ours"]
     for time in sorted({row["minutes"] for row in mine}):
         runs = [row for row in mine if row["minutes"] == time]

@@ -5,7 +5,7 @@
 Each round changed `demo.yaml` as it was then: the first one `BEFORE`; the second one what won it ("normal(-1, 2), dropout
 0.05", by `ADAMW`); the third one the optimizer; the fourth one, rows that begin with "Muon,", what won that, "demo, Muon,
 kernels too, rate 2e-3". "Muon, rate trapezoid" is `demo.yaml` now.
-Each variant trains for the same number of pictures, `--steps` of batch 16, in one thread; those that change the batch take as
+Each variant trains for the same number of images, `--steps` of batch 16, in one thread; those that change the batch take as
 many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
 Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
 (The rows "demo, optimizer Muon", torch's for matrices only, "demo, Muon, kernels only", "demo, Muon, four steps" of
@@ -131,22 +131,22 @@ ROWS = Path("runs/recipe.jsonl")
 
 
 def warm_up(folder: Path, seed: int, steps: int = 300, batch_size: int = 64) -> None:
-    """Train the demo's text encoder to tell which training picture a caption names (Radford et al. 2021), and save it."""
+    """Train the demo's text encoder to tell which training image a caption names (Radford et al. 2021), and save it."""
     config = load_config("configs/demo.yaml")
-    pictures = prepare(config.data)
+    images = prepare(config.data)
     torch.manual_seed(seed)
-    rng, train = np.random.default_rng(seed), pictures.select("train")
-    tokenizer, encoder = build_text_encoder(config.text_encoder, pictures.training_captions())
-    seen = look(np.stack([pictures.picture(int(i)) for i in train]))
+    rng, train = np.random.default_rng(seed), images.select("train")
+    tokenizer, encoder = build_text_encoder(config.text_encoder, images.training_captions())
+    seen = look(np.stack([images.image(int(i)) for i in train]))
     seen = (seen - seen.mean(0)) / (seen.std(0) + 1e-3)
-    picture = torch.nn.Linear(seen.shape[1], config.text_encoder.hidden_size)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *picture.parameters()], lr=1e-3)
+    image = torch.nn.Linear(seen.shape[1], config.text_encoder.hidden_size)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *image.parameters()], lr=1e-3)
     for _ in range(steps):
         chosen = rng.choice(len(train), batch_size, replace=False)
-        captions = [rng.choice(pictures[int(i)]["captions"]) for i in train[chosen]]
+        captions = [rng.choice(images[int(i)]["captions"]) for i in train[chosen]]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noisy = seen[chosen] + 0.5 * torch.randn(batch_size, seen.shape[1])
-        told, shown = (F.normalize(x, dim=-1) for x in (encoder(ids).pooler_output, picture(noisy)))
+        told, shown = (F.normalize(x, dim=-1) for x in (encoder(ids).pooler_output, image(noisy)))
         scores, own = 10 * told @ shown.T, torch.arange(batch_size)
         ((F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2).backward()
         optimizer.step()

@@ -2,7 +2,7 @@
 
     python benchmarks/samplers.py [--model runs/two_shapes/pipeline --figures 2] [--captions 64] [--out FILE.json]
 
-Obedience: share of captions of which a program reads everything off the picture, at guidance 1.5. Distance: root mean
+Obedience: share of captions of which a program reads everything off the image, at guidance 1.5. Distance: root mean
 square difference, pixels in [0, 1], to DDIM with 1,000 steps from the same noise; only for samplers that add no noise.
 Writes charts beside the figures.
 """

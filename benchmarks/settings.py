@@ -45,7 +45,7 @@ if torch.cuda.is_available():
 steps = [b - a for a, b in zip(times[2:], times[3:])]
 with open(sys.argv[2], "w") as out:
     json.dump({"step_ms": 1000 * statistics.median(steps), "first_step_s": times[0] - start,
-               "mb_of_training": peak - before, "pictures": config.train.batch_size}, out)
+               "mb_of_training": peak - before, "images": config.train.batch_size}, out)
 """
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -1,4 +1,4 @@
-"""Start-up times of fresh processes: import, --help, and first picture beyond importing torch and diffusers.
+"""Start-up times of fresh processes: import, --help, and first image beyond importing torch and diffusers.
 
 python benchmarks/startup.py FOLDER [--rounds 7] [--out benchmarks/results/startup.json]
 """
@@ -18,7 +18,7 @@ parser.add_argument("--rounds", type=int, default=7)
 parser.add_argument("--out", default="benchmarks/results/startup.json")
 options = parser.parse_args()
 
-PICTURE = (
+IMAGE = (
     "from sfumato.pipelines import SfumatoPipeline as P;"
     f"P.from_pretrained({options.folder!r})('red heart', num_inference_steps=30, guidance_scale=3.0).images[0]"
 )
@@ -27,7 +27,7 @@ CODE = {
     "import sfumato": "import sfumato",
     "sfumato --help": "import sys; sys.argv = ['sfumato', '--help']; from sfumato.cli import main; main()",
     "import torch, diffusers": "import torch; from diffusers import DiffusionPipeline, UNet2DConditionModel, AutoencoderKL",
-    "first picture": PICTURE,
+    "first picture": IMAGE,
 }
 seconds = {name: [] for name in CODE}
 for _ in range(options.rounds):

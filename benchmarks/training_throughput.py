@@ -1,4 +1,4 @@
-"""Pictures/s of the whole trainer against the bare network, interleaved, in one process with the same settings.
+"""Images/s of the whole trainer against the bare network, interleaved, in one process with the same settings.
 
     python benchmarks/training_throughput.py [--rounds 12] [--steps 10] [--out benchmarks/results/training_throughput.json]
 
@@ -46,7 +46,7 @@ config = load_config(
     ],
 )
 run = loop.prepare(config)
-captions = run.pictures.training_captions()
+captions = run.images.training_captions()
 
 bare_pipe = build_pipeline(config, captions)
 bare = Denoiser(bare_pipe.unet, bare_pipe.text_encoder)
@@ -89,8 +89,8 @@ loop.save = lambda run: None
 mark[0] = time.perf_counter()
 assert loop.train(run) == 0
 
-pictures = options.steps * batch
-rate = {side: pictures / statistics.median(seconds) for side, seconds in rounds.items()}
+images = options.steps * batch
+rate = {side: images / statistics.median(seconds) for side, seconds in rounds.items()}
 ratios = [whole / alone - 1 for whole, alone in zip(rounds["trainer"], rounds["bare"])]
 result = {
     "config": options.config,

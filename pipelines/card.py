@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -72,8 +73,8 @@ pipe = with_guider(SfumatoPipeline.from_pretrained("{where}"), "apg", guidance_s
 {training}
 ## Intended use and limits
 
-{limits} It has not been checked for bias or for harmful pictures, and it can reproduce training pictures. It is not for
-pictures that are taken for records of real persons or events.
+{limits} It has not been checked for bias or for harmful images, and it can reproduce training images. It is not for
+images that are taken for records of real persons or events.
 {again}
 Made by Sfumato {version}.
 """
@@ -82,9 +83,9 @@ _STOCK = "No flag and no other package than diffusers, transformers and torch is
 _REMOTE = """The network reads its own last estimate beside the noise (self-conditioning), which no stock pipeline does.
 The class that does is in `pipeline.py` here, and runs only with `trust_remote_code=True`. With sfumato no flag is needed."""
 
-_LIMITS = """To draw pictures like those it was trained on, from captions like theirs, for study and play. It draws only what
-its training pictures show, at the resolution given above; words that no caption had mean nothing to it."""
-_OTHER_LIMITS = """To draw pictures from text, for study and play. Beside what Sfumato trained, the limits and licences of the
+_LIMITS = """To draw images like those it was trained on, from captions like theirs, for study and play. It draws only what
+its training images show, at the resolution given above; words that no caption had mean nothing to it."""
+_OTHER_LIMITS = """To draw images from text, for study and play. Beside what Sfumato trained, the limits and licences of the
 model or the parts it started from hold."""
 
 _TRAINING = """
@@ -102,7 +103,7 @@ _AGAIN = """
 sfumato train training_args.yaml output_dir=runs/again
 ```
 
-(Pictures of one's own are named by `data.name=FOLDER` behind it.)
+(Images of one's own are named by `data.name=FOLDER` behind it.)
 """
 
 _EVALUATION = """## How good it is
@@ -111,8 +112,8 @@ _EVALUATION = """## How good it is
 |---|---|---|
 {rows}
 {protocol}
-{picture}
-Measured again by `sfumato evaluate --model FOLDER` (with `--data FOLDER` for pictures of one's own).
+{image}
+Measured again by `sfumato evaluate --model FOLDER` (with `--data FOLDER` for images of one's own).
 
 """
 
@@ -122,17 +123,18 @@ _SECTION = re.compile(r"^## How good it is\n.*?(?=^## |\Z)", flags=re.M | re.S)
 ADVICE = {"num_inference_steps": 30, "guidance_scale": 3.0}
 
 # What a trainer tells, in the order of the card; other facts follow.
-ORDER = ("data", "data licence", "captions", "skipped records", "steps", "pictures seen", "training time", "hardware")
+ORDER = ("data", "data licence", "captions", "skipped records", "steps", "images seen", "training time", "hardware")
 
 
 def model_card(
     pipe: SfumatoPipeline,
     where: str,
     facts: dict | None = None,
-    gallery: list[tuple[str, str]] = (),
+    *,
+    gallery: Sequence[tuple[str, str]] = (),
     curve: str | None = None,
     settings: bool = False,
-    variants: list[str] = (),
+    variants: Sequence[str] = (),
 ) -> str:
     """Text of the card.
 
@@ -141,8 +143,8 @@ def model_card(
         where: the path or repository that the snippets name.
         facts: what the trainer knows. `title`, `license`, `language`, `datasets`, `base_model` and what `ADVICE` names are
             placed; the rest is listed.
-        gallery: pairs of prompt and picture, the latter relative to the folder.
-        curve: a picture of the training loss, relative to the folder.
+        gallery: pairs of prompt and image, the latter relative to the folder.
+        curve: an image of the training loss, relative to the folder.
         settings: whether `training_args.yaml` lies beside.
         variants: of the weights, beside float32.
     """
@@ -163,7 +165,7 @@ def model_card(
         base_model=base if base and base.count("/") == 1 else None,
         base_model_relation="finetune" if base and base.count("/") == 1 else None,
         inference={"parameters": advice},
-        widget=[{"text": prompt, "output": {"url": picture}} for prompt, picture in gallery] or None,
+        widget=[{"text": prompt, "output": {"url": image}} for prompt, image in gallery] or None,
     )
     made = " in Stable Diffusion's form, exported by Sfumato."
     if base:
@@ -188,7 +190,7 @@ def model_card(
 
 
 def add_evaluation(
-    folder: Path, scores: dict[str, tuple[float, float | None]], protocol: str, data: str, picture: str | None = None
+    folder: Path, scores: dict[str, tuple[float, float | None]], protocol: str, data: str, sheet: str | None = None
 ) -> None:
     """Put figures into the card of a folder, for readers and as the metadata that the Hub knows; older ones are replaced.
 
@@ -196,7 +198,7 @@ def add_evaluation(
         scores: name -> figure, and half the width of its confidence interval.
         protocol: how they came about.
         data: name of the data set.
-        picture: drawings beside the training pictures nearest to them, relative to the folder.
+        sheet: drawings beside the training images nearest to them, relative to the folder.
 
     Raises:
         ValueError: the folder has no card.
@@ -216,10 +218,8 @@ def add_evaluation(
         f"| {_capital(name)} | {value:.4g} | {'' if half is None else f'{half:.2g}'} |\n"
         for name, (value, half) in scores.items()
     )
-    shown = (
-        f"\n![Drawings, and the training pictures nearest to them in pixels and in features]({picture})\n" if picture else ""
-    )
-    section = _EVALUATION.format(rows=rows, protocol=protocol, picture=shown)
+    shown = f"\n![Drawings, and the training images nearest to them in pixels and in features]({sheet})\n" if sheet else ""
+    section = _EVALUATION.format(rows=rows, protocol=protocol, image=shown)
     text = _SECTION.sub("", card.text)
     before = "## Intended use and limits"
     card.text = text.replace(before, section + before, 1) if before in text else f"{text.rstrip()}\n\n{section}"
@@ -266,7 +266,7 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     mode = MODES[pipe.vae.config.in_channels]
     if pipe.reads == "low_res":
         lines = (
-            "# The smaller picture, here a white one, in the size of the latents.\nfrom PIL import Image\n"
+            "# The smaller image, here a white one, in the size of the latents.\nfrom PIL import Image\n"
             f'small = Image.new("{mode}", {(width // factor, height // factor)}, "white")\n'
         )
         call = f"{prompt!r}, image=small, noise_level={min(20, pipe.config.max_noise_level)}"
@@ -280,11 +280,11 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     if pipe.reads != "masks":
         return {"call": repr(prompt), "ours": repr(prompt), "given": ""}
     lines = (
-        "# The picture to change, and white where: here all of a white one.\nfrom PIL import Image\n"
+        "# The image to change, and white where: here all of a white one.\nfrom PIL import Image\n"
         f"size = {pipe.trained_size[::-1]}\n"
-        f'picture, mask = Image.new("{mode}", size, "white"), Image.new("L", size, 255)\n'
+        f'original, mask = Image.new("{mode}", size, "white"), Image.new("L", size, 255)\n'
     )
-    call = f"{prompt!r}, image=picture, mask_image=mask, height=size[1], width=size[0], strength=1.0"
+    call = f"{prompt!r}, image=original, mask_image=mask, height=size[1], width=size[0], strength=1.0"
     return {"call": call, "ours": call, "given": lines}
 
 
@@ -320,7 +320,7 @@ def _tell(facts: dict, curve: str | None, settings: bool) -> str:
     )
 
 
-def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
+def _describe(pipe: SfumatoPipeline, variants: Sequence[str]) -> str:
     size, channels = pipe.unet.config.sample_size, pipe.vae.config.latent_channels
     height, width = (size, size) if isinstance(size, int) else size
     counts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
@@ -342,7 +342,7 @@ def _describe(pipe: SfumatoPipeline, variants: list[str]) -> str:
     return "".join(f"- {name}: {value}\n" for name, value in rows.items()) + (variants_line(variants) if variants else "")
 
 
-def variants_line(variants: list[str]) -> str:
+def variants_line(variants: Sequence[str]) -> str:
     """The line on further copies of the weights."""
     return "- Variants: " + ", ".join(f'`variant="{name}"`' for name in variants) + "\n"
 

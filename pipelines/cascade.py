@@ -1,4 +1,4 @@
-"""From text to a small picture, and from that to a larger one: two models as one call and one folder."""
+"""From text to a small image, and from that to a larger one: two models as one call and one folder."""
 
 import os
 from pathlib import Path
@@ -20,8 +20,8 @@ class Cascade:
     first model, which stock diffusers opens as it is, with the second one's in `upscaler/`, which it opens too.
 
     Args:
-        base: text to a picture.
-        upscaler: a picture to a larger one, by the same text.
+        base: text to an image.
+        upscaler: an image to a larger one, by the same text.
 
     Raises:
         ValueError: the models are not of these kinds.
@@ -68,12 +68,12 @@ class Cascade:
         return_dict: bool = True,
         **call,
     ) -> ImagePipelineOutput | tuple:
-        """Draw small pictures and make them larger.
+        """Draw small images and make them larger.
 
         Args:
             prompt, negative_prompt: of both models.
             generator: as of `SfumatoPipeline`; the second model goes on with it.
-            noise_level: how much noise the small picture gets, so that what the first model got wrong is drawn anew.
+            noise_level: how much noise the small image gets, so that what the first model got wrong is drawn anew.
             upscaling_steps, upscaling_guidance_scale: of the second model.
             output_type: `pil`, `np`, `pt` or `latent`.
             return_dict: return `ImagePipelineOutput` rather than a tuple.

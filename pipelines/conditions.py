@@ -1,4 +1,4 @@
-"""What a network is given beside the noisy latents and the text: a mask and the picture around it, or a smaller picture.
+"""What a network is given beside the noisy latents and the text: a mask and the image around it, or a smaller image.
 
 Self-contained on purpose (torch, PIL and diffusers only): this file travels inside shared model folders.
 """
@@ -12,8 +12,8 @@ UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every 
 
 
 def extra_input_kind(unet, vae) -> str | None:
-    """What the UNet reads beside the noisy latents: `masks` and masked pictures, as those of Stable Diffusion's inpainting do;
-    a picture of `low_res`, as those of its upscaling do; None: nothing.
+    """What the UNet reads beside the noisy latents: `masks` and masked images, as those of Stable Diffusion's inpainting do;
+    an image of `low_res`, as those of its upscaling do; None: nothing.
     """
     if unet is None or vae is None:
         return None
@@ -43,18 +43,11 @@ def x0_estimator(scheduler):
     return estimated
 
 
-def initial_condition(pipe, pixels, mask, noise: torch.Tensor, seen: torch.Tensor | None):
-    """What the UNet reads beside the noise at the first step, or None, and how that changes, or None; see `estimator`."""
-    if pipe.reads == "estimate":
-        return torch.zeros_like(noise), x0_estimator(pipe.scheduler)
-    return inpainting_condition(pipe.vae, pixels, mask, noise) if pipe.reads == "masks" else seen, None
-
-
 def default_size(pipe, image) -> tuple[int, int]:
     """Height and width in pixels where a call names none: the trained ones.
 
-    Upscaling follows the small picture, or the first of a list: an array or tensor has the size of the latents already, and so
-    has a PIL picture where the VAE is not the identity, as in the stock pipeline. On pixels, one whose shorter side is less
+    Upscaling follows the small image, or the first of a list: an array or tensor has the size of the latents already, and so
+    has a PIL image where the VAE is not the identity, as in the stock pipeline. On pixels, one whose shorter side is less
     than was trained is drawn at that.
     """
     first, factor, trained = image[0] if isinstance(image, list) and image else image, pipe.vae_scale_factor, pipe.trained_size
@@ -85,7 +78,7 @@ def renoise(scheduler, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, gene
 
 
 def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
-    """What an inpainting UNet reads beside the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the masked picture.
+    """What an inpainting UNet reads beside the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the masked image.
 
     Args:
         pixels, mask: `(B, 3, H, W)` in [-1, 1] and `(B, 1, H, W)`. Without a mask, all is to be drawn.
@@ -100,7 +93,7 @@ def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | 
 
 
 def low_res_condition(scheduler, pixels: torch.Tensor, level: torch.Tensor | int, generator=None) -> torch.Tensor:
-    """A small picture `(B, 3, h, w)` with noise of the timesteps `level`, one or `(B,)`, so that an upscaling network does not
+    """A small image `(B, 3, h, w)` with noise of the timesteps `level`, one or `(B,)`, so that an upscaling network does not
     trust it too much (noise conditioning augmentation; Ho et al. 2022, arXiv 2106.15282, section 4).
     """
     noise = randn_tensor(pixels.shape, generator, pixels.device, pixels.dtype)

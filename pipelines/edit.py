@@ -1,4 +1,4 @@
-"""Change a picture by changing its caption: DDIM inversion, on any model.
+"""Change an image by changing its caption: DDIM inversion, on any model.
 
 SDEdit (Meng et al. 2022), which begins with fresh noise, is `pipe(prompt, image=..., strength=...)`.
 """
@@ -20,7 +20,7 @@ def invert(
     x_s, found by iteration (Pan et al. 2023, arXiv 2309.04907).
 
     Args:
-        image, prompt: one picture as `inputs.to_pixels` takes it, and what it shows.
+        image, prompt: one image as `inputs.to_pixels` takes it, and what it shows.
         strength, num_inference_steps: of the call that is to follow.
         iterations: network evaluations for each step.
 
@@ -36,7 +36,7 @@ def invert(
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
     taken = max(1, round(strength * num_inference_steps))
     text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)
-    _, _, x_0, _ = pipe.prepare_image(image, None, *pipe.trained_size, 1, 1, device, text.dtype)
+    _, _, x_0, _ = pipe.prepare_image(image, None, pipe.trained_size, (1, 1), text.dtype)
     prediction, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod.to(device, torch.float32)
     stride, x_s = scheduler.config.num_train_timesteps // num_inference_steps, x_0
     for t in reversed(pipe.scheduler.timesteps[-taken:]):

@@ -1,4 +1,4 @@
-"""Why a picture looks as it does: where each word was read, what changes without it, what was expected at each step.
+"""Why an image looks as it does: where each word was read, what changes without it, what was expected at each step.
 
 Works with every `SfumatoPipeline`, foreign Stable Diffusion folders included, and changes nothing in how it draws.
 """
@@ -21,14 +21,14 @@ class Explanation:
     """What `explain` found.
 
     Attributes:
-        image: the picture.
+        image: the image.
         words: the prompt's words, as far as the text encoder reads.
         heat: `(words, H, W)`: the share of cross-attention that each place gives to each word, averaged over layers, heads
             and steps (DAAM; Tang et al. 2022, arXiv 2210.04885). With the share of the marks before and after the text it
             adds up to 1 at each place.
         ablation: `(words, H, W)` in [0, 1]: how much each place changes, on average over the colours, when the word is left
             out and the noise is the same; None unless asked for.
-        expected: `(steps, H, W, C)` in [0, 1]: the picture that the network expected at each step, x_0 of its prediction.
+        expected: `(steps, H, W, C)` in [0, 1]: the image that the network expected at each step, x_0 of its prediction.
     """
 
     image: Image.Image
@@ -38,19 +38,19 @@ class Explanation:
     expected: np.ndarray
 
     def figure(self, min_side: int = 128) -> Image.Image:
-        """One picture: the result, then each word's heat over it, then, where known, what changes without the word."""
+        """One image: the result, then each word's heat over it, then, where known, what changes without the word."""
         scale = max(1, min_side // self.image.width)
         rows = [self.heat] + ([self.ablation] if self.ablation is not None else [])
         width, height, text = self.image.width * scale + 6, self.image.height * scale + 22, 16
         sheet = Image.new("RGB", (width * (1 + len(self.words)) + 6, height * len(rows) + 6), "white")
         pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-        picture = np.asarray(self.image.convert("RGB"), float)
+        image = np.asarray(self.image.convert("RGB"), float)
         red = np.array([255.0, 0.0, 0.0])
         for row, maps in enumerate(rows):
             cells = [("", np.zeros_like(maps[0]))] + list(zip(self.words, maps))
             for column, (word, heat) in enumerate(cells):
                 share = (heat / max(heat.max(), 1e-9))[..., None] * 0.8
-                grey = picture if column == 0 else picture.mean(-1, keepdims=True).repeat(3, -1)
+                grey = image if column == 0 else image.mean(-1, keepdims=True).repeat(3, -1)
                 shown = Image.fromarray(np.uint8(grey * (1 - share) + red * share))
                 x, y = 6 + column * width, 6 + row * height
                 sheet.paste(shown.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
@@ -59,44 +59,55 @@ class Explanation:
         return sheet.crop((0, 0, sheet.width, sheet.height - (22 - text) + 6))
 
 
+class _Recorder(SfumatoPipeline):
+    """The same pipeline, which keeps the image that the network expected at each step."""
+
+    @classmethod
+    def of(cls, pipe: SfumatoPipeline) -> "_Recorder":
+        """One that shares all parts of `pipe`."""
+        settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level", "self_conditioning")}
+        recorder = cls(**pipe.components, **settings)
+        recorder.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        recorder.expected = []
+        return recorder
+
+    def predict(self, guider, latents, t, prompt_embeds, negative_prompt_embeds, inputs=None):
+        """As of `SfumatoPipeline`."""
+        output = super().predict(guider, latents, t, prompt_embeds, negative_prompt_embeds, inputs)
+        self.expected.append(_expected(self, output[:1], latents[:1, : self.vae.config.latent_channels], t))
+        return output
+
+
 @torch.no_grad()
 def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) -> Explanation:
-    """Draw one picture and keep what shows why it looks so.
+    """Draw one image and keep what shows why it looks so.
 
     Args:
         pipe: the model.
         prompt: one text.
-        ablate: draw again without each word, which takes as many pictures more.
+        ablate: draw again without each word, which takes as many images more.
         call: arguments of the pipeline's call. `generator` must be a fresh one where `ablate` is set: its state is used again.
 
     Raises:
-        ValueError: several prompts or pictures; a model without cross-attention; an empty prompt.
+        ValueError: several prompts or images; a model without cross-attention; an empty prompt.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"`prompt` must be one text with words, got {prompt!r}")
     if call.get("num_images_per_prompt", 1) != 1:
-        raise ValueError("explain draws one picture; leave `num_images_per_prompt` out")
+        raise ValueError("explain draws one image; leave `num_images_per_prompt` out")
     generator = call.pop("generator", None) or torch.Generator().manual_seed(0)
     state, _ = generator.get_state(), call.pop("output_type", None)
-    layers = [m for name, m in pipe.unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
-    if "forward" in vars(pipe.unet):
+    if getattr(pipe.unet, "runs_elsewhere", False):
         raise ValueError("another runtime shows nothing of what the network does inside; explain with the plain pipeline")
+    layers = [m for name, m in pipe.unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
     if not layers:
         raise ValueError("this model has no cross-attention, so there is nothing to show")
-    maps, expected = [], []
+    maps: list[torch.Tensor] = []
     hooks = [layer.register_forward_hook(lambda *a: maps.append(_attention(*a)), with_kwargs=True) for layer in layers]
-    predict = pipe.predict
-
-    def noting(guider, model_input, t, *rest):
-        output = predict(guider, model_input, t, *rest)
-        expected.append(_expected(pipe, output[:1], model_input[:1, : pipe.vae.config.latent_channels], t))
-        return output
-
-    pipe.predict = noting
+    recorder = _Recorder.of(pipe)
     try:
-        image = pipe(prompt, generator=generator, output_type="pil", **call).images[0]
+        image = recorder(prompt, generator=generator, output_type="pil", **call).images[0]
     finally:
-        del pipe.predict
         for hook in hooks:
             hook.remove()
     tokens = _gather(maps, image.height, image.width)
@@ -119,11 +130,11 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
             )
         without = np.stack(without)
     words = [prompt[start:end] for (start, end), _ in read]
-    return Explanation(image, words, heat, without, np.stack(expected))
+    return Explanation(image, words, heat, without, np.stack(recorder.expected))
 
 
 def _attention(layer: Attention, inputs: tuple, keywords: dict, output) -> torch.Tensor:
-    """The layer's attention of the picture with the prompt, `(places, tokens)`, mean over heads."""
+    """The layer's attention of the image with the prompt, `(places, tokens)`, mean over heads."""
     hidden = inputs[0] if inputs else keywords["hidden_states"]
     text = keywords["encoder_hidden_states"] if "encoder_hidden_states" in keywords else inputs[1]
     query = layer.head_to_batch_dim(layer.to_q(hidden[:1]))  # the conditional pass comes first
@@ -142,6 +153,6 @@ def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:
 
 
 def _expected(pipe: SfumatoPipeline, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> np.ndarray:
-    """x_0 of a prediction, as a picture `(H, W, C)` in [0, 1]. Every scheduler's `scale_model_input` gives x_t as trained."""
+    """x_0 of a prediction, as an image `(H, W, C)` in [0, 1]. Every scheduler's `scale_model_input` gives x_t as trained."""
     x_0 = training_scheduler(pipe.scheduler).denoised(output, x_t, t)
     return pipe.image_processor.postprocess(pipe.decode_latents(x_0), output_type="np")[0]

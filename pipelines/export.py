@@ -5,9 +5,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
@@ -24,9 +27,9 @@ NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
 TAKEN = ("README.md", "training_args.yaml", "evaluation.json", "memorisation.png")
 
 
-_CASCADE = """## Larger pictures
+_CASCADE = """## Larger images
 
-`upscaler/` holds a second model, which makes the pictures larger; it opens by itself too.
+`upscaler/` holds a second model, which makes the images larger; it opens by itself too.
 With `pip install sfumato`, both as one call:
 
 ```python
@@ -44,7 +47,7 @@ def joined_source() -> str:
     schedulers = (scheduling_sfumato_ddpm, scheduling_sfumato_flow)
     modules = (*schedulers, trust, inputs, conditions, stock, guided, pipeline_sfumato)
     sources = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
-    sources = [re.sub(r"^from sfumato\.[\w.]+ import [^(\n]+\n", "", source, flags=re.M) for source in sources]
+    sources = [re.sub(r"^from sfumato\.[\w.]+ import (\([^)]*\)|[^(\n]+)\n", "", source, flags=re.M) for source in sources]
     return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *sources])
 
 
@@ -86,8 +89,43 @@ def _add_metadata(file: Path, metadata: dict) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save_weights(pipe: SfumatoPipeline, folder: Path, variants: list[str], raw: dict | None, max_shard_size: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What an exported folder keeps of the run that made the model.
+
+    Attributes:
+        samples: pairs of prompt and image for the card's gallery.
+        metadata: for programs, JSON; goes into the scheduler's config under `_sfumato`, key `run`.
+        settings: YAML for `training_args.yaml`.
+        curve: an image of the training loss.
+    """
+
+    samples: Sequence[tuple[str, Image]] = ()
+    metadata: dict | None = None
+    settings: str | None = None
+    curve: Image | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """How weights are stored.
+
+    Attributes:
+        variants: `fp16`: a copy in half precision; `raw`: a copy of the weights before averaging.
+        raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
+        max_shard_size: weights are split into files of at most this size.
+        half: store the UNet's weights in half precision, which halves the folder; it opens in float32 all the same.
+    """
+
+    variants: Sequence[str] = ()
+    raw: dict | None = None
+    max_shard_size: str = "10GB"
+    half: bool = False
+
+
+def _save_weights(pipe: SfumatoPipeline, folder: Path, weights: WeightFiles) -> None:
     """All parts in float32, and beside them the copies that `variants` names."""
+    variants, raw, max_shard_size = weights.variants, weights.raw or {}, weights.max_shard_size
     if "raw" in variants and not raw:
         raise ValueError("the variant raw needs the weights before averaging, which a run's checkpoints have")
     pipe.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -149,17 +187,12 @@ def export_pipeline(
     pipe: SfumatoPipeline,
     folder: str | os.PathLike,
     facts: dict | None = None,
-    samples: list[tuple[str, "PIL.Image.Image"]] = (),  # noqa: F821
+    *,
+    run: RunRecord | None = None,
+    weights: WeightFiles | None = None,
     where: str | None = None,
-    metadata: dict | None = None,
-    settings: str | None = None,
-    curve: "PIL.Image.Image | None" = None,  # noqa: F821
-    variants: list[str] = (),
-    raw: dict | None = None,
-    max_shard_size: str = "10GB",
     source: str | os.PathLike | None = None,
     upscaler: str | os.PathLike | None = None,
-    half: bool = False,
 ) -> Path:
     """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
 
@@ -169,24 +202,19 @@ def export_pipeline(
         pipe: the model to share.
         folder: where to; an older export there is replaced.
         facts, where: for the card, see `card.model_card`; its snippets name `folder` where `where` is not given.
-        samples: pairs of prompt and picture for the card's gallery.
-        metadata: for programs, JSON; goes into the scheduler's config under `_sfumato`, key `run`.
-        settings: YAML for `training_args.yaml`.
-        curve: a picture of the training loss.
-        variants: `fp16`: a copy in half precision; `raw`: a copy of the weights before averaging.
-        raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
-        max_shard_size: weights are split into files of at most this size.
+        run: what else is kept of the run that made it.
+        weights: how the weights are stored.
         source: the exported folder that `pipe` was opened from; its card, samples and settings are taken over.
         upscaler: the exported folder of an upscaling model; a copy of it is put inside, which makes a `Cascade`. That of
             `source`, if it has one, where not given.
-        half: store the UNet's weights in half precision, which halves the folder; it opens in float32 all the same.
 
     Raises:
         ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
     """
     where, folder = where or str(folder), Path(folder).resolve()
-    _may_replace(folder)
-    if unknown := set(variants) - {"fp16", "raw"}:
+    run, weights = run or RunRecord(), weights or WeightFiles()
+    _check_replaceable(folder)
+    if unknown := set(weights.variants) - {"fp16", "raw"}:
         raise ValueError(f"unknown variant {', '.join(sorted(unknown))}; there are fp16 and raw")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     if old.exists() and not folder.exists():  # a crash came between two renames
@@ -195,15 +223,44 @@ def export_pipeline(
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source)
+        _save_weights(pipe, new, weights)
+        _write_for_transformers_4(new)
+        _forget_local_paths(new)
+        (new / "pipeline.py").write_text(joined_source(), encoding="utf-8")
+        gallery = _write_run(run, new)
+        if source is not None:
+            _take_over(Path(source), new, where, list(weights.variants))
+        if not (new / "README.md").exists():
+            curve = "samples/loss.png" if run.curve is not None else None
+            card = model_card(
+                pipe, where, facts, gallery=gallery, curve=curve, settings=run.settings is not None, variants=weights.variants
+            )
+            ModelCard(card).save(new / "README.md")
         _add_upscaler(pipe, new, where, source, upscaler)
-        if half:
+        if weights.half:
             _halve(new / "unet")
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     put(new, folder)
     return folder
+
+
+def _write_run(run: RunRecord, new: Path) -> list[tuple[str, str]]:
+    """Write the record of a run; returns pairs of prompt and file name."""
+    if run.metadata:
+        _add_metadata(new / "scheduler" / "scheduler_config.json", run.metadata)
+    if run.samples or run.curve is not None:
+        (new / "samples").mkdir(exist_ok=True)
+    gallery = []
+    for number, (prompt, image) in enumerate(run.samples):
+        image.save(new / "samples" / f"{number}.png")
+        gallery.append((prompt, f"samples/{number}.png"))
+    if run.curve is not None:
+        run.curve.save(new / "samples" / "loss.png")
+    if run.settings is not None:
+        (new / "training_args.yaml").write_text(run.settings, encoding="utf-8")
+    return gallery
 
 
 def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
@@ -216,11 +273,11 @@ def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
         export_pipeline(second, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
         card = new / "README.md"
         text = card.read_text("utf-8")
-        if "## Larger pictures" not in text:
+        if "## Larger images" not in text:
             card.write_text(text.replace("## What it is\n", _CASCADE.format(where=where), 1), "utf-8")
 
 
-def _may_replace(folder: Path) -> None:
+def _check_replaceable(folder: Path) -> None:
     """Raise ValueError unless there is nothing at `folder`, or an export and nothing but it."""
     if not folder.exists():
         return
@@ -241,29 +298,3 @@ def _may_replace(folder: Path) -> None:
     }
     if more := sorted(path.name for path in folder.iterdir() if path.name not in known):
         raise ValueError(f"{folder} holds more than an export, and it would be lost: {', '.join(more[:5])}; export elsewhere")
-
-
-def _fill(pipe, new, facts, samples, where, metadata, settings, curve, variants, raw, max_shard_size, source) -> None:
-    """Write everything into the empty folder `new`; arguments as for `export_pipeline`."""
-    _save_weights(pipe, new, variants, raw, max_shard_size)
-    _write_for_transformers_4(new)
-    _forget_local_paths(new)
-    if metadata:
-        _add_metadata(new / "scheduler" / "scheduler_config.json", metadata)
-    (new / "pipeline.py").write_text(joined_source(), encoding="utf-8")
-    gallery = []
-    for number, (prompt, picture) in enumerate(samples):
-        (new / "samples").mkdir(exist_ok=True)
-        picture.save(new / "samples" / f"{number}.png")
-        gallery.append((prompt, f"samples/{number}.png"))
-    if curve is not None:
-        (new / "samples").mkdir(exist_ok=True)
-        curve.save(new / "samples" / "loss.png")
-    if settings is not None:
-        (new / "training_args.yaml").write_text(settings, encoding="utf-8")
-    if source is not None:
-        _take_over(Path(source), new, where, variants)
-    if not (new / "README.md").exists():
-        shown = "samples/loss.png" if curve is not None else None
-        card = model_card(pipe, where, facts, gallery, shown, settings is not None, variants)
-        ModelCard(card).save(new / "README.md")

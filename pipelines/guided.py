@@ -3,6 +3,7 @@
 Self-contained on purpose (torch and diffusers only): this file travels inside shared model folders.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -12,48 +13,105 @@ from diffusers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkInputs:
+    """What a network is given beside noise, time and text.
+
+    Attributes:
+        class_labels: `(B,)`, the noise level of an upscaling model's image.
+        control: `(B, C, H, W)` in [0, 1], the map that a ControlNet follows.
+        control_scale: how strongly it does.
+    """
+
+    class_labels: torch.Tensor | None = None
+    control: torch.Tensor | None = None
+    control_scale: float = 1.0
+
+
+@dataclass
+class CallState:
+    """What a call of the pipeline counts and finds out on its way.
+
+    Attributes:
+        num_passes: passes of the network so far.
+        one_by_one: whether a batch of the passes of one step has not fitted into memory.
+        num_timesteps: steps of the scheduler.
+        guidance_scale: of the guider; 1 where it has none.
+        guided: whether an unconditional prediction is needed.
+    """
+
+    num_passes: int = 0
+    one_by_one: bool = False
+    num_timesteps: int = 0
+    guidance_scale: float = 1.0
+    guided: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeds:
+    """Text as the network reads it, `(B, L, D)` each; `negative` is None without guidance."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None = None
+
+
+def build_guider(cls: type, **settings) -> BaseGuidance:
+    """A guider of diffusers, without the warning of each construction that guiders are new: we pin what we tested."""
+
+    def is_other(record) -> bool:
+        return "experimental" not in str(record.msg)
+
+    guider_logger = logging.get_logger("diffusers.guiders.guider_utils")
+    guider_logger.addFilter(is_other)
+    try:
+        return cls(**settings)
+    finally:
+        guider_logger.removeFilter(is_other)
+
+
 def guided_prediction(
     pipe,
     guider: BaseGuidance,
     latents: torch.Tensor,
     t: torch.Tensor,
-    prompt_embeds,
-    negative_prompt_embeds,
-    given: dict | None,
+    *,
+    embeds: Embeds,
+    inputs: NetworkInputs,
+    state: CallState,
 ) -> torch.Tensor:
     """`(B, C, h, w)`: the guider says which passes are needed and combines them.
 
     The passes run as one batch; one after another where a guider changes the network between passes or has a `weak` model for
-    the second, or once a batch of them has not fitted into memory. `given` is what `run_network` takes.
+    the second, or once a batch of them has not fitted into memory.
     """
     # Before diffusers 0.36 this was called prepare_inputs.
     prepare = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
-    embeds = SimpleNamespace(cond=prompt_embeds, uncond=negative_prompt_embeds)
-    states = prepare(embeds, {"encoder_hidden_states": ("cond", "uncond")})
-    pipe._num_passes += len(states)
+    pair = SimpleNamespace(cond=embeds.positive, uncond=embeds.negative)
+    passes = prepare(pair, {"encoder_hidden_states": ("cond", "uncond")})
+    state.num_passes += len(passes)
     weak = getattr(guider, "weak", None)
     alike = type(guider).prepare_models is BaseGuidance.prepare_models and weak is None
-    if alike and not pipe._one_by_one:
-        context = torch.cat([state.encoder_hidden_states for state in states])
+    if alike and not state.one_by_one:
+        context = torch.cat([each.encoder_hidden_states for each in passes])
         try:
-            output = run_network(pipe.unet, pipe.controlnet, latents, t, context, given)
-            for state, part in zip(states, output.chunk(len(states))):
+            output = run_network(pipe.unet, pipe.controlnet, latents, t, context, inputs)
+            for each, part in zip(passes, output.chunk(len(passes))):
                 guider.prepare_models(pipe.unet)
-                state.noise_pred = part
-            return guider(states)[0]
+                each.noise_pred = part
+            return guider(passes)[0]
         except torch.OutOfMemoryError:
-            if len(states) == 1:
+            if len(passes) == 1:
                 raise
             logger.warning("The passes of guidance do not fit into memory as one batch: from here on one by one.")
-            pipe._one_by_one = True
-    for i, state in enumerate(states):
+            state.one_by_one = True
+    for i, each in enumerate(passes):
         guider.prepare_models(pipe.unet)
         model = weak if weak is not None and i > 0 else pipe
         try:
-            state.noise_pred = run_network(model.unet, model.controlnet, latents, t, state.encoder_hidden_states, given)
+            each.noise_pred = run_network(model.unet, model.controlnet, latents, t, each.encoder_hidden_states, inputs)
         finally:  # or the network would stay changed for all who share it
             guider.cleanup_models(pipe.unet)
-    return guider(states)[0]
+    return guider(passes)[0]
 
 
 def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
@@ -63,18 +121,16 @@ def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
     return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
 
 
-def run_network(unet, controlnet, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, given: dict | None = None):
-    """The network's prediction for each row of `context`, which has one or several for each of `latents`.
-
-    `given`: `class_labels` `(B,)`, the noise level of an upscaling model's picture; `map` `(B, C, H, W)` in [0, 1] and
-    `map_scale` for the ControlNet.
-    """
-    times, more, given = len(context) // len(latents), {}, given or {}
+def run_network(
+    unet, controlnet, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, inputs: NetworkInputs | None = None
+) -> torch.Tensor:
+    """The network's prediction for each row of `context`, which has one or several for each of `latents`."""
+    times, more, inputs = len(context) // len(latents), {}, inputs or NetworkInputs()
     latents = latents.repeat(times, 1, 1, 1)
-    if "class_labels" in given:
-        more["class_labels"] = given["class_labels"].repeat(times)
-    if "map" in given:
-        hint = given["map"].repeat(times, 1, 1, 1)
-        down, mid = controlnet(latents, t, context, hint, given.get("map_scale", 1.0), return_dict=False)
+    if inputs.class_labels is not None:
+        more["class_labels"] = inputs.class_labels.repeat(times)
+    if inputs.control is not None:
+        hint = inputs.control.repeat(times, 1, 1, 1)
+        down, mid = controlnet(latents, t, context, hint, inputs.control_scale, return_dict=False)
         more |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     return unet(latents, t, context, **more, return_dict=False)[0]

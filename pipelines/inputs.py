@@ -1,7 +1,9 @@
-"""What a call of the pipeline is given: checked before anything is computed, and pictures and masks made into tensors.
+"""What a call of the pipeline is given: checked before anything is computed, and images and masks made into tensors.
 
 Self-contained on purpose (torch, numpy, PIL and diffusers only): this file travels inside shared model folders.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,143 +15,170 @@ logger = logging.get_logger(__name__)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def check_inputs(
-    pipe,
-    prompt,
-    negative_prompt,
-    image,
-    mask_image,
-    strength,
-    height,
-    width,
-    num_inference_steps,
-    guidance_scale,
-    num_images_per_prompt,
-    generator,
-    latents,
-    prompt_embeds,
-    negative_prompt_embeds,
-    output_type,
-    callback_on_step_end_tensor_inputs,
-    num_resamples,
-    noise_level,
-    control_image,
-):
+@dataclass(frozen=True, kw_only=True)
+class CallInputs:
+    """The arguments of a call of the pipeline that are checked; as of `SfumatoPipeline.__call__`, sizes filled in."""
+
+    prompt: str | list[str] | None
+    negative_prompt: str | list[str] | None
+    image: object
+    mask_image: object
+    strength: float | None
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+    prompt_embeds: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None
+    output_type: str
+    callback_tensors: list[str]
+    num_resamples: int
+    noise_level: int | None
+    control_image: object
+
+
+def check_inputs(pipe, call: CallInputs) -> None:
     """Refuse wrong types, sizes and ranges before anything is computed.
 
     Raises:
         TypeError, ValueError: naming what came, what is allowed and what to do.
     """
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+    num_images = _check_prompts(pipe, call) * call.num_images_per_prompt
+    _check_steps_and_size(pipe, call)
+    _check_guidance(pipe, call)
+    _check_generator(call, num_images)
+    if call.latents is not None:
+        factor = pipe.vae_scale_factor
+        expected = (num_images, pipe.vae.config.latent_channels, call.height // factor, call.width // factor)
+        if tuple(call.latents.shape) != expected:
+            raise ValueError(f"`latents` must have shape {expected}, got {tuple(call.latents.shape)}")
+    _check_images(pipe, call)
+    _check_conditions(pipe, call)
+    if call.output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
+    if unknown := [k for k in call.callback_tensors if k not in pipe._callback_tensor_inputs]:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {pipe._callback_tensor_inputs}, found {unknown}")
+
+
+def _is_count(value) -> bool:
+    """Whether a value is a whole number of at least 1; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_prompts(pipe, call: CallInputs) -> int:
+    """Check prompts and embeddings; returns the number of prompts."""
+    for name, text in (("prompt", call.prompt), ("negative_prompt", call.negative_prompt)):
         if text is not None and not isinstance(text, str):
             if not isinstance(text, list) or not all(isinstance(item, str) for item in text):
                 raise TypeError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}: {text!r}")
             if not text:
                 raise ValueError(f"`{name}` is an empty list; pass at least one string ('' for no condition)")
-    if (prompt is None) == (prompt_embeds is None):
+    if (call.prompt is None) == (call.prompt_embeds is None):
         raise ValueError("pass exactly one of `prompt` and `prompt_embeds`")
-    if negative_prompt is not None and negative_prompt_embeds is not None:
+    if call.negative_prompt is not None and call.negative_prompt_embeds is not None:
         raise ValueError("pass at most one of `negative_prompt` and `negative_prompt_embeds`")
-    batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
-    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+    if call.prompt_embeds is not None:
+        batch_size = len(call.prompt_embeds)
+    else:
+        batch_size = 1 if isinstance(call.prompt, str) else len(call.prompt)
+    if isinstance(call.negative_prompt, list) and len(call.negative_prompt) != batch_size:
         raise ValueError(
-            f"{len(negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
+            f"{len(call.negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
         )
-    if prompt_embeds is not None and negative_prompt_embeds is not None:
-        if prompt_embeds.shape != negative_prompt_embeds.shape:
+    if call.prompt_embeds is not None and call.negative_prompt_embeds is not None:
+        if call.prompt_embeds.shape != call.negative_prompt_embeds.shape:
             raise ValueError(
-                f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
-                f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
+                f"`prompt_embeds` {tuple(call.prompt_embeds.shape)} and `negative_prompt_embeds` "
+                f"{tuple(call.negative_prompt_embeds.shape)} must have the same shape"
             )
-    steered = negative_prompt_embeds is not None or any(negative_prompt or ())
+    steered = call.negative_prompt_embeds is not None or any(call.negative_prompt or ())
     if steered and getattr(pipe.guider, "weak", None) is not None:
         raise ValueError("autoguidance steers away from a weaker model, not from a negative prompt; leave it out")
-    for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-    if num_inference_steps > pipe.scheduler.config.num_train_timesteps:
-        raise ValueError(
-            f"`num_inference_steps`={num_inference_steps} is more than the {pipe.scheduler.config.num_train_timesteps}"
-            " steps the model was trained with"
-        )
+    if not _is_count(call.num_images_per_prompt):
+        value = call.num_images_per_prompt
+        raise ValueError(f"`num_images_per_prompt` must be a whole number of at least 1, got {value!r}")
+    return batch_size
+
+
+def _check_steps_and_size(pipe, call: CallInputs) -> None:
+    steps, trained_steps = call.num_inference_steps, pipe.scheduler.config.num_train_timesteps
+    if not _is_count(steps):
+        raise ValueError(f"`num_inference_steps` must be a whole number of at least 1, got {steps!r}")
+    if steps > trained_steps:
+        raise ValueError(f"`num_inference_steps`={steps} is more than the {trained_steps} steps the model was trained with")
     factor = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    for name, value in (("height", height), ("width", width)):
+    for name, value in (("height", call.height), ("width", call.width)):
         if not isinstance(value, int) or value < 1 or value % pipe.vae_scale_factor:
             raise ValueError(f"`{name}` must be a positive multiple of {pipe.vae_scale_factor} pixels, got {value!r}")
         if value % factor:
             logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads inside, which may show.")
-    if guidance_scale is not None:
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
-            raise TypeError(f"`guidance_scale` must be a number, got {type(guidance_scale).__name__}: {guidance_scale!r}")
-        if not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"`guidance_scale` must be finite and at least 0, got {guidance_scale}")
-        settings = {"guidance_scale"} if pipe.guider is None else set(pipe.guider.config)
-        second = {"perturbed_guidance_scale", "skip_layer_guidance_scale", "seg_guidance_scale"} & settings
-        if guidance_scale == 1 and second:
-            raise ValueError(f"{type(pipe.guider).__name__} works beside plain guidance: `guidance_scale` must not be 1")
-        if "guidance_scale" not in settings:
-            raise ValueError(f"{type(pipe.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
-    num_images = batch_size * num_images_per_prompt
-    if isinstance(generator, list):
-        if len(generator) != num_images:
-            raise ValueError(f"{len(generator)} generators for {num_images} images; pass one, or one for each image")
+
+
+def _check_guidance(pipe, call: CallInputs) -> None:
+    scale = call.guidance_scale
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"`guidance_scale` must be a number, got {type(scale).__name__}: {scale!r}")
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"`guidance_scale` must be finite and at least 0, got {scale}")
+    settings = {"guidance_scale"} if pipe.guider is None else set(pipe.guider.config)
+    second = {"perturbed_guidance_scale", "skip_layer_guidance_scale", "seg_guidance_scale"} & settings
+    if scale == 1 and second:
+        raise ValueError(f"{type(pipe.guider).__name__} works beside plain guidance: `guidance_scale` must not be 1")
+    if "guidance_scale" not in settings:
+        raise ValueError(f"{type(pipe.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
+
+
+def _check_generator(call: CallInputs, num_images: int) -> None:
+    generator = call.generator
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise ValueError(f"{len(generator)} generators for {num_images} images; pass one, or one for each image")
     if generator is not None and not all(
         isinstance(g, torch.Generator) for g in (generator if isinstance(generator, list) else [generator])
     ):
         raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}")
-    if latents is not None:
-        expected = (
-            num_images,
-            pipe.vae.config.latent_channels,
-            height // pipe.vae_scale_factor,
-            width // pipe.vae_scale_factor,
-        )
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}")
-    _check_images(pipe, image, mask_image, strength, num_inference_steps, num_resamples)
-    _check_task(pipe, image, mask_image, strength, noise_level, control_image)
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-    if unknown := [k for k in callback_on_step_end_tensor_inputs if k not in pipe._callback_tensor_inputs]:
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {pipe._callback_tensor_inputs}, found {unknown}")
 
 
-def _check_images(pipe, image, mask_image, strength, num_inference_steps, num_resamples) -> None:
-    if mask_image is not None and image is None:
+def _check_images(pipe, call: CallInputs) -> None:
+    strength = call.strength
+    if call.mask_image is not None and call.image is None:
         raise ValueError("`mask_image` says what of `image` to redraw; pass `image` too")
-    if image is None and strength is not None:
+    if call.image is None and strength is not None:
         raise ValueError("`strength` says how much of `image` to redraw; pass `image` too")
     if strength is not None:
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
             raise ValueError(f"`strength` must be a number over 0 and at most 1, got {strength!r}")
-        if round(strength * num_inference_steps) < 1:
-            raise ValueError(f"`strength`={strength} of {num_inference_steps} steps leaves none to take; raise either")
-    if not isinstance(num_resamples, int) or isinstance(num_resamples, bool) or num_resamples < 1:
-        raise ValueError(f"`num_resamples` must be a whole number of at least 1, got {num_resamples!r}")
-    if num_resamples > 1:
-        if mask_image is None:
+        if round(strength * call.num_inference_steps) < 1:
+            raise ValueError(f"`strength`={strength} of {call.num_inference_steps} steps leaves none to take; raise either")
+    if not _is_count(call.num_resamples):
+        raise ValueError(f"`num_resamples` must be a whole number of at least 1, got {call.num_resamples!r}")
+    if call.num_resamples > 1:
+        if call.mask_image is None:
             raise ValueError("`num_resamples` is for inpainting; pass `image` and `mask_image`")
         if not isinstance(pipe.scheduler, (DDPMScheduler, DDIMScheduler)):
             raise ValueError(f"`num_resamples` needs a DDPM or DDIM scheduler, not {type(pipe.scheduler).__name__}")
 
 
-def _check_task(pipe, image, mask_image, strength, noise_level, control_image) -> None:
+def _check_conditions(pipe, call: CallInputs) -> None:
     """What upscaling models and ControlNets need, and others do not take."""
-    if (pipe.controlnet is None) != (control_image is None):
+    if (pipe.controlnet is None) != (call.control_image is None):
         missing = "has no ControlNet; leave `control_image` out" if pipe.controlnet is None else "needs `control_image`"
         raise ValueError(f"this model {missing}")
     if pipe.reads != "low_res":
-        if noise_level is not None:
+        if call.noise_level is not None:
             raise ValueError("`noise_level` is for upscaling models; leave it out")
         return
     if pipe.low_res_scheduler is None:
         raise ValueError("this upscaling model lacks its low_res_scheduler, such as DDPMScheduler")
-    if image is None or mask_image is not None or strength is not None:
-        raise ValueError("an upscaling model takes `image`, the smaller picture, and neither `mask_image` nor `strength`")
-    limit = pipe.config.max_noise_level
-    whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
-    if noise_level is not None and not (whole and 0 <= noise_level <= limit):
-        raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {noise_level!r}")
+    if call.image is None or call.mask_image is not None or call.strength is not None:
+        raise ValueError("an upscaling model takes `image`, the smaller image, and neither `mask_image` nor `strength`")
+    limit, level = pipe.config.max_noise_level, call.noise_level
+    if level is not None and not (level == 0 or _is_count(level) and level <= limit):
+        raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {level!r}")
 
 
 def _stack(name: str, value, one_has: int) -> torch.Tensor:
@@ -158,7 +187,7 @@ def _stack(name: str, value, one_has: int) -> torch.Tensor:
     tensors = []
     for part in parts:
         if not isinstance(part, (np.ndarray, torch.Tensor)):
-            raise TypeError(f"`{name}` must hold PIL pictures, arrays or tensors, got {type(part).__name__}")
+            raise TypeError(f"`{name}` must hold PIL images, arrays or tensors, got {type(part).__name__}")
         tensor = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
         if tensor.dtype in (torch.uint8, torch.bool):
             tensor = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
@@ -166,27 +195,34 @@ def _stack(name: str, value, one_has: int) -> torch.Tensor:
             tensor = tensor.movedim(-1, -3)
         tensors.append(tensor.float() if tensor.ndim == one_has + 1 else tensor.float()[None])
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
-        raise ValueError(f"`{name}` holds pictures of several sizes: {[tuple(t.shape[1:]) for t in tensors]}")
+        raise ValueError(f"`{name}` holds images of several sizes: {[tuple(t.shape[1:]) for t in tensors]}")
     return torch.cat(tensors)
 
 
 def _fit_batch(name: str, tensor: torch.Tensor, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
     if len(tensor) not in (1, batch_size):
-        raise ValueError(f"{len(tensor)} pictures in `{name}` for {batch_size} prompts; pass one, or as many as prompts")
+        raise ValueError(f"{len(tensor)} images in `{name}` for {batch_size} prompts; pass one, or as many as prompts")
     return tensor.expand(batch_size, *tensor.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
 
 
 def to_pixels(
-    image, channels: int, height: int, width: int, batch_size: int, num_images_per_prompt: int,
-    resample: Image.Resampling = Image.Resampling.LANCZOS, name: str = "image",
-) -> torch.Tensor:  # fmt: skip
+    image,
+    channels: int,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+    num_images_per_prompt: int = 1,
+    *,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    name: str = "image",
+) -> torch.Tensor:
     """`image` as `(B, C, height, width)` in [-1, 1].
 
     Args:
-        image: PIL pictures, which are resized where they have another size; arrays `(H, W, C)` or tensors `(C, H, W)`, uint8
+        image: PIL images, which are resized where they have another size; arrays `(H, W, C)` or tensors `(C, H, W)`, uint8
             or float in [0, 1], with or without a batch dimension; or a list of any of them.
         channels: C: 1 grey, 3 RGB, 4 RGBA.
-        resample: how PIL pictures are resized.
+        resample: how PIL images are resized.
         name: of the argument, for errors.
 
     Raises:
@@ -200,27 +236,27 @@ def to_pixels(
     pixels = _stack(name, image, one_has=3)
     if tuple(pixels.shape[1:]) != (channels, height, width):
         raise ValueError(
-            f"`{name}` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL picture"
+            f"`{name}` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL image"
         )
     if not (torch.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError(f"`{name}` must hold values from 0 to 1 (or be uint8)")
     return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
 
 
-def composite_on_white(picture: Image.Image, channels: int) -> Image.Image:
-    """A PIL picture whose transparent parts lie on white, as in training; with 4 channels they stay transparent."""
-    if picture.mode in ("P", "PA", "LA", "RGBA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+def composite_on_white(image: Image.Image, channels: int) -> Image.Image:
+    """A PIL image whose transparent parts lie on white, as in training; with 4 channels they stay transparent."""
+    if image.mode in ("P", "PA", "LA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
         if channels != 4:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
-def to_mask(mask, height: int, width: int, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
+def to_mask(mask, height: int, width: int, batch_size: int = 1, num_images_per_prompt: int = 1) -> torch.Tensor:
     """`mask` as `(B, 1, height, width)` in [0, 1]: 1 is redrawn, 0 is kept, between is blended.
 
     Args:
-        mask: PIL pictures, which are resized where they have another size; arrays or tensors `(H, W)` or `(1, H, W)`
+        mask: PIL images, which are resized where they have another size; arrays or tensors `(H, W)` or `(1, H, W)`
             (arrays `(H, W, 1)`), bool, uint8 or float in [0, 1], with or without a batch dimension; or a list of them.
 
     Raises:
@@ -236,14 +272,14 @@ def to_mask(mask, height: int, width: int, batch_size: int, num_images_per_promp
     flat = [part[None] if isinstance(part, torch.Tensor) and part.ndim == 2 else part for part in flat]
     values = _stack("mask_image", flat, one_has=3)
     if tuple(values.shape[1:]) != (1, height, width):
-        raise ValueError(f"`mask_image` must be {height} x {width}, got {tuple(values.shape[1:])}; or pass a PIL picture")
+        raise ValueError(f"`mask_image` must be {height} x {width}, got {tuple(values.shape[1:])}; or pass a PIL image")
     if not (torch.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError("`mask_image` must hold values from 0 (keep) to 1 (redraw)")
     return _fit_batch("mask_image", values, batch_size, num_images_per_prompt)
 
 
 def pad_for_outpainting(image: Image.Image, left=0, top=0, right=0, bottom=0) -> tuple[Image.Image, Image.Image]:
-    """A larger picture and its mask, for `pipe(prompt, image=picture, mask_image=mask, height=..., width=...)`.
+    """A larger image and its mask, for `pipe(prompt, image=image, mask_image=mask, height=..., width=...)`.
 
     Args:
         image: what is to go on beyond its edges.

@@ -31,32 +31,37 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sfumato.pipelines.conditions import default_size, extra_input_kind, initial_condition, low_res_condition, renoise
-from sfumato.pipelines.guided import guided_prediction, weak_embeds
-from sfumato.pipelines.inputs import check_inputs, to_mask, to_pixels
+from sfumato.pipelines.conditions import (
+    default_size,
+    extra_input_kind,
+    inpainting_condition,
+    low_res_condition,
+    renoise,
+    x0_estimator,
+)
+from sfumato.pipelines.guided import CallState, Embeds, NetworkInputs, build_guider, guided_prediction, weak_embeds
+from sfumato.pipelines.inputs import CallInputs, check_inputs, to_mask, to_pixels
 from sfumato.pipelines.stock import REMOTE_CLASS, stock_parts, stock_pipeline, write_class
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
 
 logger = logging.get_logger(__name__)
-# Every construction of a guider warns that guiders are new; once read is enough, and we pin what we tested.
-logging.get_logger("diffusers.guiders.guider_utils").addFilter(lambda record: "experimental" not in str(record.msg))
 
 
 class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
-    """Draws pictures from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
+    """Draws images from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
 
     Opens every folder of Stable Diffusion's form, ours and foreign, with `SfumatoPipeline.from_pretrained(folder)`, and
     `save_pretrained` writes that form: only stock classes, no `sfumato` needed to load it.
 
     Args:
-        vae: turns latents into pictures; the identity for pixel models.
+        vae: turns latents into images; the identity for pixel models.
         text_encoder, tokenizer: prompt to `(B, L, D)` embeddings.
         unet: predicts what the scheduler's `prediction_type` says.
         scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are turned into ours; others stay as they are.
         guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` by default.
-        low_res_scheduler, max_noise_level: of an upscaling model, how noise is put on the small picture, and how much.
+        low_res_scheduler, max_noise_level: of an upscaling model, how noise is put on the small image, and how much.
         controlnet: makes the network follow a map, such as edges (Zhang et al. 2023, arXiv 2302.05543).
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: kept for Stable Diffusion folders that
             have them, so that nothing is lost on the way back; not used here.
@@ -66,7 +71,6 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
     _optional_components += ["guider", "low_res_scheduler", "controlnet"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    _num_passes, _one_by_one = 0, False
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             tokenizer=tokenizer,
             unet=unet,
             scheduler=scheduler,
-            guider=guider or ClassifierFreeGuidance(),
+            guider=guider or build_guider(ClassifierFreeGuidance),
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
@@ -108,6 +112,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             requires_safety_checker=requires_safety_checker, max_noise_level=max_noise_level,
             self_conditioning=self_conditioning,
         )  # fmt: skip
+        self._call = CallState()
         if controlnet is not None and self.reads:
             raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
@@ -203,17 +208,22 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype)
 
-    def prepare_image(self, image, mask_image, height, width, batch_size, num_images_per_prompt, device, dtype):
-        """Picture `(B, C, H, W)` in [-1, 1], mask `(B, 1, H, W)` or None, and both in latent space."""
-        size = (height, width, batch_size, num_images_per_prompt)
-        pixels = to_pixels(image, self.vae.config.in_channels, *size).to(device, dtype)
-        mask = None if mask_image is None else to_mask(mask_image, *size).to(device, dtype)
+    def prepare_image(
+        self, image, mask_image, size: tuple[int, int], batch: tuple[int, int], dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Image `(B, C, H, W)` in [-1, 1], mask `(B, 1, H, W)` or None, and both in latent space.
+
+        `size` is height and width; `batch` is the number of prompts and of images for each.
+        """
+        device = self._execution_device
+        pixels = to_pixels(image, self.vae.config.in_channels, *size, *batch).to(device, dtype)
+        mask = None if mask_image is None else to_mask(mask_image, *size, *batch).to(device, dtype)
         x_0 = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
         return pixels, mask, x_0, None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
 
     @property
     def trained_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the model was trained on."""
+        """Height and width in pixels of the images that the model was trained on."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
@@ -226,66 +236,72 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
         weak = getattr(self.guider, "weak", None)
-        guider = copy.deepcopy(self.guider, {id(weak): weak}) or ClassifierFreeGuidance()
+        guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
         if guidance_scale is not None:
             guider.guidance_scale = float(guidance_scale)
-        self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
-        self._do_classifier_free_guidance = guider._enabled and guider.num_conditions > 1
         return guider, weak
 
-    def prepare_given(self, image, noise_level, control_image, control_scale, height, width, batch, generator, dtype):
-        """For upscaling the smaller picture with noise, `(B, C, h, w)`, else None; and what `guided.run_network` takes."""
-        device, seen, given = self._execution_device, None, {}
-        if self.reads == "low_res":
-            noise_level = min(20, self.config.max_noise_level) if noise_level is None else noise_level
-            grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-            small = to_pixels(image, self.vae.config.in_channels, *grid, *batch, Image.Resampling.BICUBIC).to(device, dtype)
-            seen = low_res_condition(self.low_res_scheduler, small, noise_level, generator)
-            given["class_labels"] = torch.full((len(small),), noise_level, device=device)
-        if control_image is not None:
-            hint = to_pixels(
-                control_image, self.controlnet.config.conditioning_channels, height, width, *batch, name="control_image"
-            )
-            given |= {"map": (hint / 2 + 0.5).to(device, dtype), "map_scale": control_scale}
-        return seen, given
+    def prepare_low_res(
+        self, image, noise_level: int | None, size, batch, generator, dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For upscaling the smaller image with noise, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
+        level = min(20, self.config.max_noise_level) if noise_level is None else noise_level
+        height, width = (side // self.vae_scale_factor for side in size)
+        channels, device = self.vae.config.in_channels, self._execution_device
+        small = to_pixels(image, channels, height, width, *batch, resample=Image.Resampling.BICUBIC).to(device, dtype)
+        noisy = low_res_condition(self.low_res_scheduler, small, level, generator)
+        return noisy, torch.full((len(small),), level, device=device)
+
+    def prepare_control(self, control_image, size, batch, dtype) -> torch.Tensor:
+        """The map that the ControlNet follows, `(B, C, H, W)` in [0, 1]."""
+        channels = self.controlnet.config.conditioning_channels
+        hint = to_pixels(control_image, channels, *size, *batch, name="control_image")
+        return (hint / 2 + 0.5).to(self._execution_device, dtype)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, h, w)` to pictures `(B, C, H, W)`, about [-1, 1]."""
+        """Latents `(B, C, h, w)` to images `(B, C, H, W)`, about [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
-    def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`x_0` at the level of timestep `t` of the scheduler, in its own scale."""
         return self.scheduler.add_noise(x_0, noise, t.reshape(1).expand(len(x_0)))
 
     def predict(
-        self, guider: BaseGuidance, latents: torch.Tensor, t: torch.Tensor, prompt_embeds, negative_prompt_embeds, given=None
+        self,
+        guider: BaseGuidance,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        inputs: NetworkInputs | None = None,
     ) -> torch.Tensor:
         """One guided prediction, `(B, C, h, w)`; see `guided.guided_prediction`.
 
         Of a learned variance, the second half, samplers other than DDPM know nothing; they get the first.
         """
-        output = guided_prediction(self, guider, latents, t, prompt_embeds, negative_prompt_embeds, given)
+        embeds = Embeds(positive=prompt_embeds, negative=negative_prompt_embeds)
+        output = guided_prediction(self, guider, latents, t, embeds=embeds, inputs=inputs or NetworkInputs(), state=self._call)
         return output if isinstance(self.scheduler, DDPMScheduler) else output[:, : self.vae.config.latent_channels]
 
     @property
     def num_passes(self) -> int:
-        """Passes of the network for each picture of the last call: two a step with guidance, one outside its interval."""
-        return self._num_passes
+        """Passes of the network for each image of the last call: two a step with guidance, one outside its interval."""
+        return self._call.num_passes
 
     @property
     def guidance_scale(self) -> float:
         """Guidance scale of the call under way; 1 where the guider has none."""
-        return self._guidance_scale
+        return self._call.guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call under way needs an unconditional prediction."""
-        return self._do_classifier_free_guidance
+        return self._call.guided
 
     @property
     def num_timesteps(self) -> int:
         """Number of scheduler steps of the call under way."""
-        return self._num_timesteps
+        return self._call.num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -313,11 +329,11 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         control_image: object | None = None,
         controlnet_conditioning_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
-        """Draw pictures from text; with `image`, change a picture; with `mask_image`, a part of it; or make `image` larger.
+        """Draw images from text; with `image`, change an image; with `mask_image`, a part of it; or make `image` larger.
 
         Args:
             prompt, negative_prompt: one string or a list; the empty string means no condition.
-            image: a picture to start from, or of which to redraw a part; for an upscaling model, the smaller picture. See
+            image: an image to start from, or of which to redraw a part; for an upscaling model, the smaller image. See
                 `inputs.to_pixels`.
             mask_image: where to redraw `image`: 1 is redrawn, 0 is kept to the last bit; see `inputs.to_mask`.
             strength: how much of the way back into noise `image` is sent, over 0 and up to 1; 0.8, and 1 with a mask.
@@ -325,8 +341,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             num_inference_steps: network evaluations (times two with guidance).
             guidance_scale: overrides the guider's own for this call (Ho and Salimans 2022, arXiv 2207.12598, in the form
                 uncond + scale * (cond - uncond)); 1 means no guidance.
-            num_images_per_prompt: pictures for each prompt.
-            generator: one for the batch, or one for each picture, whose result then does not depend on its neighbours.
+            num_images_per_prompt: images for each prompt.
+            generator: one for the batch, or one for each image, whose result then does not depend on its neighbours.
             latents: starting noise `(B * num_images_per_prompt, C, h, w)`, standard normal.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` in place of text.
             output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`.
@@ -341,39 +357,74 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
         """
-        height, width = (own if side is None else side for side, own in zip((height, width), default_size(self, image)))
+        trained = default_size(self, image)
+        height = trained[0] if height is None else height
+        width = trained[1] if width is None else width
+        size = (height, width)
         check_inputs(
-            self, prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps, guidance_scale,
-            num_images_per_prompt, generator, latents, prompt_embeds, negative_prompt_embeds, output_type,
-            callback_on_step_end_tensor_inputs, num_resamples, noise_level, control_image,
-        )  # fmt: skip
+            self,
+            CallInputs(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                image=image,
+                mask_image=mask_image,
+                strength=strength,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                output_type=output_type,
+                callback_tensors=callback_on_step_end_tensor_inputs,
+                num_resamples=num_resamples,
+                noise_level=noise_level,
+                control_image=control_image,
+            ),
+        )
 
         guider, weak = self.prepare_guider(guidance_scale)
-        device, self._num_passes, self._one_by_one = self._execution_device, 0, False
+        self._call = state = CallState(
+            guidance_scale=getattr(guider, "guidance_scale", 1.0), guided=guider._enabled and guider.num_conditions > 1
+        )
+        device = self._execution_device
         if weak is not None:
             negative_prompt_embeds = weak_embeds(self, weak, prompt, prompt_embeds, device)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt, device, num_images_per_prompt, self.do_classifier_free_guidance, negative_prompt,
-            prompt_embeds, negative_prompt_embeds,
-        )  # fmt: skip
+            prompt, device, num_images_per_prompt, state.guided, negative_prompt, prompt_embeds, negative_prompt_embeds
+        )
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps, dtype = self.scheduler.timesteps, prompt_embeds.dtype
         batch = (len(prompt_embeds) // num_images_per_prompt, num_images_per_prompt)
-        seen, given = self.prepare_given(
-            image, noise_level, control_image, controlnet_conditioning_scale, height, width, batch, generator, dtype
-        )  # before the other noise, as in the stock pipeline
+
+        # What the network reads beside noise and text. Its own noise is drawn before the other, as in the stock pipeline.
+        condition, labels, control = None, None, None
+        if self.reads == "low_res":
+            condition, labels = self.prepare_low_res(image, noise_level, size, batch, generator, dtype)
+        if control_image is not None:
+            control = self.prepare_control(control_image, size, batch, dtype)
+        inputs = NetworkInputs(class_labels=labels, control=control, control_scale=controlnet_conditioning_scale)
+
         noise = self.prepare_noise(len(prompt_embeds), height, width, dtype, device, generator, latents)
         latents, pixels, mask = noise * self.scheduler.init_noise_sigma, None, None
         if image is not None and self.reads != "low_res":
-            pixels, mask, x_0, latent_mask = self.prepare_image(image, mask_image, height, width, *batch, device, dtype)
+            pixels, mask, x_0, latent_mask = self.prepare_image(image, mask_image, size, batch, dtype)
             strength = (0.8 if mask is None else 1.0) if strength is None else strength
             if strength < 1:
                 begin = (num_inference_steps - round(strength * num_inference_steps)) * self.scheduler.order
                 timesteps = timesteps[begin:]
                 if hasattr(self.scheduler, "set_begin_index"):
                     self.scheduler.set_begin_index(begin)
-                latents = self.noised(x_0, noise, timesteps[0])
-        (seen, estimated), self._num_timesteps = initial_condition(self, pixels, mask, noise, seen), len(timesteps)
+                latents = self.add_noise(x_0, noise, timesteps[0])
+        estimate = None
+        if self.reads == "masks":
+            condition = inpainting_condition(self.vae, pixels, mask, noise)
+        elif self.reads == "estimate":
+            condition, estimate = torch.zeros_like(noise), x0_estimator(self.scheduler)
+        state.num_timesteps = len(timesteps)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
@@ -383,12 +434,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 for again in reversed(range(1 if last else num_resamples)):
                     guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
                     x_t = self.scheduler.scale_model_input(latents, t)
-                    model_input = x_t if seen is None else torch.cat([x_t, seen], dim=1)
-                    output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds, given)
-                    seen = estimated(output, x_t, t) if estimated else seen
+                    model_input = x_t if condition is None else torch.cat([x_t, condition], dim=1)
+                    output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds, inputs)
+                    condition = estimate(output, x_t, t) if estimate else condition
                     latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
                     if mask is not None and self.reads != "masks":
-                        kept = x_0 if last else self.noised(x_0, noise, timesteps[i + 1])
+                        kept = x_0 if last else self.add_noise(x_0, noise, timesteps[i + 1])
                         latents = latent_mask * latents + (1 - latent_mask) * kept
                     if again:
                         latents = renoise(self.scheduler, latents, timesteps[i + 1], t, generator)

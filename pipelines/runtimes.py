@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from sfumato.pipelines.choices import RUNTIMES, check_name, replace_components
+from sfumato.pipelines.choices import RUNTIMES, replace_components
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
 
@@ -69,18 +69,55 @@ def _openvino(unet, inputs: tuple) -> Callable:
 BUILDERS = {"bf16": _bf16, "onnx": _onnx, "openvino": _openvino}
 
 
+class EngineNetwork(torch.nn.Module):
+    """A UNet whose forward pass runs in another engine. All else is asked of the UNet itself.
+
+    Engines are built again after a copy or a round through pickle, since they are of one process.
+
+    Args:
+        unet: a stock `UNet2DConditionModel` on the CPU.
+        runtime: a name of `BUILDERS`.
+    """
+
+    runs_elsewhere = True
+
+    def __init__(self, unet: torch.nn.Module, runtime: str):
+        super().__init__()
+        self.unet = unet
+        self.runtime = runtime
+        self.engines: dict[tuple, Callable] = {}
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "engines": {}}
+
+    def forward(self, x_t, t, encoder_hidden_states, return_dict: bool = False) -> tuple[torch.Tensor]:
+        """As of the UNet, float32 inside."""
+        inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.engines:
+            self.engines[shapes] = BUILDERS[self.runtime](self.unet, inputs)
+        return (self.engines[shapes](*inputs).to(x_t.dtype),)
+
+
 def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
     """The same model, its UNet run by another engine on the CPU: `bf16`, `onnx` or `openvino`; `torch` changes nothing.
 
     OpenVINO 2026.4 is for processes that draw and end: in long-lived ones that did much else, crashes were seen after it.
-    `onnx` and `openvino` compute in float32 and draw the same pictures to 1e-4; `bf16` differs by what eight bits of
+    `onnx` and `openvino` compute in float32 and draw the same images to 1e-4; `bf16` differs by what eight bits of
     mantissa do, and is fast where the processor has AVX512-BF16 or AMX.
 
     Raises:
         ValueError: no such runtime; a model that is not on the CPU; a guider that reaches into the network.
         ModuleNotFoundError: the engine is not installed.
     """
-    check_name("runtime", name, RUNTIMES)
+    if name not in RUNTIMES:
+        raise ValueError(f"unknown runtime {name!r}; choose one of {', '.join(RUNTIMES)}")
     if name == "torch":
         return pipe
     if pipe.reads == "low_res" or pipe.controlnet is not None:
@@ -91,14 +128,4 @@ def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
         raise ValueError(f"{type(pipe.guider).__name__} reaches into the network, which it cannot under another runtime")
     if RUNTIMES[name] and importlib.util.find_spec(RUNTIMES[name]) is None:
         raise ModuleNotFoundError(f"this runtime needs a package: pip install 'sfumato[{name}]'")
-    unet, engines = copy.copy(pipe.unet), {}
-
-    def forward(x_t, t, encoder_hidden_states, return_dict=False):
-        inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in engines:
-            engines[shapes] = BUILDERS[name](pipe.unet, inputs)
-        return (engines[shapes](*inputs).to(x_t.dtype),)
-
-    unet.forward = forward
-    return replace_components(pipe, unet=unet)
+    return replace_components(pipe, unet=EngineNetwork(pipe.unet, name))

@@ -32,6 +32,7 @@ def stock_pipeline(pipe) -> DiffusionPipeline:
 def stock_parts(pipe) -> DiffusionPipeline:
     """`stock_pipeline`, or for a model that no stock pipeline draws, the one that holds the same parts."""
     parts = {**pipe.components, "scheduler": stock_scheduler(pipe.scheduler)}
+    parts["unet"] = getattr(pipe.unet, "unet", pipe.unet)  # of one that another runtime runs
     guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
     if pipe.reads == "low_res":
         check_upscaling(pipe.vae)
@@ -49,12 +50,13 @@ def stock_scheduler(scheduler):
     """The sampler as a class of diffusers that its pipelines can draw with."""
     if isinstance(scheduler, SfumatoFlowScheduler):
         return scheduler.to_stock()
+    cls = DDPMScheduler if isinstance(scheduler, SfumatoDDPMScheduler) else getattr(scheduler, "stock_class", type(scheduler))
     # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
     # 1.0 clips the very same way and is left alone.
     config = dict(scheduler.config)
     if config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0 and "thresholding" in config:
         config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
-    return (DDPMScheduler if isinstance(scheduler, SfumatoDDPMScheduler) else type(scheduler)).from_config(config)
+    return cls.from_config(config)
 
 
 def write_class(pipe, folder) -> None:

@@ -28,7 +28,7 @@ def alpha_bar(schedule: str, t: np.ndarray, **params: float) -> np.ndarray:
     - `chen_sigmoid` (start, end, tau): Chen 2023, section 2 (arXiv 2301.10972). Not stock `sigmoid`, which is GeoDiff's.
     - `hang_laplace` (mu, b): log-SNR of t-quantiles of a Laplace distribution; Hang et al. 2024 (arXiv 2407.03297).
     - `shifted_cosine` (resolution, base_resolution): cosine log-SNR plus 2 log(base_resolution / resolution), so that
-      large pictures get more noise; Hoogeboom et al. 2023, eq. 3 (arXiv 2301.11093).
+      large images get more noise; Hoogeboom et al. 2023, eq. 3 (arXiv 2301.11093).
     """
     p = {**SCHEDULES[schedule], **params}
     with np.errstate(divide="ignore", over="ignore"):
@@ -251,7 +251,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         """One term of the variational bound for each sample, `(B,)`, in bits for each dimension (Ho et al. 2020, equation 5).
 
         For t > 0 the Kullback-Leibler divergence of p(x_{t-1} | x_t) from the posterior; at t = 0 minus the log-likelihood
-        of x_0, as pictures of 256 levels in [-1, 1]. The bound is the sum over all t and `prior_term`.
+        of x_0, as images of 256 levels in [-1, 1]. The bound is the sum over all t and `prior_term`.
 
         Args:
             output: of the network, `(B, C, H, W)`; with a learned variance `(B, 2 C, H, W)`.

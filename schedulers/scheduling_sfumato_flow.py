@@ -1,4 +1,4 @@
-"""Flow matching: straight paths between pictures and noise, and the velocity along them.
+"""Flow matching: straight paths between images and noise, and the velocity along them.
 
 Self-contained on purpose (torch, numpy and diffusers only): this file travels inside shared model folders.
 """
@@ -16,7 +16,7 @@ LOST = (
 class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` with what training needs, and with the methods that pipelines of UNets call.
 
-    x_t = (1 - sigma) x_0 + sigma eps with sigma = t / num_train_timesteps, t from 0 (the picture) to that number (noise); the
+    x_t = (1 - sigma) x_0 + sigma eps with sigma = t / num_train_timesteps, t from 0 (the image) to that number (noise); the
     network predicts the velocity eps - x_0 (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003; the
     objective of Stable Diffusion 3, arXiv 2403.03206). Arguments as of the stock class.
     """
@@ -42,7 +42,7 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         return (t / self.config.num_train_timesteps).reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
     def training_levels(self) -> torch.Tensor:
-        """The timesteps that are trained, `(num_train_timesteps + 1,)`, from the picture to noise."""
+        """The timesteps that are trained, `(num_train_timesteps + 1,)`, from the image to noise."""
         return torch.arange(self.config.num_train_timesteps + 1)
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:

@@ -6,26 +6,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sfumato.files import lines
+from sfumato.files import read_lines
 from sfumato.pipelines.inputs import composite_on_white
 
 
-def to_arrays(pictures: list[Image.Image]) -> np.ndarray:
-    """Pictures of one size as `(N, H, W, C)` uint8, grey ones with one channel."""
-    return np.stack([np.asarray(picture).reshape(picture.height, picture.width, -1) for picture in pictures])
+def to_arrays(images: list[Image.Image]) -> np.ndarray:
+    """Images of one size as `(N, H, W, C)` uint8, grey ones with one channel."""
+    return np.stack([np.asarray(image).reshape(image.height, image.width, -1) for image in images])
 
 
-def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
-    """One picture of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
-    scale = max(1, min_side // pictures[0].width)
-    width, height, gap, text = pictures[0].width * scale, pictures[0].height * scale, 6, 26
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+def grid(images: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
+    """One image of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
+    scale = max(1, min_side // images[0].width)
+    width, height, gap, text = images[0].width * scale, images[0].height * scale, 6, 26
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, (picture, prompt) in enumerate(zip(pictures, prompts)):
+    for i, (image, prompt) in enumerate(zip(images, prompts)):
         x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
-        sheet.paste(composite_on_white(picture, 3).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(composite_on_white(image, 3).resize((width, height), Image.Resampling.NEAREST), (x, y))
         lines, words = [""], prompt.split()
         for word in words:
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font) > width:
@@ -35,14 +35,14 @@ def grid(pictures: list[Image.Image], prompts: list[str], columns: int = 6, min_
     return sheet
 
 
-def to_pil(picture: np.ndarray) -> Image.Image:
+def to_pil(image: np.ndarray) -> Image.Image:
     """`(H, W, C)` uint8 as PIL has it."""
-    return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
 def loss_curve(metrics: Path, width: int = 640, height: int = 240) -> Image.Image | None:
     """The smoothed loss of `metrics.jsonl` over the steps, on a logarithmic scale; None for fewer than ten steps."""
-    entries = [json.loads(line) for line in lines(metrics)]
+    entries = [json.loads(line) for line in read_lines(metrics)]
     losses = np.array([entry["loss"] for entry in entries if entry["loss"]], dtype=float)
     if len(losses) < 10:
         return None

@@ -50,6 +50,6 @@ class CannotSave(Exception):
     """A checkpoint could not be written; those before it are untouched."""
 
 
-def lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The whole lines of a file of JSON lines; none where there is no file."""
     return path.read_text().split("\n")[:-1] if path.is_file() else []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.objectives import autoencoder_loss
-from sfumato.training.quality.fidelity import picture_quality
+from sfumato.training.quality.fidelity import image_quality
 from sfumato.training.train import main
 
 MODEL = {
@@ -59,12 +59,12 @@ def test_the_loss_is_its_formula():
     assert autoencoder_loss(rebuilt, mean, logvar, pixels, 0.0, 1.0) > plain
 
 
-def test_picture_quality_is_psnr_and_ssim():
+def test_image_quality_is_psnr_and_ssim():
     true = np.random.default_rng(0).integers(0, 236, (3, 16, 16, 3), dtype=np.uint8)
-    assert picture_quality(true, true)["PSNR"] == pytest.approx(100)
-    found = picture_quality(true, true + 20)
+    assert image_quality(true, true)["PSNR"] == pytest.approx(100)
+    found = image_quality(true, true + 20)
     assert found["PSNR"] == pytest.approx(20 * np.log10(255 / 20))
-    assert picture_quality(true, true)["SSIM"] == pytest.approx(1) and 0.5 < found["SSIM"] < 1
+    assert image_quality(true, true)["SSIM"] == pytest.approx(1) and 0.5 < found["SSIM"] < 1
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_it_learns_and_hands_over_a_stock_folder(trained):
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert (trained / "samples" / "step-00000060.png").is_file()
     early = AutoencoderKL.from_pretrained(trained / "checkpoints" / "step-00000060" / "vae")
-    assert early.config.scaling_factor == pytest.approx(vae.config.scaling_factor, rel=0.05)  # from fewer pictures
+    assert early.config.scaling_factor == pytest.approx(vae.config.scaling_factor, rel=0.05)  # from fewer images
     assert (trained / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044  # others may read it
     assert not list(trained.glob(".vae*"))
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_told(tmp_path, capsys, change, message):
 def test_the_doctor_looks_at_its_data(tmp_path, capsys):
     path = vae_config(tmp_path / "x")
     assert cli(["doctor", path]) == 0
-    assert "pictures" in capsys.readouterr().out
+    assert "images" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect")

@@ -13,11 +13,10 @@ import tiny
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from test_data import picture
+from test_data import image
 
 from sfumato import files
-from sfumato.training import loop
-from sfumato.training.engine import checkpoints, resume
+from sfumato.training.engine import checkpoints, processes, resume
 from sfumato.training.train import main
 
 
@@ -115,7 +114,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     assert crashes.train(path, moments=(1, 4, False)) == [-signal.SIGKILL]
     assert resume.last_step(tmp_path / "run" / "metrics.jsonl") == 3
     assert main([str(path), "checkpoint.resume=auto"]) == 0
-    assert [json.loads(line)["step"] for line in files.lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+    assert [json.loads(line)["step"] for line in files.read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
 
 
 def test_lost_checkpoints_are_not_taken_for_a_young_run(tmp_path, capsys):
@@ -190,18 +189,18 @@ def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path,
     assert main([path, "checkpoint.resume=auto", "train.max_steps=7"]) == 0
     assert capsys.readouterr().out.count("the optimizer's moments begin anew") == 2
     main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=8"])
-    assert "the pictures are others" in capsys.readouterr().out
+    assert "the images are others" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_words_of_a_run_whose_data_grew(tmp_path, capsys):
     for name in ("cat", "dog"):
-        picture(tmp_path / "f" / name / "1.png")
+        image(tmp_path / "f" / name / "1.png")
     path = str(tiny.config_file(tmp_path, data={"name": str(tmp_path / "f")}, train={"max_steps": 2}))
     main([path])
     words = (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text()
-    picture(tmp_path / "f" / "hippopotamus" / "1.png")
+    image(tmp_path / "f" / "hippopotamus" / "1.png")
     assert main([path, "checkpoint.resume=auto", "train.max_steps=4"]) == 0
-    assert "the pictures are others" in capsys.readouterr().out
+    assert "the images are others" in capsys.readouterr().out
     assert (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text() == words
 
 
@@ -227,7 +226,7 @@ def test_two_trainers_do_not_write_to_one_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     child = crashes.fork(hold)
     os.read(ready, 1)
-    monkeypatch.setattr(loop, "PATIENCE", 0.1)
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
     assert main([path]) == 2
     assert "another trainer is writing to" in capsys.readouterr().err
     os.kill(child, signal.SIGKILL)

@@ -11,8 +11,11 @@ import tiny
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import GUIDERS, RUNTIMES, SAMPLERS, SECOND, replace_components, with_guider, with_sampler
+from sfumato.pipelines.choices import RUNTIMES, replace_components, with_guider, with_sampler
 from sfumato.pipelines.runtimes import with_runtime
+from sfumato.registries import GUIDERS, SAMPLERS
+
+SECOND = {name: guider.second for name, guider in GUIDERS.items() if guider.second}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_perturbed_attention_is_the_identity_in_the_middle(pipe):
 
 
 def test_apg_is_its_formula(pipe):
-    """cond + (s - 1) times what of cond - uncond is orthogonal to cond, for each picture (Sadat et al. 2024, eta 0)."""
+    """cond + (s - 1) times what of cond - uncond is orthogonal to cond, for each image (Sadat et al. 2024, eta 0)."""
     cond, uncond = 0.3 * torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))  # too short for its limit
     guider = with_guider(pipe, "apg", guidance_scale=5.0).guider
     guider.set_state(0, 3, torch.tensor(500))
@@ -143,7 +146,7 @@ def test_apg_is_its_formula(pipe):
 
 
 def test_magnitude_aware_guidance_is_its_formula(pipe):
-    """MAMBO-G: uncond + (1 + (s - 1) exp(-alpha |cond - uncond| / |uncond|)) (cond - uncond), for each picture."""
+    """MAMBO-G: uncond + (1 + (s - 1) exp(-alpha |cond - uncond| / |uncond|)) (cond - uncond), for each image."""
     guider = with_guider(pipe, "magnitude-aware", guidance_scale=5.0, alpha=2.0).guider
     guider.set_state(0, 3, torch.tensor(500))
     cond, uncond = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -182,7 +185,7 @@ def test_no_guider_but_autoguidance_takes_a_weak_model(pipe, weak, tmp_path):
 
 
 def test_passes_that_do_not_fit_together_are_done_one_by_one(pipe, caplog):
-    """Memory for two pictures, four wanted: the same picture, told once."""
+    """Memory for two images, four wanted: the same image, told once."""
     expected, sizes = draw(pipe, ["a red circle", "a blue square"], guidance_scale=3.0), []
 
     def limited(module, inputs):
@@ -209,13 +212,13 @@ def check_runtime(pipe, name, tolerance):
     assert "forward" not in vars(pipe.unet)
 
 
-def test_bfloat16_draws_nearly_the_same_pictures(pipe):
+def test_bfloat16_draws_nearly_the_same_images(pipe):
     check_runtime(pipe, "bf16", 0.05)
     assert with_runtime(pipe, "torch") is pipe
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_engines_draw_the_same_pictures(name, tmp_path):
+def test_engines_draw_the_same_images(name, tmp_path):
     """In a process of its own: after OpenVINO 2026.4 has run, Python's memory is at times found corrupted (LOG.md)."""
     pytest.importorskip(RUNTIMES[name])
     code = (

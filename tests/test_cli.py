@@ -36,8 +36,8 @@ def test_sampler_guider_and_settings_in_the_png(model, tmp_path):
     command = ["sample", "--model", str(model), "披萨", "--steps", "3", "--out", str(tmp_path / "a.png"), "--seed", "5"]
     command += ["--sampler", "unipc", "--guider", "apg", "--guidance-interval", "0.2", "0.8", "--gif", str(tmp_path / "a.gif")]
     assert main(command) == 0
-    with Image.open(tmp_path / "a.png") as picture:
-        notes = json.loads(picture.text["sfumato"])
+    with Image.open(tmp_path / "a.png") as image:
+        notes = json.loads(image.text["sfumato"])
     assert (
         notes["model"] == model.name
         and notes["prompts"] == ["披萨"]
@@ -50,7 +50,7 @@ def test_sampler_guider_and_settings_in_the_png(model, tmp_path):
         assert film.n_frames >= 3
 
 
-def test_a_picture_and_a_mask_from_files(model, tmp_path):
+def test_an_image_and_a_mask_from_files(model, tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "in.png")
     Image.new("L", (16, 16), 0).save(tmp_path / "mask.png")
     command = ["sample", "--model", str(model), "x", "--steps", "3", "--out", str(tmp_path / "a.png")]
@@ -58,7 +58,7 @@ def test_a_picture_and_a_mask_from_files(model, tmp_path):
     assert Image.open(tmp_path / "a.png").getpixel((60, 60)) == (255, 0, 0)
 
 
-def test_a_picture_of_another_shape_is_cropped_not_squashed(model, tmp_path, capsys):
+def test_an_image_of_another_shape_is_cropped_not_squashed(model, tmp_path, capsys):
     wide = Image.new("RGB", (32, 16), "blue")
     wide.paste("red", (8, 0, 24, 16))
     wide.save(tmp_path / "in.png")
@@ -71,7 +71,7 @@ def test_a_picture_of_another_shape_is_cropped_not_squashed(model, tmp_path, cap
 
 
 @pytest.mark.parametrize("wrong", [["--out", "grid"], ["--out", "."], ["--gif", "film.xyz"], ["--each", "file"]])
-def test_where_pictures_cannot_be_kept_nothing_is_drawn(model, tmp_path, monkeypatch, capsys, wrong):
+def test_where_images_cannot_be_kept_nothing_is_drawn(model, tmp_path, monkeypatch, capsys, wrong):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(SfumatoPipeline, "from_pretrained", lambda *a, **k: pytest.fail("opened before it was checked"))
@@ -127,8 +127,8 @@ def test_steps_and_scale_are_what_the_card_says(model, tmp_path):
     for folder, steps, scale in ((model, 30, 3.0), (shared, 4, 2.0)):
         assert recommended(str(folder)) == {"num_inference_steps": steps, "guidance_scale": scale}
     assert main(["sample", "--model", str(shared), "x", "--out", str(tmp_path / "a.png")]) == 0
-    with Image.open(tmp_path / "a.png") as picture:
-        notes = json.loads(picture.text["sfumato"])
+    with Image.open(tmp_path / "a.png") as image:
+        notes = json.loads(image.text["sfumato"])
     assert (notes["steps"], notes["guidance_scale"], notes["passes"]) == (4, 2.0, 8)
 
 
@@ -170,13 +170,13 @@ def test_autoguidance_by_an_earlier_checkpoint(model, tmp_path, capsys):
     assert "an earlier checkpoint" in capsys.readouterr().err
 
 
-def test_each_picture_can_be_drawn_again_by_what_it_says(model, tmp_path):
+def test_each_image_can_be_drawn_again_by_what_it_says(model, tmp_path):
     """Its own prompt and seed are in its PNG, and draw it again alone."""
     out = ["--steps", "2", "--out", str(tmp_path / "a.png"), "--each"]
     assert main(["sample", "--model", str(model), "red heart", "披萨", "--seed", "7", *out, str(tmp_path / "both")]) == 0
-    with Image.open(tmp_path / "both" / "00008.png") as picture:
-        assert picture.size == (16, 16)
-        notes, pixels = json.loads(picture.text["sfumato"]), picture.tobytes()
+    with Image.open(tmp_path / "both" / "00008.png") as image:
+        assert image.size == (16, 16)
+        notes, pixels = json.loads(image.text["sfumato"]), image.tobytes()
     assert notes["prompts"] == ["披萨"] and notes["seed"] == 8
     again = [*notes["prompts"], "--seed", str(notes["seed"]), *out, str(tmp_path / "one")]
     assert main(["sample", "--model", str(model), *again]) == 0

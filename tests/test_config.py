@@ -35,7 +35,7 @@ def test_round_trip(tmp_path):
         ("validation.guidance_interval=[0.8,0.2]", "the lower one first"),
         ("validation.guidance_interval=[0.5]", "two numbers"),
         ("data.num_figures=3", "must be 1 or 2"),
-        (["task=inpainting", "data.name=x", "data.buckets=[[16,16]]"], "pictures of one size"),
+        (["task=inpainting", "data.name=x", "data.buckets=[[16,16]]"], "images of one size"),
         (["task=autoencoder", "lora.rank=4"], "is for task=text_to_image"),
         (["validation.guider=pag", "validation.guidance_scale=1"], "must not be 1 with guider pag"),
         ("seed", "key=value"),

@@ -91,13 +91,13 @@ def test_a_controlnet_reads_pooled_text_as_its_unet_does(width, heads):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_grey_and_transparent_pictures(tmp_path, channels):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_grey_and_transparent_images(tmp_path, channels):
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(8):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text("noise")
-    data = {"name": str(pictures), "channels": channels}
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("noise")
+    data = {"name": str(images), "channels": channels}
     for name in ("base", "control", "upscaling"):
         (tmp_path / name).mkdir()
     assert main([str(tiny.config_file(tmp_path / "base", data=data))]) == 0
@@ -105,7 +105,7 @@ def test_grey_and_transparent_pictures(tmp_path, channels):
     path = str(tiny.config_file(tmp_path / "upscaling", task="upscaling", data=data))
     assert main([path, "validation.num_judged=1", "upscaling.max_noise_level=10"]) == 0
     told = (tmp_path / "control/run/pipeline/README.md").read_text()
-    assert "dges of 1 training pictures followed" in told  # of so few, none is held out
+    assert "dges of 1 training images followed" in told  # of so few, none is held out
 
 
 def test_resume_is_exact(tmp_path, base):
@@ -129,13 +129,13 @@ def test_its_scores_grid_and_card(trained):
 
 
 def test_edges_are_where_colours_change():
-    picture = np.full((8, 8, 3), 200, np.uint8)
-    assert not edges(picture).any()
-    picture[2:5, 3:6] = (200, 0, 200)
-    found = edges(picture)
+    image = np.full((8, 8, 3), 200, np.uint8)
+    assert not edges(image).any()
+    image[2:5, 3:6] = (200, 0, 200)
+    found = edges(image)
     assert found[2:5, 2].all() and found[2:5, 5].all() and found[1, 3:6].all() and found[4, 3:6].all()
     assert found.sum() == 3 + 3 + 3 + 2  # the lower right corner belongs to two sides
-    np.testing.assert_array_equal(edges(picture[..., 1:2]), found)  # the channel that differs decides
+    np.testing.assert_array_equal(edges(image[..., 1:2]), found)  # the channel that differs decides
 
 
 def test_agreement_of_edges():

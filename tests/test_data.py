@@ -13,7 +13,7 @@ from PIL import Image
 
 from sfumato.training.config import schema
 from sfumato.training.config.load import load_config
-from sfumato.training.data import cached, loader, prepare, streams
+from sfumato.training.data import cached, prepare, streams
 from sfumato.training.data.sources import openmoji
 from sfumato.training.models.text import train_tokenizer
 
@@ -22,7 +22,7 @@ def folder_config(tmp_path, folder, **more):
     return schema.DataConfig(name=str(folder), resolution=16, cache_dir=str(tmp_path / "cache"), **more)
 
 
-def picture(path, colour="red", size=(20, 30), mode="RGB", **save):
+def image(path, colour="red", size=(20, 30), mode="RGB", **save):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path, **save)
     return path
@@ -47,23 +47,23 @@ def test_metadata_csv_jsonl_text_files_and_class_folders(tmp_path):
         ),
         "txt": lambda f: [(f / "a.txt").write_text("red thing\n"), (f / "b/c.txt").write_text("blue, thing")],
     }.items():
-        picture(tmp_path / name / "a.png")
-        picture(tmp_path / name / "b" / "c.png", "blue")
+        image(tmp_path / name / "a.png")
+        image(tmp_path / name / "b" / "c.png", "blue")
         write(tmp_path / name)
         prepared = prepare.prepare(folder_config(tmp_path, tmp_path / name))
         assert captions(prepared) == {"a.png": "red thing", "b/c.png": "blue, thing"}
-        assert len(prepared) == 2 and prepared.picture(1).shape == (16, 16, 3)
-        assert tuple(prepared.picture(0)[8, 8]) == (255, 0, 0)
-    picture(tmp_path / "classes" / "sea_lion" / "1.jpg")
+        assert len(prepared) == 2 and prepared.image(1).shape == (16, 16, 3)
+        assert tuple(prepared.image(0)[8, 8]) == (255, 0, 0)
+    image(tmp_path / "classes" / "sea_lion" / "1.jpg")
     assert captions(prepare.prepare(folder_config(tmp_path, tmp_path / "classes"))) == {"sea_lion/1.jpg": "sea lion"}
 
 
-def test_odd_but_sound_pictures_come_out_right(tmp_path):
+def test_odd_but_sound_images_come_out_right(tmp_path):
     folder = tmp_path / "odd"
-    picture(folder / "alpha.png", (255, 0, 0, 0), mode="RGBA")
-    picture(folder / "palette.png", 3, mode="P")
-    picture(folder / "cmyk.jpg", (0, 0, 0, 0), mode="CMYK")
-    picture(folder / "grey.png", 128, mode="L")
+    image(folder / "alpha.png", (255, 0, 0, 0), mode="RGBA")
+    image(folder / "palette.png", 3, mode="P")
+    image(folder / "cmyk.jpg", (0, 0, 0, 0), mode="CMYK")
+    image(folder / "grey.png", 128, mode="L")
     Image.fromarray(np.full((20, 20), 32768, np.uint16)).save(folder / "deep.png")
     turned = Image.new("RGB", (40, 20), "red")
     turned.paste("blue", (20, 0, 40, 20))
@@ -73,38 +73,38 @@ def test_odd_but_sound_pictures_come_out_right(tmp_path):
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text(path.stem)
     prepared = prepare.prepare(folder_config(tmp_path, folder, max_bad_share=0.0))
-    middle = {record["id"].split(".")[0]: prepared.picture(i)[8, 8] for i, record in enumerate(prepared)}
+    middle = {record["id"].split(".")[0]: prepared.image(i)[8, 8] for i, record in enumerate(prepared)}
     np.testing.assert_array_equal(middle["alpha"], [255] * 3)  # clear means white, not black
     np.testing.assert_array_equal(middle["grey"], [128] * 3)
     np.testing.assert_array_equal(middle["deep"], [128] * 3)  # 16 bits are scaled, not clipped
     np.testing.assert_allclose(middle["cmyk"], [255] * 3, atol=2)
-    upright = prepared.picture([record["id"] for record in prepared].index("turned.png"))
+    upright = prepared.image([record["id"] for record in prepared].index("turned.png"))
     assert upright[2, 8, 0] > 200 and upright[13, 8, 2] > 200  # red above blue
 
 
-def test_bad_pictures_are_skipped_counted_and_named(tmp_path):
+def test_bad_images_are_skipped_counted_and_named(tmp_path):
     folder = tmp_path / "bad"
     for i in range(20):
-        picture(folder / f"good{i}.png")
+        image(folder / f"good{i}.png")
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 80).convert("RGB").save(whole, "jpeg")
     (folder / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "bomb.png").write_bytes(claims(50_000, 50_000))
     (folder / "large.png").write_bytes(claims(8_000, 5_000))
-    picture(tmp_path / "secret.png")
+    image(tmp_path / "secret.png")
     rows = [{"file_name": p.name, "text": "x"} for p in sorted(folder.glob("*.*"))]
     rows += [{"file_name": "../secret.png", "text": "x"}, {"file_name": "gone.png", "text": "x"}]
     rows += [{"file_name": "good0.png", "text": "  "}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match="8 of 28 pictures.*data.max_bad_share"):
+    with pytest.raises(ValueError, match="8 of 28 images.*data.max_bad_share"):
         prepare.prepare(folder_config(tmp_path, folder))
     with pytest.warns(UserWarning, match="skipped 8 of 28"):
         prepared = prepare.prepare(folder_config(tmp_path, folder, max_bad_share=0.5))
     assert {reason: sorted(names) for reason, names in prepared.skipped.items()} == {
-        "damaged picture": ["cut.jpg"],
-        "not a picture": ["empty.png", "text.png"],
+        "damaged image": ["cut.jpg"],
+        "not an image": ["empty.png", "text.png"],
         "more than 32 megapixels": ["bomb.png", "large.png"],
         "outside the folder": ["../secret.png"],
         "missing": ["gone.png"],
@@ -117,9 +117,9 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path):
     "make, message",
     [
         (lambda f: None, "neither openmoji nor shapes nor a folder"),
-        (lambda f: f.mkdir(), "no usable picture"),
-        (lambda f: picture(f / "a.png"), "no captions"),
-        (lambda f: [picture(f / "a.png"), (f / "metadata.csv").write_text("name,text\na,b\n")], "no column file_name"),
+        (lambda f: f.mkdir(), "no usable image"),
+        (lambda f: image(f / "a.png"), "no captions"),
+        (lambda f: [image(f / "a.png"), (f / "metadata.csv").write_text("name,text\na,b\n")], "no column file_name"),
     ],
 )
 def test_unusable_sources_say_what_to_do(tmp_path, make, message):
@@ -129,12 +129,12 @@ def test_unusable_sources_say_what_to_do(tmp_path, make, message):
 
 
 def test_a_changed_folder_is_prepared_anew_an_unchanged_one_is_not(tmp_path):
-    picture(tmp_path / "f" / "cat" / "1.png")
+    image(tmp_path / "f" / "cat" / "1.png")
     first = prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     stored = sorted((tmp_path / "cache").iterdir())
     prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     assert sorted((tmp_path / "cache").iterdir()) == stored
-    picture(tmp_path / "f" / "cat" / "2.png")
+    image(tmp_path / "f" / "cat" / "2.png")
     assert len(prepare.prepare(folder_config(tmp_path, tmp_path / "f"))) == len(first) + 1
 
 
@@ -151,9 +151,9 @@ def test_shapes_split(shapes):
     assert not held_out & set(prepared.training_captions())
 
 
-def test_each_epoch_shows_each_picture_once_in_its_own_order(shapes):
+def test_each_epoch_shows_each_image_once_in_its_own_order(shapes):
     config, prepared = shapes
-    stream = loader.CaptionedPictures(prepared, seed=3, caption_dropout=0.0)
+    stream = tiny.samples(prepared, seed=3, caption_dropout=0.0)
     epochs = [[stream[e * 64 + i][0] for i in range(64)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(prepared.select("train"))
     assert epochs[0] != epochs[1]
@@ -161,18 +161,18 @@ def test_each_epoch_shows_each_picture_once_in_its_own_order(shapes):
 
 def test_a_sample_is_a_function_of_its_position_alone(shapes):
     _, prepared = shapes
-    forward = loader.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
-    backward = loader.CaptionedPictures(prepared, seed=3, caption_dropout=0.5)
+    forward = tiny.samples(prepared, seed=3, caption_dropout=0.5)
+    backward = tiny.samples(prepared, seed=3, caption_dropout=0.5)
     seen = {i: forward[i] for i in range(150)}
     for i in reversed(range(150)):
         assert backward[i] == seen[i]
-    other = loader.CaptionedPictures(prepared, seed=4, caption_dropout=0.5)
+    other = tiny.samples(prepared, seed=4, caption_dropout=0.5)
     assert [other[i][4] for i in range(9)] != [seen[i][4] for i in range(9)]
 
 
 def test_captions_are_dropped_anew_for_every_sample(shapes):
     _, prepared = shapes
-    stream = loader.CaptionedPictures(prepared, seed=0, caption_dropout=0.25)
+    stream = tiny.samples(prepared, seed=0, caption_dropout=0.25)
     dropped = np.array([[stream[e * 64 + i][2] == len(prepared.captions) for i in range(64)] for e in range(40)])
     assert dropped.mean() == pytest.approx(0.25, abs=0.03)
     assert not any((dropped[0] == row).all() for row in dropped[1:])
@@ -180,7 +180,7 @@ def test_captions_are_dropped_anew_for_every_sample(shapes):
 
 def test_noise_levels_spread_evenly_over_any_batch(shapes):
     _, prepared = shapes
-    stream = loader.CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
+    stream = tiny.samples(prepared, seed=0, caption_dropout=0.0)
     for start in (0, 17, 640):
         u = sorted(stream[start + i][3] for i in range(16))
         assert max(np.diff([0.0, *u, 1.0])) < 2.7 / 16
@@ -191,14 +191,14 @@ def test_two_processes_see_together_what_one_sees(shapes, tmp_path):
     tokenizer = train_tokenizer(prepared.training_captions(), 600, 20)
     texts = cached.cached_texts(prepared, tokenizer, None, tmp_path)
     config.train.batch_size = 4
-    pair = [loader.batches(prepared, config, texts, rank, 2) for rank in range(2)]
-    one = loader.batches(prepared, config, texts, 0, 1)
+    pair = [tiny.batches(prepared, config, texts, rank=rank, num_processes=2) for rank in range(2)]
+    one = tiny.batches(prepared, config, texts)
     for _ in range(3):
         for stream in pair:
             a, b = next(one), next(stream)
             assert all(torch.equal(a[key], b[key]) for key in a)
-    resumed = next(loader.batches(prepared, config, texts, 0, 1, start=24))
-    assert torch.equal(resumed["noise_seed"], next(one)["noise_seed"])
+    resumed = next(tiny.batches(prepared, config, texts, start=24))
+    assert torch.equal(resumed["sample_key"], next(one)["sample_key"])
     assert a["pixel_values"].shape == (4, 3, 16, 16) and a["pixel_values"].abs().max() <= 1
     assert a["text"].shape == (4, 20)
 
@@ -210,7 +210,7 @@ def test_noise_depends_on_the_seed_of_each_sample_only():
     assert abs(streams.noise_for(torch.arange(500), (3, 8, 8), torch.device("cpu")).std() - 1) < 0.01
 
 
-def test_openmoji_names_pictures_in_two_languages():
+def test_openmoji_names_images_in_two_languages():
     records = openmoji.records(["en", "zh"], skin_tones=True)
     by_caption = {record["captions"][0]: record for record in records}
     assert len(records) > 3900
@@ -240,18 +240,18 @@ def test_captions_can_begin_with_the_main_colour(tmp_path):
 
 
 def test_the_main_colour_leaves_ground_and_lines_out():
-    picture = np.full((10, 10, 3), 255, np.uint8)
-    assert openmoji.main_colour(picture) is None  # nothing but ground
-    picture[2:5, 2:5] = 0xB1, 0xCC, 0x33
-    assert openmoji.main_colour(picture) is None  # too little
-    picture[2:5, 2:8], picture[5] = (0xB1, 0xCC, 0x33), 0
-    assert openmoji.main_colour(picture) == "green"
-    assert openmoji.coloured("pear", picture) == ["green pear"]
-    assert openmoji.coloured("woman light skin tone", picture) == openmoji.coloured("Green apple", picture) == []
-    picture[6:9, 2:8] = 0xEA, 0x5A, 0x47
-    assert openmoji.main_colour(picture) in ("green", "red")  # half and half
-    picture[6:10, 2:8] = 0x9B, 0x9B, 0x9A
-    assert openmoji.main_colour(picture) is None  # grey is read and not named
+    image = np.full((10, 10, 3), 255, np.uint8)
+    assert openmoji.main_colour(image) is None  # nothing but ground
+    image[2:5, 2:5] = 0xB1, 0xCC, 0x33
+    assert openmoji.main_colour(image) is None  # too little
+    image[2:5, 2:8], image[5] = (0xB1, 0xCC, 0x33), 0
+    assert openmoji.main_colour(image) == "green"
+    assert openmoji.add_main_colour("pear", image) == ["green pear"]
+    assert openmoji.add_main_colour("woman light skin tone", image) == openmoji.add_main_colour("Green apple", image) == []
+    image[6:9, 2:8] = 0xEA, 0x5A, 0x47
+    assert openmoji.main_colour(image) in ("green", "red")  # half and half
+    image[6:10, 2:8] = 0x9B, 0x9B, 0x9A
+    assert openmoji.main_colour(image) is None  # grey is read and not named
 
 
 def test_openmoji_is_drawn_on_white():

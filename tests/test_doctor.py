@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
-from test_data import picture
+from test_data import image
 
 from sfumato import cli
 from sfumato.training import doctor
@@ -26,7 +26,7 @@ def test_a_sound_config_gets_no_warning_but_for_its_length(tmp_path, capsys):
     found = findings(path)
     assert not [what for severity, what in found if severity in ("warning", "error") and "only 6 steps" not in what]
     assert (tmp_path / "run" / "doctor.png").is_file()
-    assert told(found, "fine", "4 pictures a step") and told(found, "fine", "weights are trained")
+    assert told(found, "fine", "4 images a step") and told(found, "fine", "weights are trained")
     assert cli.main(["doctor", str(path)]) == 0
     assert "last noise level" in capsys.readouterr().out
     assert told(findings(path, "train.max_steps=1000000000"), "warning", "days on one process")
@@ -35,7 +35,7 @@ def test_a_sound_config_gets_no_warning_but_for_its_length(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:skipped", "ignore:.*captions are longer")
 def test_planted_faults_are_found(tmp_path):
     for i in range(20):
-        picture(tmp_path / "f" / f"{i}.png", "red" if i < 10 else (i, 2 * i, 0))
+        image(tmp_path / "f" / f"{i}.png", "red" if i < 10 else (i, 2 * i, 0))
     rows = [{"file_name": f"{i}.png", "text": "red thing " * 30 if i < 12 else "thing"} for i in range(20)]
     rows += [{"file_name": "gone.png", "text": "x"}]
     (tmp_path / "f" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -51,7 +51,7 @@ def test_planted_faults_are_found(tmp_path):
     assert told(found, "warning", "longer than 20 tokens")
     assert told(found, "warning", "no caption is ever dropped")
     assert told(found, "warning", "last noise level")
-    assert told(found, "warning", "training pictures")
+    assert told(found, "warning", "training images")
     assert all(f.reason or f.advice for (severity, _), f in found.items() if severity in ("warning", "error"))
 
 
@@ -65,7 +65,7 @@ def test_a_result_is_judged(tmp_path):
 def test_a_result_with_a_damaged_checkpoint_and_two_sizes_is_judged(tmp_path):
     for kind, size in {"tall": (20, 40), "wide": (40, 20)}.items():
         for i in range(3):
-            picture(tmp_path / "f" / kind / f"{i}.png", size=size)
+            image(tmp_path / "f" / kind / f"{i}.png", size=size)
     path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "buckets": [[24, 16], [16, 24]]})
     main([str(path)])
     (tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""DDIM inversion leads back to the picture it came from, and elsewhere under another caption."""
+"""DDIM inversion leads back to the image it came from, and elsewhere under another caption."""
 
 import numpy as np
 import pytest
@@ -21,24 +21,24 @@ from sfumato.pipelines.edit import edit, invert
     ],
 )
 def test_what_is_inverted_is_drawn_again(tmp_path, prediction_type, strength, steps):
-    # A schedule that leaves a trace of the picture at its end; cosine's leaves none.
+    # A schedule that leaves a trace of the image at its end; cosine's leaves none.
     pipe = tiny.pipeline(tmp_path, scheduler={"prediction_type": prediction_type, "beta_schedule": "scaled_linear"})
-    picture = np.random.default_rng(0).uniform(0.2, 0.8, (16, 16, 3)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(0.2, 0.8, (16, 16, 3)).astype(np.float32)
     call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "np"}
-    again = edit(pipe, picture, "a red circle", "a red circle", **call).images[0]
+    again = edit(pipe, image, "a red circle", "a red circle", **call).images[0]
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    anew = with_sampler(pipe, "ddim")("a red circle", image=picture, latents=noise, **call).images[0]
-    error, other = (float(np.sqrt(np.square(drawn - picture).mean())) for drawn in (again, anew))
+    anew = with_sampler(pipe, "ddim")("a red circle", image=image, latents=noise, **call).images[0]
+    error, other = (float(np.sqrt(np.square(drawn - image).mean())) for drawn in (again, anew))
     assert error < 0.03 * other, (error, other)
-    changed = edit(pipe, picture, "a red circle", "a blue square", **{**call, "guidance_scale": 5.0}).images[0]
+    changed = edit(pipe, image, "a red circle", "a blue square", **{**call, "guidance_scale": 5.0}).images[0]
     assert np.abs(changed - again).max() > 1e-3
 
 
 def test_the_noise_is_that_of_the_exact_step(tmp_path):
-    """One step: DDIM from the noise that inversion found gives the picture, whatever the network says."""
+    """One step: DDIM from the noise that inversion found gives the image, whatever the network says."""
     pipe = tiny.pipeline(tmp_path)
-    picture = np.random.default_rng(0).uniform(0.2, 0.8, (16, 16, 3)).astype(np.float32)
-    noise = invert(pipe, picture, "a red circle", strength=0.1, num_inference_steps=10, iterations=30)
-    given = {"image": picture, "strength": 0.1, "latents": noise, "num_inference_steps": 10}
+    image = np.random.default_rng(0).uniform(0.2, 0.8, (16, 16, 3)).astype(np.float32)
+    noise = invert(pipe, image, "a red circle", strength=0.1, num_inference_steps=10, iterations=30)
+    given = {"image": image, "strength": 0.1, "latents": noise, "num_inference_steps": 10}
     drawn = with_sampler(pipe, "ddim")("a red circle", guidance_scale=1.0, output_type="np", **given).images[0]
-    np.testing.assert_allclose(drawn, picture, atol=1e-4)
+    np.testing.assert_allclose(drawn, image, atol=1e-4)

@@ -64,7 +64,7 @@ def test_recorded_attention_gives_the_output_of_the_layer(pipe):
     assert torch.allclose(recorded, probs.mean(0), atol=1e-6)
 
 
-def test_the_last_expected_picture_is_the_result(pipe):
+def test_the_last_expected_image_is_the_result(pipe):
     found = explain(with_sampler(pipe, "ddim"), PROMPT, num_inference_steps=5, generator=seed())
     assert found.expected.shape == (5, 16, 16, 3)
     np.testing.assert_allclose(found.expected[-1], np.asarray(found.image) / 255, atol=1 / 255)
@@ -87,5 +87,5 @@ def test_foreign_folders_are_explained(pipe, tmp_path):
 
 @pytest.mark.parametrize("prompt, more", [("", {}), (["a"], {}), ("a", {"num_images_per_prompt": 2})])
 def test_what_cannot_be_explained_is_told(pipe, prompt, more):
-    with pytest.raises(ValueError, match="one text|one picture"):
+    with pytest.raises(ValueError, match="one text|one image"):
         explain(pipe, prompt, **more)

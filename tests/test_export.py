@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from sfumato import cli, files
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.export import joined_source
+from sfumato.pipelines.export import RunRecord, WeightFiles, joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.config.load import dump_config, load_config
 from sfumato.training.train import main
@@ -75,7 +75,8 @@ CHILD = """
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     pipe = tiny.pipeline(folder, scheduler={"beta_schedule": "chen_sigmoid", "schedule_params": {"tau": 0.8}})
-    export_pipeline(pipe, folder / "model", {"title": "Tiny", "steps": 3}, [("a red circle", Image.new("RGB", (16, 16)))])
+    run = RunRecord(samples=[("a red circle", Image.new("RGB", (16, 16)))])
+    export_pipeline(pipe, folder / "model", {"title": "Tiny", "steps": 3}, run=run)
     return pipe, folder / "model"
 
 
@@ -102,7 +103,7 @@ def run_child(code, *arguments, **more):
     return child
 
 
-def test_a_process_without_sfumato_draws_the_same_picture(exported, tmp_path):
+def test_a_process_without_sfumato_draws_the_same_image(exported, tmp_path):
     pipe, folder = exported
     child = run_child(CHILD, folder, tmp_path / "images")
     expected = draw(pipe)
@@ -149,7 +150,7 @@ STOCK = sorted(
     for name in dir(diffusers)
     if name.endswith("Scheduler")
     and "trained_betas" in inspect.signature(getattr(diffusers, name).__init__).parameters
-    # RePaint takes a picture and a mask, CogVideoX shifts every schedule, the inverse ones end in noise, IPNDM keeps none.
+    # RePaint takes an image and a mask, CogVideoX shifts every schedule, the inverse ones end in noise, IPNDM keeps none.
     and not name.startswith(("RePaint", "CogVideoX", "IPNDM", "UnCLIP", "CosineDPM"))
     and "Inverse" not in name
 )
@@ -187,7 +188,8 @@ def test_there_are_many_stock_schedulers():
 def test_half_raw_and_split_weights(exported, tmp_path):
     pipe, _ = exported
     raw = {f"unet.{name}": value + 1 for name, value in pipe.unet.state_dict().items()}
-    export_pipeline(pipe, tmp_path / "m", variants=["fp16", "raw"], raw=raw, max_shard_size="60KB")
+    weights = WeightFiles(variants=["fp16", "raw"], raw=raw, max_shard_size="60KB")
+    export_pipeline(pipe, tmp_path / "m", weights=weights)
     assert (tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "m")
     assert {plain.unet.dtype, plain.text_encoder.dtype, plain.vae.dtype} == {torch.float32}
@@ -202,7 +204,7 @@ def test_half_raw_and_split_weights(exported, tmp_path):
     assert np.isfinite(draw(bf16)).all()
     assert '`variant="fp16"`' in (tmp_path / "m" / "README.md").read_text()
     with pytest.raises(ValueError, match="raw needs"):
-        export_pipeline(pipe, tmp_path / "n", variants=["raw"])
+        export_pipeline(pipe, tmp_path / "n", weights=WeightFiles(variants=["raw"]))
 
 
 def test_what_was_loaded_by_remote_code_is_exported_as_the_same_folder(exported, tmp_path):
@@ -381,7 +383,7 @@ def test_what_a_run_shares_tells_how_it_was_made_and_repeats_it(tmp_path):
     assert run["versions"]["diffusers"] == diffusers.__version__ and run["guidance_scale"] == 3.0
     assert run["commit"] is None or len(run["commit"]) == 40
     card = (folder / "README.md").read_text()
-    for fact in ("| Steps | 12 |", "| Pictures seen | 48 |", "minutes", "learning rate 0.001", "judged by", "Train it again"):
+    for fact in ("| Steps | 12 |", "| Images seen | 48 |", "minutes", "learning rate 0.001", "judged by", "Train it again"):
         assert fact in card, fact
     # The settings that travel make the same model, and export keeps what the folder tells.
     again = load_config(
@@ -416,13 +418,13 @@ def test_a_model_that_learned_its_variance_draws_the_same_in_stock_diffusers(tmp
 
 def test_half_precision_halves_the_unet_and_opens_in_float32(exported, tmp_path):
     pipe, folder = exported[0], Path(exported[1])
-    small = export_pipeline(pipe, tmp_path / "small", source=folder, half=True)
+    small = export_pipeline(pipe, tmp_path / "small", source=folder, weights=WeightFiles(half=True))
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (small / name).stat().st_size < 0.55 * (folder / name).stat().st_size
     stock = diffusers.DiffusionPipeline.from_pretrained(small)
     assert {stock.unet.dtype, stock.text_encoder.dtype, stock.vae.dtype} == {torch.float32}
-    pictures = [
+    images = [
         p("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
         for p in (stock, pipe)
     ]
-    np.testing.assert_allclose(*pictures, atol=0.02)
+    np.testing.assert_allclose(*images, atol=0.02)

@@ -61,13 +61,15 @@ def test_a_weight_on_x_0_is_the_same_in_every_prediction():
     """An error d in the velocity is an error -sigma d in x_0, so weights must follow sigma^2."""
     scheduler = SfumatoFlowScheduler()
     t = torch.tensor([100, 500, 900])
-    on_x_0 = loss_weight(scheduler.snr(t), "sample", "min_snr", 5.0, 0.1)
-    torch.testing.assert_close(loss_weight(scheduler.snr(t), "flow_prediction", "min_snr", 5.0, 0.1), on_x_0 * (t / 1000) ** 2)
+    on_x_0 = loss_weight(scheduler.snr(t), "sample", "min_snr", gamma=5.0, floor=0.1)
+    torch.testing.assert_close(
+        loss_weight(scheduler.snr(t), "flow_prediction", "min_snr", gamma=5.0, floor=0.1), on_x_0 * (t / 1000) ** 2
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_dpm_solver_of_order_one_takes_eulers_steps(shift):
-    """And Euler's steps reach the picture in one step where the velocity is constant."""
+    """And Euler's steps reach the image in one step where the velocity is constant."""
     ours = SfumatoFlowScheduler(shift=shift)
     stock, field = ours.to_stock(), torch.nn.Conv2d(3, 3, 3, padding=1)
     results = []
@@ -111,19 +113,19 @@ def test_stock_stable_diffusion_opens_it_and_draws_the_same(folder):
 
 def test_image_to_image_inpainting_and_explanation(folder):
     pipe = with_sampler(SfumatoPipeline.from_pretrained(folder), "euler")
-    picture, mask = np.full((16, 16, 3), 128, np.uint8), np.zeros((16, 16), bool)
+    image, mask = np.full((16, 16, 3), 128, np.uint8), np.zeros((16, 16), bool)
     mask[4:12, 4:12] = True
-    near, far = (draw(pipe, image=picture, strength=s, num_inference_steps=10) for s in (0.1, 1.0))
+    near, far = (draw(pipe, image=image, strength=s, num_inference_steps=10) for s in (0.1, 1.0))
     assert np.abs(near - 128 / 255).mean() < np.abs(far - 128 / 255).mean()
-    kept = draw(pipe, image=picture, mask_image=mask)[0][~mask]
+    kept = draw(pipe, image=image, mask_image=mask)[0][~mask]
     np.testing.assert_allclose(kept, 128 / 255, atol=1e-6)
     stock = StableDiffusionImg2ImgPipeline.from_pretrained(folder)
-    assert np.isfinite(draw(stock, image=picture[None] / 255.0, strength=0.5)).all()
+    assert np.isfinite(draw(stock, image=image[None] / 255.0, strength=0.5)).all()
     found = explain(pipe, "a red circle", num_inference_steps=4)
     last = np.asarray(found.image) / 255
     np.testing.assert_allclose(found.expected[-1], last, atol=0.02)  # the last step goes all the way to x_0
     with pytest.raises(ValueError, match="not for flow matching"):
-        invert(pipe, picture, "a red circle")
+        invert(pipe, image, "a red circle")
 
 
 def test_it_goes_on(tmp_path, folder):

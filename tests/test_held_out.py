@@ -5,20 +5,17 @@ import json
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.load import load_config
-from sfumato.training.data.prepare import prepare
 from sfumato.training.engine.best import best_before, is_better
 from sfumato.training.quality import drawing, held_out
-from sfumato.training.tasks import text_to_image
 from sfumato.training.train import main
 
 
 def task(folder, **sections):
     config = load_config(tiny.config_file(folder, **sections))
-    return text_to_image.TextToImage(config, prepare(config.data), None, Accelerator(cpu=True))
+    return tiny.task(config)
 
 
 def told(folder):
@@ -43,12 +40,12 @@ def test_the_loss_does_not_depend_on_batch_size_and_recipe(tmp_path):
 
 @torch.no_grad()
 def test_the_loss_of_a_known_network_is_the_formula(tmp_path):
-    """A network that says v = 0 means x_0 = alpha x_t: its error on v is |v|^2, about 1 + small for unit pictures."""
+    """A network that says v = 0 means x_0 = alpha x_t: its error on v is |v|^2, about 1 + small for unit images."""
     mine = task(tmp_path)
     for parameter in mine.pipe.unet.conv_out.parameters():
         parameter.zero_()
     got = held_out.held_out_loss(mine)
-    shown = [mine.pictures.picture(i) for i in drawing.sample_indices(mine.pictures, 64)]
+    shown = [mine.images.image(i) for i in drawing.sample_indices(mine.images, 64)]
     power = sum(float(((p / 127.5 - 1) ** 2).mean()) for p in shown) / len(shown)
     # v = sqrt(abar) eps - sqrt(1 - abar) x_0, so |v|^2 = abar + (1 - abar) power, on average over the noise.
     abar = [torch.sigmoid(torch.tensor(e + 1.0)).item() for e in held_out.EDGES[:-1]]

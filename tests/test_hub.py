@@ -19,9 +19,10 @@ from loopback_hub import Hub
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.export import RunRecord
 from sfumato.training.train import main
 
-# Draws with whatever class; sfumato cannot be imported. Arguments: a file for the pictures, then (class, keywords) as JSON.
+# Draws with whatever class; sfumato cannot be imported. Arguments: a file for the images, then (class, keywords) as JSON.
 LOAD = """
     import json, os, sys, urllib.request, numpy as np, torch
     sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
@@ -44,7 +45,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     pipe = tiny.pipeline(folder)
     facts = {"title": "Tiny", "steps": 3}
-    export_pipeline(pipe, folder / "model", facts, [("a red circle", Image.new("RGB", (16, 16)))])
+    export_pipeline(pipe, folder / "model", facts, run=RunRecord(samples=[("a red circle", Image.new("RGB", (16, 16)))]))
     generator = torch.Generator().manual_seed(0)
     images = pipe("a red circle", guidance_scale=3.0, num_inference_steps=3, output_type="np", generator=generator).images
     return folder / "model", images
@@ -89,7 +90,7 @@ def train(hub, home, config, token):
 
 
 def load(hub, tmp_path, *doors, home="reader"):
-    """Pictures by all doors, from a child without sfumato, and what it said."""
+    """Images by all doors, from a child without sfumato, and what it said."""
     child = run(hub, tmp_path / home, textwrap.dedent(LOAD), tmp_path / "images", json.dumps(doors), token=None)
     return dict(np.load(tmp_path / "images.npz")), child.stderr
 

@@ -56,19 +56,19 @@ def test_stock_inpainting_opens_it_and_draws_the_same(trained):
         SfumatoPipeline.from_pretrained(trained / "pipeline"),
     )
     assert type(stock) is StableDiffusionInpaintPipeline and stock.unet.config.in_channels == 9
-    # Stock draws numbers while it encodes the masked picture, so a sampler that draws its own would get others.
+    # Stock draws numbers while it encodes the masked image, so a sampler that draws its own would get others.
     stock.scheduler = UniPCMultistepScheduler.from_config(stock.scheduler.config)
     ours = with_sampler(ours, "unipc")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     mask = Image.fromarray(np.uint8(255 * (np.arange(256).reshape(16, 16) % 16 < 9)))
-    given = {"image": picture, "mask_image": mask}
+    given = {"image": image, "mask_image": mask}
     theirs = draw(stock, **given, height=16, width=16, strength=1.0)
     inside = np.asarray(mask) > 0
     drawn = draw(ours, **given)
     np.testing.assert_allclose(drawn[0][inside], theirs[0][inside], atol=1e-5)
-    assert (np.uint8(np.round(drawn[0] * 255)) == np.asarray(picture))[~inside].all()  # ours keeps the rest exactly
+    assert (np.uint8(np.round(drawn[0] * 255)) == np.asarray(image))[~inside].all()  # ours keeps the rest exactly
     everything = Image.new("L", (16, 16), 255)
-    stock_all = draw(stock, image=picture, mask_image=everything, height=16, width=16, strength=1.0)
+    stock_all = draw(stock, image=image, mask_image=everything, height=16, width=16, strength=1.0)
     np.testing.assert_allclose(draw(ours), stock_all, atol=1e-5)  # no mask: all is drawn
     assert list((trained / "samples").glob("*.png"))
 
@@ -93,7 +93,7 @@ def test_the_network_reads_what_is_outside_the_mask_and_not_what_is_inside(train
         seen = inpainting_condition(pipe.vae, pixels, mask, noise)
     torch.testing.assert_close(seen[:, :1], mask)
     torch.testing.assert_close(seen[:, 1:4], pixels * (1 - mask), atol=1e-5, rtol=1e-5)
-    assert seen[:, 4].abs().max() < 1e-5  # the channel that pads the picture to four
+    assert seen[:, 4].abs().max() < 1e-5  # the channel that pads the image to four
 
 
 def test_it_grows_from_a_text_to_image_model_and_goes_on(tmp_path, trained):
@@ -119,4 +119,4 @@ def test_wrong_models_are_told(tmp_path, trained, capsys):
     assert main([str(path)]) == 2
     assert "9 channels for 4 latents, not one for text_to_image" in capsys.readouterr().err
     assert main([str(tiny.config_file(tmp_path, task="inpainting", data={"cache_latents": True}))]) == 2
-    assert "task=inpainting needs the pictures" in capsys.readouterr().err
+    assert "task=inpainting needs the images" in capsys.readouterr().err

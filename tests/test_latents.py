@@ -52,17 +52,17 @@ def test_cached_training_equals_uncached(tmp_path, base):
 
 def test_keys_follow_the_content(tmp_path, base):
     config = tiny.load_config(latent_config(tmp_path, base, num_pictures=4)).data
-    pictures = prepare(config)
+    images = prepare(config)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
-    first = cached.cached_latents(pictures, vae, tmp_path / "kept")
+    first = cached.cached_latents(images, vae, tmp_path / "kept")
     assert first.shape == (260, 4, 8, 8)
-    expected = latent_space.encode(vae, latent_space.to_pixel_values(pictures.picture(3)[None]))[0]
+    expected = latent_space.encode(vae, latent_space.to_pixel_values(images.image(3)[None]))[0]
     np.testing.assert_allclose(first[3], expected.numpy(), atol=1e-5)
-    cached.cached_latents(pictures, vae, tmp_path / "kept")
+    cached.cached_latents(images, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 1
     with torch.no_grad():
         vae.encoder.conv_in.bias += 1
-    cached.cached_latents(pictures, vae, tmp_path / "kept")
+    cached.cached_latents(images, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 2
 
 

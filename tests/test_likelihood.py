@@ -1,4 +1,4 @@
-"""The variational bound: on Gaussian pictures, whose entropy is known, with the network that is right for them."""
+"""The variational bound: on Gaussian images, whose entropy is known, with the network that is right for them."""
 
 import json
 
@@ -18,7 +18,7 @@ LEVELS = np.linspace(-1, 1, 256)
 
 
 def toy(count, seed=0):
-    """Pictures whose pixels are independent, N(0, STD^2) rounded to 256 levels, and their entropy in bits."""
+    """Images whose pixels are independent, N(0, STD^2) rounded to 256 levels, and their entropy in bits."""
     from scipy import stats
 
     edges = (LEVELS[1:] + LEVELS[:-1]) / 2
@@ -91,9 +91,9 @@ def test_a_trained_model_learns_its_variance_and_tells_its_bits(tmp_path):
 
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.unet.config.out_channels == 6 and pipe.scheduler.config.variance_type == "learned_range"
-    pictures = prepare(load_config(path).data)
-    shown = np.stack([pictures.picture(i) for i in range(3)])
-    captions = [pictures[i]["captions"][0] for i in range(3)]
+    images = prepare(load_config(path).data)
+    shown = np.stack([images.image(i) for i in range(3)])
+    captions = [images[i]["captions"][0] for i in range(3)]
     told = bits_per_dim(pipe, shown, captions)
     assert told["bits/dim"] == pytest.approx(told["prior"] + told["decoder"] + sum(told["levels"]), rel=1e-5)
     some = bits_per_dim(pipe, shown, captions, num_levels=200)

@@ -1,4 +1,4 @@
-"""The checker must be right on true pictures, and must say no to wrong ones."""
+"""The checker must be right on true images, and must say no to wrong ones."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from sfumato.training.quality.obedience import read_scene, shapes_obedience
 
 
 @pytest.mark.parametrize("resolution", [24, 32, 64])
-def test_true_pictures_score_over_99_percent(resolution):
+def test_true_images_score_over_99_percent(resolution):
     rng = np.random.default_rng(1)
     everything = (scenes(held_out=False) + scenes(held_out=True))[:: 5 if resolution == 64 else 1]
     scores = shapes_obedience([draw(scene, resolution, rng) for scene in everything], everything)
@@ -47,13 +47,13 @@ def test_each_wrong_attribute_is_seen():
             assert all(scores[name] == 1 for name in tables if name != attribute)
 
 
-def test_empty_noisy_and_doubled_pictures_are_unreadable():
+def test_empty_noisy_and_doubled_images_are_unreadable():
     rng = np.random.default_rng(3)
     assert read_scene(np.full((32, 32, 3), 255, np.uint8)) is None
     assert read_scene(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) is None
     two = np.maximum(coverage("circle", 0.25, 0.25, 0.125, 32), coverage("circle", 0.75, 0.75, 0.125, 32))[..., None]
-    picture = (two * np.array(COLOURS["red"]) + (1 - two) * 255).round().astype(np.uint8)
-    assert read_scene(picture) is None
+    image = (two * np.array(COLOURS["red"]) + (1 - two) * 255).round().astype(np.uint8)
+    assert read_scene(image) is None
 
 
 def test_held_out_scenes_are_apart_and_cover_every_value():
@@ -76,14 +76,14 @@ def test_coverage_is_centred(shape):
 def test_pairs_are_read_in_any_quarters_and_binding_is_judged():
     rng = np.random.default_rng(4)
     everything = scenes(held_out=False, num_figures=2) + scenes(held_out=True, num_figures=2)
-    pictures = [draw(scene, 24, rng) for scene in everything]
-    assert shapes_obedience(pictures, everything)["all"] > 0.99
-    for scene, picture in list(zip(everything, pictures))[::37]:
+    images = [draw(scene, 24, rng) for scene in everything]
+    assert shapes_obedience(images, everything)["all"] > 0.99
+    for scene, image in list(zip(everything, images))[::37]:
         (a, b), (c, d) = scene.figures
         swapped = dataclasses.replace(scene, figures=((a, d), (c, b)))  # the right colours and shapes, wrongly bound
-        scores = shapes_obedience([picture], [swapped])
+        scores = shapes_obedience([image], [swapped])
         assert (scores["colours"], scores["shapes"], scores["all"]) == (1, 1, 0)
-        assert shapes_obedience([picture], [dataclasses.replace(scene, figures=scene.figures[::-1])])["all"] == 1
+        assert shapes_obedience([image], [dataclasses.replace(scene, figures=scene.figures[::-1])])["all"] == 1
 
 
 def test_held_out_pairs_are_never_seen_together():

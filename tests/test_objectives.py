@@ -8,10 +8,10 @@ import torch
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler
 from sfumato.training.objectives import (
     LossMoments,
+    add_offset,
     loss_weight,
     lr_scale,
     nearest_noise,
-    offset,
     sample_timesteps,
     weighted_mse,
 )
@@ -80,7 +80,7 @@ def test_a_weight_is_the_same_loss_on_x_0_whatever_is_predicted(weight):
     expected = ON_X_0[weight](snr) * (guess - x_0).square().mean((1, 2, 3))
     for kind in ("epsilon", "sample", "v_prediction"):
         error = scheduler.convert(guess, x_t, t, "sample", kind) - scheduler.convert(x_0, x_t, t, "sample", kind)
-        got = loss_weight(snr, kind, weight, 5.0) * error.square().mean((1, 2, 3))
+        got = loss_weight(snr, kind, weight, gamma=5.0) * error.square().mean((1, 2, 3))
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
     assert torch.isfinite(loss_weight(torch.tensor([0.0, torch.inf]), "v_prediction", weight)).all()
 
@@ -127,7 +127,7 @@ def test_importance_sampling_leaves_the_expected_loss_and_has_less_variance():
 
 def test_offset_noise_moves_whole_channels():
     noise, draws = torch.randn(2, 3, 8, 8), torch.randn(2, 3)
-    moved = offset(noise, 0.1, draws) - noise
+    moved = add_offset(noise, 0.1, draws) - noise
     torch.testing.assert_close(moved, 0.1 * draws[..., None, None].expand(-1, -1, 8, 8))
 
 

@@ -47,7 +47,7 @@ def model(tmp_path_factory):
     return folder / "model", images
 
 
-def test_old_diffusers_and_transformers_draw_the_same_picture(old, model, tmp_path):
+def test_old_diffusers_and_transformers_draw_the_same_image(old, model, tmp_path):
     folder, expected = model
     with Hub() as hub:
         run(hub, tmp_path / "writer", "push", folder, "tiny")
@@ -66,7 +66,7 @@ def test_old_diffusers_and_transformers_draw_the_same_picture(old, model, tmp_pa
         np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
 
 
-def test_onnx_draws_the_same_picture(old, model, tmp_path):
+def test_onnx_draws_the_same_image(old, model, tmp_path):
     folder, expected = model
     run_child(DRAW_ONNX, folder, tmp_path / "images.npy", PYTHONPATH=str(old))
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-3)

@@ -1,7 +1,6 @@
 """Metrics against independent implementations, and the whole report through the command line."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from sfumato.training.config import schema as configs
 from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import openmoji
 from sfumato.training.engine.checkpoints import damage
-from sfumato.training.quality.command import prepared
+from sfumato.training.quality.command import EvaluateOptions, open_for_evaluation
 from sfumato.training.quality.distances import (
     distances,
     frechet_distance,
@@ -27,18 +26,18 @@ from sfumato.training.quality.distances import (
     kernel_within,
     manifold_scores,
 )
-from sfumato.training.quality.features import features
+from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.features import compute_features
 from sfumato.training.quality.judge import Judge, altered
 from sfumato.training.quality.memorisation import flat_rows, memorisation, nearest, nearest_training
-from sfumato.training.quality.report import Evaluation
-from sfumato.training.quality.statistics import jackknife_score, mean, student_quantile
+from sfumato.training.quality.statistics import jackknife_score, mean_score, student_quantile
 from sfumato.training.train import main
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("n, m, d", [(300, 200, 16), (40, 30, 64), (200, 20, 50)])
-def test_frechet_distance_is_that_of_scipy_with_more_or_fewer_pictures_than_features(n, m, d):
+def test_frechet_distance_is_that_of_scipy_with_more_or_fewer_images_than_features(n, m, d):
     a, b = RNG.normal(size=(n, d)), 1.5 * RNG.normal(size=(m, d)) + 0.3
     s, t = np.cov(a.T), np.cov(b.T)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * np.real(sqrtm(s @ t)))
@@ -85,10 +84,10 @@ def test_confidence_intervals_cover_the_truth():
         (lambda: RNG.random(40) < 0.02, 0.02),
         (lambda: RNG.normal(size=6), 0),
     ):
-        scores = [mean(draw()) for _ in range(400)]
+        scores = [mean_score(draw()) for _ in range(400)]
         assert 0.92 < np.mean([abs(score.value - truth) <= score.half_width for score in scores])
-    assert mean(np.zeros(45)).half_width == pytest.approx(0.079, abs=0.01), "none of 45 is not none for sure"
-    assert mean([1.0]).half_width is None
+    assert mean_score(np.zeros(45)).half_width == pytest.approx(0.079, abs=0.01), "none of 45 is not none for sure"
+    assert mean_score([1.0]).half_width is None
     assert student_quantile(9) == pytest.approx(2.262, abs=0.005) and student_quantile(4) == pytest.approx(2.776, abs=0.03)
 
 
@@ -101,7 +100,7 @@ def test_the_interval_of_a_distance_is_its_spread_over_other_sets():
         assert np.median([score.half_width for score in scores]) == pytest.approx(spread, rel=0.5)
 
 
-def test_copies_are_found_and_new_pictures_are_not():
+def test_copies_are_found_and_new_images_are_not():
     train, held_out, new = (RNG.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8) for n in (50, 40, 30))
     copies = np.clip(train[:30].astype(int) + RNG.integers(-2, 3, (30, 8, 8, 3)), 0, 255).astype(np.uint8)
     rows = flat_rows(train)
@@ -113,7 +112,7 @@ def test_copies_are_found_and_new_pictures_are_not():
         near, which = nearest_training(drawn, flat_rows(drawn), [train[:20], train[20:]], rows)
         assert near.shape == which.shape == (30, 2) and (which[:, 0] == which[:, 1]).all()
         scores = memorisation(near, nearest_training(held_out, flat_rows(held_out), [train], rows)[0])
-        key = "share nearer than 95% of held-out pictures, pixels"
+        key = "share nearer than 95% of held-out images, pixels"
         assert scores[key].mean() == share if share is not None else scores[key].mean() < 0.3
 
 
@@ -130,24 +129,24 @@ def test_skin_tones_are_read_off_openmoji():
     assert len(right) == 45 and np.mean(right) > 0.9
 
 
-def test_captions_of_the_same_picture_count_as_one(tmp_path):
+def test_captions_of_the_same_image_count_as_one(tmp_path):
     """OpenMoji draws a man and a person walking alike, so a judge that names the one for the other is right."""
-    pictures = prepare(configs.DataConfig(languages=["en"], words=["walking"], cache_dir=str(tmp_path)))
-    number = {pictures[i]["captions"][0]: i for i in range(len(pictures))}
+    images = prepare(configs.DataConfig(languages=["en"], words=["walking"], cache_dir=str(tmp_path)))
+    number = {images[i]["captions"][0]: i for i in range(len(images))}
     man, person, woman = (number[f"{who} walking medium skin tone"] for who in ("man", "person", "woman"))
     evaluation = object.__new__(Evaluation)  # drawing is tested below
-    evaluation.pictures = pictures
+    evaluation.images = images
     assert evaluation.alike[man] == evaluation.alike[person] != evaluation.alike[woman]
     evaluation.parts = {"train": np.array([person]), "held_out": np.zeros(0, int), "combination": np.array([person])}
-    evaluation.made = np.stack([pictures.picture(person)] * 2)
+    evaluation.made = np.stack([images.image(person)] * 2)
     for named, right in ((man, 1), (woman, 0)):
-        scores = np.eye(len(pictures))[named : named + 1]
-        evaluation.judged = lambda judge, part, captions, scores=scores: {"": scores, " by true pictures": scores}
+        scores = np.eye(len(images))[named : named + 1]
+        evaluation.judged = lambda judge, part, captions, scores=scores: {"": scores, " by true images": scores}
         assert evaluation.retrieval(None)["retrieval at 1, training captions"].value == right
         assert evaluation.attributes(None)["held-out combinations wholly right"].value == right
-    others = [i for i in range(len(pictures)) if evaluation.alike[i] != evaluation.alike[person]]
+    others = [i for i in range(len(images)) if evaluation.alike[i] != evaluation.alike[person]]
     several = [i for i in others if evaluation.alike[i] in (evaluation.alike[others[0]], evaluation.alike[others[1]])]
-    scores = np.full((1, len(pictures)), 0.1)
+    scores = np.full((1, len(images)), 0.1)
     scores[0, several], scores[0, person] = 0.9, 0.5
     evaluation.judged = lambda judge, part, captions: {"": scores}
     found = evaluation.retrieval(None)
@@ -155,41 +154,41 @@ def test_captions_of_the_same_picture_count_as_one(tmp_path):
     assert found["retrieval at 5, training captions"].value == 1
 
 
-def test_a_caption_that_many_pictures_have_counts_once(tmp_path):
+def test_a_caption_that_many_images_have_counts_once(tmp_path):
     """Folders named like their class: of three captions the right one is among the first five, whatever the judge says."""
     for k, name in enumerate(("red", "green", "blue")):
         (tmp_path / name).mkdir()
         for i in range(8):
             Image.new("RGB", (8, 8), tuple(200 + i if c == k else 9 * i for c in range(3))).save(tmp_path / name / f"{i}.png")
-    pictures = prepare(configs.DataConfig(name=str(tmp_path), resolution=8, cache_dir=str(tmp_path / "cache")))
+    images = prepare(configs.DataConfig(name=str(tmp_path), resolution=8, cache_dir=str(tmp_path / "cache")))
     evaluation = object.__new__(Evaluation)
-    evaluation.pictures, train = pictures, pictures.select("train")
+    evaluation.images, train = images, images.select("train")
     evaluation.parts = {"train": train, "held_out": np.zeros(0, int)}
     worst = np.stack([np.array([0.1 if evaluation.caption(i) == c else 0.9 for c in ("red", "green", "blue")]) for i in train])
-    order = list(dict.fromkeys(evaluation.caption(i) for i in range(len(pictures))))
+    order = list(dict.fromkeys(evaluation.caption(i) for i in range(len(images))))
     worst = worst[:, [("red", "green", "blue").index(caption) for caption in order]]
     evaluation.judged = lambda judge, part, captions: {"": worst}
     found = evaluation.retrieval(None)
     assert found["retrieval at 1, training captions"].value == 0 and found["retrieval at 5, training captions"].value == 1
 
 
-def test_held_out_pictures_that_are_trained_under_another_caption_are_not_judged(tmp_path):
-    pictures = prepare(configs.DataConfig(languages=["en"], words=["walking", "teacher", "pilot"], cache_dir=str(tmp_path)))
+def test_held_out_images_that_are_trained_under_another_caption_are_not_judged(tmp_path):
+    images = prepare(configs.DataConfig(languages=["en"], words=["walking", "teacher", "pilot"], cache_dir=str(tmp_path)))
     evaluation = object.__new__(Evaluation)
-    evaluation.pictures = pictures
-    trained = {pictures.picture(int(i)).tobytes() for i in pictures.select("train")}
-    held_out, unseen = pictures.select("held_out_combination"), evaluation.unseen("held_out_combination")
+    evaluation.images = images
+    trained = {images.image(int(i)).tobytes() for i in images.select("train")}
+    held_out, unseen = images.select("held_out_combination"), evaluation.unseen("held_out_combination")
     assert 0 < len(unseen) < len(held_out)
-    assert set(unseen) == {i for i in held_out if pictures.picture(int(i)).tobytes() not in trained}
+    assert set(unseen) == {i for i in held_out if images.image(int(i)).tobytes() not in trained}
 
 
 def test_captions_that_differ_at_their_end_only_are_told_apart():
-    """And where they cannot be, no picture is found: what is equal does not count as right."""
+    """And where they cannot be, no image is found: what is equal does not count as right."""
     long = [" ".join(["a", "very"] + ["long"] * 40 + [word]) for word in ("red", "green", "blue")]
     judge = Judge(long)
     assert len({tuple(row.tolist()) for row in judge.tokens(long)}) == 3
     evaluation = object.__new__(Evaluation)
-    evaluation.pictures, evaluation.alike = long, np.arange(3)
+    evaluation.images, evaluation.alike = long, np.arange(3)
     evaluation.caption = long.__getitem__
     evaluation.parts = {"train": np.arange(3), "held_out": np.zeros(0, int)}
     evaluation.judged = lambda judge, part, captions: {"": np.full((3, 3), 0.5)}
@@ -197,13 +196,13 @@ def test_captions_that_differ_at_their_end_only_are_told_apart():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_altered_pictures_are_moved_blurred_and_noisy_but_little(channels):
-    picture = np.zeros((64, 64, channels), np.uint8)
-    picture[20:40, 10:30] = 200
+def test_altered_images_are_moved_blurred_and_noisy_but_little(channels):
+    image = np.zeros((64, 64, channels), np.uint8)
+    image[20:40, 10:30] = 200
     rng, tops, edges = np.random.default_rng(0), set(), set()
     for _ in range(30):
-        made = altered(picture, rng)
-        assert made.shape == picture.shape and made.dtype == np.uint8
+        made = altered(image, rng)
+        assert made.shape == image.shape and made.dtype == np.uint8
         assert made[24:36, 14:26].mean() > 180 and made[50:].mean() < 10
         profile = made[:, 14:26].mean((1, 2))
         tops.add(int(np.argmax(profile > 100)))
@@ -220,13 +219,13 @@ def test_features_of_a_transformers_model(tmp_path):
     CLIPModel(CLIPConfig(vision_config=size | {"intermediate_size": 32}, text_config=text, projection_dim=12)).save_pretrained(
         tmp_path / "clip"
     )
-    pictures = RNG.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
-    assert features(pictures, f"transformers:{tmp_path / 'dino'}").shape == (3, 16)
-    assert features(pictures, f"transformers:{tmp_path / 'clip'}").shape == (3, 12)
+    images = RNG.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    assert compute_features(images, f"transformers:{tmp_path / 'dino'}").shape == (3, 16)
+    assert compute_features(images, f"transformers:{tmp_path / 'clip'}").shape == (3, 12)
     with pytest.raises(ValueError, match="cannot be opened"):
-        features(pictures, f"transformers:{tmp_path}")
+        compute_features(images, f"transformers:{tmp_path}")
     with pytest.raises(ValueError, match="unknown extractor"):
-        features(pictures, "vgg")
+        compute_features(images, "vgg")
 
 
 @pytest.fixture(scope="module")
@@ -237,20 +236,20 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, monkeypatch):
+def test_evaluate_puts_figures_protocol_and_images_into_the_card(run, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(run))
     monkeypatch.setattr("sfumato.training.quality.judge.STEPS", 30)
     folder = run / "run" / "pipeline"
-    command = ["evaluate", "--model", str(folder), "--pictures", "12", "--steps", "2", "--bits", "2"]
+    command = ["evaluate", "--model", str(folder), "--images", "12", "--steps", "2", "--bits", "2"]
     assert cli(command) == 0
     told = json.loads((folder / "evaluation.json").read_text())
     names = set(told["scores"])
     assert {"FD", "KID", "precision", "recall", "density", "coverage"} <= names
-    assert {"retrieval at 1, training captions", "retrieval at 5, held-out captions by true pictures"} <= names
-    assert {"skin tone of held-out combinations", "held-out combinations wholly right by true pictures"} <= names
+    assert {"retrieval at 1, training captions", "retrieval at 5, held-out captions by true images"} <= names
+    assert {"skin tone of held-out combinations", "held-out combinations wholly right by true images"} <= names
     assert {"diversity: distance between drawings of one caption", "bits per dimension, train"} <= names
-    assert {f"share nearer than 95% of held-out pictures, pixels{part}" for part in ("", ", held-out captions")} <= names
-    assert told["scores"]["skin tone of held-out combinations by true pictures"]["value"] > 0.6
+    assert {f"share nearer than 95% of held-out images, pixels{part}" for part in ("", ", held-out captions")} <= names
+    assert told["scores"]["skin tone of held-out combinations by true images"]["value"] > 0.6
     assert all(np.isfinite(score["value"]) for score in told["scores"].values())
     assert (folder / "memorisation.png").is_file()
     card = ModelCard.load(folder / "README.md")
@@ -266,23 +265,23 @@ def test_evaluate_puts_figures_protocol_and_pictures_into_the_card(run, capsys, 
 
 def test_evaluate_of_a_run_knows_its_data_and_leaves_checkpoints_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sfumato.training.quality.judge.STEPS", 2)
-    data = tmp_path / "pictures"
+    data = tmp_path / "images"
     data.mkdir()
     for i in range(150):
         Image.fromarray(RNG.integers(0, 256, (16, 16, 4)).astype(np.uint8)).save(data / f"{i}.png")
-        (data / f"{i}.txt").write_text(f"picture {i}")
+        (data / f"{i}.txt").write_text(f"image {i}")
     path = tiny.config_file(tmp_path, data={"name": str(data), "channels": 4},
                             checkpoint={"every_steps": 3, "best_by": "held_out_loss"},
                             validation={"every_steps": 3, "guider": "apg", "guidance_interval": [0.2, 0.8]})  # fmt: skip
     assert main([str(path)]) == 0
     run = tmp_path / "run"
-    short = ["--pictures", "4", "--steps", "1"]
+    short = ["--images", "4", "--steps", "1"]
     assert cli(["evaluate", "--model", str(run), *short]) == 0, "the data are those of config.yaml"
     told = json.loads((run / "pipeline" / "evaluation.json").read_text())
     assert "guidance 3.0 (apg) in 0.2 to 0.8 of the steps" in told["protocol"]
-    assert "retrieval at 1, training captions" in told["scores"], "transparent pictures have a judge too"
-    options = Namespace(out=None, pictures=4, steps=1, data=None, sampler="unipc", guidance_scale=None, seed=0, bits=0)
-    assert type(prepared(str(run / "pipeline"), options)[0].guider).__name__ == "AdaptiveProjectedGuidance", (
+    assert "retrieval at 1, training captions" in told["scores"], "transparent images have a judge too"
+    options = EvaluateOptions(images=4, steps=1, sampler="unipc")
+    assert type(open_for_evaluation(str(run / "pipeline"), options)[0].guider).__name__ == "AdaptiveProjectedGuidance", (
         "as its grids were drawn"
     )
     assert cli(["evaluate", "--model", str(run / "best" / "pipeline"), *short]) == 0
@@ -301,7 +300,7 @@ def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys, monkeypatch):
     assert "--data" in capsys.readouterr().err
     folder = str(run / "run" / "pipeline")
     monkeypatch.setattr(
-        "sfumato.training.quality.drawing.draw_pictures", lambda *a, **k: pytest.fail("drawn before it was checked")
+        "sfumato.training.quality.drawing.draw_images", lambda *a, **k: pytest.fail("drawn before it was checked")
     )
     other, blind = tiny.config_file(tmp_path, data={"resolution": 24}), tmp_path / "reads words"
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
@@ -313,7 +312,7 @@ def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys, monkeypatch):
         ["--sampler", "x"],
         ["--steps", "5000"],
         ["--guidance-scale", "nan"],
-        ["--pictures", "1"],
+        ["--images", "1"],
         ["--bits", "-1"],
         ["--seed", "-1"],
         ["--out", str(other)],

@@ -67,15 +67,15 @@ def test_every_sampler_draws_it(folder):
         pipe = SfumatoPipeline.from_pretrained(folder)
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
         assert np.isfinite(draw(pipe)).all()
-    picture = Image.new("RGB", (16, 16), "red")
+    image = Image.new("RGB", (16, 16), "red")
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 8, 16))
-    kept = draw(SfumatoPipeline.from_pretrained(folder), image=picture, mask_image=mask)
+    kept = draw(SfumatoPipeline.from_pretrained(folder), image=image, mask_image=mask)
     np.testing.assert_allclose(kept[0, :, 8:, 0], 1, atol=1e-6)
 
 
 def test_it_opens_by_its_own_class_only(folder, tmp_path):
-    """With the flag and without sfumato, the same picture; without the flag, an error; with sfumato, no code of it runs."""
+    """With the flag and without sfumato, the same image; without the flag, an error; with sfumato, no code of it runs."""
     code = f"""
 import sys
 sys.modules["sfumato"] = None

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from sfumato import cli
-from sfumato.training.data.sources import openmoji
+from sfumato.registries import SOURCES
 
 FOLDER = Path(__file__).parent.parent / "models" / "openmoji"
 
@@ -20,9 +20,9 @@ def test_it_is_small_and_its_card_tells_figures_licence_and_protocol():
     assert sum(path.stat().st_size for path in files) < 20e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     card, told = ModelCard.load(FOLDER / "README.md"), json.loads((FOLDER / "evaluation.json").read_text())
-    assert card.data.license == "cc-by-sa-4.0" and openmoji.ATTRIBUTION in card.text
+    assert card.data.license == "cc-by-sa-4.0" and SOURCES["openmoji"].attribution in card.text
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    for name in ("FD", "KID", "retrieval at 1, training captions", "nearest training picture, features"):
+    for name in ("FD", "KID", "retrieval at 1, training captions", "nearest training image, features"):
         assert abs(figures[name] - told["scores"][name]["value"]) < 1e-4, name
     assert told["protocol"] in card.text and (FOLDER / "memorisation.png").is_file()
 

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_data import claims, folder_config, picture
+from test_data import claims, folder_config, image
 
 from sfumato.training.config import schema
 from sfumato.training.config.load import load_config
-from sfumato.training.data import prepare
+from sfumato.training.data import prepare, records
 from sfumato.training.data.cached import cached_texts
-from sfumato.training.data.loader import CaptionedPictures, batches
 from sfumato.training.data.sources import registry
 from sfumato.training.models.text import train_tokenizer
 
@@ -55,8 +54,8 @@ def exif(orientation):
     return data
 
 
-def pictures_and_captions():
-    """name -> (picture's bytes, caption as it stands in metadata.jsonl) of inputs that no trainer likes."""
+def images_and_captions():
+    """name -> (image's bytes, caption as it stands in metadata.jsonl) of inputs that no trainer likes."""
     noise = Image.effect_noise((64, 64), 80).convert("RGB")
     jpeg = encoded(noise, "jpeg")
     animated = io.BytesIO()
@@ -70,7 +69,7 @@ def pictures_and_captions():
         "truncated jpeg": (jpeg[: len(jpeg) // 2], "x"),
         "truncated png": (encoded(noise)[:2000], "x"),
         "zero bytes": (b"", "x"),
-        "text named .png": (b"no picture", "x"),
+        "text named .png": (b"no image", "x"),
         "1 x 1": (encoded(Image.new("RGB", (1, 1), "red")), "x"),
         "CMYK jpeg": (encoded(Image.new("CMYK", (20, 20)), "jpeg"), "x"),
         "16-bit png": (deep, "x"),
@@ -98,7 +97,7 @@ def outcome(prepared, name):
 
 
 def outcomes(folder: Path) -> dict[str, str]:
-    """Each input beside one good picture, so that what was noted is its own."""
+    """Each input beside one good image, so that what was noted is its own."""
     table = {}
     config = dict(resolution=16, cache_dir=str(folder / "cache"), max_bad_share=0.9)
 
@@ -107,7 +106,7 @@ def outcomes(folder: Path) -> dict[str, str]:
             warnings.simplefilter("ignore", UserWarning)
             table[label] = outcome(prepare.prepare(schema.DataConfig(name=str(source), **config)), name)
 
-    for number, (label, (body, caption)) in enumerate(pictures_and_captions().items()):
+    for number, (label, (body, caption)) in enumerate(images_and_captions().items()):
         source = folder / f"f{number}"
         source.mkdir()
         (source / "good.png").write_bytes(RED)
@@ -124,24 +123,24 @@ def outcomes(folder: Path) -> dict[str, str]:
     }
     for label, name in names.items():
         source = folder / f"n{len(label)}"
-        picture(source / "good.png")
-        picture(folder / "outside.png")
+        image(source / "good.png")
+        image(folder / "outside.png")
         rows = [{"file_name": "good.png", "text": "good"}, {"file_name": name, "text": "x"}]
         (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         judge(label, source, name.encode("utf-8", "replace").decode())
     source = folder / "link"
-    picture(source / "good.png")
+    image(source / "good.png")
     (source / "good.txt").write_text("good")
-    picture(source / "odd.png")
+    image(source / "odd.png")
     (folder / "secret.txt").write_text("secret")
     (source / "odd.txt").symlink_to(folder / "secret.txt")
     judge("caption file that is a link out of the folder", source, "odd.png")
     source = folder / "csv"
-    picture(source / "good.png")
+    image(source / "good.png")
     (source / "metadata.csv").write_text("file_name,text\ngood.png,good\nodd.png," + "x" * 11_000_000 + "\n")
     judge("CSV cell of 11 MB", source, "line 2")
     source = folder / "line"
-    picture(source / "good.png")
+    image(source / "good.png")
     (source / "metadata.jsonl").write_text('{"file_name": "good.png", "text": "good"}\n{"file_name": \n{"text": "x"}\n')
     judge("metadata line that is not JSON", source, "line 2")
     judge("metadata line without a file name", source, "line 3")
@@ -176,10 +175,10 @@ def outcomes(folder: Path) -> dict[str, str]:
 
 
 def parquet_rows():
-    """name -> (picture, caption) of a row; a caption that is not UTF-8 lies about its type."""
+    """name -> (image, caption) of a row; a caption that is not UTF-8 lies about its type."""
     return {
         "parquet row whose caption is not UTF-8": (RED, b"caf\xe9"),
-        "parquet row without a picture": (None, b"x"),
+        "parquet row without an image": (None, b"x"),
         "parquet row without a caption": (RED, None),
         "parquet row with a bomb": (claims(50_000, 50_000), b"x"),
     }
@@ -189,10 +188,10 @@ def write_parquet(path, rows):
     """Rows of bare bytes, as tools other than `datasets` write them, and of captions that are declared to be text."""
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    pictures, captions = zip(*rows)
+    images, captions = zip(*rows)
     binary = pa.array(captions, pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())
-    parquet.write_table(pa.table({"image": pa.array(pictures, pa.binary()), "text": text}), path, write_batch_size=16)
+    parquet.write_table(pa.table({"image": pa.array(images, pa.binary()), "text": text}), path, write_batch_size=16)
 
 
 def as_markdown(table: dict[str, str]) -> str:
@@ -211,7 +210,7 @@ def test_tars_are_read_without_extracting(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "set"))
     assert [record["captions"] for record in prepared] == [["red thing"], ["two"], ["three"]]
-    assert tuple(prepared.picture(2)[8, 8]) == (255, 0, 0)
+    assert tuple(prepared.image(2)[8, 8]) == (255, 0, 0)
     assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in str(p)] == before
 
 
@@ -219,7 +218,7 @@ def test_tars_are_read_without_extracting(tmp_path):
 def parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     columns = {
-        "picture": [
+        "image": [
             {"bytes": RED, "path": None},
             {"bytes": None, "path": "/etc/hostname"},
             {"bytes": RED, "path": "x.png"},
@@ -228,7 +227,7 @@ def parquet(tmp_path):
         "kind": [0, 1, 1],
     }
     features = datasets.Features(
-        picture=datasets.Image(decode=False),
+        image=datasets.Image(decode=False),
         says=datasets.List(datasets.Value("string")),
         kind=datasets.ClassLabel(names=["sea_lion", "cat"]),
     )
@@ -239,13 +238,13 @@ def parquet(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_parquet_columns_lists_and_labels(tmp_path, parquet):
-    more = {"image_column": "picture", "max_bad_share": 0.5}
+    more = {"image_column": "image", "max_bad_share": 0.5}
     lists = prepare.prepare(folder_config(tmp_path, parquet, caption_column="says", **more))
     assert [record["captions"] for record in lists] == [["one", "eins"], ["three"]]
-    assert lists.skipped == {"no picture": ["row 1"]}  # a path of this machine in a stranger's table is not followed
+    assert lists.skipped == {"no image": ["row 1"]}  # a path of this machine in a stranger's table is not followed
     labels = prepare.prepare(folder_config(tmp_path, parquet / "rows.parquet", caption_column="kind", **more))
     assert [record["captions"] for record in labels] == [["sea lion"], ["cat"]]
-    with pytest.raises(ValueError, match="no column image and text; it has picture, says, kind"):
+    with pytest.raises(ValueError, match="no column image and text; it has image, says, kind"):
         prepare.prepare(folder_config(tmp_path, parquet))
 
 
@@ -279,17 +278,17 @@ def test_a_column_that_a_later_file_lacks_is_told_before_training(tmp_path):
     ],
 )
 def test_what_a_caption_cell_may_be(cell, expected):
-    assert registry.captions_of(cell) == expected
+    assert records.captions_of(cell) == expected
 
 
 def test_a_stricter_share_judges_what_is_prepared_already(tmp_path):
     for i in range(9):
-        picture(tmp_path / "f" / "cat" / f"{i}.png")
+        image(tmp_path / "f" / "cat" / f"{i}.png")
     (tmp_path / "f" / "cat" / "9.png").write_bytes(b"")
     with pytest.warns(UserWarning, match="skipped 1 of 10"):
         first = prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.2))
     assert prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.3)).fingerprint == first.fingerprint
-    with pytest.raises(ValueError, match="1 of 10 pictures"):
+    with pytest.raises(ValueError, match="1 of 10 images"):
         prepare.prepare(folder_config(tmp_path, tmp_path / "f", max_bad_share=0.05))
 
 
@@ -297,34 +296,34 @@ def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         prepared = prepare.prepare(
-            folder_config(tmp_path, parquet, image_column="picture", caption_column="says", max_bad_share=0.5)
+            folder_config(tmp_path, parquet, image_column="image", caption_column="says", max_bad_share=0.5)
         )
-    stream = CaptionedPictures(prepared, seed=0, caption_dropout=0.0)
+    stream = tiny.samples(prepared, caption_dropout=0.0)
     assert {prepared.captions[stream[i][2]] for i in range(40)} == {"one", "eins", "three"}
 
 
 @pytest.mark.parametrize("channels, colour", [(1, (76,)), (3, (255, 0, 0)), (4, (255, 0, 0, 128))])
 def test_grey_rgb_and_rgba(tmp_path, channels, colour):
-    picture(
+    image(
         tmp_path / "f" / "cat" / "1.png", (255, 0, 0, 128) if channels == 4 else "red", mode="RGBA" if channels == 4 else "RGB"
     )
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f", channels=channels))
-    assert tuple(prepared.picture(0)[8, 8]) == colour
+    assert tuple(prepared.image(0)[8, 8]) == colour
 
 
-def test_a_folder_of_picture_sets_is_told_to_be_one(tmp_path):
+def test_a_folder_of_image_sets_is_told_to_be_one(tmp_path):
     """Hugging Face's usual layout would otherwise train on the captions "train" and "test"."""
     for name in ("train/cats/1.png", "train/dogs/2.png", "test/cats/3.png"):
-        picture(tmp_path / "split" / name)
-    picture(tmp_path / "described" / "part" / "1.png")
+        image(tmp_path / "split" / name)
+    image(tmp_path / "described" / "part" / "1.png")
     (tmp_path / "described" / "part" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}')
     for folder, inner in (("split", "test, train"), ("described", "part")):
-        with pytest.raises(ValueError, match=f"picture sets of their own: {inner}; name one"):
+        with pytest.raises(ValueError, match=f"image sets of their own: {inner}; name one"):
             prepare.prepare(folder_config(tmp_path, tmp_path / folder))
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "split" / "train"))
     assert [prepared[i]["captions"] for i in range(2)] == [["cats"], ["dogs"]]
-    picture(tmp_path / "vehicles" / "bus" / "1.png")
-    picture(tmp_path / "vehicles" / "train" / "2.png")
+    image(tmp_path / "vehicles" / "bus" / "1.png")
+    image(tmp_path / "vehicles" / "train" / "2.png")
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "vehicles"))
     assert [prepared[i]["captions"] for i in range(2)] == [["bus"], ["train"]], "a class, with others beside"
 
@@ -332,7 +331,7 @@ def test_a_folder_of_picture_sets_is_told_to_be_one(tmp_path):
 def test_what_people_do_to_caption_files(tmp_path):
     """An unquoted comma would cut a caption; Windows begins a text with a mark; tools leave hidden files and archives."""
     for name in ("1.png", "2.png", "._1.png", ".ipynb_checkpoints/1.png"):
-        picture(tmp_path / "f" / name)
+        image(tmp_path / "f" / name)
     table = tmp_path / "f" / "metadata.csv"
     table.write_text('file_name,text\n1.png,a red, round ball\n2.png,"a red, round ball"\n')
     with pytest.raises(ValueError, match="more cells than columns; put a caption that has commas in quotes"):
@@ -348,7 +347,7 @@ def test_what_people_do_to_caption_files(tmp_path):
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
     assert [record["captions"] for record in prepared] == [["ball 1"], ["ball 2"]]
     (tmp_path / "f" / "backup.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="both pictures and backup.tar"):
+    with pytest.raises(ValueError, match="both images and backup.tar"):
         prepare.prepare(folder_config(tmp_path, tmp_path / "f"))
 
 
@@ -359,7 +358,7 @@ def test_resize_policies(tmp_path):
     wide.save(tmp_path / "f" / "cat" / "1.png")
     corner = {}
     for resize in ("crop", "pad", "stretch"):
-        shown = prepare.prepare(folder_config(tmp_path, tmp_path / "f", resize=resize)).picture(0)
+        shown = prepare.prepare(folder_config(tmp_path, tmp_path / "f", resize=resize)).image(0)
         corner[resize] = [tuple(255 * int(c > 128) for c in shown[y, 1]) for y in (1, 8)]
     assert corner == {
         "crop": [(255, 0, 0)] * 2,  # the blue edge is cut off
@@ -368,21 +367,21 @@ def test_resize_policies(tmp_path):
     }
 
 
-def test_buckets_keep_each_batch_to_one_size_and_show_every_picture(tmp_path):
+def test_buckets_keep_each_batch_to_one_size_and_show_every_image(tmp_path):
     sizes = {"tall": (20, 40), "wide": (40, 20), "square": (30, 30)}
     for kind, size in sizes.items():
         for i in range(5):
-            picture(tmp_path / "f" / kind / f"{i}.png", size=size)
+            image(tmp_path / "f" / kind / f"{i}.png", size=size)
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "f", buckets=[[16, 16], [24, 12], [12, 24]]))
-    assert {record["captions"][0]: prepared.picture(i).shape for i, record in enumerate(prepared)} == {
+    assert {record["captions"][0]: prepared.image(i).shape for i, record in enumerate(prepared)} == {
         "square": (16, 16, 3), "tall": (24, 12, 3), "wide": (12, 24, 3),
     }  # fmt: skip
-    stream = CaptionedPictures(prepared, seed=0, caption_dropout=0.0, block=4)
+    stream = tiny.samples(prepared, caption_dropout=0.0, block=4)
     assert stream.length % 4 == 0
     for epoch in range(2):
         order = stream.order(epoch)
         assert set(order) == set(prepared.select("train"))
-        assert all(len({prepared.picture(int(i)).shape for i in block}) == 1 for block in order.reshape(-1, 4))
+        assert all(len({prepared.image(int(i)).shape for i in block}) == 1 for block in order.reshape(-1, 4))
 
 
 @pytest.mark.filterwarnings("ignore:.*captions are longer")
@@ -394,7 +393,7 @@ def test_buckets_and_flips_train_and_the_first_bucket_is_drawn(tmp_path):
 
     for kind, size in {"tall": (20, 40), "wide": (40, 20)}.items():
         for i in range(5):
-            picture(tmp_path / "f" / kind / f"{i}.png", size=size)
+            image(tmp_path / "f" / kind / f"{i}.png", size=size)
     data = {"name": str(tmp_path / "f"), "buckets": [[24, 16], [16, 24]], "random_flip": True}
     assert main([str(tiny.config_file(tmp_path, data=data))]) == 0
     model = tmp_path / "run" / "pipeline"
@@ -409,15 +408,15 @@ def test_grey_and_rgba_models_open_with_stock_diffusers(tmp_path, channels):
     from sfumato.training.train import main
 
     for i in range(4):
-        picture(
+        image(
             tmp_path / "f" / "cat" / f"{i}.png",
             mode="RGBA" if channels == 4 else "L",
             colour=(9,) * channels if channels > 1 else 9,
         )
     path = tiny.config_file(tmp_path, data={"name": str(tmp_path / "f"), "channels": channels})
     assert main([str(path)]) == 0
-    image = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")("cat", num_inference_steps=2).images[0]
-    assert image.mode == {1: "L", 4: "RGBA"}[channels]
+    drawn = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")("cat", num_inference_steps=2).images[0]
+    assert drawn.mode == {1: "L", 4: "RGBA"}[channels]
 
 
 def test_a_random_flip_mirrors_half_of_the_visits(tmp_path):
@@ -430,7 +429,7 @@ def test_a_random_flip_mirrors_half_of_the_visits(tmp_path):
     prepared = prepare.prepare(config.data)
     tokenizer = train_tokenizer(["cat"], 600, 20)
     texts = cached_texts(prepared, tokenizer, None, tmp_path)
-    left_is_red = next(batches(prepared, config, texts))["pixel_values"][:, 0, 8, 2] > 0
+    left_is_red = next(tiny.batches(prepared, config, texts))["pixel_values"][:, 0, 8, 2] > 0
     assert 70 < left_is_red.sum() < 130
 
 

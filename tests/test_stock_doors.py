@@ -1,4 +1,4 @@
-"""Models of every task in processes that cannot import sfumato: the stock pipeline of their kind, and the same pictures."""
+"""Models of every task in processes that cannot import sfumato: the stock pipeline of their kind, and the same images."""
 
 import json
 import subprocess
@@ -26,10 +26,10 @@ CHILD = """
         lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "sfumato" else None)}))
     from diffusers import DiffusionPipeline
     from PIL import Image
-    root, picture = sys.argv[1], Image.open(sys.argv[1] + "/picture.png")
+    root, image = sys.argv[1], Image.open(sys.argv[1] + "/image.png")
     white = Image.new("L", (16, 16), 255)
-    given = {"inpainting": {"image": picture, "mask_image": white, "height": 16, "width": 16, "strength": 1.0},
-             "upscaling": {"image": picture}, "control": {"image": picture}}
+    given = {"inpainting": {"image": image, "mask_image": white, "height": 16, "width": 16, "strength": 1.0},
+             "upscaling": {"image": image}, "control": {"image": image}}
     kinds = {}
     for task, folder in json.loads(sys.argv[2]).items():
         pipe = DiffusionPipeline.from_pretrained(folder)
@@ -65,18 +65,18 @@ def folders(tmp_path_factory):
     return {task: root / task / "run" / "pipeline" for task in (*KINDS, "base")}
 
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
 def test_stock_pipelines_draw_the_same_without_sfumato(folders, tmp_path):
-    PICTURE.save(tmp_path / "picture.png")
+    IMAGE.save(tmp_path / "image.png")
     named = json.dumps({task: str(folders[task]) for task in KINDS})
     child = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), named], capture_output=True, text=True, cwd=tmp_path
     )
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout.splitlines()[-1]) == KINDS
-    given = {"upscaling": {"image": PICTURE}, "control": {"control_image": PICTURE}}
+    given = {"upscaling": {"image": IMAGE}, "control": {"control_image": IMAGE}}
     for task in KINDS:
         pipe = SfumatoPipeline.from_pretrained(folders[task])
         pipe.set_progress_bar_config(disable=True)
@@ -117,13 +117,13 @@ def test_a_cascade_is_one_folder_and_one_call(folders, tmp_path, capsys):
     assert "must be one for upscaling" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_a_cascade_keeps_its_second_model_and_the_shape_of_its_pictures(folders, tmp_path):
+def test_a_cascade_keeps_its_second_model_and_the_shape_of_its_images(folders, tmp_path):
     folder, again = tmp_path / "cascade", tmp_path / "again"
     assert cli.main(["export", str(folders["base"]), str(folder), "--upscaler", str(folders["upscaling"])]) == 0
     assert cli.main(["export", str(folder), str(again)]) == 0
     assert (again / "upscaler" / "model_index.json").is_file()
     assert cli.main(["export", str(again), str(again), "--upscaler", str(folders["upscaling"])]) == 0
-    assert (again / "README.md").read_text().count("## Larger pictures") == 1
+    assert (again / "README.md").read_text().count("## Larger images") == 1
     cascade = Cascade.from_pretrained(again, local_files_only=True)
     call = {"num_inference_steps": 2, "upscaling_steps": 2, "output_type": "np", "return_dict": False}
     assert cascade("a red circle", height=16, width=32, **call)[0].shape == (1, 16, 32, 3)
@@ -132,11 +132,11 @@ def test_a_cascade_keeps_its_second_model_and_the_shape_of_its_pictures(folders,
     assert "```python\nfrom huggingface_hub import snapshot_download\n" in pushed
 
 
-def test_upscaling_keeps_the_shape_of_the_picture(folders):
+def test_upscaling_keeps_the_shape_of_the_image(folders):
     pipe = SfumatoPipeline.from_pretrained(folders["upscaling"])
     call = {"num_inference_steps": 2, "output_type": "np"}
     for given, shape in (((16, 8), (16, 32)), ((32, 24), (24, 32)), ((16, 16), (16, 16))):
-        assert pipe("a red circle", image=PICTURE.resize(given), **call).images.shape[1:3] == shape
+        assert pipe("a red circle", image=IMAGE.resize(given), **call).images.shape[1:3] == shape
     assert pipe("a red circle", image=torch.rand(1, 3, 24, 16), **call).images.shape[1:3] == (24, 16)
     with pytest.raises(ValueError, match="`noise_level` is for upscaling"):
         SfumatoPipeline.from_pretrained(folders["base"])("a red circle", noise_level=5)
@@ -151,7 +151,7 @@ def test_autoguidance_steers_away_from_the_weaker_model(folders, task):
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     if task == "flow":
         pipe = with_sampler(pipe, "euler")
-    given = {"control_image": PICTURE} if task == "control" else {}
+    given = {"control_image": IMAGE} if task == "control" else {}
     images = []
     for model, scale in ((pipe, 1.0), (with_guider(pipe, "autoguidance", weak), 4.0)):
         call = {"num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(0), **given}
@@ -162,11 +162,11 @@ def test_autoguidance_steers_away_from_the_weaker_model(folders, task):
 
 
 def test_the_command_draws_with_every_task(folders, tmp_path):
-    PICTURE.save(tmp_path / "picture.png")
-    picture = str(tmp_path / "picture.png")
+    IMAGE.save(tmp_path / "image.png")
+    image = str(tmp_path / "image.png")
     for task, more in (
-        ("upscaling", ["--image", picture]),
-        ("control", ["--control", picture]),
+        ("upscaling", ["--image", image]),
+        ("control", ["--control", image]),
         ("flow", ["--sampler", "euler"]),
     ):
         out = tmp_path / f"{task}.png"

@@ -20,6 +20,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended
 from sfumato.training import loop
 from sfumato.training.config.load import load_config
+from sfumato.training.engine import processes
 from sfumato.training.engine.checkpoints import damage
 from sfumato.training.tasks import text_to_image
 from sfumato.training.train import main
@@ -87,7 +88,7 @@ def test_exported_weights_are_the_averaged_ones(tmp_path):
         pytest.param("v_prediction", "unit", marks=pytest.mark.slow),
     ],
 )
-def test_every_objective_learns_to_overfit_one_picture(tmp_path, prediction_type, weight):
+def test_every_objective_learns_to_overfit_one_image(tmp_path, prediction_type, weight):
     path = tiny.config_file(
         tmp_path,
         data={"num_pictures": 1},
@@ -219,10 +220,10 @@ def test_threads_are_as_many_as_the_cores_that_a_run_may_use(tmp_path):
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         os.sched_setaffinity(0, {min(cores)})
-        loop.start(load_config(tiny.config_file(tmp_path), ["train.num_threads=null"]))
+        processes.start_accelerator(load_config(tiny.config_file(tmp_path), ["train.num_threads=null"]))
         assert torch.get_num_threads() == 1
         os.sched_setaffinity(0, cores)
-        loop.start(load_config(tiny.config_file(tmp_path), ["train.num_threads=null"]))
+        processes.start_accelerator(load_config(tiny.config_file(tmp_path), ["train.num_threads=null"]))
         assert torch.get_num_threads() == len(cores)
     finally:
         os.sched_setaffinity(0, cores)
@@ -302,8 +303,8 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_with_its_code(tmp_path, nu
 def test_two_processes_follow_one(tmp_path):
     """The same global batch on one and on two processes gives the same losses to float tolerance."""
     losses = {}
-    for processes, batch_size in ((1, 8), (2, 4)):
-        folder = tmp_path / str(processes)
+    for count, batch_size in ((1, 8), (2, 4)):
+        folder = tmp_path / str(count)
         folder.mkdir()
         path = tiny.config_file(folder, train={"batch_size": batch_size})
         launcher = [
@@ -313,13 +314,13 @@ def test_two_processes_follow_one(tmp_path):
             "--config_file",
             str(ROOT / "configs/accelerate/cpu.yaml"),
         ]
-        command = [*launcher, "--num_processes", str(processes)]
+        command = [*launcher, "--num_processes", str(count)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*command, str(ROOT / "training/train.py"), str(path)], env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        losses[processes] = [line["loss"] for line in metrics(folder)]
+        losses[count] = [line["loss"] for line in metrics(folder)]
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-4)
 
 
@@ -336,7 +337,7 @@ def test_the_sampler_and_guider_of_validation_draw_the_grids_and_the_sampler_tra
     assert recommended(str(folder)) == {"num_inference_steps": 5, "guidance_scale": 2.0}
     drawn = np.asarray(Image.open(folder / "samples" / "0.png"), int)
     assert np.abs(np.asarray(again, int) - drawn).max() <= 1
-    # Training itself goes on with the schedule, whatever draws; another guider draws another picture.
+    # Training itself goes on with the schedule, whatever draws; another guider draws another image.
     assert main([path, "checkpoint.resume=auto", "validation.guider=apg", "validation.guidance_interval=[0.2,0.8]"]) == 0
     assert metrics(tmp_path)[-1]["step"] == 6
     assert np.abs(np.asarray(Image.open(folder / "samples" / "0.png"), int) - drawn).max() > 1

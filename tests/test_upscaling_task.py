@@ -1,4 +1,4 @@
-"""A UNet that sees a smaller picture: trained by the same loop, opened by stock Stable Diffusion upscaling."""
+"""A UNet that sees a smaller image: trained by the same loop, opened by stock Stable Diffusion upscaling."""
 
 import json
 import re
@@ -40,12 +40,12 @@ def test_stock_upscaling_opens_it_and_draws_the_same(trained):
         np.testing.assert_allclose(draw(ours, image=SMALL, noise_level=level), theirs, atol=1e-5)
     assert np.abs(draw(ours, image=SMALL, noise_level=0) - theirs).max() > 1e-3
     smaller = SMALL.resize((8, 8))
-    assert draw(ours, image=smaller).shape == (1, 16, 16, 3)  # ours enlarges any picture first
+    assert draw(ours, image=smaller).shape == (1, 16, 16, 3)  # ours enlarges any image first
     assert list((trained / "samples").glob("*.png"))
 
 
-def test_latent_upscaling_reads_the_small_picture_as_it_is(tmp_path):
-    """With a VAE of factor 2, pictures of 8 pixels lie beside latents of 8 x 8, as in Stable Diffusion's x4 upscaler."""
+def test_latent_upscaling_reads_the_small_image_as_it_is(tmp_path):
+    """With a VAE of factor 2, images of 8 pixels lie beside latents of 8 x 8, as in Stable Diffusion's x4 upscaler."""
     model = {
         "block_out_channels": [8, 16],
         "latent_channels": 4,
@@ -67,7 +67,7 @@ def test_latent_upscaling_reads_the_small_picture_as_it_is(tmp_path):
         np.testing.assert_allclose(draw(ours, image=SMALL.resize(size)), drawn, atol=1e-5)
 
 
-def test_latents_in_another_scale_are_the_same_pictures():
+def test_latents_in_another_scale_are_the_same_images():
     for vae in (identity_vae(8, use_quant_conv=True), tiny.vae()):
         pixels = torch.rand(2, 3, 8, 8) * 2 - 1
         with torch.no_grad():
@@ -83,14 +83,14 @@ def test_latents_in_another_scale_are_the_same_pictures():
         set_scaling_factor(identity_vae(8), 0.08333)
 
 
-def test_noise_on_the_small_picture_is_that_of_its_level():
+def test_noise_on_the_small_image_is_that_of_its_level():
     scheduler, pixels = DDPMScheduler(beta_schedule="squaredcos_cap_v2"), torch.zeros(4, 3, 64, 64)
     levels = torch.tensor([0, 20, 350, 999])
     found = low_res_condition(scheduler, pixels, levels, torch.Generator().manual_seed(0)).std((1, 2, 3))
     torch.testing.assert_close(found, (1 - scheduler.alphas_cumprod[levels]).sqrt(), atol=0.02, rtol=0.02)
 
 
-def test_it_learns_to_read_the_small_picture(tmp_path):
+def test_it_learns_to_read_the_small_image(tmp_path):
     path = str(tiny.config_file(tmp_path, task="upscaling", objective={"weight": "min_snr"}))
     settings = ["train.max_steps=250", "optim.lr=5e-3", "optim.lr_warmup_steps=10", "validation.num_judged=16"]
     settings += ["scheduler.prediction_type=sample", "ema.decay=0.9", "validation.guidance_scale=1", "validation.sampler=ddim"]
@@ -135,7 +135,7 @@ def test_it_goes_on_and_resumes_exactly(tmp_path, trained):
 @pytest.mark.parametrize(
     "call, message",
     [
-        ({}, "takes `image`, the smaller picture"),
+        ({}, "takes `image`, the smaller image"),
         ({"image": SMALL, "strength": 0.5}, "neither `mask_image` nor `strength`"),
         ({"image": SMALL, "noise_level": 351}, "from 0 to 350"),
         ({"image": SMALL, "noise_level": 1.5}, "from 0 to 350"),
@@ -154,7 +154,7 @@ def test_wrong_calls_are_told(trained, call, message):
         ("upscaling.factor=1", "must be at least 2"),
         ("upscaling.factor=3", "must divide data.resolution=16"),
         ("upscaling.max_noise_level=1000", "must be below 1000"),
-        ("data.cache_latents=true", "task=upscaling needs the pictures"),
+        ("data.cache_latents=true", "task=upscaling needs the images"),
         ("lora.rank=4", "is for task=text_to_image"),
     ],
 )

@@ -47,7 +47,7 @@ def pipeline(tmp_path, **sections):
 
 
 def vae():
-    """A VAE with random weights that halves pictures."""
+    """A VAE with random weights that halves images."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -64,3 +64,42 @@ def unet(**settings):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**{**CONFIG["unet"], "sample_size": 16, "in_channels": 3, "out_channels": 3, **settings})
+
+
+def task(config, images=None, **context):
+    """The task of a config, on this process alone."""
+    from accelerate import Accelerator
+
+    from sfumato.registries import TASKS
+    from sfumato.training.data.prepare import prepare
+    from sfumato.training.data.streams import STREAM_VERSION, streams_of
+    from sfumato.training.tasks.base import TaskContext
+
+    settings = {
+        "images": prepare(config.data) if images is None else images,
+        "accelerator": Accelerator(cpu=True),
+        "streams": streams_of(STREAM_VERSION, config.seed),
+        **context,
+    }
+    return TASKS.load(config.task)(TaskContext(config=config, **settings))
+
+
+def samples(images, block=1, seed=0, **objective):
+    """The training samples of a set, of a default config but for its seed and some settings of the objective."""
+    from sfumato.training.config.load import default_config
+    from sfumato.training.data.loader import TrainingSamples
+
+    config = default_config()
+    config.seed = seed
+    for key, value in objective.items():
+        setattr(config.objective, key, value)
+    return TrainingSamples(images, config, block=block)
+
+
+def batches(images, config, texts, **place):
+    """Batches of a set without a task."""
+    from sfumato.training.data.loader import SampleData, batches
+    from sfumato.training.data.streams import STREAM_VERSION, streams_of
+
+    streams = streams_of(STREAM_VERSION, config.seed)
+    return batches(SampleData(images=images, texts=texts, streams=streams), config, **place)

@@ -13,20 +13,20 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from sfumato import files
 from sfumato.figures import grid, to_pil
+from sfumato.files import read_lines
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.registries import TASKS
 from sfumato.training.config.schema import Config
-from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.loader import batches
 from sfumato.training.data.prepare import prepare
+from sfumato.training.data.streams import STREAM_VERSION, streams_of
 from sfumato.training.engine import checkpoints
 from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.models.parameters import trained_parameters
-from sfumato.training.tasks.autoencoder import Autoencoder
-from sfumato.training.tasks.registry import TASKS
-from sfumato.training.tasks.text_to_image import TextToImage
+from sfumato.training.tasks.base import Task, TaskContext
 
 
 @dataclass
@@ -46,73 +46,73 @@ class Finding:
 def examine(config: Config) -> list[Finding]:
     """Everything the doctor can tell of a config, its data and, where the run is done, its result.
 
-    Writes `doctor.png`, a contact sheet of up to 64 training pictures with their captions, into `output_dir`.
+    Writes `doctor.png`, a contact sheet of up to 64 training images with their captions, into `output_dir`.
 
     Raises:
         ValueError: the data or the settings cannot be used at all.
     """
-    pictures, gpu = prepare(config.data), torch.accelerator.is_available()
+    images, gpu = prepare(config.data), torch.accelerator.is_available()
     if config.train.num_threads and not gpu:
         torch.set_num_threads(config.train.num_threads)
-    task = TASKS[config.task](config, pictures, None, Accelerator(cpu=not gpu, mixed_precision=config.train.mixed_precision))
-    findings = _data(config, pictures)
-    if config.task != "autoencoder":
-        findings += _captions(config, pictures, task.pipe) + _schedule(config, task.pipe)
-    findings += _cost(config, pictures, task)
+    accelerator = Accelerator(cpu=not gpu, mixed_precision=config.train.mixed_precision)
+    streams = streams_of(STREAM_VERSION, config.seed)
+    context = TaskContext(config=config, images=images, accelerator=accelerator, streams=streams)
+    task: Task = TASKS.load(config.task)(context)
+    findings = _data(config, images)
+    pipe: SfumatoPipeline | None = getattr(task, "pipe", None)
+    if pipe is not None:
+        findings += _captions(config, images, pipe) + _schedule(config, pipe)
+    findings += _cost(config, images, task)
     folder = Path(config.output_dir)
     if (folder / "pipeline" / "model_index.json").is_file():
-        findings += _result(config, folder, pictures)
+        findings += _result(config, folder, images)
     return findings
 
 
-def contact_sheet(pictures: PictureSet, count: int = 64) -> Image.Image:
-    """Up to `count` training pictures, evenly spread, with their first captions."""
-    chosen = pictures.select("train")
+def contact_sheet(images: ArraySet, count: int = 64) -> Image.Image:
+    """Up to `count` training images, evenly spread, with their first captions."""
+    chosen = images.select("train")
     chosen = chosen[:: max(1, len(chosen) // count)][:count]
-    drawn = [pictures.picture(int(i)) for i in chosen]
+    drawn = [images.image(int(i)) for i in chosen]
     shown = [to_pil(p) for p in drawn]
-    return grid(shown, [pictures[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
+    return grid(shown, [images[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
 
 
-def _data(config: Config, pictures: PictureSet) -> list[Finding]:
+def _data(config: Config, images: ArraySet) -> list[Finding]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures).save(folder / "doctor.png")
-    train, num_bad = pictures.select("train"), sum(map(len, pictures.skipped.values()))
+    contact_sheet(images).save(folder / "doctor.png")
+    train, num_bad = images.select("train"), sum(map(len, images.skipped.values()))
     sample = train[:: max(1, len(train) // 5000)]
-    values = [pictures.picture(int(i)) for i in sample]
+    values = [images.image(int(i)) for i in sample]
     low, high = min(int(v.min()) for v in values), max(int(v.max()) for v in values)
     found = [
-        Finding("fine", f"{len(train)} training pictures, {len(pictures) - len(train)} held out; see {folder / 'doctor.png'}"),
+        Finding("fine", f"{len(train)} training images, {len(images) - len(train)} held out; see {folder / 'doctor.png'}"),
         Finding("fine", f"pixels from {low} to {high}, of 0 to 255 (-1 to 1 for the network)")
         if high - low > 100
-        else Finding(
-            "warning", f"pixels from {low} to {high} only", "The pictures have hardly any contrast.", "Look at them."
-        ),
-        Finding("note" if num_bad else "fine", f"{num_bad} of {num_bad + len(pictures)} records cannot be used"),
+        else Finding("warning", f"pixels from {low} to {high} only", "The images have hardly any contrast.", "Look at them."),
+        Finding("note" if num_bad else "fine", f"{num_bad} of {num_bad + len(images)} records cannot be used"),
     ]
-    found += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in pictures.skipped.items()]
-    found += [Finding("note", f"{count} {what}") for what, count in pictures.noted.items()]
+    found += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in images.skipped.items()]
+    found += [Finding("note", f"{count} {what}") for what, count in images.noted.items()]
     same = len(values) - len({value.tobytes() for value in values})
     if same:
         share = same / len(values)
         found.append(
             Finding(
                 "warning" if share > 0.05 else "note",
-                f"{share:.1%} of {len(values)} pictures looked at are copies of another",
+                f"{share:.1%} of {len(values)} images looked at are copies of another",
                 "Copies are learned by heart first.",
                 "Remove them.",
             )
         )
     if len(train) < 100:
-        found.append(
-            Finding("warning", f"only {len(train)} training pictures", "The model will repeat them.", "Add pictures.")
-        )
+        found.append(Finding("warning", f"only {len(train)} training images", "The model will repeat them.", "Add images."))
     return found
 
 
-def _captions(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> list[Finding]:
-    captions, limit = pictures.training_captions(limit=20_000), pipe.tokenizer.model_max_length
+def _captions(config: Config, images: ArraySet, pipe: SfumatoPipeline) -> list[Finding]:
+    captions, limit = images.training_captions(limit=20_000), pipe.tokenizer.model_max_length
     lengths = np.array([len(ids) for ids in pipe.tokenizer(captions, verbose=False).input_ids])
     long = (lengths > limit).mean()
     found = [
@@ -131,7 +131,7 @@ def _captions(config: Config, pictures: PictureSet, pipe: SfumatoPipeline) -> li
             Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={enough} does.")
         )
     if len(set(captions)) == 1:
-        found.append(Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the pictures."))
+        found.append(Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the images."))
     dropout = config.objective.caption_dropout
     if dropout == 0:
         found.append(
@@ -153,9 +153,9 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     scheduler = pipe.scheduler
     height, width = (side // pipe.vae_scale_factor for side in pipe.trained_size)
     terminal = float(scheduler.snr(scheduler.training_levels()[-1]))
-    # A picture's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
+    # An image's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
     mean_snr = terminal * height * width
-    what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for a picture's mean at {height} x {width}"
+    what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for an image's mean at {height} x {width}"
     found = [
         Finding("fine", what)
         if mean_snr < 0.05
@@ -178,11 +178,11 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     return found
 
 
-def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder) -> list[Finding]:
+def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
     """Batch arithmetic, and memory, time and disk by three real steps on one process of this machine."""
     device, parameters = task.accelerator.device.type, trained_parameters(task.module)
     optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, config.ema.decay)
-    loader = batches(pictures, config, task.texts, latents=task.latents, beside=task.beside)
+    loader = batches(task.data, config)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
@@ -196,7 +196,7 @@ def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder)
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     step = float(np.median(seconds[1:])) * config.train.gradient_accumulation_steps
-    count, train = sum(p.numel() for p in parameters), len(pictures.select("train"))
+    count, train = sum(p.numel() for p in parameters), len(images.select("train"))
     total = sum(p.numel() for p in task.module.parameters())
     a_step = config.train.batch_size * config.train.gradient_accumulation_steps
     by_time = config.train.max_minutes * 60 / step if config.train.max_minutes else math.inf
@@ -208,8 +208,8 @@ def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder)
     free = shutil.disk_usage(config.output_dir).free
     found = [
         Finding("fine", f"{count:,} weights are trained, of {total:,}"),
-        Finding("fine", f"{a_step} pictures a step on each process; {train / a_step:.0f} steps are an epoch on one process"),
-        Finding("fine", f"a step takes {step * 1000:.0f} ms on one {device} process, {a_step / step:.0f} pictures/s"),
+        Finding("fine", f"{a_step} images a step on each process; {train / a_step:.0f} steps are an epoch on one process"),
+        Finding("fine", f"a step takes {step * 1000:.0f} ms on one {device} process, {a_step / step:.0f} images/s"),
         Finding("fine", f"{steps:,} steps, {steps * a_step / train:.1f} epochs, {minutes:.0f} minutes on one process")
         if minutes < 24 * 60
         else Finding(
@@ -233,15 +233,15 @@ def _cost(config: Config, pictures: PictureSet, task: TextToImage | Autoencoder)
             Finding(
                 "warning",
                 f"only {steps} steps",
-                "Pictures need a thousand and more.",
+                "Images need a thousand and more.",
                 "Train longer, or with a smaller network or batch.",
             )
         )
     return found
 
 
-def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]:
-    """What a finished run's pictures and weights look like."""
+def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:
+    """What a finished run's images and weights look like."""
     found, newest = [], reversed(checkpoints.folders(folder))
     whole = next((saved for saved in newest if checkpoints.damage(saved) is None), None)
     if whole is not None:
@@ -263,23 +263,23 @@ def _result(config: Config, folder: Path, pictures: PictureSet) -> list[Finding]
     if pipe.reads == "low_res" or pipe.controlnet is not None:  # which draw from more than captions; its grids show them
         return found + _skipped(folder)
     pipe.set_progress_bar_config(disable=True)
-    train = pictures.select("train")
-    train = train[pictures.table["bucket"][train] == pictures.table["bucket"][train[0]]]  # of one size
+    train = images.select("train")
+    train = train[images.table["bucket"][train] == images.table["bucket"][train[0]]]  # of one size
     chosen = [int(i) for i in train[:: max(1, len(train) // 8)][:8]]
-    prompts = [pictures[i]["captions"][0] for i in chosen]
-    images = pipe(
+    prompts = [images[i]["captions"][0] for i in chosen]
+    drawn = pipe(
         prompts,
         num_inference_steps=config.validation.num_inference_steps,
         guidance_scale=config.validation.guidance_scale,
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         output_type="np",
     ).images
-    found += judge_samples(images, np.stack([pictures.picture(i) for i in chosen]) / 255)
+    found += judge_samples(drawn, np.stack([images.image(i) for i in chosen]) / 255)
     return found + _skipped(folder)
 
 
 def _skipped(folder: Path) -> list[Finding]:
-    lines = files.lines(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl")
     count = json.loads(lines[-1])["skipped_steps"] if lines else 0
     what = f"{count} steps had a gradient that is not finite"
     return [Finding("warning", what, "They were left out.", "Lower optim.lr.")] if count else []

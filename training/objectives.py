@@ -37,6 +37,7 @@ def loss_weight(
     snr: torch.Tensor,
     prediction_type: str,
     kind: str,
+    *,
     gamma: float = 5.0,
     floor: float = 0.0,
     p2_gamma: float = 1.0,
@@ -47,7 +48,7 @@ def loss_weight(
     `unit` is 1 on whatever the network predicts. The others are the same loss whatever it predicts, told here on x_0:
 
     - `min_snr`: min(SNR, gamma) (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: at least so much however
-      low the SNR, since that is where the layout of a picture is decided.
+      low the SNR, since that is where the layout of an image is decided.
     - `soft_min_snr`: SNR gamma / (SNR + gamma) (Crowson et al. 2024, arXiv 2401.11605).
     - `p2`: SNR / (1 + SNR)^p2_gamma (Choi et al. 2022, equation 8 with k = 1, arXiv 2204.00227).
     - `edm`: SNR + 1 / sigma_data^2 (Karras et al. 2022, table 1, arXiv 2206.00364).
@@ -117,7 +118,7 @@ class LossMoments:
         self.seen = torch.tensor(state["seen"], dtype=torch.int64)
 
 
-def offset(noise: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.Tensor:
+def add_offset(noise: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.Tensor:
     """Noise `(B, C, h, w)` with a part that is the same all over a channel, so that brightness is noised and learned too
     (N. Guttenberg, "Diffusion with offset noise", 2023); `draws` `(B, C)` standard normal.
     """
@@ -125,7 +126,7 @@ def offset(noise: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.T
 
 
 def nearest_noise(x_0: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Of the candidates `(B, k, C, h, w)` the noise nearest to each x_0 `(B, C, h, w)`, which mixes pictures less (Li et al.
+    """Of the candidates `(B, k, C, h, w)` the noise nearest to each x_0 `(B, C, h, w)`, which mixes images less (Li et al.
     2025, arXiv 2505.18521, after the immiscible diffusion of arXiv 2406.12303); by the sample alone, not by its batch.
     """
     apart = (candidates - x_0[:, None]).flatten(2).square().sum(-1)

@@ -1,7 +1,13 @@
 """Train a text-conditional diffusion model: `accelerate launch training/train.py configs/NAME.yaml key.subkey=value ...`"""
 
-import faulthandler
 import sys
+from pathlib import Path
+
+# `accelerate launch training/train.py` puts this folder first on the path, where `data`, `models` and `config` would hide
+# other packages of these names.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
+
+import faulthandler  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,25 +20,30 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        print("\nEvery key and its meaning: training/config.py. Examples: configs/*.yaml.")
+        print("\nEvery key and its meaning: training/config/schema.py. Examples: configs/*.yaml, or their bare names.")
         return 0 if arguments else 2
     from sfumato.training.config.load import load_config
 
     try:
-        settings = load_config(arguments[0], arguments[1:])
-        from sfumato.training import loop  # torch and diffusers only now: a wrong setting is told at once
-
-        run = loop.prepare(settings)
+        return run_training(load_config(arguments[0], arguments[1:]))
     except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
+
+
+def run_training(config) -> int:
+    """Train by a config; see `sfumato.api.train`."""
+    from sfumato.files import CannotSave
+    from sfumato.training import loop  # torch and diffusers only now: a wrong setting is told at once
+
+    run = loop.prepare(config)
     try:
         try:
             code = loop.train(run)
-        except (loop.checkpoints.CannotSave, OSError) as error:
+        except (CannotSave, OSError) as error:
             print(f"sfumato: {error}", file=sys.stderr)
             return 4
-        except ModuleNotFoundError as error:  # of a package that only a measure needs
+        except ModuleNotFoundError as error:  # of a package that only a metric needs
             print(f"sfumato: {error}", file=sys.stderr)
             return 2
         leave(run)

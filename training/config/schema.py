@@ -1,7 +1,7 @@
 """Every setting of a run, as plain dataclasses; read from YAML and the command line by OmegaConf, nowhere else."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 
 @dataclass
@@ -21,22 +21,22 @@ class DataConfig:
     image_column: str | None = None  # null: file_name in metadata files, image in parquet and Hub data sets
     caption_column: str | None = None  # null: text; a text, a list of which one is drawn each time, or a class label
     split: str = "train"  # Hub data sets
-    revision: str | None = None  # Hub data sets: commit, tag or branch; null: as `main` is when the pictures are prepared
+    revision: str | None = None  # Hub data sets: commit, tag or branch; null: as `main` is when the images are prepared
     max_records: int | None = None  # read no more than these
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
     skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
-    colours: bool = False  # openmoji: also captions that begin with the picture's main colour, such as "pink pig face"
-    words: list[str] = field(default_factory=list)  # openmoji: only pictures with one of these in the English name
+    colours: bool = False  # openmoji: also captions that begin with the image's main colour, such as "pink pig face"
+    words: list[str] = field(default_factory=list)  # openmoji: only images with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
-    num_figures: int = 1  # shapes: in each picture, 1 or 2
-    max_bad_share: float = 0.01  # a source with a larger share of unusable pictures stops the run
-    cache_latents: bool = False  # encode all pictures by the VAE once, before training, and keep the result on disk
+    num_figures: int = 1  # shapes: in each image, 1 or 2
+    max_bad_share: float = 0.01  # a source with a larger share of unusable images stops the run
+    cache_latents: bool = False  # encode all images by the VAE once, before training, and keep the result on disk
     cache_embeddings: bool = False  # the same for captions and a frozen text encoder
     cache_dir: str = "~/.cache/sfumato"
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the pictures that are drawn: of the first bucket, or the square of `resolution`."""
+        """Height and width of the images that are drawn: of the first bucket, or the square of `resolution`."""
         return tuple(self.buckets[0]) if self.buckets else (self.resolution, self.resolution)
 
 
@@ -52,23 +52,6 @@ class TextEncoderConfig:
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     embedding_std: float = 0.5  # of the random token and position embeddings
-
-
-@dataclass
-class AutoencoderConfig:
-    """`task: autoencoder`: the VAE that is trained, and its loss."""
-
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' AutoencoderKL
-    kl_weight: float = 1e-4  # on the Kullback-Leibler divergence of each latent number from N(0, 1)
-    sharpness_weight: float = 0.0  # on the error of differences between neighbouring pixels
-
-
-@dataclass
-class UpscalingConfig:
-    """`task: upscaling`: from what pictures, and how noisy they may be."""
-
-    factor: int = 2  # pictures of data.resolution are drawn from those of this part of it
-    max_noise_level: int = 350  # the small picture gets the noise of a timestep from 0 to this one
 
 
 @dataclass
@@ -91,7 +74,7 @@ class LoraConfig:
 class ObjectiveConfig:
     """What is predicted, which noise levels are trained, how they are weighted, how often the caption is dropped.
 
-    `target`: null: noise, picture or v, as `scheduler.prediction_type` says; `flow`: the velocity of flow matching. With
+    `target`: null: noise, image or v, as `scheduler.prediction_type` says; `flow`: the velocity of flow matching. With
     `scheduler.variance_type: learned_range` the network learns its variance too, by the hybrid loss.
     """
 
@@ -108,7 +91,7 @@ class ObjectiveConfig:
     edm_sigma_data: float = 0.5
     vlb_weight: float = 0.001  # of the variational bound beside the loss, for a learned variance
     offset_noise: float = 0.0  # strength of noise that is the same all over a channel; 0.1 is usual
-    noise_candidates: int = 1  # of so many, the noise nearest to the picture is taken (immiscible noise); 8 is usual
+    noise_candidates: int = 1  # of so many, the noise nearest to the image is taken (immiscible noise); 8 is usual
     self_conditioning: bool = False  # the network also reads its last x_0; such a model opens with trust_remote_code only
     caption_dropout: float = 0.1
 
@@ -161,15 +144,15 @@ class ValidationConfig:
     """Sample grids during training, with the same prompts and seeds each time."""
 
     every_steps: int | None = 1000
-    prompts: list[str] = field(default_factory=list)  # empty: captions of held-out pictures
+    prompts: list[str] = field(default_factory=list)  # empty: captions of held-out images
     sampler: str = "ddpm"  # ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a or heun; stored in the exported folder
     num_inference_steps: int = 30  # it and the scale go into the exported folder's card
     guidance_scale: float = 3.0
     guider: str = "cfg"  # cfg, apg, zero-star, tangential, magnitude-aware, pag, slg or seg
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # the part of the steps that is guided
     seed: int = 0
-    num_held_out: int = 64  # pictures of the held-out loss, which goes to validation.jsonl; see training/held_out.py
-    num_judged: int = 256  # at the end: held-out captions (shapes), or pictures (upscaling, control)
+    num_held_out: int = 64  # images of the held-out loss, which goes to validation.jsonl; see training/held_out.py
+    num_judged: int = 256  # at the end: held-out captions (shapes), or images (upscaling, control)
 
 
 @dataclass
@@ -196,20 +179,23 @@ class HubConfig:
     max_shard_size: str = "10GB"  # of a file of weights
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class Config:
+    """A run. The sections of tasks, such as `upscaling` and `autoencoder`, are mounted by `load.config_class`."""
+
     output_dir: str = "runs/run"
     seed: int = 0
     title: str = "A Sfumato model"
-    task: Literal["text_to_image", "inpainting", "upscaling", "control", "autoencoder"] = "text_to_image"  # training/tasks.py
+    task: str = "text_to_image"  # a name of registries.TASKS
     init_from: str | None = None  # fine-tune the model in this folder, of Stable Diffusion's form, or with this Hub id
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DConditionModel
     vae: VaeConfig = field(default_factory=VaeConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    upscaling: UpscalingConfig = field(default_factory=UpscalingConfig)
     scheduler: dict[str, Any] = field(default_factory=dict)  # of SfumatoDDPMScheduler; for flow, of SfumatoFlowScheduler
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -218,3 +204,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+
+    def section(self, kind: type[T]) -> T:
+        """The mounted section whose settings are of this class."""
+        return next(value for value in vars(self).values() if isinstance(value, kind))

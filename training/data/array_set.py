@@ -1,5 +1,10 @@
-"""A prepared set: flat files, memory-mapped, so that a run holds few bytes a record in memory."""
+"""A prepared set: a folder of flat files, memory-mapped, so that a run holds few bytes a record in memory.
 
+`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; captions and names are texts with their ends; and a
+table holds for each record its bucket, row, split and captions.
+"""
+
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,16 +34,17 @@ class Texts(Sequence):
         return self.body[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])].tobytes().decode()
 
 
-class PictureSet(Sequence):
-    """Prepared pictures and their records. Item i is a dict: `id`, `captions`, `split`.
+class ArraySet(Sequence):
+    """Prepared images and their records. Item i is a dict: `id`, `captions`, `split`.
 
     Attributes:
-        buckets: the picture sizes, (height, width).
+        buckets: the image sizes, (height, width).
         table: an array of `RECORD`, a row a record.
         skipped: reason -> names of the records that could not be used.
         num_records: with those that could not be used.
-        noted: what was unusual about pictures that could -> how many.
-        fingerprint: changes with anything that changes the pictures.
+        noted: what was unusual about images that could -> how many.
+        fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same one, however they came
+            about.
     """
 
     def __init__(self, folder: Path):
@@ -46,12 +52,12 @@ class PictureSet(Sequence):
         self.skipped, self.noted, self.channels = report["skipped"], report["noted"], report["channels"]
         self.num_records = report["records"]
         self.buckets = [tuple(size) for size in report["buckets"]]
-        self.fingerprint = folder.name
+        self.fingerprint: str = report["content"]
         self.table = np.load(folder / "records.npy", mmap_mode="r")
         self.captions, self.names = Texts(folder, "captions"), Texts(folder, "names")
         self._maps = []
         for height, width in self.buckets:
-            path = folder / f"pictures-{height}x{width}.bin"
+            path = folder / image_file((height, width))
             shape = (-1, height, width, self.channels)
             self._maps.append(np.memmap(path, np.uint8, "r").reshape(shape) if path.stat().st_size else None)
 
@@ -67,12 +73,12 @@ class PictureSet(Sequence):
         return {"id": self.names[i], "captions": captions, "split": SPLITS[row["split"]]}
 
     @property
-    def several_sizes(self) -> bool:
-        """Whether training pictures are of more than one size."""
+    def has_several_sizes(self) -> bool:
+        """Whether training images are of more than one size."""
         return len(np.unique(self.table["bucket"][self.select("train")])) > 1
 
-    def picture(self, i: int) -> np.ndarray:
-        """Picture i, `(H, W, C)` uint8."""
+    def image(self, i: int) -> np.ndarray:
+        """Image i, `(H, W, C)` uint8."""
         row = self.table[i]
         return self._maps[row["bucket"]][row["row"]]
 
@@ -84,3 +90,23 @@ class PictureSet(Sequence):
         """All captions of the training split, in order; of a larger set `limit` records, evenly spread."""
         chosen = self.select("train")
         return [text for i in chosen[:: -(-len(chosen) // limit) or 1] for text in self[int(i)]["captions"]]
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` numbers below `total`, or all where there are fewer, evenly spread from the first to near the last."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def image_file(size: tuple[int, int]) -> str:
+    """The name of the file that holds the images of one size, (height, width)."""
+    return f"pictures-{size[0]}x{size[1]}.bin"
+
+
+def hash_content(folder: Path) -> str:
+    """A hash of the bytes of a prepared set, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.npy")):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

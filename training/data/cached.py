@@ -13,7 +13,7 @@ from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
 from sfumato.files import sync
-from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.array_set import ArraySet
 from sfumato.training.models.latent_space import encode, to_pixel_values
 
 
@@ -28,7 +28,7 @@ def content_hash(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
+def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
     """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
 
     Several processes may call at once: one computes, the others wait.
@@ -49,33 +49,33 @@ def stored(path: Path, count: int, compute: Callable[[range], np.ndarray], what:
 
 
 @torch.no_grad()
-def cached_latents(pictures: PictureSet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
+def cached_latents(images: ArraySet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
     """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of data and VAE."""
     device = next(vae.parameters()).device
-    key = content_hash(pictures.fingerprint, vae, vae.config.scaling_factor)
+    key = content_hash(images.fingerprint, vae, vae.config.scaling_factor)
 
     def compute(numbers):
-        batch = to_pixel_values(np.stack([pictures.picture(i) for i in numbers])).to(device)
+        batch = to_pixel_values(np.stack([images.image(i) for i in numbers])).to(device)
         return encode(vae, batch).float().cpu().numpy()
 
-    return stored(Path(cache_dir).expanduser() / f"latents-{key}.npy", len(pictures), compute, "encoding pictures")
+    return cached_array(Path(cache_dir).expanduser() / f"latents-{key}.npy", len(images), compute, "encoding images")
 
 
 @torch.no_grad()
-def cached_texts(pictures: PictureSet, tokenizer, text_encoder, cache_dir: str) -> np.ndarray:
+def cached_texts(images: ArraySet, tokenizer, text_encoder, cache_dir: str) -> np.ndarray:
     """What the text encoder reads of every caption and, last, of the empty one: token ids, `(N + 1, L)` int64.
 
     With a `text_encoder`, what it says: embeddings, `(N + 1, L, D)` float32. Keyed by content as above.
     """
-    count = len(pictures.captions)
-    key = content_hash(pictures.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+    count = len(images.captions)
+    key = content_hash(images.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
 
     def compute(numbers):
-        texts = [pictures.captions[i] if i < count else "" for i in numbers]
+        texts = [images.captions[i] if i < count else "" for i in numbers]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         if text_encoder is None:
             return ids.numpy()
         return text_encoder(ids.to(next(text_encoder.parameters()).device))[0].float().cpu().numpy()
 
     name, batch = ("tokens", 4096) if text_encoder is None else ("embeddings", 64)
-    return stored(Path(cache_dir).expanduser() / f"{name}-{key}.npy", count + 1, compute, "reading captions", batch)
+    return cached_array(Path(cache_dir).expanduser() / f"{name}-{key}.npy", count + 1, compute, "reading captions", batch)

@@ -8,71 +8,80 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sfumato.pipelines.inputs import MODES, composite_on_white
+from sfumato.training.data.records import Unusable
 
 MAX_PIXELS = 32_000_000
-
-
 MIN_SIDE = 4
-
-
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    """A picture in a plain format; others, such as EPS, run programs of their own on what a stranger wrote."""
+    """An image in a plain format; others, such as EPS, run programs of their own on what a stranger wrote."""
     return Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS)
 
 
-def read_picture(
+def read_image(
     source: Path | bytes, size: tuple[int, int], channels: int = 3, resize: str = "crop", notes: set[str] | None = None
 ) -> np.ndarray:
-    """One picture as `(*size, channels)` uint8: turned upright, laid on white unless `channels` is 4, and fitted.
+    """One image as `(*size, channels)` uint8: turned upright, laid on white unless `channels` is 4, and fitted.
 
     Args:
         source: a file or its content.
         size: height and width.
         channels: 1 grey, 3 RGB, 4 RGBA.
         resize: `crop` the longer side, `pad` the shorter one with white, or `stretch`.
-        notes: gets what was unusual about the picture, such as a palette.
+        notes: gets what was unusual about the image, such as a palette.
 
     Raises:
-        ValueError: too large (judged before decoding), too small, or not readable; the reason in a few words.
+        Unusable: too large (judged before decoding), too small, or not readable; the reason in a few words.
     """
+    notes = set() if notes is None else notes
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PIL, on large and on odd pictures: we have our own words for both
-            picture = _open(source)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels")
-            if min(picture.size) < MIN_SIDE:
-                raise ValueError(f"smaller than {MIN_SIDE} pixels")
-            notes = set() if notes is None else notes
-            if getattr(picture, "n_frames", 1) > 1:
+            warnings.simplefilter("ignore")  # of PIL, on large and on odd images: we have our own words for both
+            image = _open(source)
+            if image.width * image.height > MAX_PIXELS:
+                raise Unusable(f"more than {MAX_PIXELS // 1_000_000} megapixels")
+            if min(image.size) < MIN_SIDE:
+                raise Unusable(f"smaller than {MIN_SIDE} pixels")
+            if getattr(image, "n_frames", 1) > 1:
                 notes.add("animated: first frame taken")
-            if picture.getexif().get(0x0112, 1) != 1:
+            if image.getexif().get(0x0112, 1) != 1:
                 notes.add("turned upright")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
                 notes.add("16 bits scaled to 8")
-                deep = np.asarray(picture).astype(np.uint32)
-                picture = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
-            if picture.mode not in ("RGB", "L"):
-                notes.add(f"converted from {picture.mode}")
-            picture = composite_on_white(picture, channels).convert(MODES[channels])
-    except ValueError as error:
-        known = ("megapixels", "pixels")
-        raise error if str(error).endswith(known) else ValueError("damaged picture") from error
+                deep = np.asarray(image).astype(np.uint32)
+                image = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode not in ("RGB", "L"):
+                notes.add(f"converted from {image.mode}")
+            image = composite_on_white(image, channels).convert(MODES[channels])
+    except Unusable:
+        raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from error
+        raise Unusable(f"more than {MAX_PIXELS // 1_000_000} megapixels") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError("not a picture") from error
+        raise Unusable("not an image") from error
     except Exception as error:  # PIL raises nearly anything on a damaged file
-        raise ValueError("damaged picture") from error
+        raise Unusable("damaged image") from error
     wanted, how = (size[1], size[0]), Image.Resampling.LANCZOS
     if resize == "stretch":
-        fitted = picture.resize(wanted, how)
+        fitted = image.resize(wanted, how)
     elif resize == "pad":
-        fitted = ImageOps.pad(picture, wanted, how, color={1: 255, 3: (255,) * 3, 4: (255, 255, 255, 0)}[channels])
+        fitted = ImageOps.pad(image, wanted, how, color={1: 255, 3: (255,) * 3, 4: (255, 255, 255, 0)}[channels])
     else:
-        fitted = ImageOps.fit(picture, wanted, how)
+        fitted = ImageOps.fit(image, wanted, how)
     return np.asarray(fitted).reshape(*size, channels)
+
+
+def read_shape(source: Path | bytes) -> tuple[int, int]:
+    """Height and width of an image once it is upright; 1 and 1 of one that cannot be opened, which `read_image` refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _open(source) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5
+                width, height = image.size[::-1] if turned else image.size
+        except Exception:  # PIL raises nearly anything on a damaged file
+            return 1, 1
+    return max(height, 1), max(width, 1)

@@ -1,48 +1,85 @@
-"""Batches of prepared pictures.
+"""Batches of prepared images.
 
-All randomness of a sample is a function of (seed, epoch, index), so nothing has to be replayed on resume and the same
-sample gets the same caption, noise and noise level on any number of processes.
+All randomness of a sample is a function of (seed, epoch, index); see `streams`.
 """
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfumato.training.config.schema import Config
-from sfumato.training.data.array_set import PictureSet
-from sfumato.training.data.streams import GOLDEN_RATIO
+from sfumato.training.data.array_set import ArraySet
+from sfumato.training.data.streams import GOLDEN_RATIO, STREAM_VERSION, Streams, streams_of
 from sfumato.training.models.latent_space import to_pixel_values
 
 
-class CaptionedPictures(Dataset):
-    """Training samples by position in an endless stream; epoch = position // length, each in its own shuffled order.
+class Sample(NamedTuple):
+    """What is decided about a sample before anything is read.
 
-    With pictures of several sizes, positions come in blocks of `block` (all that the processes read for one batch) of one
-    size; the last block of a size is filled up with pictures from its start.
+    Attributes:
+        index: number of the image in the set.
+        flip: whether it is mirrored.
+        caption: number of the caption; the one past the last is the empty caption.
+        level: of the noise, in [0, 1).
+        key: of its random streams.
     """
 
-    def __init__(
-        self,
-        pictures: PictureSet,
-        seed: int,
-        caption_dropout: float,
-        random_flip: bool = False,
-        block: int = 1,
-        low_discrepancy: bool = True,
-    ):
-        self.pictures, self.seed, self.block, self.low_discrepancy = pictures, seed, block, low_discrepancy
-        self.caption_dropout, self.random_flip = caption_dropout, random_flip
-        train = pictures.select("train")
-        buckets = pictures.table["bucket"][train]
-        self.parts = [part for k in range(len(pictures.buckets)) if len(part := train[buckets == k])]
+    index: int
+    flip: bool
+    caption: int
+    level: float
+    key: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleData:
+    """Where the tensors of a batch come from.
+
+    Attributes:
+        images: the prepared set.
+        texts: token ids or embeddings of all captions, from `cached.cached_texts`.
+        streams: what is random about a sample.
+        latents: from `cached.cached_latents`, if they were made.
+        extra_arrays: what else the task makes of an image `(H, W, C)` uint8, a key and the streams, by name.
+    """
+
+    images: ArraySet
+    texts: np.ndarray
+    streams: Streams
+    latents: np.ndarray | None = None
+    extra_arrays: Callable[[np.ndarray, int, Streams], dict[str, np.ndarray]] | None = None
+
+
+class TrainingSamples(Dataset):
+    """Training samples by position in an endless stream; epoch = position // length, each in its own shuffled order.
+
+    With images of several sizes, positions come in blocks of `block` (all that the processes read for one batch) of one
+    size; the last block of a size is filled up with images from its start.
+    """
+
+    def __init__(self, images: ArraySet, config: Config, *, block: int = 1, streams: Streams | None = None):
+        self.images = images
+        self.seed = config.seed
+        self.block = block
+        self.streams = streams or streams_of(STREAM_VERSION, config.seed)
+        self.low_discrepancy = config.objective.low_discrepancy
+        self.caption_dropout = config.objective.caption_dropout
+        self.random_flip = config.data.random_flip
+        train = images.select("train")
+        buckets = images.table["bucket"][train]
+        parts = [train[buckets == k] for k in range(len(images.buckets))]
+        self.parts = [part for part in parts if len(part)]
         several = len(self.parts) > 1
         self.length = sum(-(-len(part) // block) * block for part in self.parts) if several else len(train)
-        self._epoch, self._order = -1, None
-        self._first_u = np.random.default_rng(seed).random()
+        self._epoch = -1
+        self._order = np.zeros(0, np.int64)
+        self._first_level = np.random.default_rng(config.seed).random()
 
     def order(self, epoch: int) -> np.ndarray:
         """The records of an epoch in the order they are read, `(length,)`."""
@@ -55,34 +92,39 @@ class CaptionedPictures(Dataset):
             blocks += list(np.resize(shuffled, -(-len(part) // self.block) * self.block).reshape(-1, self.block))
         return np.concatenate([blocks[k] for k in rng.permutation(len(blocks))])
 
-    def __getitem__(self, position: int) -> tuple[int, bool, int, float, int]:
-        """Number of the picture, whether to mirror it, number of the caption, and for the noise its level and seed.
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at one position."""
+        return self.__getitems__([position])[0]
 
-        A dropped caption has the number past the last; the level is a uniform number in [0, 1).
-        """
-        epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self.order(epoch)
-        index = int(self._order[place])
-        rng = np.random.default_rng((self.seed, epoch, index))
-        row = self.pictures.table[index]
-        number = int(row["first_caption"]) + int(rng.integers(row["num_captions"]))
-        if rng.random() < self.caption_dropout:
-            number = len(self.pictures.captions)
+    def __getitems__(self, positions: list[int]) -> list[Sample]:
+        """The samples at some positions, drawn together."""
+        epochs, indices = [], []
+        for position in positions:
+            epoch, place = divmod(position, self.length)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, self.order(epoch)
+            epochs.append(epoch)
+            indices.append(int(self._order[place]))
+        rows = self.images.table[indices]
+        choices = self.streams.choices(np.array(epochs), np.array(indices), rows["num_captions"], self.random_flip)
+        captions = rows["first_caption"].astype(np.int64) + choices.caption
+        captions[choices.dropout < self.caption_dropout] = len(self.images.captions)
         # Golden-ratio steps spread the noise levels evenly over any run of positions, hence over every batch.
-        u = (self._first_u + position * GOLDEN_RATIO) % 1.0
-        seed = int(rng.integers(2**63))
-        flip = self.random_flip and rng.random() < 0.5
-        if not self.low_discrepancy:
-            u = rng.random()
-        return index, flip, number, u, seed
+        spread = (self._first_level + np.array(positions) * GOLDEN_RATIO) % 1.0
+        levels = spread if self.low_discrepancy else choices.level
+        flips = choices.flip < 0.5 if self.random_flip else np.zeros(len(positions), bool)
+        columns = (indices, flips.tolist(), captions.tolist(), levels.tolist(), choices.key.tolist())
+        return [Sample(*row) for row in zip(*columns)]
 
 
 class Positions(Sampler):
     """The positions that one process reads, endlessly: block after block of `batch_size`, dealt out to the processes."""
 
     def __init__(self, batch_size: int, rank: int, num_processes: int, start: int = 0):
-        self.batch_size, self.rank, self.num_processes, self.start = batch_size, rank, num_processes, start
+        self.batch_size = batch_size
+        self.rank = rank
+        self.num_processes = num_processes
+        self.start = start
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.start + self.rank * self.batch_size
@@ -91,50 +133,43 @@ class Positions(Sampler):
             first += self.num_processes * self.batch_size
 
 
-def collate(samples, pictures: PictureSet, texts: np.ndarray, latents: np.ndarray | None, beside) -> dict:
-    """One batch of what `CaptionedPictures` gives; arguments and result as of `batches`."""
-    numbers, flips, captions, u, seeds = zip(*samples)
-    batch = {"u": torch.tensor(u), "noise_seed": torch.tensor(seeds), "text": torch.from_numpy(texts[list(captions)])}
-    if latents is None:
-        shown = [pictures.picture(i)[:, ::-1] if f else pictures.picture(i) for i, f in zip(numbers, flips)]
-        batch["pixel_values"] = to_pixel_values(np.stack(shown))
-        if beside is not None:
-            rows = [beside(picture, seed) for picture, seed in zip(shown, seeds)]
-            batch |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    else:
-        batch["x_0"] = torch.from_numpy(latents[list(numbers)])
+def collate(samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
+    """One batch; see `batches`."""
+    batch = {
+        "timestep_u": torch.tensor([sample.level for sample in samples]),
+        "sample_key": torch.tensor([sample.key for sample in samples]),
+        "text": torch.from_numpy(data.texts[[sample.caption for sample in samples]]),
+    }
+    if data.latents is not None:
+        batch["x_0"] = torch.from_numpy(data.latents[[sample.index for sample in samples]])
+        return batch
+    images = []
+    for sample in samples:
+        image = data.images.image(sample.index)
+        images.append(image[:, ::-1] if sample.flip else image)
+    batch["pixel_values"] = to_pixel_values(np.stack(images))
+    if data.extra_arrays is not None:
+        rows = [data.extra_arrays(image, sample.key, data.streams) for image, sample in zip(images, samples)]
+        batch |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     return batch
 
 
 def batches(
-    pictures: PictureSet,
-    config: Config,
-    texts: np.ndarray,
-    rank: int = 0,
-    num_processes: int = 1,
-    start: int = 0,
-    latents: np.ndarray | None = None,
-    beside: Callable[[np.ndarray, int], dict[str, np.ndarray]] | None = None,
-) -> Iterator[dict]:
+    data: SampleData, config: Config, *, rank: int = 0, num_processes: int = 1, start: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
     """Endless training batches of one process, from global position `start` on.
-
-    Args:
-        texts: token ids or embeddings of all captions, from `latents.cached_texts`.
-        latents: from `latents.cached_latents`, if they were made.
-        beside: what else the task makes, by name, of a picture `(H, W, C)` uint8 and the seed of its noise.
 
     Yields:
         `pixel_values` (B, C, H, W) float32 in [-1, 1], or `x_0` (B, C, h, w) where there are latents; `text`, which is
-        token ids (B, L) or embeddings (B, L, D); `u` (B,) in [0, 1); `noise_seed` (B,); and what `beside` makes.
+        token ids (B, L) or embeddings (B, L, D); `timestep_u` (B,) in [0, 1); `sample_key` (B,) int64; and what
+        `extra_arrays` makes.
     """
-
     block = config.train.batch_size * num_processes
-    o, flip = config.objective, config.data.random_flip
     return iter(
         DataLoader(
-            CaptionedPictures(pictures, config.seed, o.caption_dropout, flip, block, o.low_discrepancy),
+            TrainingSamples(data.images, config, block=block, streams=data.streams),
             batch_sampler=Positions(config.train.batch_size, rank, num_processes, start),
-            collate_fn=partial(collate, pictures=pictures, texts=texts, latents=latents, beside=beside),
+            collate_fn=partial(collate, data=data),
             num_workers=config.train.num_workers,
             multiprocessing_context="fork" if config.train.num_workers else None,  # workers share the mapped files
             worker_init_fn=_leave_signals_to_the_trainer,

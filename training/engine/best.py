@@ -9,15 +9,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sfumato.files import CannotSave, put
+from sfumato.registries import lower_is_better
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:
-    """Whether a score is better than another: losses, distances and what is unreadable should be small, all else large.
+    """Whether a score is better than another, by what the registry says of its metric.
 
     What is not a number is never better.
     """
-    small = name == "unreadable" or name.startswith(("held_out_loss", "training_loss", "FD", "KID", "LD"))
-    return math.isfinite(value) and (than is None or (value < than if small else value > than))
+    if not math.isfinite(value):
+        return False
+    return than is None or (value < than if lower_is_better(name) else value > than)
 
 
 def best_before(output_dir: Path, name: str | None, step: int) -> float | None:
@@ -34,7 +36,7 @@ def best_before(output_dir: Path, name: str | None, step: int) -> float | None:
     return told["value"] if told["name"] == name else None
 
 
-def keep(write: Callable[[Path, Path], None], folder: Path, name: str, value: float, step: int) -> None:
+def save_best(write: Callable[[Path, Path], object], folder: Path, *, name: str, value: float, step: int) -> None:
     """Write a model and its score into a folder that is put into place whole; `write` as for `checkpoints.save`.
 
     Raises:

@@ -123,12 +123,6 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def raw_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights before averaging, by name, of a checkpoint."""
-    tensors = load_file(folder / "state.safetensors")
-    return {name.removeprefix("raw."): value for name, value in tensors.items() if name.startswith("raw.")}
-
-
 def read_state(folder: Path) -> dict:
     """The JSON state of a checkpoint, without the hashes."""
     state = json.loads((folder / "state.json").read_text())

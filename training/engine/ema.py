@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sfumato.files import CannotSave
+from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.card import forget_figures
+from sfumato.pipelines.locate import locate_pipeline
 from sfumato.training.models.parameters import trained_names, trained_parameters, whole_tensor
 
 TRACKS = (0.05, 0.1)  # lengths, as the standard deviation of their profile in shares of the run
@@ -138,7 +141,7 @@ def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA, main: bool) -> None:
+def save_snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA, main: bool) -> None:
     """Keep the tracks of `ema` as they are at a step, in half precision; all processes must call, the first one writes."""
     half = {
         f"{length}|{name}": whole_tensor(value).half()
@@ -161,3 +164,25 @@ def forget_snapshots(output_dir: Path, step: int) -> None:
     for file in (output_dir / "ema").glob("step-*.safetensors"):
         if int(file.stem.removeprefix("step-")) > step:
             file.unlink()
+
+
+def export_average(run: str, folder: str, length: float) -> Path:
+    """Write the model of a run with its weights averaged over another length, from the run's snapshots.
+
+    Args:
+        run: the run folder, trained with `ema.snapshot_steps`.
+        folder: where to.
+        length: as of `post_hoc`.
+
+    Raises:
+        ValueError: no snapshots, of another model, or no such length.
+    """
+    model = locate_pipeline(run)
+    weights, pipe = post_hoc(Path(run) / "ema", length), SfumatoPipeline.from_pretrained(model)
+    for part in ("unet", "text_encoder", "controlnet"):
+        own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
+        if own and (odd := getattr(pipe, part).load_state_dict(own, strict=False).unexpected_keys):
+            raise ValueError(f"the snapshots are of another model: {', '.join(odd[:3])}")
+    written = export_pipeline(pipe, folder, source=model)
+    forget_figures(written, f"averaged afterwards over {length:g} of the run")
+    return written

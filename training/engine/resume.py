@@ -3,25 +3,56 @@
 import hashlib
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from sfumato.files import lines
+from sfumato.files import read_lines
+from sfumato.training.config.load import default_config
 from sfumato.training.config.schema import Config
-from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.array_set import ArraySet, hash_content
 from sfumato.training.engine.checkpoints import damage, folders
 
 # Settings that a resumed run may change and still end bit for bit as one run.
-FREE = ("output_dir", "title", "checkpoint", "validation", "hub")
-
-
+FREE_SECTIONS = ("output_dir", "title", "checkpoint", "validation", "hub")
 FREE_KEYS = {"data": ("cache_dir", "max_bad_share"), "train": ("num_workers", "trackers")}
 
 
-def find(resume: str | None, output_dir: Path, every_steps: int | None = None) -> Path | None:
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs between the run that wrote a checkpoint and the one that goes on from it.
+
+    Attributes:
+        key: of the config, dotted; or `data`, `num_processes`, `device`, `precision`, `frozen weights`.
+        before, after: its values.
+    """
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} before, {self.after!r} now"
+
+    def is_in(self, *places: str) -> bool:
+        """Whether its key is one of `places`, or in a section that one of them names by a dot at its end."""
+        return any(self.key.startswith(place) if place.endswith(".") else self.key == place for place in places)
+
+    @property
+    def is_for_the_card(self) -> bool:
+        """Whether readers of a model card should know it; nothing with paths of this machine."""
+        return self.is_in("objective.", "optim.", "train.", "ema.", "scheduler.", "seed", "precision")
+
+    @property
+    def undoes_a_result(self) -> bool:
+        """Whether a run that is done already cannot take it any more."""
+        return self.is_in("data", "data.random_flip", "objective.", "optim.", "scheduler.", "unet.", "seed")
+
+
+def find_checkpoint(resume: str | None, output_dir: Path, every_steps: int | None = None) -> Path | None:
     """The checkpoint to go on from; None for a fresh run.
 
     `auto` takes the newest whole checkpoint and names damaged ones that it passes over. A run that ended before its
@@ -66,13 +97,13 @@ def find(resume: str | None, output_dir: Path, every_steps: int | None = None) -
 
 def last_step(metrics: Path) -> int:
     """The last step that `metrics.jsonl` tells of; 0 for none."""
-    whole = lines(metrics)
+    whole = read_lines(metrics)
     return json.loads(whole[-1])["step"] if whole else 0
 
 
-def origin(config: Config, accelerator: Accelerator, pictures: PictureSet, parts: tuple[torch.nn.Module, ...]) -> dict:
+def origin_of(config: Config, accelerator: Accelerator, images: ArraySet, parts: tuple[torch.nn.Module, ...]) -> dict:
     """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE_SECTIONS}
     for section, keys in FREE_KEYS.items():
         settings[section] = {key: value for key, value in settings[section].items() if key not in keys}
     frozen = hashlib.sha256()
@@ -85,41 +116,63 @@ def origin(config: Config, accelerator: Accelerator, pictures: PictureSet, parts
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "precision": accelerator.mixed_precision,
-        "data": pictures.fingerprint,
+        "data": images.fingerprint,
         "frozen weights": frozen.hexdigest()[:16],
     }
 
 
-def differences(stored: dict, now: dict) -> list[str]:
-    """What differs between the run that wrote a checkpoint and the one that goes on from it; a line each."""
-
-    def flat(values: dict, prefix: str = "") -> dict:
-        rows = {}
-        for key, value in values.items():
-            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return rows
-
+def find_changes(stored: dict, now: dict) -> list[Change]:
+    """What differs between two results of `origin_of`, sorted by key."""
     # Through JSON, as the stored one went, so that a tuple equals its list.
-    before, after = flat({k: stored.get(k) for k in now}), flat(json.loads(json.dumps(now)))
+    before, after = _flat({k: stored.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
     # A setting that came with a later version was then what its default says.
-    default = flat(json.loads(json.dumps({"config": asdict(Config())})))
+    default = _flat(json.loads(json.dumps({"config": asdict(default_config())})))
     before = {**{key: default[key] for key in after.keys() & default.keys()}, **before}
-    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    found = [f"{k.removeprefix('config.')}: {before.get(k)!r} before, {after.get(k)!r} now" for k in sorted(changed)]
-    order = {"config.seed", "config.data.buckets"}
-    if now["config"].get("objective", {}).get("importance"):  # noise levels depend on the losses seen before
-        order |= {"num_processes", "config.train.batch_size"}
-    if now["config"]["data"]["buckets"]:  # a block of one size is as long as all processes read at once
-        order |= {"num_processes", "config.train.batch_size"}
-    if "config.optim.name" in changed:
-        found.append("so the optimizer's moments begin anew")
-    if "data" in changed:
-        found.append("so the result is not that of one run: the pictures are others, in another order")
-    elif changed & order:
-        found.append("so the result is not that of one run: the pictures come in another order")
-    elif changed:
-        found.append(
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [Change(key.removeprefix("config."), before.get(key), after.get(key)) for key in changed]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """Nested dicts as one with dotted keys."""
+    rows = {}
+    for key, value in values.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
+
+
+def consequences(changes: list[Change], config: Config) -> list[str]:
+    """What the changes mean for the result, in sentences."""
+    places = ["seed", "data.buckets"]
+    # Noise levels depend on the losses seen before; a block of one size is as long as all processes read at once.
+    if config.objective.importance or config.data.buckets:
+        places += ["num_processes", "train.batch_size"]
+    lines = []
+    if any(change.is_in("optim.name") for change in changes):
+        lines.append("so the optimizer's moments begin again")
+    if any(change.is_in("data") for change in changes):
+        lines.append("so the result is not that of one run: the images are others, in another order")
+    elif any(change.is_in(*places) for change in changes):
+        lines.append("so the result is not that of one run: the images come in another order")
+    elif changes:
+        lines.append(
             "so the result is not bit for bit that of one run. Still exact: weights, averages, the moments of a same "
-            "optimizer, and that each picture, its noise and noise level come once and in the same order"
+            "optimizer, and that each image, its noise and noise level come once and in the same order"
         )
-    return found
+    return lines
+
+
+def adopt_older_data(stored: dict, images: ArraySet, cache_dir: str) -> None:
+    """Accept a checkpoint of before 0.2 where the data that it names, still in the cache, are byte for byte these.
+
+    Such checkpoints name their data by a hash of settings and source code, which says nothing of the bytes. Changes `stored`.
+    """
+    name = str(stored.get("data"))
+    folder = Path(cache_dir).expanduser() / name
+    if "-" not in name or not (folder / "report.json").is_file():
+        return
+    if hash_content(folder) == images.fingerprint:
+        warnings.warn(
+            f"the data of this run were prepared by an earlier version, as {name}; the bytes are the same, so it goes on",
+            stacklevel=2,
+        )
+        stored["data"] = images.fingerprint

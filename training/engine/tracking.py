@@ -13,12 +13,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sfumato.figures import grid
-from sfumato.files import lines
+from sfumato.files import read_lines
 from sfumato.training.config.load import dump_config
 from sfumato.training.config.schema import Config
 
 
-def trackers(config: Config) -> list[str]:
+def find_trackers(config: Config) -> list[str]:
     """The trackers of `train.trackers`; where not set, TensorBoard if it is installed.
 
     Raises:
@@ -59,9 +59,9 @@ class Log:
         for path in (self.folder / "validation.jsonl", self.folder / "metrics.jsonl"):
             # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
             kept = path.with_name(f"{path.name}.new")
-            kept.write_text("".join(line + "\n" for line in lines(path) if json.loads(line)["step"] <= step))
+            kept.write_text("".join(line + "\n" for line in read_lines(path) if json.loads(line)["step"] <= step))
             kept.replace(path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(self.folder / "metrics.jsonl", "a", buffering=1)
         self.smooth = None
 
     def write(self, entry: dict) -> None:
@@ -77,16 +77,16 @@ class Log:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(entry["done"] - self.bar.n)
         rate = entry["images_seen"] / max(entry["seconds"], 1e-9)
-        self.bar.set_postfix_str(
-            f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} pictures/s", refresh=False
-        )
+        self.bar.set_postfix_str(f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} images/s", refresh=False)
 
-    def validated(self, entry: dict) -> None:
+    def write_validation(self, entry: dict) -> None:
         """What was measured on held-out data: a line of `validation.jsonl`, the trackers, a line to read."""
         if not self.main:
             return
         path, entry = self.folder / "validation.jsonl", finite(entry)
-        rows = [line for line in lines(path) if json.loads(line)["step"] < entry["step"]]  # not an earlier end of the run's
+        rows = [
+            line for line in read_lines(path) if json.loads(line)["step"] < entry["step"]
+        ]  # not an earlier end of the run's
         new = path.with_name("validation.jsonl.new")
         new.write_text("".join(line + "\n" for line in [*rows, json.dumps(entry)]))
         new.replace(path)
@@ -103,11 +103,11 @@ class Log:
         if self.main:
             os.fsync(self.file.fileno())
 
-    def show(self, step: int, captions: list[str], pictures: list[Image.Image]) -> None:
-        """Keep a grid of pictures with their captions, and hand it to the trackers."""
+    def show(self, step: int, captions: list[str], images: list[Image.Image]) -> None:
+        """Keep a grid of images with their captions, and hand it to the trackers."""
         if not self.main:
             return
-        sheet = grid(pictures, captions)
+        sheet = grid(images, captions)
         sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):

@@ -4,7 +4,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from sfumato.training.config.schema import Config
-from sfumato.training.models.stock_classes import build_stock, check_arguments, check_divisible, lists_to_tuples
+from sfumato.training.models.stock_classes import (
+    build_stock,
+    check_arguments,
+    check_contradictions,
+    check_divisible,
+    lists_to_tuples,
+)
 
 
 class VariationalAutoencoder(torch.nn.Module):
@@ -15,24 +21,26 @@ class VariationalAutoencoder(torch.nn.Module):
         self.vae = vae
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
+        """Images `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
         latent = self.vae.encode(pixels).latent_dist
         return self.vae.decode(latent.mean + latent.std * noise).sample, latent.mean, latent.logvar
 
 
-def build_autoencoder(config: Config) -> VariationalAutoencoder:
+def build_autoencoder(config: Config, arguments: dict) -> VariationalAutoencoder:
     """A stock `AutoencoderKL` of random weights, drawn from `config.seed`.
+
+    Args:
+        arguments: of the class, from `autoencoder.model`.
 
     Raises:
         ValueError: an argument that the class does not have, or that contradicts `data`.
     """
-    arguments = config.autoencoder.model
     check_arguments(arguments, AutoencoderKL, "autoencoder.model")
-    given = {"sample_size": max(config.data.size), "in_channels": config.data.channels, "out_channels": config.data.channels}
-    if clash := {k: arguments[k] for k, v in given.items() if arguments.get(k, v) != v}:
-        raise ValueError(f"autoencoder.model: {clash} contradicts what data says: { {k: given[k] for k in clash} }")
+    channels = config.data.channels
+    derived = {"sample_size": max(config.data.size), "in_channels": channels, "out_channels": channels}
+    check_contradictions(arguments, derived, "autoencoder.model", "data")
     torch.manual_seed(config.seed)
-    vae = build_stock("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **given})
+    vae = build_stock("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **derived})
     check_divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
     return VariationalAutoencoder(vae)
 
@@ -42,10 +50,10 @@ def identity_vae(
 ) -> AutoencoderKL:
     """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
 
-    Latent channels beyond the picture's, if any, are zero: Stable Diffusion's inpainting knows none but 4.
+    Latent channels beyond the image's, if any, are zero: Stable Diffusion's inpainting knows none but 4.
 
     Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
-    +-K fix the group norm's variance at K^2 / (channels + 1) whatever the picture; its weight undoes the division.
+    +-K fix the group norm's variance at K^2 / (channels + 1) whatever the image; its weight undoes the division.
     """
     latent_channels = latent_channels or channels
     vae = AutoencoderKL(

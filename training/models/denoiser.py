@@ -1,11 +1,40 @@
-"""Text encoder, UNet and ControlNet as the one module that is trained, and what its shape follows from."""
+"""Text encoder, UNet and ControlNet as the one module that is trained, and what a task asks of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from sfumato.pipelines.guided import run_network
+from sfumato.pipelines.guided import NetworkInputs, run_network
 from sfumato.training.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelNeeds:
+    """What a task's model has beside a UNet of text and noise.
+
+    Attributes:
+        num_extra_inputs: of a VAE, how many channels the UNet reads beside the noisy latents.
+        latent_channels: what the VAE must have, where a stock pipeline takes no other number; the image's where None.
+        use_quant_conv: whether an identity VAE needs these convolutions.
+        prepare_vae: called with the VAE and its downsampling factor; may change it, or raise ValueError.
+        unet: further arguments of the UNet.
+        components: further components and settings of the pipeline.
+        widens: whether the UNet of a text-to-image model in `init_from` gets new channels.
+        trains_controlnet: whether a ControlNet is trained, and the rest stays as it is.
+    """
+
+    num_extra_inputs: Callable[[AutoencoderKL], int] = lambda vae: 0
+    latent_channels: int | None = None
+    use_quant_conv: bool = False
+    prepare_vae: Callable[[AutoencoderKL, int], None] = lambda vae, factor: None
+    unet: dict[str, Any] = field(default_factory=dict)
+    components: dict[str, Any] = field(default_factory=dict)
+    widens: bool = False
+    trains_controlnet: bool = False
 
 
 class Denoiser(torch.nn.Module):
@@ -19,13 +48,12 @@ class Denoiser(torch.nn.Module):
         self.text_encoder = text_encoder
         self.controlnet = controlnet
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, given: dict | None = None) -> torch.Tensor:
-        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)` or embeddings `(B, L, D)`.
-
-        `given`: see `guided.run_network`.
-        """
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, inputs: NetworkInputs | None = None
+    ) -> torch.Tensor:
+        """Prediction `(B, C, H, W)` for noisy `x_t`, timesteps `(B,)` and token ids `(B, L)` or embeddings `(B, L, D)`."""
         embeddings = text if text.is_floating_point() else self.text_encoder(text)[0]
-        return run_network(self.unet, self.controlnet, x_t, t, embeddings, given)
+        return run_network(self.unet, self.controlnet, x_t, t, embeddings, inputs)
 
 
 def learns_variance(scheduler) -> bool:
@@ -33,16 +61,13 @@ def learns_variance(scheduler) -> bool:
     return scheduler.config.get("variance_type") == "learned_range"
 
 
-def num_unet_inputs(config: Config, vae: AutoencoderKL) -> int:
-    """Channels that the UNet reads: the noisy latents; for inpainting also the mask and the masked picture's latents; for
-    upscaling the small picture; with self-conditioning what it last made of them.
-    """
-    beside = {"inpainting": vae.config.latent_channels + 1, "upscaling": vae.config.in_channels}
+def num_unet_inputs(config: Config, vae: AutoencoderKL, needs: ModelNeeds) -> int:
+    """Channels that the UNet reads: the noisy latents, those of the task, and with self-conditioning its own last estimate."""
     own = vae.config.latent_channels if config.objective.self_conditioning else 0
-    return vae.config.latent_channels + beside.get(config.task, own)
+    return vae.config.latent_channels + needs.num_extra_inputs(vae) + own
 
 
-def sample_size(config: Config, factor: int) -> int | tuple[int, int]:
+def unet_sample_size(config: Config, factor: int) -> int | tuple[int, int]:
     """The UNet's `sample_size`: the side of the latents, or their height and width."""
     height, width = (side // factor for side in config.data.size)
     return height if height == width else (height, width)
@@ -53,7 +78,7 @@ def strengthen_conditioning(unet: UNet2DConditionModel, factor: float = 3.0) -> 
 
     PyTorch's own initialisation gives a linear layer outputs of std 1 / sqrt(3) for inputs of std 1, and the embedding
     is smaller than that after its SiLU; a text that hardly changes what a block does is a text that is slow to learn
-    (LOG.md, "where is place learned?").
+    (docs/notebook, "where is place learned").
     """
     with torch.no_grad():
         for name, module in unet.named_modules():

@@ -1,8 +1,4 @@
-"""Checkpoints: `step-00001000/` with the training state (safetensors and JSON, no pickle) and a loadable `pipeline/`.
-
-A checkpoint is written beside its place, synced to the disk and renamed into it. `state.json` is written last and holds
-the SHA-256 of every other file, so a torn or damaged folder is recognised. Old ones go only after a newer one is whole.
-"""
+"""Models that are trained further: opened, checked against the config, widened, given a LoRA adapter."""
 
 from pathlib import Path
 
@@ -14,7 +10,7 @@ from sfumato.schedulers import training_scheduler
 from sfumato.training.config.schema import Config
 from sfumato.training.models.autoencoder import identity_vae
 from sfumato.training.models.controlnet import build_controlnet
-from sfumato.training.models.denoiser import learns_variance, num_unet_inputs, sample_size
+from sfumato.training.models.denoiser import ModelNeeds, learns_variance, num_unet_inputs, unet_sample_size
 from sfumato.training.models.latent_space import is_identity
 from sfumato.training.models.stock_classes import check_divisible
 
@@ -43,32 +39,58 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
     unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
 
 
-def load_pipeline(config: Config) -> SfumatoPipeline:
+def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
     """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
 
     Raises:
         ValueError: no such model, one that this trainer cannot train, or one of another resolution factor.
         ModuleNotFoundError: LoRA needs the package peft.
     """
-    inside = Path(config.init_from) / "pipeline"  # of a run folder
-    try:
-        pipe = SfumatoPipeline.from_pretrained(
-            inside if (inside / "model_index.json").is_file() else config.init_from, torch_dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"init_from={config.init_from!r} cannot be opened: {error}") from error
-    pipe.register_modules(
-        scheduler=training_scheduler(pipe.scheduler)
-    )  # whatever sampler the folder names, its schedule is what counts
-    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    pipe = _open(str(config.init_from))
     if pipe.config.self_conditioning != config.objective.self_conditioning:
         raise ValueError(f"objective.self_conditioning: init_from={config.init_from!r} has {pipe.config.self_conditioning}")
-    if channels == latents == pipe.unet.config.out_channels and config.task == "inpainting":
+    channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels}
+    if needs.widens and len(channels) == 1:  # a UNet of latents alone
         if is_identity(pipe.vae):
-            pipe.register_modules(vae=identity_vae(max(config.data.size), pipe.vae.config.in_channels, 4))
-            latents = 4
-        widen(pipe.unet, num_unet_inputs(config, pipe.vae), latents)
-    elif channels != num_unet_inputs(config, pipe.vae):
+            vae = identity_vae(max(config.data.size), pipe.vae.config.in_channels, needs.latent_channels)
+            pipe.register_modules(vae=vae)
+        widen(pipe.unet, num_unet_inputs(config, pipe.vae, needs), pipe.vae.config.latent_channels)
+    _check_loaded(config, pipe, needs)
+    pipe.unet.register_to_config(sample_size=unet_sample_size(config, pipe.vae_scale_factor))
+    torch.manual_seed(config.seed)
+    pipe.vae.requires_grad_(False).eval()
+    trains_text = bool(config.text_encoder.train) and not config.lora.rank and not needs.trains_controlnet
+    pipe.text_encoder.requires_grad_(trains_text).train(trains_text)
+    pipe.unet.requires_grad_(not config.lora.rank and not needs.trains_controlnet).train(not needs.trains_controlnet)
+    if needs.trains_controlnet:
+        if pipe.controlnet is None:
+            pipe.register_modules(controlnet=build_controlnet(pipe.unet, pipe.vae_scale_factor))
+        if pipe.controlnet.config.conditioning_channels != 3:
+            raise ValueError(f"init_from={config.init_from!r} has a ControlNet that does not read maps of 3 channels")
+        pipe.controlnet.requires_grad_(True).train()
+    if config.lora.rank:
+        _add_lora(config, pipe.unet)
+    return pipe
+
+
+def _open(source: str) -> SfumatoPipeline:
+    """The model in a folder, a run folder or a repository, with the noise schedule that it was trained with."""
+    inside = Path(source) / "pipeline"  # of a run folder
+    try:
+        pipe = SfumatoPipeline.from_pretrained(
+            inside if (inside / "model_index.json").is_file() else source, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from={source!r} cannot be opened: {error}") from error
+    # Whatever sampler the folder names, its schedule is what counts.
+    pipe.register_modules(scheduler=training_scheduler(pipe.scheduler))
+    return pipe
+
+
+def _check_loaded(config: Config, pipe: SfumatoPipeline, needs: ModelNeeds) -> None:
+    """Raise ValueError for a model that the config cannot go on with."""
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != num_unet_inputs(config, pipe.vae, needs):
         model = f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents"
         raise ValueError(f"{model}, not one for {config.task}")
     if pipe.vae.config.in_channels != config.data.channels:
@@ -81,27 +103,15 @@ def load_pipeline(config: Config) -> SfumatoPipeline:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.weight == "edm":
         raise ValueError("objective.weight=edm: init_from predicts epsilon, on which it is unbounded; choose another")
-    pipe.unet.register_to_config(sample_size=sample_size(config, pipe.vae_scale_factor))
-    torch.manual_seed(config.seed)
-    pipe.vae.requires_grad_(False).eval()
-    train_text = bool(config.text_encoder.train) and not config.lora.rank
-    pipe.text_encoder.requires_grad_(train_text).train(train_text)
-    pipe.unet.requires_grad_(not config.lora.rank).train()
-    if config.task == "control":
-        pipe.unet.requires_grad_(False).eval()
-        pipe.text_encoder.requires_grad_(False).eval()
-        if pipe.controlnet is None:
-            pipe.register_modules(controlnet=build_controlnet(pipe.unet, pipe.vae_scale_factor))
-        if pipe.controlnet.config.conditioning_channels != 3:
-            raise ValueError(f"init_from={config.init_from!r} has a ControlNet that does not read maps of 3 channels")
-        pipe.controlnet.requires_grad_(True).train()
-    elif pipe.controlnet is not None:
+    if pipe.controlnet is not None and not needs.trains_controlnet:
         raise ValueError(f"init_from={config.init_from!r} has a ControlNet, which only task=control trains")
-    if config.lora.rank:
-        try:
-            from peft import LoraConfig
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("lora.rank needs a package: pip install 'sfumato[lora]'") from error
-        alpha = config.lora.rank if config.lora.alpha is None else config.lora.alpha
-        pipe.unet.add_adapter(LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=config.lora.target_modules))
-    return pipe
+
+
+def _add_lora(config: Config, unet: UNet2DConditionModel) -> None:
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("lora.rank needs a package: pip install 'sfumato[lora]'") from error
+    alpha = config.lora.rank if config.lora.alpha is None else config.lora.alpha
+    settings = LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=config.lora.target_modules)
+    unet.add_adapter(settings)

@@ -13,9 +13,9 @@ def is_identity(vae: AutoencoderKL) -> bool:
     return alike and vae.encoder.conv_out.bias[-1].item() == -30.0  # the log-variance of no noise
 
 
-def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
+def to_pixel_values(images: np.ndarray) -> torch.Tensor:
     """`(B, H, W, C)` uint8 to `(B, C, H, W)` float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """The trained parameters of a module by name, whole where they are sharded over processes (FSDP2)."""
 
 import copy
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CLIPTextModel
 
@@ -58,3 +60,9 @@ def plain_pipeline(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoP
     else:
         return pipe
     return replace_components(pipe, **parts)
+
+
+def raw_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights before averaging, by name, of a checkpoint."""
+    tensors = load_file(folder / "state.safetensors")
+    return {name.removeprefix("raw."): value for name, value in tensors.items() if name.startswith("raw.")}

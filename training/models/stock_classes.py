@@ -22,8 +22,15 @@ def build_stock(section: str, cls: type, arguments: dict):
         raise ValueError(f"{section}: {cls.__name__} cannot be made of it: {type(error).__name__}: {error}") from error
 
 
+def check_contradictions(arguments: dict, derived: dict, section: str, sources: str) -> None:
+    """Raise ValueError for arguments that say something else than what follows from other sections, named in `sources`."""
+    if clash := {key: arguments[key] for key, value in derived.items() if arguments.get(key, value) != value}:
+        right = {key: derived[key] for key in clash}
+        raise ValueError(f"{section}: {clash} contradicts what {sources} say: {right}")
+
+
 def check_divisible(config: Config, factor: int) -> None:
-    """Raise ValueError where a picture size is no multiple of the VAE's factor."""
+    """Raise ValueError where an image size is no multiple of the VAE's factor."""
     for side in (side for size in config.data.buckets or [config.data.size] for side in size):
         if side % factor:
             raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")

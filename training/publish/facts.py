@@ -11,18 +11,21 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from sfumato import __version__
+from sfumato.registries import SOURCES
 from sfumato.training.config.load import dump_config
-from sfumato.training.config.rules import SETS
+from sfumato.training.config.rules import named_source
 from sfumato.training.config.schema import CheckpointConfig, Config, DataConfig, HubConfig
-from sfumato.training.data.array_set import PictureSet
-from sfumato.training.data.sources import openmoji
+from sfumato.training.data.array_set import ArraySet
 
 
 def public_name(source: str) -> str:
     """A Hub id or a word as it is; of a path of this machine, the last part."""
-    known = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists()
+    if source in SOURCES and SOURCES[source].named:
+        return source
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists():
+        return source
     name = Path(source).name
-    return source if known or source in SETS else f"./{name}" if name in SETS else name
+    return f"./{name}" if name in SOURCES and SOURCES[name].named else name
 
 
 def public_settings(config: Config) -> str:
@@ -44,7 +47,7 @@ def public_settings(config: Config) -> str:
     return dump_config(clean)
 
 
-def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state: dict) -> dict:
+def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dict) -> dict:
     """What the card tells of a run."""
     c, o = config, config.objective
     batch = c.train.batch_size * c.train.gradient_accumulation_steps * accelerator.num_processes
@@ -56,15 +59,15 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
     }.get(o.weight, o.weight)
     levels = o.timesteps if o.timesteps == "uniform" else f"log-SNR {o.timesteps}({o.log_snr_mean}, {o.log_snr_std})"
     levels += ", importance sampled" if o.importance else ""
-    captions = int(pictures.table["num_captions"][pictures.select("train")].sum())
+    captions = int(images.table["num_captions"][images.select("train")].sum())
     known = {
         "title": c.title,
-        "data": f"{public_name(c.data.name)}, {len(pictures.select('train')):,} training pictures, "
-        f"{len(pictures) - len(pictures.select('train')):,} held out",
+        "data": f"{public_name(c.data.name)}, {len(images.select('train')):,} training images, "
+        f"{len(images) - len(images.select('train')):,} held out",
         "captions": f"{captions:,} to train on; dropped with probability {o.caption_dropout}, for guidance",
-        "skipped records": sum(map(len, pictures.skipped.values())),
+        "skipped records": sum(map(len, images.skipped.values())),
         "steps": f"{state['step']:,}",
-        "pictures seen": f"{state['images_seen']:,}",
+        "images seen": f"{state['images_seen']:,}",
         "training time": f"{state['seconds'] / 60:.1f} minutes",
         "hardware": f"{accelerator.num_processes} x {_device(accelerator)}",
         "batch size": batch,
@@ -82,23 +85,26 @@ def facts(config: Config, accelerator: Accelerator, pictures: PictureSet, state:
         if source is not None:
             known[f"pretrained {key}"] = public_name(source)
     if c.data.buckets:
-        known["picture sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
+        known["image sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
     if c.init_from is not None:
         known["base_model"] = public_name(c.init_from)
     if state.get("changes"):
         known["changed on the way"] = "; ".join(state["changes"])
     if c.lora.rank:
         known["LoRA rank"] = c.lora.rank
-    if c.data.name == "openmoji":
-        known |= {"language": c.data.languages, "data licence": openmoji.ATTRIBUTION}
+    source = SOURCES.get(named_source(c) or "")
+    if source is not None and source.attribution is not None:
+        known["data licence"] = source.attribution
+        if "languages" in source.only:
+            known["language"] = c.data.languages
         if not any(name.startswith(("base_model", "pretrained")) for name in known):  # else theirs counts too
-            known["license"] = openmoji.LICENSE
+            known["license"] = source.license
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", c.data.name) and not Path(c.data.name).exists():
         known["datasets"] = [c.data.name]
     return known
 
 
-def metadata(config: Config, pictures: PictureSet, state: dict) -> dict:
+def metadata(config: Config, images: ArraySet, state: dict) -> dict:
     """What programs may want to know of a run; it travels in the scheduler's config under `_sfumato`, key `run`."""
     objective = asdict(config.objective)
     return {
@@ -106,7 +112,7 @@ def metadata(config: Config, pictures: PictureSet, state: dict) -> dict:
         "images_seen": state["images_seen"],
         "objective": objective,
         "guidance_scale": config.validation.guidance_scale,
-        "data": {"name": public_name(config.data.name), "fingerprint": pictures.fingerprint.rsplit("-", 1)[-1]},
+        "data": {"name": public_name(config.data.name), "fingerprint": images.fingerprint.rsplit("-", 1)[-1]},
         "versions": _versions(),
         "commit": _commit(),
         "config_sha256": hashlib.sha256(public_settings(config).encode()).hexdigest(),

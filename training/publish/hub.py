@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -65,9 +66,9 @@ def check(repo_id: str, pull_request: bool = False, private: bool = False) -> st
     except HfHubHTTPError as error:
         if error.response.status_code == 401:
             raise CannotPush("the Hub does not know this token; run `hf auth login --force`, or mend HF_TOKEN") from error
-        raise CannotPush(f"the Hub does not answer: {_line(error)}") from error
+        raise CannotPush(f"the Hub does not answer: {_last_line(error)}") from error
     except (httpx2.TransportError, OSError) as error:
-        raise CannotPush(f"the Hub cannot be reached: {_line(error)}") from error
+        raise CannotPush(f"the Hub cannot be reached: {_last_line(error)}") from error
     repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
     owner = repo_id.split("/")[0]
     writable = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
@@ -82,7 +83,7 @@ def check(repo_id: str, pull_request: bool = False, private: bool = False) -> st
             raise CannotPush(f"there is no {repo_id} to make a pull request to") from None
         return repo_id
     except (HfHubHTTPError, httpx2.TransportError) as error:
-        raise CannotPush(f"the Hub does not answer: {_line(error)}") from error
+        raise CannotPush(f"the Hub does not answer: {_last_line(error)}") from error
     if private and not info.private and not pull_request:
         raise CannotPush(f"{repo_id} is public, and private was asked for; make it private on the Hub first")
     held = {sibling.rfilename for sibling in info.siblings or []} - KEPT - {"README.md"}
@@ -91,15 +92,27 @@ def check(repo_id: str, pull_request: bool = False, private: bool = False) -> st
     return repo_id
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a push goes.
+
+    Attributes:
+        repo_id: `name` or `owner/name`; made where it does not exist.
+        private: make it private; one that exists must be.
+        branch: made where it does not exist.
+        tag: name for the result.
+        pull_request: propose the change instead of making it.
+    """
+
+    repo_id: str
+    private: bool = False
+    branch: str = "main"
+    tag: str | None = None
+    pull_request: bool = False
+
+
 def push(
-    folder: str | Path,
-    repo_id: str,
-    private: bool = False,
-    branch: str | None = None,
-    tag: str | None = None,
-    pull_request: bool = False,
-    message: str | None = None,
-    say: Callable[[str], None] = print,
+    folder: str | Path, target: Target, *, message: str = "Upload with Sfumato", say: Callable[[str], None] = print
 ) -> str:
     """Make the repository hold just what the folder holds, in one commit; no commit where it does so already.
 
@@ -108,11 +121,7 @@ def push(
 
     Args:
         folder: an exported pipeline.
-        repo_id: `name` or `owner/name`; made where it does not exist.
-        private: make it private; one that exists must be.
-        branch: where to, made where it does not exist; `main` where not given.
-        tag: name for the result.
-        pull_request: propose the change instead of making it.
+        target: where to.
         message: of the commit.
         say: gets a line when an attempt fails and is repeated.
 
@@ -124,32 +133,33 @@ def push(
     """
     folder = Path(folder)
     names = files_to_push(folder)
-    if tag and pull_request:
+    if target.tag and target.pull_request:
         raise CannotPush("a pull request cannot be tagged; leave the tag out")
-    repo_id = check(repo_id, pull_request, private)
-    api = HfApi()
+    target = replace(target, repo_id=check(target.repo_id, target.pull_request, target.private))
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _push_once(api, folder, names, repo_id, private, branch or "main", tag, pull_request, message)
+            return _push_once(folder, names, target, message)
         except (httpx2.TransportError, OSError, RuntimeError) as error:  # the client wraps what an upload raises
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-            if getattr(cause, "filename", None):
+            if isinstance(cause, OSError) and getattr(cause, "filename", None):
                 raise CannotPush(f"{cause.filename} cannot be read: {cause.strerror}") from error
             if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500 and cause.response.status_code != 429:
-                raise CannotPush(f"the Hub refused: {_line(cause)}") from error
+                raise CannotPush(f"the Hub refused: {_last_line(cause)}") from error
             if attempt == ATTEMPTS:
                 raise CannotPush(
-                    f"the connection to the Hub failed {ATTEMPTS} times: {_line(cause)}. The folder is as it was; "
+                    f"the connection to the Hub failed {ATTEMPTS} times: {_last_line(cause)}. The folder is as it was; "
                     "push again, and what has arrived is not sent again"
                 ) from error
-            say(f"the connection to the Hub broke ({_line(cause)}); trying again")
+            say(f"the connection to the Hub broke ({_last_line(cause)}); trying again")
             time.sleep(PAUSE * attempt)
+        except CannotPush:
+            raise
         except (ValueError, YAMLError) as error:
-            raise error if isinstance(error, CannotPush) else CannotPush(f"the Hub refused: {_line(error)}") from error
+            raise CannotPush(f"the Hub refused: {_last_line(error)}") from error
     raise AssertionError("unreachable")
 
 
-def stale(repo_id: str, branch: str, names: list[str]) -> list[str]:
+def stale_files(repo_id: str, branch: str, names: list[str]) -> list[str]:
     """What the branch holds that the folder does not, and that a push therefore removes."""
     try:
         there = {file.rfilename for file in HfApi().model_info(repo_id, revision=branch).siblings or []}
@@ -158,23 +168,43 @@ def stale(repo_id: str, branch: str, names: list[str]) -> list[str]:
     return sorted(there - set(names) - KEPT)
 
 
-def _push_once(api, folder, names, repo_id, private, branch, tag, pull_request, message) -> str:
-    if not pull_request:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if branch != "main" and not pull_request:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    operations = [CommitOperationAdd(name, _content(folder / name, repo_id, name.rpartition("/")[0])) for name in names]
-    operations += [CommitOperationDelete(name) for name in stale(repo_id, branch, names)]
-    done = api.create_commit(
-        repo_id, operations, commit_message=message or "Upload with Sfumato", revision=branch, create_pr=pull_request or None
+def describe_push(folder: Path, target: Target) -> list[str]:
+    """What a push would do, in lines; changes nothing.
+
+    Raises:
+        CannotPush: see `files_to_push` and `check`.
+    """
+    names = files_to_push(folder)
+    repo_id = check(target.repo_id, target.pull_request, target.private)
+    removed = [f"     removed {name}" for name in stale_files(repo_id, target.branch, names)]
+    sizes = [f"{(folder / name).stat().st_size:12,} {name}" for name in names]
+    return [f"would push to {repo_id}, {target.branch}:", *removed, *sizes]
+
+
+def _push_once(folder: Path, names: list[str], target: Target, message: str) -> str:
+    api, repo_id = HfApi(), target.repo_id
+    if not target.pull_request:
+        api.create_repo(repo_id, private=target.private or None, exist_ok=True)
+    if target.branch != "main" and not target.pull_request:
+        api.create_branch(repo_id, branch=target.branch, exist_ok=True)
+    additions = [CommitOperationAdd(name, _content(folder / name, repo_id, name.rpartition("/")[0])) for name in names]
+    removals = [CommitOperationDelete(name) for name in stale_files(repo_id, target.branch, names)]
+    commit = api.create_commit(
+        repo_id,
+        [*additions, *removals],
+        commit_message=message,
+        revision=target.branch,
+        create_pr=target.pull_request or None,
     )
-    if tag and not pull_request:
-        known = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-        if known.get(tag, done.oid) != done.oid:
-            raise CannotPush(f"pushed {done.commit_url}, but the tag {tag} names another state already; choose another")
-        if tag not in known:
-            api.create_tag(repo_id, tag=tag, revision=done.oid)
-    return done.pr_url or done.commit_url
+    if target.tag and not target.pull_request:
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        if tags.get(target.tag, commit.oid) != commit.oid:
+            raise CannotPush(
+                f"pushed {commit.commit_url}, but the tag {target.tag} names another state already; choose another"
+            )
+        if target.tag not in tags:
+            api.create_tag(repo_id, tag=target.tag, revision=commit.oid)
+    return commit.pr_url or commit.commit_url
 
 
 def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
@@ -196,7 +226,7 @@ def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
     return text.encode()
 
 
-def _line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     """The telling line of a client's error, which may have many."""
     rows = [row.strip() for row in str(error).splitlines() if row.strip() and "Request ID" not in row]
     return rows[-1] if rows else type(error).__name__
@@ -206,11 +236,12 @@ class BackgroundPush:
     """Pushes checkpoints while training goes on: one at a time, never waited for, never able to end the run."""
 
     def __init__(self, hold: Path):
-        self.hold, self.said = hold, []
+        self.hold = hold
+        self.messages: list[str] = []
         shutil.rmtree(hold, ignore_errors=True)  # of a run that was killed
         self._thread = None
 
-    def start(self, folder: Path, **arguments) -> None:
+    def start(self, folder: Path, target: Target) -> None:
         """Push `folder` unless a push is still under way. Its files are held by links, so it may be removed meanwhile."""
         if self._thread is not None and self._thread.is_alive():
             self._say(f"{folder.parent.name} is not pushed: the push before it is still under way")
@@ -224,9 +255,9 @@ class BackgroundPush:
 
         def work():
             try:
-                outcome = f"pushed {push(self.hold, say=self._say, **arguments)}"
+                outcome = f"pushed {push(self.hold, target, say=self._say)}"
             except Exception as error:  # whatever it is, the run goes on
-                outcome = f"{folder.parent.name} is not pushed: {_line(error)}"
+                outcome = f"{folder.parent.name} is not pushed: {_last_line(error)}"
             self._say(outcome)
             shutil.rmtree(self.hold, ignore_errors=True)
 
@@ -234,17 +265,17 @@ class BackgroundPush:
         self._thread.start()
 
     def _say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def wait(self) -> None:
         """Until the push under way, if any, has ended."""
         if self._thread is not None:
             self._thread.join()
 
-    def news(self) -> list[str]:
+    def new_messages(self) -> list[str]:
         """What has been said since the last call."""
-        said, self.said = self.said, []
-        return said
+        messages, self.messages = self.messages, []
+        return messages
 
 
 def _link(source: str, target: str) -> None:

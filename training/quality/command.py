@@ -1,26 +1,30 @@
-"""`sfumato evaluate`: measure a model on a picture set, print the figures, and put them into its card."""
+"""`sfumato evaluate`: measure a model on an image set, print the figures, and put them into its card."""
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import add_evaluation, recommended
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.training.config import schema
-from sfumato.training.config.load import load_config
+from sfumato.training.config.load import default_config, load_config
+from sfumato.training.config.schema import Config, DataConfig, ValidationConfig
 from sfumato.training.data.prepare import prepare
 from sfumato.training.publish.facts import public_name
-from sfumato.training.quality.report import Plan, report
+from sfumato.training.quality.evaluation import Plan
+from sfumato.training.quality.features import DEFAULT
+from sfumato.training.quality.report import report
+from sfumato.training.quality.statistics import Score
 
 
-def trained_by(model: str) -> schema.Config | None:
+def training_config(model: str) -> Config | None:
     """The config of the run that made a model, else the one that travels along with it."""
     folder = Path(model)
     kept = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
@@ -34,22 +38,22 @@ def trained_by(model: str) -> schema.Config | None:
     return load_config(found[0]) if found else None
 
 
-def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> schema.Config:
+def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> Config:
     """The config whose data are drawn: `data` itself or with that name, else the model's own. Guidance is always the model's.
 
     Raises:
         ValueError: the model does not say what it was trained on, and nothing else was named.
     """
-    own = trained_by(model)
+    own = training_config(model)
     if data is not None and Path(data).suffix in (".yaml", ".yml"):
         config = load_config(data)
-        config.validation = own.validation if own else schema.ValidationConfig()
+        config.validation = own.validation if own else ValidationConfig()
         return config
     if own:
         config = own
     elif data is not None:
         channels, (height, _) = pipe.vae.config.in_channels, pipe.trained_size
-        config = schema.Config(data=schema.DataConfig(resolution=height, channels=channels))
+        config = default_config(data=DataConfig(resolution=height, channels=channels))
     else:
         raise ValueError(f"{model} does not say what it was trained on; name it with --data")
     if data is not None:
@@ -57,25 +61,58 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> schema.Con
     return config
 
 
-def prepared(model: str, options) -> tuple[SfumatoPipeline, schema.Config]:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is measured of a model, and how it draws for it.
+
+    Attributes:
+        data: a config, or what `data.name` takes; None: what the model was trained on.
+        images: captions that are drawn.
+        sampler, steps, guidance_scale: as the model's card names them where None.
+        seed: image i has seed `seed` + i.
+        extractor: whose features; see `features.compute_features`.
+        bits: bound the bits per dimension of so many images, too.
+        out: a folder for `evaluation.json` and the sheets, in place of the model's own.
+    """
+
+    data: str | None = None
+    images: int = 512
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    extractor: str = DEFAULT
+    bits: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        scores: figures with their intervals, by name.
+        protocol: how they came about.
+        sheets: images to look at, by file name.
+        folder: where all this was written; None where it was not.
+    """
+
+    scores: dict[str, Score]
+    protocol: str
+    sheets: dict[str, Image.Image]
+    folder: Path | None
+
+
+def open_for_evaluation(model: str, options: EvaluateOptions) -> tuple[SfumatoPipeline, Config]:
     """The model as it is to draw, and the config of data and drawing.
 
     Raises:
         ValueError: something that cannot be used; found before anything is drawn.
     """
-    folder = Path(model)
-    if options.out is None and folder.is_dir():
-        if (folder.parent / "state.json").is_file():
-            raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
-        if not (folder / "README.md").is_file():
-            raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
-    if options.pictures < 2 or options.bits < 0 or not 0 <= options.seed < 2**62:
-        raise ValueError("--pictures must be at least 2, --bits at least 0, and --seed a number from 0 on, below 2**62")
-    if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
-        raise ValueError(f"--out={options.out} is not a folder")
+    _check_options(model, options)
     pipe = SfumatoPipeline.from_pretrained(model)
     if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
-        raise ValueError(f"{model} draws from pictures; evaluate is for models that draw from text alone")
+        raise ValueError(f"{model} draws from images; evaluate is for models that draw from text alone")
     config, advice = config_of(model, options.data, pipe), recommended(model)
     size, channels = config.data.size, config.data.channels
     if (size, channels) != (pipe.trained_size, pipe.vae.config.in_channels):
@@ -95,41 +132,52 @@ def prepared(model: str, options) -> tuple[SfumatoPipeline, schema.Config]:
     return pipe, config
 
 
-def evaluate(model: str, options) -> int:
-    """Run the report and write it down; `options` are those of the command line.
+def _check_options(model: str, options: EvaluateOptions) -> None:
+    folder = Path(model)
+    if options.out is None and folder.is_dir():
+        if (folder.parent / "state.json").is_file():
+            raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
+        if not (folder / "README.md").is_file():
+            raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
+    if options.images < 2 or options.bits < 0 or not 0 <= options.seed < 2**62:
+        raise ValueError("--images must be at least 2, --bits at least 0, and --seed a number from 0 on, below 2**62")
+    if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ValueError(f"--out={options.out} is not a folder")
+
+
+def evaluate(model: str, options: EvaluateOptions) -> Report | None:
+    """Measure a model, write `evaluation.json`, and put the figures into its card.
+
+    Args:
+        model: a pipeline folder or Hub id.
+
+    Returns:
+        The report, on the first process; None on the others.
 
     Raises:
         ValueError: model, data or a choice that cannot be used.
     """
-    pipe, config = prepared(model, options)
+    pipe, config = open_for_evaluation(model, options)
     try:
-        pictures = prepare(config.data)
+        dataset = prepare(config.data)
     except ValueError as error:
         raise ValueError(f"{error}. What the model was trained on may be elsewhere; name it with --data") from error
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe.to(accelerator.device)
-    if options.out is None and not Path(model).is_dir():
-        accelerator.print(
-            "The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out"
-        )
-    count, few = options.pictures, max(2, options.pictures // 32)
-    plan = Plan(count=count, diverse=few, extractor=options.extractor, bits=options.bits)
-    scores, protocol, sheet = report(pipe, config, pictures, accelerator, plan)
+    num_diverse = max(2, options.images // 32)
+    plan = Plan(count=options.images, num_diverse=num_diverse, extractor=options.extractor, bits=options.bits)
+    scores, protocol, sheets = report(pipe, config, dataset, accelerator, plan)
     if not accelerator.is_main_process:
-        return 0
-    for name, score in scores.items():
-        print(f"{name:70} {score.value:.4g}" + ("" if score.half_width is None else f" ± {score.half_width:.2g}"))
-    print(protocol)
+        return None
     folder = Path(options.out or model)
-    if not folder.is_dir() and options.out is None:
-        return 0
+    if options.out is None and not folder.is_dir():
+        return Report(scores=scores, protocol=protocol, sheets=sheets, folder=None)
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"scores": {name: asdict(score) for name, score in scores.items()}, "protocol": protocol, "plan": asdict(plan)}
-    (folder / "evaluation.json").write_text(json.dumps(told, indent=1) + "\n")
-    if sheet is not None:
-        sheet.save(folder / "memorisation.png")
+    record = {"scores": {name: asdict(score) for name, score in scores.items()}, "protocol": protocol, "plan": asdict(plan)}
+    (folder / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, sheet in sheets.items():
+        sheet.save(folder / name)
     if options.out is None:
         rows = {name: (score.value, score.half_width) for name, score in scores.items()}
-        add_evaluation(folder, rows, protocol, public_name(config.data.name), "memorisation.png" if sheet else None)
-        print(f"wrote evaluation.json and the card of {folder}")
-    return 0
+        add_evaluation(folder, rows, protocol, public_name(config.data.name), next(iter(sheets), None))
+    return Report(scores=scores, protocol=protocol, sheets=sheets, folder=folder)

@@ -3,6 +3,9 @@
 import numpy as np
 import torch
 
+from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.statistics import Score, jackknife_score, mean_score
+
 
 def gaussian(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean `(D,)` of a set `(N, D)` and a factor F, `(min(N, D), D)`, of its covariance F'F."""
@@ -28,7 +31,7 @@ def _kernel_sum(a: np.ndarray, b: np.ndarray, rows: int = 256) -> float:
 
 
 def kernel_within(x: np.ndarray) -> float:
-    """The mean of KID's kernel over pairs of different pictures of a set `(N, D)`."""
+    """The mean of KID's kernel over pairs of different images of a set `(N, D)`."""
     x = np.asarray(x, np.float64)
     own = ((np.square(x).sum(1) / x.shape[1] + 1) ** 3).sum()
     return float(_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
@@ -36,7 +39,7 @@ def kernel_within(x: np.ndarray) -> float:
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, within: float | None = None) -> float:
     """Squared maximum mean discrepancy of two sets `(N, D)`, unbiased, kernel (x'y / D + 1)^3: KID (Binkowski et al. 2018,
-    arXiv 1801.01401), over all pictures at once rather than over subsets.
+    arXiv 1801.01401), over all images at once rather than over subsets.
 
     `within`: what `kernel_within(a)` gives, for a set that is compared often.
     """
@@ -50,18 +53,44 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return torch.cdist(*(torch.from_numpy(np.asarray(x, np.float64)) for x in (a, b))).numpy()
 
 
-def manifold_scores(true: np.ndarray, made: np.ndarray, k: int = 5) -> dict[str, np.ndarray]:
+def manifold_scores(real: np.ndarray, drawn: np.ndarray, k: int = 5) -> dict[str, np.ndarray]:
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020, arXiv
-    2002.09797), each as values whose mean it is: precision and density of each made picture, recall and coverage of each true.
+    2002.09797), each as values whose mean it is: precision and density of each drawn image, recall and coverage of each real.
 
-    A set's manifold is the union of balls around its pictures that reach to their `k`-th neighbours in the set.
+    A set's manifold is the union of balls around its images that reach to their `k`-th neighbours in the set.
     """
-    between = distances(true, made)  # (N, M)
-    of_true, of_made = (np.sort(distances(x, x), axis=1)[:, min(k, len(x) - 1)] for x in (true, made))
-    inside = between < of_true[:, None]
+    between = distances(real, drawn)  # (N, M)
+    of_real, of_drawn = (np.sort(distances(x, x), axis=1)[:, min(k, len(x) - 1)] for x in (real, drawn))
+    inside = between < of_real[:, None]
     return {
         "precision": inside.any(0).astype(float),
-        "recall": (between < of_made[None]).any(1).astype(float),
+        "recall": (between < of_drawn[None]).any(1).astype(float),
         "density": inside.sum(0) / k,
-        "coverage": (between.min(1) < of_true).astype(float),
+        "coverage": (between.min(1) < of_real).astype(float),
     }
+
+
+def fd(evaluation: Evaluation) -> dict[str, Score]:
+    """The Frechet distance of drawings of training captions to all training images."""
+    train, drawn = _train_and_drawn(evaluation)
+    whole = gaussian(train)
+    return {"FD": jackknife_score(lambda x: frechet_distance(whole, x), drawn)}
+
+
+def kid(evaluation: Evaluation) -> dict[str, Score]:
+    """The kernel distance of drawings of training captions to all training images."""
+    train, drawn = _train_and_drawn(evaluation)
+    within = kernel_within(train)
+    return {"KID": jackknife_score(lambda x: kernel_distance(train, x, within), drawn)}
+
+
+def manifold(evaluation: Evaluation) -> dict[str, Score]:
+    """Precision, recall, density and coverage of drawings against the training images of the same captions."""
+    drawn = evaluation.of("train", evaluation.features)
+    values = manifold_scores(evaluation.reference[evaluation.parts["train"]], drawn, k=min(5, len(drawn) - 1))
+    return {name: mean_score(v) for name, v in values.items()}
+
+
+def _train_and_drawn(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    train = evaluation.reference[evaluation.dataset.select("train")]
+    return train, evaluation.of("train", evaluation.features)

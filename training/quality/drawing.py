@@ -1,4 +1,4 @@
-"""Pictures to look at and scores to read, drawn by the pipeline that will be shared; split over all processes."""
+"""Images to look at and scores to read, drawn by the pipeline that will be shared; split over all processes."""
 
 import numpy as np
 import torch
@@ -9,19 +9,19 @@ from PIL import Image
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training.config.schema import ValidationConfig
-from sfumato.training.data.array_set import PictureSet
-from sfumato.training.data.sources import shapes
+from sfumato.training.data import array_set
+from sfumato.training.data.array_set import ArraySet
 
 
-def sample_indices(pictures: PictureSet, count: int) -> list[int]:
-    """Numbers of up to `count` held-out pictures, else of training pictures, evenly spread."""
-    chosen = pictures.select("held_out") if len(pictures.select("held_out")) else pictures.select("train")
-    return [int(i) for i in chosen[shapes.evenly_spaced(len(chosen), count)]]
+def sample_indices(images: ArraySet, count: int) -> list[int]:
+    """Numbers of up to `count` held-out images, else of training images, evenly spread."""
+    chosen = images.select("held_out") if len(images.select("held_out")) else images.select("train")
+    return [int(i) for i in chosen[array_set.evenly_spaced(len(chosen), count)]]
 
 
-def sample_captions(pictures: PictureSet) -> list[str]:
-    """Captions of up to twelve pictures that `to_show` chooses."""
-    return [pictures[i]["captions"][0] for i in sample_indices(pictures, 12)]
+def sample_captions(images: ArraySet) -> list[str]:
+    """Captions of up to twelve images that `to_show` chooses."""
+    return [images[i]["captions"][0] for i in sample_indices(images, 12)]
 
 
 def sampling_pipeline(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline:
@@ -42,13 +42,13 @@ def draw_images(
     batch_size: int = 32,
     **given: list[np.ndarray],
 ) -> list[Image.Image]:
-    """One picture for each prompt, the same whatever the number of processes: picture i has seed `config.seed` + i.
+    """One image for each prompt, the same whatever the number of processes: image i has seed `config.seed` + i.
 
     Args:
         given: further arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
 
     Returns:
-        All pictures in order, on every process.
+        All images in order, on every process.
     """
     pipe.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
@@ -63,4 +63,4 @@ def draw_images(
             **{name: [values[i] for i in numbers] for name, values in given.items()},
         ).images
     pairs = gather_object(list(zip(mine, drawn)))
-    return [picture for _, picture in sorted(pairs, key=lambda pair: pair[0])]
+    return [image for _, image in sorted(pairs, key=lambda pair: pair[0])]

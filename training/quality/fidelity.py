@@ -1,43 +1,57 @@
-"""How near images are to the true ones, pair by pair."""
+"""How near images are to the true ones, pair by pair; all arrays `(N, H, W, C)` uint8."""
 
 import importlib.util
 
 import numpy as np
 import torch
 
-from sfumato.training.config.rules import PACKAGES
+from sfumato.registries import METRICS
 from sfumato.training.quality.distances import frechet_distance
-from sfumato.training.quality.features import features
+from sfumato.training.quality.features import compute_features
 
 
-def feature_distances(true: np.ndarray, made: np.ndarray) -> dict[str, float]:
-    """`FD`, the Fréchet distance of two sets of pictures `(N, H, W, C)` uint8, and `LD`, the mean distance within pairs.
+def psnr(real: np.ndarray, drawn: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB: the mean over images of 10 log10(255^2 / MSE), at most 100."""
+    values = []
+    for a, b in zip(real, drawn):
+        error = float(np.square(a.astype(np.float32) / 255 - b.astype(np.float32) / 255).mean())
+        values.append(10 * np.log10(1 / max(error, 1e-10)))
+    return float(np.mean(values))
 
-    Both in `features`; of one pair, no FD; empty where their packages are not installed.
+
+def ssim(real: np.ndarray, drawn: np.ndarray) -> float:
+    """Mean structural similarity (Wang et al. 2004), by torchmetrics."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    values = []
+    for pair in zip(drawn, real):
+        a, b = (torch.from_numpy(x.astype(np.float32) / 255).permute(2, 0, 1)[None] for x in pair)
+        values.append(float(structural_similarity_index_measure(a, b, data_range=1.0)))
+    return float(np.mean(values))
+
+
+def feature_distance(real: np.ndarray, drawn: np.ndarray) -> float:
+    """Mean distance within pairs in the features of a network."""
+    return float(np.linalg.norm(compute_features(real) - compute_features(drawn), axis=1).mean())
+
+
+def image_quality(real: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+    """`PSNR`, and `SSIM` where its package is installed."""
+    return {name: METRICS[name].compute(real, drawn) for name in ("PSNR", "SSIM") if is_installed(name)}
+
+
+def feature_distances(real: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+    """`FD`, the Frechet distance of the two sets, and `LD`, the mean distance within pairs, in the same features.
+
+    Of one pair, no FD; empty where the packages are not installed.
     """
-    if not all(map(importlib.util.find_spec, PACKAGES)):
+    if not is_installed("LD"):
         return {}
-    a, b = features(true), features(made)
+    a, b = compute_features(real), compute_features(drawn)
     spread = {"FD": frechet_distance(a, b)} if len(a) > 1 else {}
     return spread | {"LD": float(np.linalg.norm(a - b, axis=1).mean())}
 
 
-def picture_quality(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
-    """How near pictures are to the true ones; both `(N, H, W, C)` uint8.
-
-    Returns:
-        `PSNR` in dB, the mean over pictures of 10 log10(255^2 / MSE), at most 100; `SSIM`, the mean structural similarity
-        (Wang et al. 2004), where torchmetrics is installed (extra `[metrics]`).
-    """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-    except ModuleNotFoundError:
-        ssim = None
-    found = {"PSNR": []} if ssim is None else {"PSNR": [], "SSIM": []}
-    for pair in zip(true, drawn):
-        a, b = (x.astype(np.float32) / 255 for x in pair)
-        found["PSNR"].append(10 * np.log10(1 / max(float(np.square(a - b).mean()), 1e-10)))
-        if ssim is not None:
-            pair = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (b, a))
-            found["SSIM"].append(float(ssim(*pair, data_range=1.0)))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+def is_installed(metric: str) -> bool:
+    """Whether the packages that a metric needs are there."""
+    return all(importlib.util.find_spec(package) for package in METRICS[metric].needs)

@@ -1,63 +1,132 @@
-"""The loss on pictures that are not trained on: the same number whatever the recipe, the batch size and the processes."""
+"""The loss on images that are not trained on: the same number whatever the recipe, the batch size and the processes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from sfumato.training.data.loader import collate
-from sfumato.training.data.streams import GOLDEN_RATIO, noise_for
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.schema import Config
+from sfumato.training.data.array_set import ArraySet
+from sfumato.training.data.loader import Sample, SampleData, collate
+from sfumato.training.data.streams import GOLDEN_RATIO, SeededStreams, Streams, noise_for
 from sfumato.training.models.denoiser import Denoiser
 from sfumato.training.models.parameters import plain_pipeline
-from sfumato.training.quality import drawing
+from sfumato.training.quality.drawing import sample_indices
 
-# Bands of log-SNR, in nats: from where only the layout of a picture is left to where only its grain is missing.
+# Bands of log-SNR, in nats: from where only the layout of an image is left to where only its grain is missing.
 EDGES = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
 
 
-@torch.no_grad()
-def held_out_loss(task, batch_size: int | None = None) -> dict[str, float]:
-    """How well x_0 is told from x_t on held-out pictures (else on training pictures), without guidance.
+class DenoisingTask(Protocol):
+    """What is asked of a task here: `tasks.text_to_image.TextToImage` or what derives from it."""
 
-    Each of `validation.num_held_out` pictures is noised once in every band of `EDGES` that the noise schedule spans, at a
-    level and with a noise that depend on the picture and the band alone. The error is that of v, (1 + SNR) * mean squared
+    config: Config
+    images: ArraySet
+    accelerator: Accelerator
+    pipe: SfumatoPipeline
+    module: torch.nn.Module
+    data: SampleData
+    snr: torch.Tensor
+
+    def x_0(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Clean latents or pixels."""
+        ...
+
+    def predict(
+        self,
+        model: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        *,
+        streams: Streams | None = None,
+        always_estimate: bool = False,
+    ) -> torch.Tensor:
+        """What the network makes of noisy latents."""
+        ...
+
+
+class Probe(NamedTuple):
+    """One image at one noise level: number of the image, of the band, and the log-SNR."""
+
+    index: int
+    band: int
+    log_snr: float
+
+
+@torch.no_grad()
+def held_out_loss(task: DenoisingTask, batch_size: int | None = None) -> dict[str, float]:
+    """How well x_0 is recovered from x_t on held-out images (else on training images), without guidance.
+
+    Each of `validation.num_held_out` images is noised once in every band of `EDGES` that the noise schedule spans, at a
+    level and with a noise that depend on the image and the band alone. The error is that of v, (1 + SNR) * mean squared
     error of x_0, so models of any target, weight and sampling of noise levels can be compared, and of any schedule by the
     bands that both have. Call it with the averaged weights in place.
 
     Args:
-        task: a `tasks.TextToImage` or what derives from it.
         batch_size: as in training where not given; no matter.
 
     Returns:
         `held_out_loss`, the mean over the bands, and each band by its name, such as `held_out_loss -8 to -6`. Where no
-        pictures are held out, it is of training pictures, and called `training_loss`.
+        images are held out, it is of training images, and called `training_loss`.
     """
-    pictures, scheduler, accelerator = task.pictures, task.pipe.scheduler, task.accelerator
-    device, pipe, bands = accelerator.device, plain_pipeline(task.pipe, task.module), len(EDGES) - 1
-    name = "held_out_loss" if len(pictures.select("held_out")) else "training_loss"
+    accelerator, pipe = task.accelerator, plain_pipeline(task.pipe, task.module)
+    name = "held_out_loss" if len(task.images.select("held_out")) else "training_loss"
     model = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet)
-    batch_size = batch_size or task.config.train.batch_size
-    log_snr = task.snr.clamp(1e-20, 1e20).log()
-    samples = [
-        (number, k, EDGES[k] + (EDGES[k + 1] - EDGES[k]) * ((i * GOLDEN_RATIO) % 1.0))
-        for i, number in enumerate(drawing.sample_indices(pictures, task.config.validation.num_held_out))
-        for k in range(bands)
-        if log_snr[-1] <= EDGES[k] and EDGES[k + 1] <= log_snr[0]
-    ]
-    size = {number: int(pictures.table[number]["bucket"]) for number, *_ in samples}
-    mine, found = samples[accelerator.process_index :: accelerator.num_processes], []
-    alike = [[s for s in mine if size[s[0]] == bucket] for bucket in sorted(set(size.values()))]
-    for part in (group[k : k + batch_size] for group in alike for k in range(0, len(group), batch_size)):
-        rows = [(n, False, int(pictures.table[n]["first_caption"]), 0.0, n * bands + k) for n, k, _ in part]
-        batch = collate(rows, pictures, task.texts, task.latents, task.beside)
-        batch = {name: value.to(device) for name, value in batch.items()}
-        t = torch.searchsorted(-log_snr, -torch.tensor([level for *_, level in part]).to(log_snr)).clamp(max=len(log_snr) - 1)
-        x_0 = task.x_0(batch)
-        noise = noise_for(batch["noise_seed"], x_0.shape[1:], device)  # the recipe's own noise would be another yardstick
-        x_t = scheduler.add_noise(x_0, noise, t)
-        output = task.predict(model, x_t, t, batch, all_first=True)[:, : x_0.shape[1]].float()
-        error = (scheduler.denoised(output, x_t, t) - x_0).square().flatten(1).mean(1)
-        found += zip([(n, k) for n, k, _ in part], ((1 + task.snr[t]) * error).cpu().double().tolist())
-    found = dict(gather_object(found))
-    spanned = sorted({k for _, k, _ in samples})
-    losses = {f"{name} {EDGES[k]} to {EDGES[k + 1]}": np.mean([found[n, b] for n, b, _ in samples if b == k]) for k in spanned}
-    return {name: float(np.mean(list(losses.values()))), **{band: float(loss) for band, loss in losses.items()}}
+    probes = list(_probes(task))
+    mine = probes[accelerator.process_index :: accelerator.num_processes]
+    errors: list[tuple[tuple[int, int], float]] = []
+    for part in _batches(mine, task.images, batch_size or task.config.train.batch_size):
+        values = _errors(task, model, part)
+        errors += [((probe.index, probe.band), value) for probe, value in zip(part, values)]
+    by_probe = dict(gather_object(errors))
+    losses = {}
+    for band in sorted({probe.band for probe in probes}):
+        values = [by_probe[probe.index, probe.band] for probe in probes if probe.band == band]
+        losses[f"{name} {EDGES[band]} to {EDGES[band + 1]}"] = float(np.mean(values))
+    return {name: float(np.mean(list(losses.values()))), **losses}
+
+
+def _probes(task: DenoisingTask) -> Iterator[Probe]:
+    """Every image in every band that the schedule spans."""
+    log_snr = _log_snr(task)
+    for i, index in enumerate(sample_indices(task.images, task.config.validation.num_held_out)):
+        for band, (low, high) in enumerate(zip(EDGES, EDGES[1:])):
+            if log_snr[-1] <= low and high <= log_snr[0]:
+                yield Probe(index, band, low + (high - low) * ((i * GOLDEN_RATIO) % 1.0))
+
+
+def _batches(probes: list[Probe], images: ArraySet, batch_size: int) -> Iterator[list[Probe]]:
+    """Batches of images of one size."""
+    size = {probe.index: int(images.table[probe.index]["bucket"]) for probe in probes}
+    for bucket in sorted(set(size.values())):
+        alike = [probe for probe in probes if size[probe.index] == bucket]
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
+
+
+def _log_snr(task: DenoisingTask) -> torch.Tensor:
+    return task.snr.clamp(1e-20, 1e20).log()
+
+
+def _errors(task: DenoisingTask, model: torch.nn.Module, probes: list[Probe]) -> list[float]:
+    """The error of v for each probe. All that is random is of fixed seeds: a run's own streams would be another yardstick."""
+    device, scheduler, log_snr, streams = task.accelerator.device, task.pipe.scheduler, _log_snr(task), SeededStreams(0)
+    samples = []
+    for probe in probes:
+        caption, key = int(task.images.table[probe.index]["first_caption"]), probe.index * (len(EDGES) - 1) + probe.band
+        samples.append(Sample(index=probe.index, flip=False, caption=caption, level=0.0, key=key))
+    batch = collate(samples, replace(task.data, streams=streams))
+    batch = {name: value.to(device) for name, value in batch.items()}
+    levels = torch.tensor([probe.log_snr for probe in probes]).to(log_snr)
+    t = torch.searchsorted(-log_snr, -levels).clamp(max=len(log_snr) - 1)
+    x_0 = task.x_0(batch)
+    x_t = scheduler.add_noise(x_0, noise_for(batch["sample_key"], tuple(x_0.shape[1:]), device), t)
+    output = task.predict(model, x_t, t, batch, streams=streams, always_estimate=True)[:, : x_0.shape[1]].float()
+    error = (scheduler.denoised(output, x_t, t) - x_0).square().flatten(1).mean(1)
+    return ((1 + task.snr[t]) * error).cpu().double().tolist()

@@ -1,4 +1,4 @@
-"""A judge of captions: a small CLIP-like pair of encoders, trained on the data set to tell which caption a picture shows."""
+"""A judge of captions: a small CLIP-like pair of encoders, trained on the data set to tell which caption an image shows."""
 
 import hashlib
 from pathlib import Path
@@ -12,19 +12,20 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sfumato.training.config.schema import TextEncoderConfig
-from sfumato.training.data.array_set import PictureSet
+from sfumato.training.data.array_set import ArraySet
 from sfumato.training.models.text import build_text_encoder, train_tokenizer
-from sfumato.training.quality.features import DEFAULT, features, reference_features, to_network
+from sfumato.training.quality.features import DEFAULT, compute_features, reference_features, to_network
 
 SIZE, GRID, STEPS, MAX_LENGTH = 128, 8, 800, 256
 ALTERED = 2
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # as it is imported, whatever becomes of the file
+# Raise this by hand with every change of code that changes a judge.
+FORMAT_VERSION = 1
 
 
 class Judge(torch.nn.Module):
-    """Pictures and captions in one space, where each is nearest to its own (Radford et al. 2021, arXiv 2103.00020).
+    """Images and captions in one space, where each is nearest to its own (Radford et al. 2021, arXiv 2103.00020).
 
-    Pictures are read from what EfficientNet-Lite0 sees and from their colours on a coarse grid. Trained on all pictures of a
+    Images are read from what EfficientNet-Lite0 sees and from their colours on a coarse grid. Trained on all images of a
     set, held-out ones too: it judges models, and is not one of them.
     """
 
@@ -36,7 +37,7 @@ class Judge(torch.nn.Module):
         config = TextEncoderConfig(hidden_size=SIZE, num_hidden_layers=1, max_length=longest)
         self.text = build_text_encoder(config, captions, self.tokenizer)[1]
         self.caption = torch.nn.Linear(SIZE, SIZE)
-        self.picture = torch.nn.Sequential(
+        self.image = torch.nn.Sequential(
             torch.nn.LazyLinear(4 * SIZE), torch.nn.GELU(), torch.nn.LayerNorm(4 * SIZE), torch.nn.Linear(4 * SIZE, SIZE)
         )
         self.log_scale = torch.nn.Parameter(torch.tensor(2.3))
@@ -51,114 +52,114 @@ class Judge(torch.nn.Module):
         """Unit vectors `(N, 128)`."""
         return F.normalize(self.caption(self.text(tokens).pooler_output), dim=-1)
 
-    def embed_pictures(self, seen: torch.Tensor) -> torch.Tensor:
+    def embed_images(self, seen: torch.Tensor) -> torch.Tensor:
         """Unit vectors `(N, 128)` of what `look` gives."""
-        return F.normalize(self.picture((seen - self.mean) / self.std), dim=-1)
+        return F.normalize(self.image((seen - self.mean) / self.std), dim=-1)
 
     @torch.no_grad()
-    def scores(self, pictures: np.ndarray, captions: list[str], seen: np.ndarray | None = None) -> np.ndarray:
-        """How well each caption goes with each picture `(N, H, W, C)` uint8: cosines `(N, len(captions))`.
+    def scores(self, images: np.ndarray, captions: list[str], seen: np.ndarray | None = None) -> np.ndarray:
+        """How well each caption goes with each image `(N, H, W, C)` uint8: cosines `(N, len(captions))`.
 
-        `seen`: the pictures' `features`, where they are known.
+        `seen`: the images' features, where they are known.
         """
         told = [self.embed_captions(self.tokens(captions[k : k + 1024])) for k in range(0, len(captions), 1024)]
-        return (self.embed_pictures(look(pictures, seen)) @ torch.cat(told).T).numpy()
+        return (self.embed_images(look(images, seen)) @ torch.cat(told).T).numpy()
 
 
-def look(pictures: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
-    """What the judge reads of pictures `(N, H, W, C)` uint8: `(N, D)`."""
-    seen = features(pictures) if seen is None else seen
-    pixels = to_network(pictures)
+def look(images: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
+    """What the judge reads of images `(N, H, W, C)` uint8: `(N, D)`."""
+    seen = compute_features(images) if seen is None else seen
+    pixels = to_network(images)
     return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
 
 
-def first_duplicates(pictures: PictureSet) -> np.ndarray:
-    """For each record the number of the first one whose picture is the same, pixel for pixel, `(N,)`.
+def first_duplicates(images: ArraySet) -> np.ndarray:
+    """For each record the number of the first one whose image is the same, pixel for pixel, `(N,)`.
 
-    Captions of such pictures cannot be told apart by looking, and one that is trained shows what the other one is of.
+    Captions of such images cannot be told apart by looking, and one that is trained shows what the other one is of.
     """
     first, found = {}, []
-    for i in range(len(pictures)):
-        picture = pictures.picture(i)
-        digest = hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).digest()
+    for i in range(len(images)):
+        image = images.image(i)
+        digest = hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
         found.append(first.setdefault(digest, i))
     return np.array(found)
 
 
-def altered(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture `(H, W, C)` uint8 as a drawing may have it: moved, blurred half of the time, a little noisy.
+def altered(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An image `(H, W, C)` uint8 as a drawing may have it: moved, blurred half of the time, a little noisy.
 
     It moves by up to 1/32 of its height, or a pixel.
     """
-    step = max(1, len(picture) // 32)
+    step = max(1, len(image) // 32)
     top, left = rng.integers(0, 2 * step + 1, 2)
-    moved = np.pad(picture, ((step, step), (step, step), (0, 0)), mode="edge")[top:, left:][: len(picture), : picture.shape[1]]
+    moved = np.pad(image, ((step, step), (step, step), (0, 0)), mode="edge")[top:, left:][: len(image), : image.shape[1]]
     if rng.random() < 0.5:
         blur = ImageFilter.GaussianBlur(step * rng.uniform(0.3, 0.8))
         moved = np.stack([np.asarray(Image.fromarray(channel).filter(blur)) for channel in np.moveaxis(moved, 2, 0)], axis=2)
     return np.clip(moved + rng.normal(0, rng.uniform(0, 12), moved.shape).round(), 0, 255).astype(np.uint8)
 
 
-def train_judge(pictures: PictureSet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
-    """The judge of a picture set; trained once, in some minutes, and kept on disk by the content of the data.
+def train_judge(images: ArraySet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
+    """The judge of an image set; trained once, in some minutes, and kept on disk by the content of the data.
 
-    Each time a picture is read as it is or `altered`, with noise on what is seen of it and by another of its captions, so that
-    drawings which are not quite the true pictures are recognised as well.
+    Each time an image is read as it is or `altered`, with noise on what is seen of it and by another of its captions, so that
+    drawings which are not quite the true images are recognised as well.
     """
-    captions = [pictures.captions[i] for i in range(len(pictures.captions))]
+    captions = [images.captions[i] for i in range(len(images.captions))]
     torch.manual_seed(seed)
     judge = Judge(captions)
-    path = Path(cache_dir).expanduser() / f"judge-{pictures.fingerprint}-{STEPS}-{seed}-{CODE}.safetensors"
+    path = Path(cache_dir).expanduser() / f"judge-{images.fingerprint}-{STEPS}-{seed}-v{FORMAT_VERSION}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():
             tensors = load_file(path)
-            judge.embed_pictures(torch.zeros(1, tensors["picture.0.weight"].shape[1]))  # lazy layers take their size
+            judge.embed_images(torch.zeros(1, tensors["image.0.weight"].shape[1]))  # lazy layers take their size
             judge.mean, judge.std = tensors["mean"], tensors["std"]
             judge.load_state_dict(tensors)
             return judge.eval()
-        seen = _sights(pictures, cache_dir, STEPS * batch_size, seed)
-        _fit(judge, pictures, captions, seen, STEPS, batch_size, seed)
+        seen = _sights(images, cache_dir, STEPS * batch_size, seed)
+        _fit(judge, images, captions, seen, STEPS, batch_size, seed)
         new = path.with_suffix(".new")
         save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
         new.replace(path)
     return judge.eval()
 
 
-def _sights(pictures: PictureSet, cache_dir: str, seen_in_all: int, seed: int) -> torch.Tensor:
-    """What is to be read of every picture as it is and of up to `ALTERED` copies of it, `(1 + copies, N, D)` float16.
+def _sights(images: ArraySet, cache_dir: str, seen_in_all: int, seed: int) -> torch.Tensor:
+    """What is to be read of every image as it is and of up to `ALTERED` copies of it, `(1 + copies, N, D)` float16.
 
-    Of a set so large that `seen_in_all` readings hardly come to each picture, fewer copies.
+    Of a set so large that `seen_in_all` readings hardly come to each image, fewer copies.
     """
-    known, rng, count = reference_features(pictures, DEFAULT, cache_dir), np.random.default_rng(seed), len(pictures)
+    known, rng, count = reference_features(images, DEFAULT, cache_dir), np.random.default_rng(seed), len(images)
     copies = min(ALTERED, seen_in_all // (4 * count))
-    sights = torch.empty((1 + copies, count, look(pictures.picture(0)[None], np.array(known[:1])).shape[1]), dtype=torch.half)
-    for start in tqdm(range(0, count, 256), desc="looking at altered pictures", unit="batch"):
+    sights = torch.empty((1 + copies, count, look(images.image(0)[None], np.array(known[:1])).shape[1]), dtype=torch.half)
+    for start in tqdm(range(0, count, 256), desc="looking at altered images", unit="batch"):
         part = slice(start, start + 256)
-        true = np.stack([pictures.picture(i) for i in range(count)[part]])
+        true = np.stack([images.image(i) for i in range(count)[part]])
         sights[0, part] = look(true, np.array(known[part])).half()
         for k in range(copies):
-            sights[1 + k, part] = look(np.stack([altered(picture, rng) for picture in true])).half()
+            sights[1 + k, part] = look(np.stack([altered(image, rng) for image in true])).half()
     return sights
 
 
 def _fit(
-    judge: Judge, pictures: PictureSet, captions: list[str], seen: torch.Tensor, steps: int, batch_size: int, seed: int
+    judge: Judge, images: ArraySet, captions: list[str], seen: torch.Tensor, steps: int, batch_size: int, seed: int
 ) -> None:
     torch.manual_seed(seed)  # others may have drawn since
     judge.mean, judge.std = seen[0].float().mean(0), seen[0].float().std(0) + 1e-3
-    tokens, rng, same = judge.tokens(captions), np.random.default_rng(seed), torch.from_numpy(first_duplicates(pictures))
-    judge.embed_pictures(seen[0, :2].float())
+    tokens, rng, same = judge.tokens(captions), np.random.default_rng(seed), torch.from_numpy(first_duplicates(images))
+    judge.embed_images(seen[0, :2].float())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    table, order = pictures.table, rng.permutation(len(pictures))
+    table, order = images.table, rng.permutation(len(images))
     for step in tqdm(range(steps), desc="training the judge of captions", unit="step"):
         chosen = np.take(order, range(step * batch_size, (step + 1) * batch_size), mode="wrap")
         rows = table[chosen]
         numbers = rows["first_caption"] + (rng.random(len(chosen)) * rows["num_captions"]).astype(np.uint64)
         noise = torch.from_numpy(rng.standard_normal((len(chosen), seen.shape[2]), np.float32))
         sight = seen[rng.integers(0, len(seen), len(chosen)), chosen].float()
-        x = judge.embed_pictures(sight + 0.5 * judge.std * noise)
+        x = judge.embed_images(sight + 0.5 * judge.std * noise)
         y = judge.embed_captions(tokens[numbers.astype(np.int64)])
         twins = (same[chosen][:, None] == same[chosen]) & ~torch.eye(len(chosen), dtype=torch.bool)  # neither right nor wrong
         scores = (judge.log_scale.exp().clamp(max=100) * x @ y.T).masked_fill(twins, -torch.inf)

@@ -1,4 +1,4 @@
-"""How many bits a model needs for a picture: the variational bound, term by term."""
+"""How many bits a model needs for an image: the variational bound, term by term."""
 
 import numpy as np
 import torch
@@ -7,8 +7,11 @@ from tqdm.auto import tqdm
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import run_network
 from sfumato.schedulers import SfumatoDDPMScheduler, training_scheduler
+from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.streams import noise_for
 from sfumato.training.models.latent_space import is_identity, to_pixel_values
+from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.statistics import Score, mean_score
 
 
 def check_has_bound(pipe: SfumatoPipeline) -> None:
@@ -16,30 +19,31 @@ def check_has_bound(pipe: SfumatoPipeline) -> None:
     if not is_identity(pipe.vae):
         raise ValueError("bits per dimension are of pixels; this model works on latents")
     if not isinstance(training_scheduler(pipe.scheduler), SfumatoDDPMScheduler) or pipe.reads is not None:
-        raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy picture alone")
+        raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy image alone")
 
 
 @torch.no_grad()
 def bits_per_dim(
     pipe: SfumatoPipeline,
-    pictures: np.ndarray,
+    images: np.ndarray,
     captions: list[str],
+    *,
     num_levels: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict:
-    """Bits per dimension of pictures under the model, at most, by the full variational bound (Ho et al. 2020, equation 5).
+    """Bits per dimension of images under the model, at most, by the full variational bound (Ho et al. 2020, equation 5).
 
     Args:
         pipe: a model that works on pixels.
-        pictures: `(N, H, W, C)` uint8.
+        images: `(N, H, W, C)` uint8.
         captions: theirs; without guidance.
-        num_levels: noise levels at which each picture is taken, evenly spread with an offset of its own; each stands for those
+        num_levels: noise levels at which each image is taken, evenly spread with an offset of its own; each stands for those
             beside it, so the sum is right on average. None: all of them. The last step, t = 0, is always among them.
 
     Returns:
-        `bits/dim` and `each`, those of each picture; its parts `prior` (L_T), `decoder` (L_0) and `levels`, the terms between,
+        `bits/dim` and `each`, those of each image; its parts `prior` (L_T), `decoder` (L_0) and `levels`, the terms between,
         for t = 1 to T - 1 (NaN where `num_levels` left a level out), all in bits per dimension.
 
     Raises:
@@ -55,8 +59,8 @@ def bits_per_dim(
     terms, times = np.zeros(steps), np.zeros(steps)
     each, prior, decoder = [], [], []
     embeds = pipe.encode_prompt(captions, device, 1, False)[0]
-    for i in tqdm(range(len(pictures)), desc="bits per dimension", unit="picture", disable=not progress):
-        x_0 = to_pixel_values(pictures[i : i + 1]).to(device)
+    for i in tqdm(range(len(images)), desc="bits per dimension", unit="image", disable=not progress):
+        x_0 = to_pixel_values(images[i : i + 1]).to(device)
         shift = (0.5 + i * 0.6180339887498949) % 1
         levels = (1 + torch.floor((torch.arange(count, dtype=torch.float64) + shift) * (steps - 1) / count)).long()
         levels = torch.cat([levels.new_zeros(1), levels]).to(device)
@@ -80,3 +84,16 @@ def bits_per_dim(
         "decoder": float(np.mean(decoder)),
         "levels": [float(v) for v in np.where(times > 0, terms / np.maximum(times, 1), np.nan)[1:]],
     }
+
+
+def bits(evaluation: Evaluation) -> dict[str, Score]:
+    """Bits per dimension of held-out and of training images, at most."""
+    scores: dict[str, Score] = {}
+    for part in ("held_out", "train"):
+        numbers = evaluation.parts[part]
+        numbers = numbers[evenly_spaced(len(numbers), evaluation.plan.bits)]
+        if len(numbers):
+            captions = [evaluation.caption(i) for i in numbers]
+            bound = bits_per_dim(evaluation.pipe, evaluation.real(numbers), captions, num_levels=evaluation.plan.bits_levels)
+            scores[f"bits per dimension, {part.replace('_', '-')}"] = mean_score(bound["each"])
+    return scores

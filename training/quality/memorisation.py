@@ -1,10 +1,15 @@
-"""Whether a model gives training pictures back: how near what it draws is to them, against true pictures that it never saw."""
+"""Whether a model gives training images back: how near what it draws is to them, against true images that it never saw."""
 
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 
+from sfumato.figures import grid, to_pil
+from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.quality.distances import distances
+from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.statistics import Score, mean_score
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -20,38 +25,80 @@ def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarr
     return found, which
 
 
-def flat_rows(pictures: np.ndarray) -> np.ndarray:
-    """Pictures `(N, H, W, C)` uint8 as rows whose distance is the root mean square over pixels, of 1 for white to black."""
-    return pictures.reshape(len(pictures), -1).astype(np.float32) / (255 * np.prod(pictures.shape[1:]) ** 0.5)
+def flat_rows(images: np.ndarray) -> np.ndarray:
+    """Images `(N, H, W, C)` uint8 as rows whose distance is the root mean square over pixels, of 1 for white to black."""
+    return images.reshape(len(images), -1).astype(np.float32) / (255 * np.prod(images.shape[1:]) ** 0.5)
 
 
 def nearest_training(
-    shown: np.ndarray, seen: np.ndarray, train: Iterable[np.ndarray], seen_train: np.ndarray
+    images: np.ndarray, features: np.ndarray, train: Iterable[np.ndarray], train_features: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest training pictures of pictures, in pixels and in features.
+    """The nearest training images of images, in pixels and in features.
 
     Args:
-        shown: pictures `(N, H, W, C)` uint8.
-        seen, seen_train: features `(., D)` of them and of the training pictures.
-        train: the training pictures, in blocks `(., H, W, C)` uint8: a large set does not fit into memory as numbers.
+        images: `(N, H, W, C)` uint8.
+        features, train_features: features `(., D)` of them and of the training images.
+        train: the training images, in blocks `(., H, W, C)` uint8: a large set does not fit into memory as numbers.
 
     Returns:
         The distances and the numbers of the nearest, each `(N, 2)`: by pixels, by features.
     """
-    pixels, features = nearest(flat_rows(shown), map(flat_rows, train)), nearest(seen, [seen_train])
-    return np.stack([pixels[0], features[0]], axis=1), np.stack([pixels[1], features[1]], axis=1)
+    by_pixels = nearest(flat_rows(images), map(flat_rows, train))
+    by_features = nearest(features, [train_features])
+    return np.stack([by_pixels[0], by_features[0]], axis=1), np.stack([by_pixels[1], by_features[1]], axis=1)
 
 
-def memorisation(made: np.ndarray, unseen: np.ndarray) -> dict[str, float | np.ndarray]:
-    """What the distances `(., 2)` of drawn pictures and of unseen true ones to the nearest training pictures tell of copies.
+def memorisation(drawn: np.ndarray, unseen: np.ndarray) -> dict[str, float | np.ndarray]:
+    """What the distances `(., 2)` of drawn images and of unseen true ones to the nearest training images tell of copies.
 
-    In pixels and in features, the median distance of what is drawn, and the same of unseen pictures; in pixels, for each
-    picture whether it is nearer to a training picture than all but 5% of the unseen ones are. (In features noise that no eye
-    sees takes a copy farther away than an unseen picture is, so a share there would tell nothing.)
+    In pixels and in features, the median distance of what is drawn, and the same of unseen images; in pixels, for each
+    image whether it is nearer to a training image than all but 5% of the unseen ones are. (In features noise that no eye
+    sees takes a copy farther away than an unseen image is, so a share there would tell nothing.)
     """
     scores = {}
     for k, space in enumerate(("pixels", "features")):
-        scores[f"nearest training picture, {space}"] = float(np.median(made[:, k]))
-        scores[f"the same of held-out pictures, {space}"] = float(np.median(unseen[:, k]))
-    scores["share nearer than 95% of held-out pictures, pixels"] = made[:, 0] < np.quantile(unseen[:, 0], 0.05)
+        scores[f"nearest training image, {space}"] = float(np.median(drawn[:, k]))
+        scores[f"the same of held-out images, {space}"] = float(np.median(unseen[:, k]))
+    scores["share nearer than 95% of held-out images, pixels"] = drawn[:, 0] < np.quantile(unseen[:, 0], 0.05)
     return scores
+
+
+def memorised(evaluation: Evaluation) -> dict[str, Score]:
+    """See `memorisation`; leaves a sheet of twelve drawings of training captions, from the nearest to the farthest.
+
+    A training caption asks for its training image; a held-out one does not, so what it gets tells copying apart. Its
+    baseline are the true images of the same captions.
+    """
+    parts, dataset = evaluation.parts, evaluation.dataset
+    if not len(parts["held_out"]) + len(parts["combination"]):
+        return {}
+    train = dataset.select("train")
+    new = np.concatenate([parts["held_out"], parts["combination"]])
+    blocks = (evaluation.real(train[k : k + 512]) for k in range(0, len(train), 512))
+    images = np.concatenate([evaluation.drawings, evaluation.real(new)])
+    features = np.concatenate([evaluation.features, evaluation.reference[new]])
+    apart, which = nearest_training(images, features, blocks, evaluation.reference[train])
+    of_drawn, of_real = apart[: len(evaluation.drawings)], apart[len(evaluation.drawings) :]
+    of_train = evaluation.of("train", of_drawn)
+    unseen = of_real[: len(parts["held_out"])] if len(parts["held_out"]) else of_real
+    scores: dict[str, Score] = {}
+    for label, drawn, real in (("", of_train, unseen), (", held-out captions", of_drawn[len(parts["train"]) :], of_real)):
+        for name, values in memorisation(drawn, real).items():
+            scores[f"{name}{label}"] = mean_score(values) if isinstance(values, np.ndarray) else Score(values)
+    order = np.argsort(of_train[:, 1])
+    chosen = order[evenly_spaced(len(order), 12)]
+    evaluation.sheets["memorisation.png"] = _sheet(evaluation, chosen, evaluation.of("train", train[which]))
+    return scores
+
+
+def _sheet(evaluation: Evaluation, chosen: np.ndarray, nearest_records: np.ndarray) -> Image.Image:
+    """Drawings of training captions, each beside the training images nearest to it in pixels and in features."""
+    drawings = evaluation.of("train", evaluation.drawings)
+    images, titles = [], []
+    for i in chosen:
+        images.append(drawings[i])
+        titles.append(evaluation.caption(evaluation.parts["train"][i]))
+        for space, k in zip(("pixels", "features"), nearest_records[i]):
+            images.append(evaluation.dataset.image(int(k)))
+            titles.append(f"{space}: {evaluation.caption(k)}")
+    return grid([to_pil(image) for image in images], titles)

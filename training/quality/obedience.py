@@ -1,17 +1,15 @@
-"""Metrics that are plain functions of pictures."""
+"""Metrics that are plain functions of images."""
 
 from functools import cache
 
 import numpy as np
-from accelerate import Accelerator
 
-from sfumato.pipelines import SfumatoPipeline
-from sfumato.training.config.schema import Config
 from sfumato.training.data.sources import shapes
 from sfumato.training.data.sources.shapes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Pair, Scene, coverage
-from sfumato.training.quality.drawing import draw_images
+from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.statistics import Score, mean_score
 
-# A picture counts as showing a figure only if the best template covers it this well (soft intersection over union).
+# An image counts as showing a figure only if the best template covers it this well (soft intersection over union).
 MIN_OVERLAP = 0.7
 
 
@@ -30,7 +28,7 @@ def _ground(pixels: np.ndarray) -> str:
 
 
 def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, float, tuple[float, float]] | None:
-    """Colour, shape, radius and centre of the one figure in a square part of a picture; radius in shares of `side` pixels.
+    """Colour, shape, radius and centre of the one figure in a square part of an image; radius in shares of `side` pixels.
 
     Along the line from ground to figure colour each pixel gets a coverage in [0, 1]; its centroid is the centre, and the
     template that overlaps it best gives the shape.
@@ -57,16 +55,16 @@ def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, 
     return best
 
 
-def read_scene(picture: np.ndarray) -> Scene | None:
-    """Read colour, shape, size, place and ground off a picture of the `shapes` data set with one figure.
+def read_scene(image: np.ndarray) -> Scene | None:
+    """Read colour, shape, size, place and ground off an image of the `shapes` data set with one figure.
 
     Args:
-        picture: `(H, H, 3)` uint8, H at least 24.
+        image: `(H, H, 3)` uint8, H at least 24.
 
     Returns:
         The scene, or None where no single clean figure can be made out.
     """
-    pixels = picture.astype(float)
+    pixels = image.astype(float)
     ground = _ground(pixels)
     figure = _read_figure(pixels, ground, len(pixels))
     if figure is None:
@@ -76,28 +74,28 @@ def read_scene(picture: np.ndarray) -> Scene | None:
     return Scene(colour, shape, size, _nearest(centre, PLACES), ground)
 
 
-def read_quarters(picture: np.ndarray) -> tuple[list[tuple[str, str] | None], str]:
+def read_quarters(image: np.ndarray) -> tuple[list[tuple[str, str] | None], str]:
     """Colour and shape in each quarter (rows first; None: nothing or nothing clean), and the ground.
 
     Args:
-        picture: `(H, H, 3)` uint8, H even and at least 24.
+        image: `(H, H, 3)` uint8, H even and at least 24.
     """
-    pixels, half = picture.astype(float), len(picture) // 2
+    pixels, half = image.astype(float), len(image) // 2
     ground = _ground(pixels)
     quarters = [pixels[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
     figures = [_read_figure(quarter, ground, len(pixels)) for quarter in quarters]
     return [figure and figure[:2] for figure in figures], ground
 
 
-def shapes_right(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, list[bool]]:
-    """Which pictures show what their caption says: each attribute by itself, and all of it (`all`).
+def shapes_right(images: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, list[bool]]:
+    """Which images show what their caption says: each attribute by itself, and all of it (`all`).
 
     Of two figures: `ground`; `colours` and `shapes`, whichever figure has them; `all`, each figure in its own colour.
     """
     if isinstance(scenes[0], Pair):
-        right = [_pair_right(*read_quarters(picture), scene) for picture, scene in zip(pictures, scenes)]
+        right = [_pair_right(*read_quarters(image), scene) for image, scene in zip(images, scenes)]
         return {name: [r[name] for r in right] for name in right[0]}
-    read = [read_scene(picture) for picture in pictures]
+    read = [read_scene(image) for image in images]
     right = {
         name: [r is not None and getattr(r, name) == getattr(s, name) for r, s in zip(read, scenes)]
         for name in ("colour", "shape", "size", "place", "ground")
@@ -105,9 +103,9 @@ def shapes_right(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -
     return right | {"all": [r == s for r, s in zip(read, scenes)], "unreadable": [r is None for r in read]}
 
 
-def shapes_obedience(pictures: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, float]:
+def shapes_obedience(images: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, float]:
     """The shares of what `shapes_right` finds."""
-    return {name: float(np.mean(right)) for name, right in shapes_right(pictures, scenes).items()}
+    return {name: float(np.mean(right)) for name, right in shapes_right(images, scenes).items()}
 
 
 def _pair_right(quarters: list, ground: str, scene: Pair) -> dict[str, bool]:
@@ -122,8 +120,9 @@ def _pair_right(quarters: list, ground: str, scene: Pair) -> dict[str, bool]:
     }
 
 
-def evaluate_shapes(pipe: SfumatoPipeline, config: Config, accelerator: Accelerator) -> dict[str, list[bool]]:
-    """Obedience on held-out captions of `shapes`; see `shapes_right`."""
+def obedience(evaluation: Evaluation) -> dict[str, Score]:
+    """Obedience to held-out captions of `shapes`, judged by a program; see `shapes_right`."""
+    config = evaluation.config
     scenes = shapes.scenes(held_out=True, count=config.validation.num_judged, num_figures=config.data.num_figures)
-    pictures = draw_images(pipe, [scene.caption for scene in scenes], config.validation, accelerator)
-    return shapes_right([np.asarray(picture) for picture in pictures], scenes)
+    images = evaluation.draw([scene.caption for scene in scenes])
+    return {name: mean_score(right) for name, right in shapes_right(list(images), scenes).items()}

@@ -1,10 +1,11 @@
 """Figures with confidence intervals."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-PARTS = 10
+JACKKNIFE_PARTS = 10
 
 
 @dataclass
@@ -24,8 +25,8 @@ def student_quantile(freedom: int) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
-def mean(values: np.ndarray) -> Score:
-    """The mean of values of independent pictures. The interval is Student's; of shares Wilson's, whose farther end is told."""
+def mean_score(values: np.ndarray | list) -> Score:
+    """The mean of values of independent images, with its interval: Student's, and of shares the farther end of Wilson's."""
     values = np.asarray(values, float)
     count, value = len(values), float(values.mean())
     if count < 2:
@@ -38,14 +39,14 @@ def mean(values: np.ndarray) -> Score:
     return Score(value, float(t * values.std(ddof=1) / count**0.5))
 
 
-def jackknife_score(distance, made: np.ndarray) -> Score:
+def jackknife_score(distance: Callable[[np.ndarray], float], drawn: np.ndarray) -> Score:
     """The distance of a set `(N, D)`, and its interval by leaving out each of up to ten parts of it in turn.
 
-    (Drawing from the set with replacement would bias FD and KID, which count on pictures being different ones.)
+    (Drawing from the set with replacement would bias FD and KID, which count on images being different ones.)
     """
-    parts = np.array_split(np.random.default_rng(0).permutation(len(made)), min(PARTS, len(made)))
-    if len(parts) < 3 or len(made) - max(map(len, parts)) < 2:
-        return Score(distance(made))
-    without = np.array([distance(np.delete(made, part, axis=0)) for part in parts])
+    parts = np.array_split(np.random.default_rng(0).permutation(len(drawn)), min(JACKKNIFE_PARTS, len(drawn)))
+    if len(parts) < 3 or len(drawn) - max(map(len, parts)) < 2:
+        return Score(distance(drawn))
+    without = np.array([distance(np.delete(drawn, part, axis=0)) for part in parts])
     spread = ((len(parts) - 1) * np.square(without - without.mean()).mean()) ** 0.5
-    return Score(distance(made), float(student_quantile(len(parts) - 1) * spread))
+    return Score(distance(drawn), float(student_quantile(len(parts) - 1) * spread))

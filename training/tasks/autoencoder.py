@@ -1,120 +1,132 @@
-"""The task that makes latents: a VAE, trained by the same loop as everything else."""
+"""A VAE, trained by the same loop as everything else; latent models work in its latents."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 
-from sfumato import figures
+from sfumato.figures import to_pil
 from sfumato.files import put
 from sfumato.training.config.schema import Config
-from sfumato.training.data.array_set import PictureSet
-from sfumato.training.data.sources.shapes import evenly_spaced
-from sfumato.training.data.streams import noise_for
+from sfumato.training.data.array_set import evenly_spaced
+from sfumato.training.data.loader import SampleData
+from sfumato.training.data.streams import Stream
 from sfumato.training.models.autoencoder import build_autoencoder
+from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
-from sfumato.training.quality import drawing
-from sfumato.training.quality.fidelity import picture_quality
+from sfumato.training.quality.drawing import sample_indices
+from sfumato.training.quality.fidelity import image_quality
+from sfumato.training.tasks.base import Outcome, TaskContext
+from sfumato.training.tasks.settings import AutoencoderConfig
 
 
 class Autoencoder:
-    """A VAE that makes pictures smaller, for latent models: `vae.pretrained` of their config names this run's folder.
+    """A VAE that makes images smaller, for latent models: `vae.pretrained` of their config names this run's folder.
 
-    Attributes as of `TextToImage`.
+    Attributes as of `base.Task`.
     """
 
-    beside = None
+    @classmethod
+    def model_needs(cls, config: Config) -> ModelNeeds:
+        """There is no UNet."""
+        return ModelNeeds()
 
-    def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
-        self.config, self.pictures, self.accelerator = config, pictures, accelerator
-        if accelerator.distributed_type == DistributedType.FSDP:
+    def __init__(self, context: TaskContext):
+        self.config = config = context.config
+        self.images = context.images
+        self.accelerator = context.accelerator
+        self.streams = context.streams
+        if self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("task=autoencoder is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
-        self.module = build_autoencoder(config).to(accelerator.device)
-        self.parts, self.latents = (self.module.vae,), None
-        self.texts = np.zeros((len(pictures.captions) + 1, 1), np.int64)  # captions are not read
+        self.settings = config.section(AutoencoderConfig)
+        self.module = build_autoencoder(config, self.settings.model).to(self.accelerator.device)
+        self.frozen_parts = (self.module.vae,)
+        no_texts = np.zeros((len(self.images.captions) + 1, 1), np.int64)  # captions are not read
+        self.data = SampleData(images=self.images, texts=no_texts, streams=self.streams)
         if config.train.gradient_checkpointing:
             self.module.vae.enable_gradient_checkpointing()
         if config.train.compile == "unet":
             self.module.compile()
 
-    def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Reconstruction and Kullback-Leibler divergence; see `objectives.autoencoder_loss`."""
-        a, pixels = self.config.autoencoder, batch["pixel_values"].to(self.accelerator.device)
-        vae = self.module.vae
+        device, vae = self.accelerator.device, self.module.vae
+        pixels = batch["pixel_values"].to(device)
         size = [side // 2 ** (len(vae.config.block_out_channels) - 1) for side in pixels.shape[-2:]]
-        noise = noise_for(batch["noise_seed"], (vae.config.latent_channels, *size), pixels.device)
-        return autoencoder_loss(*model(pixels, noise), pixels, a.kl_weight, a.sharpness_weight)
+        shape = (vae.config.latent_channels, *size)
+        noise = self.streams.normal(batch["sample_key"].to(device), Stream.NOISE, shape)
+        return autoencoder_loss(*model(pixels, noise), pixels, self.settings.kl_weight, self.settings.sharpness_weight)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Nothing beside the weights."""
         return {}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Nothing to do."""
 
     @torch.no_grad()
-    def _rebuilt(self, numbers: list[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures `(N, H, W, C)` uint8, the same from their latents, and the latents' means `(N, c, h, w)`."""
-        vae, shown = self.module.vae, np.stack([self.pictures.picture(int(i)) for i in numbers])
+    def _reconstruct(self, numbers: list[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images `(N, H, W, C)` uint8, the same from their latents, and the latents' means `(N, c, h, w)`."""
+        vae, images = self.module.vae, np.stack([self.images.image(int(i)) for i in numbers])
         rebuilt, means = [], []
-        for start in range(0, len(shown), 32):
-            mean = vae.encode(to_pixel_values(shown[start : start + 32]).to(vae.device)).latent_dist.mode()
-            drawn = vae.decode(mean).sample.add(1).mul(127.5).round().clamp(0, 255)
-            rebuilt.append(drawn.permute(0, 2, 3, 1).byte().cpu().numpy())
+        for start in range(0, len(images), 32):
+            mean = vae.encode(to_pixel_values(images[start : start + 32]).to(vae.device)).latent_dist.mode()
+            pixels = vae.decode(mean).sample.add(1).mul(127.5).round().clamp(0, 255)
+            rebuilt.append(pixels.permute(0, 2, 3, 1).byte().cpu().numpy())
             means.append(mean.float().cpu().numpy())
-        return shown, np.concatenate(rebuilt), np.concatenate(means)
+        return images, np.concatenate(rebuilt), np.concatenate(means)
 
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out pictures, each beside what comes back from its latents."""
-        numbers = drawing.sample_indices(self.pictures, 6)
-        pairs = [picture for both in zip(*self._rebuilt(numbers)[:2]) for picture in both]
-        names = [name for i in numbers for name in (self.pictures[i]["captions"][0], "from its latents")]
-        return names, [figures.to_pil(picture) for picture in pairs]
+    def samples(self) -> tuple[list[str], list[Image.Image]]:
+        """Held-out images, each beside what comes back from its latents."""
+        numbers = sample_indices(self.images, 6)
+        images, rebuilt, _ = self._reconstruct(numbers)
+        titles, cells = [], []
+        for i, image, other in zip(numbers, images, rebuilt):
+            titles += [self.images[i]["captions"][0], "from its latents"]
+            cells += [to_pil(image), to_pil(other)]
+        return titles, cells
 
     def held_out(self) -> dict[str, float]:
-        """Mean squared error, in [-1, 1], of held-out pictures as they come back from the means of their latents."""
-        shown, rebuilt, _ = self._rebuilt(drawing.sample_indices(self.pictures, self.config.validation.num_held_out))
-        apart = (shown.astype(np.float64) - rebuilt) / 127.5
-        name = "held_out_loss" if len(self.pictures.select("held_out")) else "training_loss"
-        return {name: float(np.square(apart).mean())}
+        """Mean squared error, in [-1, 1], of held-out images as they come back from the means of their latents."""
+        images, rebuilt, _ = self._reconstruct(sample_indices(self.images, self.config.validation.num_held_out))
+        error = (images.astype(np.float64) - rebuilt) / 127.5
+        name = "held_out_loss" if len(self.images.select("held_out")) else "training_loss"
+        return {name: float(np.square(error).mean())}
 
-    def writer(self, state: dict):
-        """As of `TextToImage`: a checkpoint holds the stock folder `vae/`."""
+    def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
+        """See `base.ResultsHalf`: a checkpoint holds the stock folder `vae/`."""
         self._set_scale(64)
         return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
 
     def _set_scale(self, count: int) -> np.ndarray:
-        """Set the scaling factor, so that latents have variance 1; returns those of `count` training pictures."""
-        train = self.pictures.select("train")
-        latents = self._rebuilt(train[evenly_spaced(len(train), count)])[2]
+        """Set the scaling factor, so that latents have variance 1; returns those of `count` training images."""
+        train = self.images.select("train")
+        latents = self._reconstruct(train[evenly_spaced(len(train), count)])[2]
         self.module.vae.register_to_config(scaling_factor=float(1 / latents.std()))
         return latents
 
-    def scores(self, pipe) -> tuple[dict[str, float], str]:
-        """How near pictures come back: PSNR and, where it can be had, SSIM."""
-        count = self.config.validation.num_judged
-        return picture_quality(*self._rebuilt(drawing.sample_indices(self.pictures, count))[:2]), "held-out pictures"
+    def scores(self) -> tuple[dict[str, float], str]:
+        """How near images come back: PSNR and, where it can be had, SSIM."""
+        images, rebuilt, _ = self._reconstruct(sample_indices(self.images, self.config.validation.num_judged))
+        return image_quality(images, rebuilt), "held-out images"
 
-    def shareable(self) -> None:
-        """There is no pipeline."""
-
-    def finish(
-        self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image], scores: dict[str, float], what: str
-    ) -> list[str]:
-        """Sets the scaling factor, so that latents have variance 1, and writes `vae/` and the figures."""
+    def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
+        """Set the scaling factor, so that latents have variance 1, and write `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
-        latents, scores = self._set_scale(512), dict(scores)
-        scores["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
-        scores["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
-        scores["scaling factor"] = vae.config.scaling_factor
+        latents = self._set_scale(512)
+        figures: dict[str, Any] = dict(outcome.scores)
+        figures["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
+        figures["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
+        figures["scaling factor"] = vae.config.scaling_factor
         if self.accelerator.is_main_process:
             vae.save_pretrained(folder / ".vae.new")
             put(folder / ".vae.new", folder / "vae")
-            (folder / "evaluation.json").write_text(json.dumps(scores, indent=2))
-        shown = ", ".join(f"{name} {scores[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in scores)
-        return [f"{what}: {shown}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]
+            (folder / "evaluation.json").write_text(json.dumps(figures, indent=2))
+        line = ", ".join(f"{name} {figures[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in figures)
+        return [f"{outcome.scores_label}: {line}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]

@@ -1,66 +1,80 @@
-"""A ControlNet beside a frozen model."""
-
-from pathlib import Path
+"""A ControlNet beside a frozen model: images follow maps of edges, which stand for any map."""
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 
-from sfumato import figures
+from sfumato.figures import to_pil
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import replace_components
+from sfumato.pipelines.guided import NetworkInputs
 from sfumato.training.config.schema import Config
-from sfumato.training.data.array_set import PictureSet
-from sfumato.training.tasks.text_to_image import TextToImage, captioned
+from sfumato.training.data.streams import Streams
+from sfumato.training.models.denoiser import ModelNeeds
+from sfumato.training.quality.drawing import sample_indices
+from sfumato.training.tasks.base import TaskContext, captioned_images
+from sfumato.training.tasks.text_to_image import TextToImage
 
 
 class Control(TextToImage):
-    """A ControlNet beside the model of `init_from`, which stays as it is: pictures follow the edges that they are given."""
+    """A ControlNet beside the model of `init_from`, which stays as it is: images follow the edges that they are given."""
 
-    def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
-        if accelerator.distributed_type == DistributedType.FSDP:
+    @classmethod
+    def model_needs(cls, config: Config) -> ModelNeeds:
+        """A ControlNet."""
+        return ModelNeeds(trains_controlnet=True)
+
+    def __init__(self, context: TaskContext):
+        if context.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("task=control is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
-        super().__init__(config, pictures, checkpoint, accelerator)
+        super().__init__(context)
 
     @staticmethod
-    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The picture's edges as a map `(3, H, W)`, 1 on edges."""
-        return {"map": np.repeat(edges(picture)[None], 3, 0).astype(np.float32)}
+    def extra_arrays(image: np.ndarray, key: int, streams: Streams) -> dict[str, np.ndarray]:
+        """The image's edges as a map `(3, H, W)`, 1 on edges."""
+        return {"map": np.repeat(edges(image)[None], 3, 0).astype(np.float32)}
 
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
+    def network_input(
+        self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams
+    ) -> tuple[torch.Tensor, NetworkInputs]:
         """The noisy latents; the map goes to the ControlNet."""
-        return x_t, {"map": batch["map"]}
+        return x_t, NetworkInputs(control=batch["map"])
 
-    def followed(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
-        """Captions and edge maps `(N, H, W, 3)` uint8 of held-out pictures, and what is drawn by them."""
-        captions, true = captioned(self.pictures, count)
-        maps = np.stack([np.uint8(255 * edges(picture)) for picture in true])[..., None].repeat(3, -1)
-        return captions, maps, self.drawn(pipe, captions, control_image=list(maps))
+    def follow(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
+        """Captions and edge maps `(N, H, W, 3)` uint8 of held-out images, and what is drawn by them."""
+        captions, images = captioned_images(self.images, sample_indices(self.images, count))
+        maps = np.stack([np.uint8(255 * edges(image)) for image in images])[..., None].repeat(3, -1)
+        return captions, maps, self.draw(pipe, captions, control_image=list(maps))
 
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Edges of held-out pictures, and what is drawn by them."""
-        captions, maps, drawn = self.followed(6, self.shareable())
-        names, pictures = zip(
-            *(cell for c, m, d in zip(captions, maps, drawn) for cell in ((c, figures.to_pil(m)), ("drawn", d)))
-        )
-        return list(names), list(pictures)
+    def samples(self) -> tuple[list[str], list[Image.Image]]:
+        """Edges of held-out images, and what is drawn by them."""
+        titles, images = [], []
+        for caption, edge_map, drawing in zip(*self.follow(6, self.export_pipe())):
+            titles += [caption, "drawn"]
+            images += [to_pil(edge_map), drawing]
+        return titles, images
 
-    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
-        """How well the edges of what is drawn agree with those given, with the ControlNet and without."""
-        captions, maps, drawn = self.followed(self.config.validation.num_judged, pipe)
-        free = self.drawn(replace_components(pipe, controlnet=None), captions)
-        f1 = [np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(made, maps)]) for made in (drawn, free)]
-        return {"F1": float(f1[0]), "F1 without control": float(f1[1])}, f"edges of {len(maps)} {self.split} pictures followed"
+    def scores(self) -> tuple[dict[str, float], str]:
+        """How well the edges of what is drawn agree with those of the maps, with the ControlNet and without."""
+        pipe = self.export_pipe()
+        captions, maps, followed = self.follow(self.config.validation.num_judged, pipe)
+        free = self.draw(replace_components(pipe, controlnet=None), captions)
+        label = f"edges of {len(maps)} {self.judged_split} images followed"
+        return {"F1": _mean_f1(followed, maps), "F1 without control": _mean_f1(free, maps)}, label
+
+
+def _mean_f1(drawings: list[Image.Image], maps: np.ndarray) -> float:
+    """Mean agreement of the edges of drawings with maps `(N, H, W, 3)`."""
+    return float(np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(drawings, maps)]))
 
 
 THRESHOLD = 48  # of 255, in the colour that differs most
 
 
-def edges(picture: np.ndarray) -> np.ndarray:
-    """`(H, W)` bool of a picture `(H, W, C)` or `(H, W)` uint8: pixels that differ from their right or lower neighbour."""
-    values = picture.reshape(*picture.shape[:2], -1).astype(int)
+def edges(image: np.ndarray) -> np.ndarray:
+    """`(H, W)` bool of an image `(H, W, C)` or `(H, W)` uint8: pixels that differ from their right or lower neighbour."""
+    values = image.reshape(*image.shape[:2], -1).astype(int)
     right = np.abs(np.diff(values, axis=1, append=values[:, -1:])).max(-1)
     below = np.abs(np.diff(values, axis=0, append=values[-1:])).max(-1)
     return np.maximum(right, below) > THRESHOLD

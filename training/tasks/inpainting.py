@@ -5,32 +5,45 @@ import torch
 from PIL import Image
 
 from sfumato.pipelines.conditions import inpainting_condition
-from sfumato.training.tasks.text_to_image import TextToImage, captioned
+from sfumato.training.config.schema import Config
+from sfumato.training.data.streams import Stream, Streams
+from sfumato.training.models.denoiser import ModelNeeds
+from sfumato.training.quality.drawing import sample_indices
+from sfumato.training.tasks.base import captioned_images
+from sfumato.training.tasks.text_to_image import TextToImage
 
 
 class Inpainting(TextToImage):
-    """A UNet that also gets a mask and the picture outside of it, as Stable Diffusion's inpainting models do.
+    """A UNet that also gets a mask and the image outside of it, as Stable Diffusion's inpainting models do.
 
     From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels of zero weight.
     """
 
-    @staticmethod
-    def beside(picture: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """A random mask `(1, H, W)`, 1 where to draw."""
-        return {"mask": random_mask(np.random.default_rng(seed), *picture.shape[:2])[None].astype(np.float32)}
+    @classmethod
+    def model_needs(cls, config: Config) -> ModelNeeds:
+        """Channels for the mask and the masked image's latents, of which stock inpainting takes 4 and no other number."""
+        return ModelNeeds(num_extra_inputs=lambda vae: vae.config.latent_channels + 1, latent_channels=4, widens=True)
 
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, None]:
-        """The noisy latents, and beside them what is given: the mask, and the picture outside of it."""
+    @staticmethod
+    def extra_arrays(image: np.ndarray, key: int, streams: Streams) -> dict[str, np.ndarray]:
+        """A random mask `(1, H, W)`, 1 where to draw."""
+        rng = streams.numpy_generator(key, Stream.MASK)
+        return {"mask": random_mask(rng, *image.shape[:2])[None].astype(np.float32)}
+
+    def network_input(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams):
+        """The noisy latents, the mask, and the image outside of it."""
         return torch.cat([x_t, inpainting_condition(self.pipe.vae, batch["pixel_values"], batch["mask"], x_t)], dim=1), None
 
-    def show(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out pictures, their middle drawn anew."""
-        captions, given = captioned(self.pictures, 12)
-        masks = [np.zeros(picture.shape[:2], bool) for picture in given]
-        for mask in masks:
-            height, width = mask.shape
+    def samples(self) -> tuple[list[str], list[Image.Image]]:
+        """Held-out images, their middle drawn again."""
+        captions, images = captioned_images(self.images, sample_indices(self.images, 12))
+        masks = []
+        for image in images:
+            height, width = image.shape[:2]
+            mask = np.zeros((height, width), bool)
             mask[height // 4 : -height // 4, width // 4 : -width // 4] = True
-        return captions, self.drawn(self.shareable(), captions, image=given, mask_image=masks)
+            masks.append(mask)
+        return captions, self.draw(self.export_pipe(), captions, image=images, mask_image=masks)
 
 
 def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

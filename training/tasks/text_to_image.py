@@ -1,120 +1,155 @@
-"""What can be trained: each task has its network, its loss, what it shows and what it hands over. The loop is the same."""
+"""Text to image: a text encoder and a UNet that predicts the noise, the image or a velocity. The base of its kin."""
 
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from sfumato import figures
+from sfumato.figures import loss_curve
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.conditions import x0_estimator
-from sfumato.training.config.rules import DISTANCES
+from sfumato.pipelines.export import RunRecord, WeightFiles
+from sfumato.pipelines.guided import NetworkInputs
+from sfumato.registries import Metric, metrics_for
+from sfumato.training.config.rules import named_source
 from sfumato.training.config.schema import Config
-from sfumato.training.data.array_set import PictureSet
 from sfumato.training.data.cached import cached_latents, cached_texts
-from sfumato.training.data.sources.shapes import NUM_HELD_OUT, evenly_spaced
-from sfumato.training.data.streams import noise_for
-from sfumato.training.engine import checkpoints
-from sfumato.training.models import finetune
+from sfumato.training.data.loader import SampleData
+from sfumato.training.data.streams import Stream, Streams
 from sfumato.training.models.build import build_pipeline
-from sfumato.training.models.denoiser import Denoiser
+from sfumato.training.models.denoiser import Denoiser, ModelNeeds
+from sfumato.training.models.finetune import save_lora
 from sfumato.training.models.latent_space import encode, is_identity
-from sfumato.training.models.parameters import plain_pipeline
+from sfumato.training.models.parameters import plain_pipeline, raw_weights
 from sfumato.training.models.text import warn_of_long_captions
 from sfumato.training.objectives import (
     LossMoments,
+    add_offset,
     loss_weight,
     nearest_noise,
-    offset,
     sample_timesteps,
     weighted_mse,
 )
 from sfumato.training.publish import facts
-from sfumato.training.quality import drawing, obedience
+from sfumato.training.quality.drawing import draw_images, sample_captions, sampling_pipeline
+from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.held_out import held_out_loss
-from sfumato.training.quality.report import set_distances
+from sfumato.training.tasks.base import Outcome, TaskContext
 
 
 class TextToImage:
-    """A text encoder and a UNet that predicts eps, x_0, v or a flow's velocity from a noisy picture and its caption.
+    """A text encoder and a UNet that predicts eps, x_0, v or a flow's velocity from a noisy image and its caption.
 
-    Attributes:
-        module: what is trained, as one module.
-        parts: the models whose frozen weights the result depends on.
-        texts: token ids or embeddings of every caption.
-        latents: x_0 of every picture, where kept.
-        beside: what the loader makes of a picture beside, or None; see `data.batches`.
-
-    Raises:
-        ValueError: settings that contradict one another, or that the model does not go with.
+    Attributes as of `base.Task`; beside them:
+        pipe: the model.
+        levels: the signal-to-noise ratio of every timestep, on the CPU; `snr` on the device.
+        prompts: those of the sample grids.
     """
 
-    beside = None
+    # What the loader makes of an image beside; see `SampleData`.
+    extra_arrays: Callable[[np.ndarray, int, Streams], dict[str, np.ndarray]] | None = None
 
-    def __init__(self, config: Config, pictures: PictureSet, checkpoint: Path | None, accelerator: Accelerator):
-        self.config, self.pictures, self.accelerator = config, pictures, accelerator
-        if checkpoint and not (checkpoint / "pipeline" / "tokenizer").is_dir():
-            raise ValueError(f"{checkpoint} is of another task than {config.task}")
-        captions = pictures.training_captions()
-        tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer") if checkpoint else None
-        self.pipe = pipe = build_pipeline(config, captions, tokenizer)
-        warn_of_long_captions(pipe, captions)
-        steps = pipe.scheduler.config.num_train_timesteps
-        if config.validation.num_inference_steps > steps:
-            raise ValueError(
-                f"validation.num_inference_steps={config.validation.num_inference_steps}: the model has {steps} steps"
-            )
-        sampler = copy.deepcopy(drawing.sampling_pipeline(pipe, config.validation).scheduler)
-        sampler.set_timesteps(config.validation.num_inference_steps)  # fails now, not when the first grid is drawn
-        pipe.vae.to(accelerator.device)
-        self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(accelerator.device)
-        self.parts = (pipe.unet, pipe.text_encoder, pipe.vae)
-        if config.train.gradient_checkpointing:
-            for network in filter(None, (pipe.unet, pipe.controlnet)):
-                network.enable_gradient_checkpointing()
-        if config.train.compile == "unet":
-            pipe.unet.compile()
-        elif config.train.compile == "regional":
-            pipe.unet.compile_repeated_blocks()
-        self.texts, self.latents = self._cached()
+    @classmethod
+    def model_needs(cls, config: Config) -> ModelNeeds:
+        """Nothing beside."""
+        return ModelNeeds()
+
+    def __init__(self, context: TaskContext):
+        self.config = config = context.config
+        self.images = context.images
+        self.accelerator = context.accelerator
+        self.streams = context.streams
+        device = self.accelerator.device
+        self.pipe = pipe = self._build(context.checkpoint)
+        pipe.vae.to(device)
+        self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(device)
+        self.frozen_parts = (pipe.unet, pipe.text_encoder, pipe.vae)
+        self._speed_up()
+        texts, latents = self._cached()
+        self.data = SampleData(
+            images=self.images,
+            texts=texts,
+            latents=latents,
+            streams=self.streams,
+            extra_arrays=type(self).extra_arrays,
+        )
         self.moments = LossMoments() if config.objective.importance else None
         self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
-        self.snr = self.levels.to(accelerator.device)
-        self.prompts = list(config.validation.prompts) or drawing.sample_captions(pictures)
+        self.snr = self.levels.to(device)
+        o = config.objective
+        self.weight = partial(
+            loss_weight,
+            prediction_type=pipe.scheduler.prediction_type,
+            kind=o.weight,
+            gamma=o.min_snr_gamma,
+            floor=o.min_snr_floor,
+            p2_gamma=o.p2_gamma,
+            sigma_data=o.edm_sigma_data,
+        )
+        self.prompts = list(config.validation.prompts) or sample_captions(self.images)
+
+    def _build(self, checkpoint: Path | None) -> SfumatoPipeline:
+        """The model, with the tokenizer of the run that it goes on from; its sampler and guider are tried."""
+        config, tokenizer = self.config, None
+        if checkpoint is not None:
+            if not (checkpoint / "pipeline" / "tokenizer").is_dir():
+                raise ValueError(f"{checkpoint} is of another task than {config.task}")
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer")
+        captions = self.images.training_captions()
+        pipe = build_pipeline(config, captions, tokenizer)
+        warn_of_long_captions(pipe, captions)
+        steps, wanted = pipe.scheduler.config.num_train_timesteps, config.validation.num_inference_steps
+        if wanted > steps:
+            raise ValueError(f"validation.num_inference_steps={wanted}: the model has {steps} steps")
+        sampler = copy.deepcopy(sampling_pipeline(pipe, config.validation).scheduler)
+        sampler.set_timesteps(wanted)  # fails now, not when the first grid is drawn
+        return pipe
+
+    def _speed_up(self) -> None:
+        """Gradient checkpointing and `torch.compile`, as the config says."""
+        if self.config.train.gradient_checkpointing:
+            for network in filter(None, (self.pipe.unet, self.pipe.controlnet)):
+                network.enable_gradient_checkpointing()
+        if self.config.train.compile == "unet":
+            self.pipe.unet.compile()
+        elif self.config.train.compile == "regional":
+            self.pipe.unet.compile_repeated_blocks()
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Token ids or embeddings of every caption, and latents of every image where they are kept."""
         data, pipe, latents = self.config.data, self.pipe, None
         if data.cache_latents and is_identity(pipe.vae):
             raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
         if data.cache_embeddings and any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
             raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
         if data.cache_latents:
-            latents = cached_latents(self.pictures, pipe.vae, data.cache_dir)
+            latents = cached_latents(self.images, pipe.vae, data.cache_dir)
         encoder = pipe.text_encoder if data.cache_embeddings else None
-        return cached_texts(self.pictures, pipe.tokenizer, encoder, data.cache_dir), latents
+        return cached_texts(self.images, pipe.tokenizer, encoder, data.cache_dir), latents
 
-    def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""
         o, scheduler = self.config.objective, self.pipe.scheduler
-        u, share = (batch["u"], torch.ones(())) if self.moments is None else self.moments.warp(batch["u"])
+        torch.manual_seed(int(batch["sample_key"][0]))  # for dropout layers, if the model has any
+        u, share = batch["timestep_u"], torch.ones(())
+        if self.moments is not None:
+            u, share = self.moments.warp(u)
         t = sample_timesteps(u, self.levels, o.timesteps, o.log_snr_mean, o.log_snr_std)  # on the CPU: MPS has no quantiles
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         u, share, t = (value.to(self.accelerator.device) for value in (u, share, t))
-        torch.manual_seed(int(batch["noise_seed"][0]))  # for dropout layers, if the model has any
         x_0 = self.x_0(batch)
-        noise = self.noise(batch["noise_seed"], x_0)
+        noise = self.noise(batch["sample_key"], x_0)
         x_t = scheduler.add_noise(x_0, noise, t)
         output = self.predict(model, x_t, t, batch)
         prediction, target = output[:, : x_0.shape[1]], scheduler.training_target(x_0, noise, t)
-        weight = loss_weight(
-            self.snr[t], scheduler.prediction_type, o.weight, o.min_snr_gamma, o.min_snr_floor, o.p2_gamma, o.edm_sigma_data
-        )
-        losses = weighted_mse(prediction, target, weight)
+        losses = weighted_mse(prediction, target, self.weight(self.snr[t]))
         if output.shape[1] > x_0.shape[1]:  # the hybrid loss: the bound teaches the variance and leaves the mean alone
             halves = torch.cat([prediction.detach(), output[:, x_0.shape[1] :]], dim=1).float()
             losses = losses + o.vlb_weight * len(self.snr) * scheduler.bound_term(halves, x_0, x_t, t)
@@ -122,125 +157,146 @@ class TextToImage:
             self.moments.update(*self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)).T.cpu())
         return (share * losses).mean()
 
-    def x_0(self, batch: dict) -> torch.Tensor:
+    def x_0(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Clean latents or pixels, `(B, C, h, w)`."""
         return batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
 
-    def noise(self, seeds: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
-        """The noise to train with, `(B, C, h, w)`; of each sample by its own seed."""
-        o, shape, device = self.config.objective, x_0.shape[1:], x_0.device
+    def noise(self, keys: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+        """The noise to train with, `(B, C, h, w)`; of each sample by its own key."""
+        o, shape = self.config.objective, tuple(x_0.shape[1:])
         if o.noise_candidates > 1:
-            noise = nearest_noise(x_0, noise_for(seeds, (o.noise_candidates, *shape), device))
+            noise = nearest_noise(x_0, self.streams.normal(keys, Stream.NOISE, (o.noise_candidates, *shape)))
         else:
-            noise = noise_for(seeds, shape, device)
+            noise = self.streams.normal(keys, Stream.NOISE, shape)
         if o.offset_noise:
-            noise = offset(noise, o.offset_noise, noise_for(seeds ^ 1, shape[:1], device))
+            noise = add_offset(noise, o.offset_noise, self.streams.normal(keys, Stream.OFFSET, shape[:1]))
         return noise
 
     def predict(
-        self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: dict, all_first: bool = False
+        self,
+        model: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        *,
+        streams: Streams | None = None,
+        always_estimate: bool = False,
     ) -> torch.Tensor:
         """What the network makes of noisy latents, with all that the task gives it beside.
 
-        With self-conditioning, half of the samples by their seeds, or all, are given what the network first made of them.
+        With self-conditioning, half of the samples, by their streams, or all, are given what the network first made of them.
         """
+        streams = streams or self.streams
         if self.config.objective.self_conditioning:
             with torch.no_grad():
                 first = model(torch.cat([x_t, torch.zeros_like(x_t)], dim=1), t, batch["text"], None)
                 first = x0_estimator(self.pipe.scheduler)(first.float(), x_t, t)
-            chosen = ((batch["noise_seed"] & 4 > 0) | all_first).reshape(-1, 1, 1, 1)
-            return model(torch.cat([x_t, torch.where(chosen, first, 0)], dim=1), t, batch["text"], None)
-        x_t, given = self.network_input(x_t, batch)
-        return model(x_t, t, batch["text"], given)
+            chosen = (streams.uniform(batch["sample_key"], Stream.ESTIMATE) < 0.5) | always_estimate
+            estimate = torch.where(chosen.reshape(-1, 1, 1, 1), first, 0)
+            return model(torch.cat([x_t, estimate], dim=1), t, batch["text"], None)
+        x_t, inputs = self.network_input(x_t, batch, streams)
+        return model(x_t, t, batch["text"], inputs)
 
-    def network_input(self, x_t: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict | None]:
-        """What the UNet gets: the noisy latents, with more beside where a task says so; and what `run_network` takes."""
+    def network_input(
+        self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams
+    ) -> tuple[torch.Tensor, NetworkInputs | None]:
+        """What the UNet gets: the noisy latents, with more channels where a task says so; and what else the network takes."""
         return x_t, None
 
-    def state(self) -> dict:
-        """What the task learned of the data beside the weights, as JSON, for a checkpoint."""
+    def state(self) -> dict[str, Any]:
+        """The moments of the losses, where noise levels are importance sampled."""
         return {} if self.moments is None else {"moments": self.moments.state()}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state` of a checkpoint."""
         if self.moments is not None and "moments" in state:
             self.moments.restore(state["moments"])
 
-    def shareable(self) -> SfumatoPipeline:
+    def export_pipe(self) -> SfumatoPipeline:
         """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
-        return drawing.sampling_pipeline(plain_pipeline(self.pipe, self.module), self.config.validation)
+        return sampling_pipeline(plain_pipeline(self.pipe, self.module), self.config.validation)
 
-    def show(self) -> tuple[list[str], list[Image.Image]]:
+    def samples(self) -> tuple[list[str], list[Image.Image]]:
         """The fixed prompts, drawn with the fixed seeds."""
-        return self.prompts, self.drawn(self.shareable(), self.prompts)
+        return self.prompts, self.draw(self.export_pipe(), self.prompts)
 
-    def drawn(self, pipe: SfumatoPipeline, captions: list[str], **given) -> list[Image.Image]:
-        """One picture a caption, as `validation` says; see `drawing.draw_pictures`."""
-        return drawing.draw_images(pipe, captions, self.config.validation, self.accelerator, **given)
-
-    def told(self, state: dict) -> dict:
-        """What an exported folder says of the run."""
-        return {
-            "facts": facts.facts(self.config, self.accelerator, self.pictures, state),
-            "metadata": facts.metadata(self.config, self.pictures, state),
-            "settings": facts.public_settings(self.config),
-        }
-
-    def writer(self, state: dict):
-        """A function that writes the model into a checkpoint, given its folder now and its name later."""
-        pipe, told = self.shareable(), self.told(state)
-        return lambda new, folder: export_pipeline(pipe, new / "pipeline", where=str(folder / "pipeline"), **told)
+    def draw(self, pipe: SfumatoPipeline, captions: list[str], **inputs) -> list[Image.Image]:
+        """One image a caption, as `validation` says; see `drawing.draw_images`."""
+        return draw_images(pipe, captions, self.config.validation, self.accelerator, **inputs)
 
     def held_out(self) -> dict[str, float]:
-        """The loss on held-out pictures; see `held_out.held_out_loss`."""
+        """The loss on held-out images; see `held_out.held_out_loss`."""
         return held_out_loss(self)
 
     @property
-    def split(self) -> str:
-        """What `drawing.to_show` takes pictures of."""
-        return "held-out" if len(self.pictures.select("held_out")) else "training"
+    def judged_split(self) -> str:
+        """What `drawing.sample_indices` takes images of, in words."""
+        return "held-out" if len(self.images.select("held_out")) else "training"
 
-    def scores(self, pipe: SfumatoPipeline) -> tuple[dict[str, float], str]:
-        """What can be measured on held-out data, and what it is; nothing where nothing can."""
-        count, scores, what = min(self.config.validation.num_judged, NUM_HELD_OUT), {}, ""
-        if self.config.data.name == "shapes":
-            right = obedience.evaluate_shapes(pipe, self.config, self.accelerator)
-            scores = {name: float(np.mean(values)) for name, values in right.items()}
-            what = f"obedience to {count} held-out captions, judged by a program"
-        if self.config.checkpoint.best_by in DISTANCES:
-            train = self.pictures.select("train")
-            chosen = train[evenly_spaced(len(train), self.config.validation.num_judged)]
-            made = figures.to_arrays(self.drawn(pipe, [self.pictures[int(i)]["captions"][0] for i in chosen]))
-            scores |= set_distances(self.pictures, made, self.config.data.cache_dir)
-            what = what or f"{len(made)} training captions drawn"
-        return scores, what
+    def scores(self) -> tuple[dict[str, float], str]:
+        """The metrics of drawings that are measured at every end, and those that `checkpoint.best_by` names."""
+        count = self.config.validation.num_judged
+        evaluation = Evaluation(
+            self.export_pipe(), self.config, self.images, self.accelerator, Plan(count=count, parts=("train",))
+        )
+        scores: dict[str, float] = {}
+        labels = []
+        for name, metric in metrics_for(named_source(self.config), self.config.task).items():
+            if self._is_wanted(name, metric):
+                scores |= {figure: score.value for figure, score in metric.compute(evaluation).items()}
+                held_out = min(count, len(self.images.select("held_out")))
+                labels.append(
+                    (metric.at_end or f"{min(count, len(self.images.select('train')))} training captions drawn").format(
+                        count=held_out
+                    )
+                )
+        return scores, "; ".join(dict.fromkeys(labels))
 
-    def finish(
-        self, state: dict, saved: Path, prompts: list[str], pictures: list[Image.Image], scores: dict[str, float], what: str
-    ) -> list[str]:
-        """Writes down `scores`, which are `what`, and the exported folder; returns what to say."""
-        config, main, known, said = self.config, self.accelerator.is_main_process, self.told(state), []
-        output_dir, pipe = Path(config.output_dir), self.shareable()
-        if scores:
-            line = ", ".join(f"{k} {v:.1%}" if k.islower() else f"{k} {v:.4g}" for k, v in scores.items())
-            known["facts"][what] = line
-            said.append(f"{what}: {line}")
-            if main:
-                (output_dir / "evaluation.json").write_text(json.dumps(scores, indent=2))
+    def _is_wanted(self, name: str, metric: Metric) -> bool:
+        return bool(metric.at_end) or self.config.checkpoint.best_by in (metric.figures or (name,))
+
+    def _export_record(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Facts for the card, metadata and settings of an exported folder."""
+        return (
+            facts.facts(self.config, self.accelerator, self.images, state),
+            facts.metadata(self.config, self.images, state),
+            facts.public_settings(self.config),
+        )
+
+    def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
+        """See `base.ResultsHalf`: a checkpoint holds the whole `pipeline/`."""
+        pipe, (known, metadata, settings) = self.export_pipe(), self._export_record(state)
+        run = RunRecord(metadata=metadata, settings=settings)
+
+        def write(new: Path, folder: Path) -> None:
+            export_pipeline(pipe, new / "pipeline", known, run=run, where=str(folder / "pipeline"))
+
+        return write
+
+    def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
+        """Write the scores, the exported folder and, with LoRA, the adapter by itself."""
+        config, messages = self.config, []
+        known, metadata, settings = self._export_record(state)
+        output_dir, pipe = Path(config.output_dir), self.export_pipe()
         folder = output_dir / "pipeline"
-        if main:
+        if outcome.scores:
+            parts = [f"{k} {v:.1%}" if k.islower() else f"{k} {v:.4g}" for k, v in outcome.scores.items()]
+            known[outcome.scores_label] = ", ".join(parts)
+            messages.append(f"{outcome.scores_label}: {known[outcome.scores_label]}")
+        if self.accelerator.is_main_process:
+            if outcome.scores:
+                (output_dir / "evaluation.json").write_text(json.dumps(outcome.scores, indent=2))
             if config.lora.rank:
-                finetune.save_lora(self.pipe, output_dir / "lora")
-            h, curve = config.hub, figures.loss_curve(output_dir / "metrics.jsonl")
-            raw = checkpoints.raw_weights(saved) if "raw" in h.variants else None
-            export_pipeline(
-                pipe, folder, samples=list(zip(prompts, pictures)), curve=curve, variants=h.variants, raw=raw,
-                max_shard_size=h.max_shard_size, **known,
-            )  # fmt: skip
-        return [*said, f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})"]
-
-
-def captioned(pictures: PictureSet, count: int) -> tuple[list[str], list[np.ndarray]]:
-    """Captions and pictures `(H, W, C)` uint8 that `drawing.to_show` chooses."""
-    chosen = drawing.sample_indices(pictures, count)
-    return [pictures[i]["captions"][0] for i in chosen], [pictures.picture(i) for i in chosen]
+                save_lora(self.pipe, output_dir / "lora")
+            raw = None
+            if "raw" in config.hub.variants and outcome.checkpoint is not None:
+                raw = raw_weights(outcome.checkpoint)
+            run = RunRecord(
+                samples=list(zip(outcome.captions, outcome.images)),
+                metadata=metadata,
+                settings=settings,
+                curve=loss_curve(output_dir / "metrics.jsonl"),
+            )
+            weights = WeightFiles(variants=config.hub.variants, raw=raw, max_shard_size=config.hub.max_shard_size)
+            export_pipeline(pipe, folder, known, run=run, weights=weights)
+        return [*messages, f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})"]

@@ -1,35 +1,36 @@
-"""The embedded data set: OpenMoji pictures (CC BY-SA 4.0), captioned with the names that the package `emoji` gives them."""
+"""The embedded data set: OpenMoji images (CC BY-SA 4.0), captioned with the names that the package `emoji` gives them."""
 
-import hashlib
 import io
 import json
+from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-LICENSE = "cc-by-sa-4.0"
-ATTRIBUTION = "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.records import Record, hash_fraction
+
 _TONES = range(0x1F3FB, 0x1F400)
+
+
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
+
+
 _PEOPLE = {"man", "woman", "person"}
-
-
-def share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone; used to hold out records."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:4], "big") / 2**32
 
 
 def _split(code: str, name: str) -> str:
     """`held_out_combination`, `held_out` or `train`.
 
     One in ten combinations of profession x skin tone x gender ("woman firefighter medium skin tone") is held out whole,
-    and one in twenty of all other pictures.
+    and one in twenty of all other images.
     """
     gender = name.split(" ")[0]
     if any(ord(c) in _TONES for c in code) and gender in _PEOPLE:
-        return "held_out_combination" if share("combination " + name) < 0.1 else "train"
-    return "held_out" if share("picture " + name) < 0.05 else "train"
+        return "held_out_combination" if hash_fraction("combination " + name) < 0.1 else "train"
+    return "held_out" if hash_fraction("image " + name) < 0.05 else "train"
 
 
 def _plain(name: str) -> str:
@@ -37,7 +38,7 @@ def _plain(name: str) -> str:
 
 
 def records(languages: list[str], skin_tones: bool, words: list[str] = ()) -> list[dict]:
-    """Every OpenMoji picture that `emoji` names, in a fixed order.
+    """Every OpenMoji image that `emoji` names, in a fixed order.
 
     Returns:
         Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `split`, `svg` (a path).
@@ -86,8 +87,8 @@ def rasterise(svg: str, resolution: int) -> np.ndarray:
     import resvg_py
 
     png = bytes(resvg_py.svg_to_bytes(svg_path=svg, width=resolution * 4, height=resolution * 4, background="#ffffff"))
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    return np.asarray(picture.resize((resolution, resolution), Image.Resampling.BOX))
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX))
 
 
 # OpenMoji's palette by plain names; greys do for black and white too, so they are read and not named.
@@ -104,28 +105,28 @@ COLOURS = {
 }
 
 
-def main_colour(picture: np.ndarray, reach: float = 24.0, least: float = 0.1) -> str | None:
-    """The name of the colour that has at least half of what a picture `(H, W, 3)` uint8 has of OpenMoji's named colours.
+def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> str | None:
+    """The name of the colour that has at least half of what an image `(H, W, 3)` uint8 has of OpenMoji's named colours.
 
-    None where none has, where it is grey, or where all of them cover less than `least` of the picture. White and black are
+    None where none has, where it is grey, or where all of them cover less than `least` of the image. White and black are
     ground and lines, and other colours count as those do.
     """
     names = [name for name, codes in COLOURS.items() for _ in codes]
     palette = np.array(
         [list(bytes.fromhex(code)) for codes in COLOURS.values() for code in codes] + [[255] * 3, [0] * 3], float
     )
-    apart = np.linalg.norm(picture[..., None, :].astype(float) - palette, axis=-1)
+    apart = np.linalg.norm(image[..., None, :].astype(float) - palette, axis=-1)
     near = apart.argmin(-1)[apart.min(-1) < reach]
     found = [names[k] for k in near if k < len(names)]
     shares = {name: found.count(name) / max(1, len(found)) for name in COLOURS}
     colour = max(shares, key=shares.get)
-    return colour if colour != "grey" and shares[colour] >= 0.5 and len(found) >= least * picture[..., 0].size else None
+    return colour if colour != "grey" and shares[colour] >= 0.5 and len(found) >= least * image[..., 0].size else None
 
 
-def coloured(caption: str, picture: np.ndarray) -> list[str]:
-    """The caption with the picture's main colour before it, "pink pig face"; none where it names a colour or a skin tone."""
+def add_main_colour(caption: str, image: np.ndarray) -> list[str]:
+    """The caption with the image's main colour before it, "pink pig face"; none where it names a colour or a skin tone."""
     told = {*COLOURS, "black", "white", "tone"} & set(caption.lower().split())
-    colour = None if told else main_colour(picture)
+    colour = None if told else main_colour(image)
     return [f"{colour} {caption}"] if colour else []
 
 
@@ -146,13 +147,48 @@ def tone_of(caption: str) -> tuple[str | None, str]:
     return found[0], " ".join(caption.replace(found[0], "").split())
 
 
-def read_tone(picture: np.ndarray, reach: float = 24.0, least: float = 0.005) -> str | None:
-    """The skin tone that a picture `(H, W, 3)` uint8 shows, by OpenMoji's five colours; None where none covers `least` of it.
+def read_tone(image: np.ndarray, reach: float = 24.0, least: float = 0.005) -> str | None:
+    """The skin tone that an image `(H, W, 3)` uint8 shows, by OpenMoji's five colours; None where none covers `least` of it.
 
     Hair has the colour of a darker skin, so of several tones the lightest one counts.
     """
     colours = np.array(list(SKIN.values()), float)
-    apart = np.linalg.norm(picture[..., None, :].astype(float) - colours, axis=-1)
+    apart = np.linalg.norm(image[..., None, :].astype(float) - colours, axis=-1)
     near = np.where(apart.min(-1) < reach, apart.argmin(-1), -1)
     shares = [(near == k).mean() for k in range(len(colours))]
     return next((tone for tone, share in zip(SKIN, shares) if share >= least), None)
+
+
+def check(config, need) -> None:
+    """Check the settings of this source; see `config.rules`."""
+    need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
+
+
+def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
+    """The emoji that `config` chooses, drawn in its resolution when they are read.
+
+    Raises:
+        ValueError: no name has one of the words.
+        ModuleNotFoundError: the packages of the extra `sfumato[openmoji]` are missing.
+    """
+    found = records(config.languages, config.skin_tones, config.words)
+    if not any(record["split"] == "train" for record in found):
+        raise ValueError(f"no OpenMoji image has a name with one of data.words={config.words}")
+
+    def draw(svg):
+        return lambda: rasterise(svg, config.resolution)
+
+    def captions(record):
+        if not config.colours or "en" not in config.languages:
+            return record["captions"]
+        return record["captions"] + add_main_colour(record["captions"][0], rasterise(record["svg"], 32))
+
+    return (Record(r["id"], draw(r["svg"]), captions(r), r["split"]) for r in found)
+
+
+GENDERS = ("man", "woman", "person")
+
+
+def is_combination(caption: str) -> bool:
+    """Whether a caption is one of profession, one skin tone and gender."""
+    return tone_of(caption)[0] is not None and caption.split(" ")[0] in GENDERS

@@ -1,16 +1,22 @@
 """The `shapes` data set: one or two figures on a plain ground, drawn by code, with captions that can be checked exactly.
 
-With one figure every picture is one combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728).
+With one figure every image is one combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728).
 With two, which differ in colour and shape, the caption leaves open where they are: 180 pairs, said in either order, on 4
 grounds. 256 of the combinations are held out, so that obedience is measured on captions that training never
 showed; of two figures whole pairs are, so that the two are never seen together.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.array_set import evenly_spaced
+from sfumato.training.data.records import Record
 
 # Every figure is darker than every ground.
 COLOURS = {
@@ -21,16 +27,28 @@ COLOURS = {
     "purple": (140, 50, 170),
     "black": (30, 30, 30),
 }
+
+
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.14, "large": 0.24}  # radius as a share of the picture's side
+
+
+SIZES = {"small": 0.14, "large": 0.24}  # radius as a share of the image's side
+
+
 PLACES = {
     f"{row} {column}".strip() or "centre": (x, y)
     for (row, y), (column, x) in itertools.product(
         {"top": 0.25, "": 0.5, "bottom": 0.75}.items(), {"left": 0.25, "": 0.5, "right": 0.75}.items()
     )
 }
+
+
 GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 195), "pink": (255, 190, 205), "cream": (255, 240, 185)}
+
+
 PAIR_RADIUS = 0.165
+
+
 NUM_HELD_OUT = 256
 
 
@@ -91,16 +109,10 @@ def scenes(held_out: bool, count: int | None = None, num_figures: int = 1) -> li
     return found if count is None else [found[i] for i in evenly_spaced(len(found), count)]
 
 
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` numbers below `total`, or all where there are fewer, evenly spread from the first to near the last."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
-
-
 def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> np.ndarray:
     """Share of each pixel that the figure covers, `(resolution, resolution)` in [0, 1].
 
-    `x`, `y` (the figure's centroid) and `radius` are shares of the picture's side. Sampled at 4 x 4 points a pixel.
+    `x`, `y` (the figure's centroid) and `radius` are shares of the image's side. Sampled at 4 x 4 points a pixel.
     """
     points = (np.arange(resolution * 4) + 0.5) / (resolution * 4)
     u, v = (points[None, :] - x) / radius, (points[:, None] - y) / radius
@@ -120,16 +132,31 @@ def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> 
 def draw(scene: Scene | Pair, resolution: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a scene, `(resolution, resolution, 3)` uint8; `rng` shakes centre (3%) and radius (6%) a little.
 
-    The two figures of a pair are in two quarters of the picture, which `rng` chooses.
+    The two figures of a pair are in two quarters of the image, which `rng` chooses.
     """
     if isinstance(scene, Pair):
         quarters = [((i % 2) / 2 + 0.25, (i // 2) / 2 + 0.25) for i in rng.permutation(4)[:2]]
         figures = [(*figure, centre, PAIR_RADIUS) for figure, centre in zip(scene.figures, quarters)]
     else:
         figures = [(scene.colour, scene.shape, PLACES[scene.place], SIZES[scene.size])]
-    picture = np.array(GROUNDS[scene.ground], float)
+    image = np.array(GROUNDS[scene.ground], float)
     for colour, shape, centre, radius in figures:
         x, y = np.array(centre) + rng.uniform(-0.03, 0.03, 2)
         mask = coverage(shape, x, y, radius * rng.uniform(0.94, 1.06), resolution)[..., None]
-        picture = mask * np.array(COLOURS[colour]) + (1 - mask) * picture
-    return np.round(picture).astype(np.uint8)
+        image = mask * np.array(COLOURS[colour]) + (1 - mask) * image
+    return np.round(image).astype(np.uint8)
+
+
+def check(config, need) -> None:
+    """Check the settings of this source; see `config.rules`."""
+    need(config.data.num_pictures > 0, "data.num_pictures", "must be positive")
+    need(config.data.num_figures in (1, 2), "data.num_figures", "must be 1 or 2")
+
+
+def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
+    """`num_pictures` drawings of the scenes that are not held out, then one of each that is."""
+    train, held_out = (scenes(held_out=held, num_figures=config.num_figures) for held in (False, True))
+    chosen = [(train[i % len(train)], "train") for i in range(config.num_pictures)] + [(s, "held_out") for s in held_out]
+    rng = np.random.default_rng(0)
+    for i, (scene, split) in enumerate(chosen):
+        yield Record(str(i), lambda scene=scene: draw(scene, config.resolution, rng), [scene.caption], split)

@@ -1,0 +1,164 @@
+"""`sfumato sample`: a model opened as the options say, its images drawn and written with the settings that draw them again."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from sfumato.figures import grid
+from sfumato.pipelines.card import recommended
+from sfumato.pipelines.cascade import UPSCALER, Cascade
+from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.pipelines.locate import SHIPPED, locate_pipeline
+from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
+from sfumato.pipelines.runtimes import with_runtime
+from sfumato.pipelines.trust import UNREAD
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """What is drawn, by what, and where it goes; each as the option of the command."""
+
+    prompts: list[str]
+    model: str = SHIPPED
+    out: str = "grid.png"
+    each: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    sampler: str | None = None
+    guider: str = "cfg"
+    weak: str | None = None
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    runtime: str = "torch"
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    control: str | None = None
+    gif: str | None = None
+
+
+def sample(options: SampleOptions) -> list[Image.Image]:
+    """Draw one image a prompt and write the grid, the images by themselves and the film that the options name.
+
+    Raises:
+        ValueError: something that cannot be drawn or kept; found before anything is drawn.
+    """
+    model = locate_pipeline(options.model)
+    check_outputs(options)
+    pipe, advice = open_model(options, model), recommended(model)
+    options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
+    options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
+    if options.negative_prompt and options.guidance_scale <= 1 and options.guider == "cfg":
+        print("--negative-prompt has no effect without guidance; set --guidance-scale above 1", file=sys.stderr)
+    arguments: dict = read_images(options, pipe)
+    if options.strength is not None:
+        arguments["strength"] = options.strength
+    draw: SfumatoPipeline | Cascade = pipe
+    if upscaler := find_upscaler(model):
+        draw = Cascade(pipe, SfumatoPipeline.from_pretrained(str(upscaler)).to(pipe.device))
+        advice = recommended(str(upscaler))
+        arguments["upscaling_steps"] = advice["num_inference_steps"]
+        arguments["upscaling_guidance_scale"] = advice["guidance_scale"]
+    frames: list[Image.Image] = []
+
+    def keep_frame(pipe, step, t, tensors):
+        images = pipe.image_processor.postprocess(pipe.decode_latents(tensors["latents"]))
+        frames.append(grid(images, options.prompts))
+        return tensors
+
+    images = draw(
+        options.prompts,
+        [options.negative_prompt or ""] * len(options.prompts),
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))],
+        callback_on_step_end=keep_frame if options.gif else None,
+        **arguments,
+    ).images
+    write_outputs(options, images, frames, pipe.num_passes)
+    return images
+
+
+def open_model(options: SampleOptions, model: str) -> SfumatoPipeline:
+    """The model with the sampler, guider and runtime that `options` name."""
+    pipe = SfumatoPipeline.from_pretrained(model)
+    if options.sampler:
+        pipe = with_sampler(pipe, options.sampler)
+    pipe.to("cuda" if torch.cuda.is_available() and options.runtime == "torch" else "cpu")
+    start, stop = options.guidance_interval
+    if options.guider != "cfg" or options.weak or (start, stop) != (0.0, 1.0):
+        weak = SfumatoPipeline.from_pretrained(locate_pipeline(options.weak)) if options.weak else None
+        pipe = with_guider(pipe, options.guider, weak, start=start, stop=stop)
+    return pipe if options.runtime == "torch" else with_runtime(pipe, options.runtime)
+
+
+def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Image.Image]:
+    """The images that a command names, upright and, but for one that is to be made larger, cropped to the model's shape."""
+    images, (height, width) = {}, pipe.trained_size
+    for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
+        if not path:
+            continue
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        scale = min(image.width / width, image.height / height)
+        size = round(width * scale), round(height * scale)
+        if pipe.reads != "low_res" and size != image.size:
+            print(f"{path}: cropped to its middle, {size[0]} x {size[1]} pixels", file=sys.stderr)
+            left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+            image = image.crop((left, top, left + size[0], top + size[1]))
+        images[name] = image
+    return images
+
+
+def find_upscaler(model: str) -> Path | None:
+    """The folder of a cascade's second model, downloaded where the first one is on the Hub; None: there is none."""
+    if not Path(model).is_dir():
+        model = snapshot_download(model, allow_patterns=[f"{UPSCALER}/*"], ignore_patterns=UNREAD)
+    folder = Path(model) / UPSCALER
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def check_outputs(options: SampleOptions) -> None:
+    """Raise ValueError before anything is drawn for a place or a format in which the images could not be kept."""
+    formats = Image.registered_extensions()
+    for name, path in (("out", options.out), ("gif", options.gif)):
+        if path and (Path(path).suffix.lower() not in formats or Path(path).is_dir()):
+            raise ValueError(f"--{name}={path} is no name for an image; end it in .{'png' if name == 'out' else 'gif'}")
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if options.each:
+        Path(options.each).mkdir(parents=True, exist_ok=True)
+
+
+def write_outputs(options: SampleOptions, images: list[Image.Image], frames: list[Image.Image], num_passes: int) -> None:
+    """Write what was drawn where the options say, and print where."""
+    settings = {k: v for k, v in asdict(options).items() if k not in ("out", "gif", "each") and v is not None}
+    for name in {"model", "image", "mask", "control", "weak"} & settings.keys():
+        if Path(settings[name]).exists():  # a name, not where it lies on this machine
+            settings[name] = Path(settings[name]).resolve().name
+    settings["passes"] = num_passes
+    sheet = grid(images, options.prompts)
+    write_image(sheet, Path(options.out), settings)
+    print(f"wrote {options.out} ({options.steps} steps, {num_passes} passes of the network for each image)")
+    if options.each:
+        for i, (image, prompt) in enumerate(zip(images, options.prompts)):
+            own = {**settings, "prompts": [prompt], "seed": options.seed + i}
+            write_image(image, Path(options.each) / f"{options.seed + i:05d}.png", own)
+        print(f"wrote {len(images)} images in {options.each}")
+    if options.gif:
+        frames[0].save(options.gif, save_all=True, append_images=[*frames[1:], *[sheet] * 10], duration=80, loop=0)
+        print(f"wrote {options.gif}")
+
+
+def write_image(image: Image.Image, path: Path, settings: dict) -> None:
+    """Save an image; in a PNG, with the settings that draw it again."""
+    notes = PngInfo()
+    notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
+    image.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))

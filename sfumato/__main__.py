@@ -1,0 +1,7 @@
+"""`python -m sfumato`: the command without an installed script."""
+
+import sys
+
+from sfumato.cli import main
+
+sys.exit(main())

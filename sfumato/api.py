@@ -1,0 +1,130 @@
+"""The Python interface beside the command line, for notebooks and other programs. What is here stays.
+
+    from sfumato import api
+
+    config = api.load_config("demo", ["train.max_steps=100", "output_dir=runs/mine"])
+    api.train(config)
+    report = api.evaluate("runs/mine/pipeline", images=64)
+
+Nothing heavy is imported before a function needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sfumato.pipelines import SfumatoPipeline
+    from sfumato.training.config.schema import Config, DataConfig
+    from sfumato.training.data.array_set import ArraySet
+    from sfumato.training.doctor import Finding
+    from sfumato.training.quality.command import Report
+
+__all__ = ["build_pipeline", "doctor", "evaluate", "load_config", "prepare_data", "read_image", "train"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or the packaged config of that bare name, and `key.subkey=value` overrides.
+
+    Raises:
+        ValueError: file missing, unknown key, wrong type, or a value that cannot work; all of them are named.
+    """
+    from sfumato.training.config.load import load_config
+
+    return load_config(path, overrides)
+
+
+def prepare_data(data: DataConfig) -> ArraySet:
+    """Read, check and resize every image once; later calls with the same settings map the stored result.
+
+    Raises:
+        ValueError: no such source, no captions, or too many unusable images; each is named.
+    """
+    from sfumato.training.data.prepare import prepare
+
+    return prepare(data)
+
+
+def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
+    """The model of a config with random weights drawn from `config.seed`, its tokenizer learned from the captions.
+
+    Raises:
+        ValueError: an argument that a stock class does not have, or that contradicts another section.
+    """
+    from sfumato.training.models.build import build_pipeline
+
+    return build_pipeline(config, captions)
+
+
+def read_image(
+    source: str | Path | bytes,
+    size: tuple[int, int],
+    channels: int = 3,
+    resize: str = "crop",
+    notes: set[str] | None = None,
+) -> np.ndarray:
+    """One image as `(*size, channels)` uint8, as training reads it: upright, on white unless `channels` is 4, and fitted.
+
+    Args:
+        source: a file or its content.
+        size: height and width.
+        channels: 1 grey, 3 RGB, 4 RGBA.
+        resize: `crop` the longer side, `pad` the shorter one with white, or `stretch`.
+        notes: gets what was unusual about the image, such as a palette.
+
+    Raises:
+        ValueError: too large, too small or not readable; the reason in a few words.
+    """
+    from sfumato.training.data.images import read_image
+
+    return read_image(source if isinstance(source, bytes) else Path(source), size, channels, resize, notes)
+
+
+def train(config: Config) -> int:
+    """Train on one process, or as one of the processes that `accelerate launch` started.
+
+    Returns:
+        The exit code of `sfumato train`: 0 done, 3 diverged, 4 no room to save, 5 done but not pushed, 130 or 143 stopped
+        by a signal.
+
+    Raises:
+        ValueError: a setting, the data or the checkpoint cannot be used.
+    """
+    from sfumato.training.train import run_training
+
+    return run_training(config)
+
+
+def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report:
+    """Measure a model, write `evaluation.json`, and put the figures into its card.
+
+    Args:
+        model: a run folder, a pipeline folder or a Hub id.
+        data: a config, or what `data.name` takes; None: what the model was trained on.
+        options: as of `quality.command.EvaluateOptions`, such as `images`, `steps`, `extractor`, `out`.
+
+    Returns:
+        The report; of several processes on the first one alone.
+
+    Raises:
+        ValueError: model, data or a choice that cannot be used.
+    """
+    from sfumato.pipelines.locate import locate_pipeline
+    from sfumato.training.quality.command import EvaluateOptions, evaluate
+
+    return evaluate(locate_pipeline(str(model)), EvaluateOptions(data=data, **options))
+
+
+def doctor(config: Config) -> list[Finding]:
+    """Look at data, settings and, where the run is done, its result; each finding says what to do.
+
+    Raises:
+        ValueError: the data or the settings cannot be used at all.
+    """
+    from sfumato.training.doctor import examine
+
+    return examine(config)

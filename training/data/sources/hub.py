@@ -1,0 +1,31 @@
+"""Data sets on the Hub."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.records import MAX_FILE_BYTES, Record
+from sfumato.training.data.sources.tables import find_columns, import_datasets, row_record
+
+
+def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
+    """Rows of a Hub data set, read as a stream: nothing but the prepared images is stored."""
+    datasets = import_datasets()
+    try:
+        rows = datasets.load_dataset(config.name, split=config.split, revision=config.revision, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data.name={config.name!r} cannot be read: {error}") from error
+    image, caption, label_name = find_columns(rows.features or {}, config)
+    for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+        cell, fault = row[image] or {}, None
+        body, path = cell.get("bytes"), str(cell.get("path"))
+        # Of paths in a stranger's table only those into the data set itself are followed.
+        if body is None and path.split("::")[-1].startswith(f"hf://datasets/{config.name}@"):
+            try:
+                with fsspec.open(path) as file:
+                    body = file.read(MAX_FILE_BYTES)
+            except (OSError, ValueError) as error:
+                fault = f"cannot be fetched ({type(error).__name__})"
+        yield row_record(number, body, row[caption], label_name, fault)

@@ -1,0 +1,34 @@
+"""Rows of tables with an image column and a caption column."""
+
+from collections.abc import Callable
+
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.records import MAX_FILE_BYTES, NAME_THEM, Record, captions_of
+
+
+def import_datasets():
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("parquet files and Hub data sets need a package: pip install 'sfumato[datasets]'") from error
+    return datasets
+
+
+def find_columns(features: dict, config: DataConfig) -> tuple[str, str, Callable[[int], str] | None]:
+    """The names of the image and caption columns, and what turns labels into names if captions are labels."""
+    image, caption = config.image_column or "image", config.caption_column or "text"
+    if features and (missing := [key for key in (image, caption) if key not in features]):
+        raise ValueError(f"{config.name} has no column {' and '.join(missing)}; it has {', '.join(features)}. {NAME_THEM}")
+    return image, caption, getattr(features.get(caption), "int2str", None)
+
+
+def row_record(number: int, body: bytes | None, value, label_name, fault: str | None = None) -> Record:
+    if label_name and value is not None:
+        try:
+            value = label_name(value).replace("_", " ") if value >= 0 else None
+        except (ValueError, TypeError):
+            return Record(f"row {number}", fault="unknown label")
+    if body is not None and len(body) > MAX_FILE_BYTES:
+        body, fault = None, f"larger than {MAX_FILE_BYTES // 1_000_000} MB"
+    captions, wrong = captions_of(value)
+    return Record(f"row {number}", body, captions, fault=fault or wrong or ("no image" if body is None else None))

@@ -1,0 +1,36 @@
+"""OpenMoji's held-out combinations of profession, skin tone and gender."""
+
+import numpy as np
+
+from sfumato.training.data.sources.openmoji import GENDERS, read_tone, tone_of
+from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.statistics import Score, mean_score
+
+
+def attributes(evaluation: Evaluation) -> dict[str, Score]:
+    """Skin tone by pixels; profession and gender by the judge among all captions of that tone.
+
+    Some images are the same for two captions, such as a man and a person walking; either one is right then.
+    """
+    numbers = evaluation.parts["combination"]
+    if not len(numbers):
+        return {}
+    captions = [evaluation.caption(i) for i in range(len(evaluation.dataset))]
+    of_tone: dict[str | None, list[int]] = {}
+    for k, caption in enumerate(captions):
+        if caption.split(" ")[0] in GENDERS:
+            of_tone.setdefault(tone_of(caption)[0], []).append(k)
+    by_ending = evaluation.judge_scores("combination", captions)
+    images = {"": evaluation.of("combination", evaluation.drawings), " by true images": evaluation.real(numbers)}
+    scores: dict[str, Score] = {}
+    for ending, shown in images.items():
+        tone_right, rest_right = [], []
+        for image, row, i in zip(shown, by_ending[ending], numbers):
+            tone = tone_of(evaluation.caption(i))[0]
+            nearest = of_tone[tone][int(row[of_tone[tone]].argmax())]
+            tone_right.append(read_tone(image) == tone)
+            rest_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])
+        scores[f"skin tone of held-out combinations{ending}"] = mean_score(tone_right)
+        scores[f"profession and gender of held-out combinations{ending}"] = mean_score(rest_right)
+        scores[f"held-out combinations wholly right{ending}"] = mean_score(np.array(tone_right) & np.array(rest_right))
+    return scores

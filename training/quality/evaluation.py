@@ -1,0 +1,138 @@
+"""What the metrics of drawings are given: images drawn once, over all processes, and what a network sees in them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from sfumato.figures import to_arrays
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.schema import Config
+from sfumato.training.data.array_set import ArraySet, evenly_spaced
+from sfumato.training.data.sources.openmoji import is_combination
+from sfumato.training.quality.drawing import draw_images
+from sfumato.training.quality.features import DEFAULT, compute_features, reference_features
+from sfumato.training.quality.judge import Judge, first_duplicates, train_judge
+
+PARTS = ("train", "held_out", "combination")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        count: captions of training images that are drawn, and of as many held-out ones as there are, up to it.
+        extractor: whose features; see `features.compute_features`.
+        num_diverse, num_repeats: captions that are drawn several times, and how often.
+        bits: images whose bits per dimension are bounded.
+        bits_levels: at how many noise levels each.
+        parts: which of `PARTS` are drawn.
+    """
+
+    count: int = 512
+    extractor: str = DEFAULT
+    num_diverse: int = 16
+    num_repeats: int = 8
+    bits: int = 0
+    bits_levels: int = 100
+    parts: tuple[str, ...] = PARTS
+
+
+class Evaluation:
+    """A model, a set of images, and what the model draws of its captions, each computed once when it is first asked for.
+
+    Attributes:
+        dataset: the true images and captions.
+        sheets: images that metrics leave for the report, by file name.
+    """
+
+    def __init__(self, pipe: SfumatoPipeline, config: Config, dataset: ArraySet, accelerator: Accelerator, plan: Plan):
+        self.pipe = pipe
+        self.config = config
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.plan = plan
+        self.sheets: dict[str, Image.Image] = {}
+
+    @cached_property
+    def duplicates(self) -> np.ndarray:
+        """For each record the number of the first one with the same image; see `judge.first_duplicates`."""
+        return first_duplicates(self.dataset)
+
+    @cached_property
+    def parts(self) -> dict[str, np.ndarray]:
+        """The records whose captions are drawn, by part."""
+        numbers = {"train": self.dataset.select("train"), "held_out": self.unseen("held_out")}
+        numbers = {part: values[evenly_spaced(len(values), self.plan.count)] for part, values in numbers.items()}
+        combined = [i for i in self.unseen("held_out_combination") if is_combination(self.caption(i))]
+        numbers["combination"] = np.array(combined, np.int64)
+        return {part: numbers[part] if part in self.plan.parts else np.zeros(0, np.int64) for part in PARTS}
+
+    @cached_property
+    def drawings(self) -> np.ndarray:
+        """What the model draws of the first captions of all parts, in their order, `(N, H, W, C)` uint8."""
+        numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
+        return self.draw([self.caption(i) for i in numbers])
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """The features of `drawings`, `(N, D)`."""
+        return self.features_of(self.drawings)
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """The features of every record of the set, `(M, D)`."""
+        return reference_features(self.dataset, self.plan.extractor, self.config.data.cache_dir)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge of captions of this set."""
+        return train_judge(self.dataset, self.config.data.cache_dir)
+
+    def unseen(self, split: str) -> np.ndarray:
+        """Records of a held-out split whose image is not trained under another caption."""
+        numbers = self.dataset.select(split)
+        if not len(numbers):
+            return numbers
+        return numbers[~np.isin(self.duplicates[numbers], self.duplicates[self.dataset.select("train")])]
+
+    def caption(self, i: int) -> str:
+        """The first caption of record i."""
+        return self.dataset[int(i)]["captions"][0]
+
+    def real(self, numbers: np.ndarray) -> np.ndarray:
+        """The images of records, `(N, H, W, C)` uint8."""
+        return np.stack([self.dataset.image(int(i)) for i in numbers])
+
+    def draw(self, captions: list[str]) -> np.ndarray:
+        """One image a caption, `(N, H, W, C)` uint8."""
+        return to_arrays(draw_images(self.pipe, captions, self.config.validation, self.accelerator))
+
+    def features_of(self, images: np.ndarray) -> np.ndarray:
+        """Features `(N, D)` of images, each process its share."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = compute_features(images[rank::world], self.plan.extractor) if len(images[rank::world]) else []
+        pairs = gather_object(list(zip(range(rank, len(images), world), mine)))
+        return np.stack([row for _, row in sorted(pairs, key=lambda pair: pair[0])])
+
+    def of(self, part: str, values: np.ndarray) -> np.ndarray:
+        """The rows of `values`, one for each of `drawings`, that belong to a part."""
+        start = sum(len(self.parts[name]) for name in PARTS[: PARTS.index(part)])
+        return values[start : start + len(self.parts[part])]
+
+    def judge_scores(self, part: str, captions: list[str]) -> dict[str, np.ndarray]:
+        """The judge's scores of a part's drawings and of its real images, by what a figure's name ends in.
+
+        What is known of their features already is not computed again.
+        """
+        numbers, own = self.parts[part], self.plan.extractor == DEFAULT
+        drawn_features = self.of(part, self.features) if own else None
+        real_features = np.array(self.reference[numbers]) if own else None
+        return {
+            "": self.judge.scores(self.of(part, self.drawings), captions, drawn_features),
+            " by true images": self.judge.scores(self.real(numbers), captions, real_features),
+        }
