@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.files import read_lines
-from sfumato.pipelines.inputs import composite_on_white
 
 
 def to_arrays(images: list[Image.Image]) -> np.ndarray:
@@ -25,7 +24,7 @@ def grid(images: list[Image.Image], prompts: list[str], columns: int = 6, min_si
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, (image, prompt) in enumerate(zip(images, prompts)):
         x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
-        sheet.paste(composite_on_white(image, 3).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(flatten(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
         lines, words = [""], prompt.split()
         for word in words:
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font) > width:
@@ -63,3 +62,9 @@ def loss_curve(metrics: Path, width: int = 640, height: int = 240) -> Image.Imag
     pen.line(list(zip(xs, ys)), (50, 80, 160), width=2)
     pen.text((right, top), f"loss over steps, mean of {window}", "black", font, anchor="ra")
     return sheet
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """An image as RGB, its transparent parts on white."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

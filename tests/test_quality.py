@@ -17,6 +17,7 @@ from sfumato.training.config import schema as configs
 from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import openmoji
 from sfumato.training.engine.checkpoints import damage
+from sfumato.training.quality.attributes import attributes
 from sfumato.training.quality.command import EvaluateOptions, open_for_evaluation
 from sfumato.training.quality.distances import (
     distances,
@@ -30,6 +31,7 @@ from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.features import compute_features
 from sfumato.training.quality.judge import Judge, altered
 from sfumato.training.quality.memorisation import flat_rows, memorisation, nearest, nearest_training
+from sfumato.training.quality.retrieval import retrieval
 from sfumato.training.quality.statistics import jackknife_score, mean_score, student_quantile
 from sfumato.training.train import main
 
@@ -135,21 +137,23 @@ def test_captions_of_the_same_image_count_as_one(tmp_path):
     number = {images[i]["captions"][0]: i for i in range(len(images))}
     man, person, woman = (number[f"{who} walking medium skin tone"] for who in ("man", "person", "woman"))
     evaluation = object.__new__(Evaluation)  # drawing is tested below
-    evaluation.images = images
-    assert evaluation.alike[man] == evaluation.alike[person] != evaluation.alike[woman]
+    evaluation.dataset = images
+    assert evaluation.duplicates[man] == evaluation.duplicates[person] != evaluation.duplicates[woman]
     evaluation.parts = {"train": np.array([person]), "held_out": np.zeros(0, int), "combination": np.array([person])}
-    evaluation.made = np.stack([images.image(person)] * 2)
+    evaluation.drawings = np.stack([images.image(person)] * 2)
     for named, right in ((man, 1), (woman, 0)):
         scores = np.eye(len(images))[named : named + 1]
-        evaluation.judged = lambda judge, part, captions, scores=scores: {"": scores, " by true images": scores}
-        assert evaluation.retrieval(None)["retrieval at 1, training captions"].value == right
-        assert evaluation.attributes(None)["held-out combinations wholly right"].value == right
-    others = [i for i in range(len(images)) if evaluation.alike[i] != evaluation.alike[person]]
-    several = [i for i in others if evaluation.alike[i] in (evaluation.alike[others[0]], evaluation.alike[others[1]])]
+        evaluation.judge_scores = lambda part, captions, scores=scores: {"": scores, " by true images": scores}
+        assert retrieval(evaluation)["retrieval at 1, training captions"].value == right
+        assert attributes(evaluation)["held-out combinations wholly right"].value == right
+    others = [i for i in range(len(images)) if evaluation.duplicates[i] != evaluation.duplicates[person]]
+    several = [
+        i for i in others if evaluation.duplicates[i] in (evaluation.duplicates[others[0]], evaluation.duplicates[others[1]])
+    ]
     scores = np.full((1, len(images)), 0.1)
     scores[0, several], scores[0, person] = 0.9, 0.5
-    evaluation.judged = lambda judge, part, captions: {"": scores}
-    found = evaluation.retrieval(None)
+    evaluation.judge_scores = lambda part, captions: {"": scores}
+    found = retrieval(evaluation)
     assert len(several) >= 2 and found["retrieval at 1, training captions"].value == 0
     assert found["retrieval at 5, training captions"].value == 1
 
@@ -162,20 +166,20 @@ def test_a_caption_that_many_images_have_counts_once(tmp_path):
             Image.new("RGB", (8, 8), tuple(200 + i if c == k else 9 * i for c in range(3))).save(tmp_path / name / f"{i}.png")
     images = prepare(configs.DataConfig(name=str(tmp_path), resolution=8, cache_dir=str(tmp_path / "cache")))
     evaluation = object.__new__(Evaluation)
-    evaluation.images, train = images, images.select("train")
+    evaluation.dataset, train = images, images.select("train")
     evaluation.parts = {"train": train, "held_out": np.zeros(0, int)}
     worst = np.stack([np.array([0.1 if evaluation.caption(i) == c else 0.9 for c in ("red", "green", "blue")]) for i in train])
     order = list(dict.fromkeys(evaluation.caption(i) for i in range(len(images))))
     worst = worst[:, [("red", "green", "blue").index(caption) for caption in order]]
-    evaluation.judged = lambda judge, part, captions: {"": worst}
-    found = evaluation.retrieval(None)
+    evaluation.judge_scores = lambda part, captions: {"": worst}
+    found = retrieval(evaluation)
     assert found["retrieval at 1, training captions"].value == 0 and found["retrieval at 5, training captions"].value == 1
 
 
 def test_held_out_images_that_are_trained_under_another_caption_are_not_judged(tmp_path):
     images = prepare(configs.DataConfig(languages=["en"], words=["walking", "teacher", "pilot"], cache_dir=str(tmp_path)))
     evaluation = object.__new__(Evaluation)
-    evaluation.images = images
+    evaluation.dataset = images
     trained = {images.image(int(i)).tobytes() for i in images.select("train")}
     held_out, unseen = images.select("held_out_combination"), evaluation.unseen("held_out_combination")
     assert 0 < len(unseen) < len(held_out)
@@ -188,11 +192,11 @@ def test_captions_that_differ_at_their_end_only_are_told_apart():
     judge = Judge(long)
     assert len({tuple(row.tolist()) for row in judge.tokens(long)}) == 3
     evaluation = object.__new__(Evaluation)
-    evaluation.images, evaluation.alike = long, np.arange(3)
+    evaluation.dataset, evaluation.duplicates = long, np.arange(3)
     evaluation.caption = long.__getitem__
     evaluation.parts = {"train": np.arange(3), "held_out": np.zeros(0, int)}
-    evaluation.judged = lambda judge, part, captions: {"": np.full((3, 3), 0.5)}
-    assert evaluation.retrieval(None)["retrieval at 1, training captions"].value == 0
+    evaluation.judge_scores = lambda part, captions: {"": np.full((3, 3), 0.5)}
+    assert retrieval(evaluation)["retrieval at 1, training captions"].value == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
