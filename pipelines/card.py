@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
@@ -207,8 +208,9 @@ def add_evaluation(
         raise ValueError(f"{folder} has no README.md to put the figures into")
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     title = re.search(r"^# (.+)$", card.text, flags=re.M)
-    card.data.model_name = title[1] if title else folder.name
-    card.data.eval_results = [
+    front: Any = card.data
+    front.model_name = title[1] if title else folder.name
+    front.eval_results = [
         EvalResult(
             task_type="text-to-image", dataset_type=data, dataset_name=data, metric_type=name, metric_value=round(value, 5)
         )
@@ -232,7 +234,8 @@ def forget_figures(folder: Path, weights: str) -> None:
         path.unlink(missing_ok=True)
     if (folder / "README.md").is_file():
         card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-        card.data.eval_results = card.data.model_name = None
+        data: Any = card.data
+        data.eval_results = data.model_name = None
         card.data.__dict__.pop("widget", None)
         text = _SECTION.sub("", card.text).replace("<Gallery />\n\n", "")
         card.text = re.sub(r"^\| Weights \| .*$", f"| Weights | {weights} |", text, flags=re.M)
@@ -269,7 +272,7 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
             "# The smaller image, here a white one, in the size of the latents.\nfrom PIL import Image\n"
             f'small = Image.new("{mode}", {(width // factor, height // factor)}, "white")\n'
         )
-        call = f"{prompt!r}, image=small, noise_level={min(20, pipe.config.max_noise_level)}"
+        call = f"{prompt!r}, image=small, noise_level={min(20, pipe.config['max_noise_level'])}"
         return {"call": call, "ours": call, "given": lines}
     if pipe.controlnet is not None:
         lines = (
@@ -299,7 +302,8 @@ def recommended(source: str) -> dict:
     except (OSError, ValueError, LookupError, TypeError, YAMLError, HfHubHTTPError):  # no card, or one of another form
         told = {}
     told = told if isinstance(told, dict) else {}
-    steps, scale = (told.get(name) for name in ADVICE)
+    steps: Any = told.get("num_inference_steps")
+    scale: Any = told.get("guidance_scale")
     found = dict(ADVICE)
     if type(steps) is int and 0 < steps <= 1000:
         found["num_inference_steps"] = steps
@@ -330,7 +334,7 @@ def _describe(pipe: SfumatoPipeline, variants: Sequence[str]) -> str:
     notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
     schedule = notes or {"beta_schedule": scheduler.get("beta_schedule")}
     if _flows(pipe):
-        schedule = {"flow": "straight", "shift": training_scheduler(pipe.scheduler).config.shift}
+        schedule = {"flow": "straight", "shift": training_scheduler(pipe.scheduler).config["shift"]}
     rows = {
         "Parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "Resolution": f"{height * factor} x {width * factor} pixels, {pipe.vae.config.out_channels} channels; works {space}",

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -66,7 +67,7 @@ class Cascade:
         upscaling_guidance_scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
-        **call,
+        **call: Any,
     ) -> ImagePipelineOutput | tuple:
         """Draw small images and make them larger.
 
@@ -79,7 +80,7 @@ class Cascade:
             return_dict: return `ImagePipelineOutput` rather than a tuple.
             call: further arguments of the first model's call.
         """
-        small = self.base(prompt, negative_prompt, generator=generator, output_type="pil", **call).images
+        small = self.base(prompt, negative_prompt, generator=generator, output_type="pil", return_dict=True, **call).images  # pyright: ignore[reportAttributeAccessIssue]
         prompts = [prompt] if isinstance(prompt, str) else prompt
         each = call.get("num_images_per_prompt", 1)
         repeated = [text for text in prompts for _ in range(each)]
@@ -87,7 +88,7 @@ class Cascade:
         if isinstance(negative, list):
             negative = [text for text in negative for _ in range(each)]
         times = self.upscaler.trained_size[0] // self.base.trained_size[0]
-        size = {"height": small[0].height * times, "width": small[0].width * times}
+        size: dict[str, Any] = {"height": small[0].height * times, "width": small[0].width * times}
         return self.upscaler(
             repeated, negative, image=small, generator=generator, noise_level=noise_level, **size,
             num_inference_steps=upscaling_steps, guidance_scale=upscaling_guidance_scale, output_type=output_type,

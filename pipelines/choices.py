@@ -64,7 +64,7 @@ def with_guider(pipe, name: str, weak=None, **settings):
     guider = build_guider(GUIDERS.load(name), **{**_guider_defaults(pipe, name, settings), **settings})
     if weak is not None:
         _check_weak(pipe, weak)
-        guider.weak = weak
+        setattr(guider, "weak", weak)  # noqa: B010  (no field of diffusers' class)
     return replace_components(pipe, guider=guider)
 
 

@@ -1,8 +1,9 @@
 """What a network is given beside the noisy latents and the text: a mask and the image around it, or a smaller image.
 
-Self-contained on purpose (torch, PIL and diffusers only): this file travels inside shared model folders.
+Self-contained on purpose (torch, numpy, PIL and diffusers only): this file travels inside shared model folders.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
@@ -50,17 +51,20 @@ def default_size(pipe, image) -> tuple[int, int]:
     has a PIL image where the VAE is not the identity, as in the stock pipeline. On pixels, one whose shorter side is less
     than was trained is drawn at that.
     """
-    first, factor, trained = image[0] if isinstance(image, list) and image else image, pipe.vae_scale_factor, pipe.trained_size
+    first = image[0] if isinstance(image, list) and image else image
+    factor, trained = pipe.vae_scale_factor, pipe.trained_size
     if extra_input_kind(pipe.unet, pipe.vae) != "low_res":
         return trained
     if isinstance(first, Image.Image):
         times = factor if factor > 1 else max(1, min(trained) / min(first.size))
-        sides = (first.height * times, first.width * times)
-    elif getattr(first, "ndim", 0) >= 3:
-        sides = [side * factor for side in (first.shape[-2:] if isinstance(first, torch.Tensor) else first.shape[-3:-1])]
+        height, width = first.height * times, first.width * times
+    elif isinstance(first, torch.Tensor) and first.ndim >= 3:
+        height, width = (side * factor for side in first.shape[-2:])
+    elif isinstance(first, np.ndarray) and first.ndim >= 3:
+        height, width = (side * factor for side in first.shape[-3:-1])
     else:
         return trained
-    return tuple(round(side / factor) * factor for side in sides)
+    return round(height / factor) * factor, round(width / factor) * factor
 
 
 def check_upscaling(vae) -> None:
@@ -84,7 +88,7 @@ def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | 
         pixels, mask: `(B, 3, H, W)` in [-1, 1] and `(B, 1, H, W)`. Without a mask, all is to be drawn.
         noise: `(B, C, h, w)`.
     """
-    if mask is None:
+    if mask is None or pixels is None:
         size = [side * 2 ** (len(vae.config.block_out_channels) - 1) for side in noise.shape[-2:]]
         mask, pixels = noise.new_ones(len(noise), 1, *size), noise.new_zeros(len(noise), vae.config.in_channels, *size)
     mask = (mask >= 0.5).to(noise)

@@ -36,9 +36,9 @@ def invert(
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
     taken = max(1, round(strength * num_inference_steps))
     text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)
-    _, _, x_0, _ = pipe.prepare_image(image, None, pipe.trained_size, (1, 1), text.dtype)
-    prediction, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod.to(device, torch.float32)
-    stride, x_s = scheduler.config.num_train_timesteps // num_inference_steps, x_0
+    x_0 = pipe.prepare_image(image, None, pipe.trained_size, (1, 1), text.dtype).x_0
+    prediction, abar = scheduler.config["prediction_type"], scheduler.alphas_cumprod.to(device, torch.float32)
+    stride, x_s = scheduler.config["num_train_timesteps"] // num_inference_steps, x_0
     for t in reversed(pipe.scheduler.timesteps[-taken:]):
         # As diffusers' DDIM has it, which is not always the next step of its list.
         abar_s = abar[t - stride] if t >= stride else pipe.scheduler.final_alpha_cumprod.to(abar)

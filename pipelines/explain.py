@@ -5,6 +5,7 @@ Works with every `SfumatoPipeline`, foreign Stable Diffusion folders included, a
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Explanation:
             for column, (word, heat) in enumerate(cells):
                 share = (heat / max(heat.max(), 1e-9))[..., None] * 0.8
                 grey = image if column == 0 else image.mean(-1, keepdims=True).repeat(3, -1)
-                shown = Image.fromarray(np.uint8(grey * (1 - share) + red * share))
+                shown = Image.fromarray((grey * (1 - share) + red * share).astype(np.uint8))
                 x, y = 6 + column * width, 6 + row * height
                 sheet.paste(shown.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
                 title = word if row == 0 else f"without {word}" if column else ""
@@ -61,6 +62,8 @@ class Explanation:
 
 class _Recorder(SfumatoPipeline):
     """The same pipeline, which keeps the image that the network expected at each step."""
+
+    expected: list[np.ndarray]
 
     @classmethod
     def of(cls, pipe: SfumatoPipeline) -> "_Recorder":
@@ -106,7 +109,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
     hooks = [layer.register_forward_hook(lambda *a: maps.append(_attention(*a)), with_kwargs=True) for layer in layers]
     recorder = _Recorder.of(pipe)
     try:
-        image = recorder(prompt, generator=generator, output_type="pil", **call).images[0]
+        (image,) = recorder(prompt, generator=generator, output_type="pil", return_dict=False, **call)[0]
     finally:
         for hook in hooks:
             hook.remove()
@@ -124,7 +127,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
         for (start, end), _ in read:
             generator.set_state(state)
             rest = f"{prompt[:start]}{prompt[end:]}".strip()
-            other = pipe(rest, generator=generator, output_type="pil", **call).images[0]
+            (other,) = pipe(rest, generator=generator, output_type="pil", return_dict=False, **call)[0]
             without.append(
                 np.abs(np.asarray(image, float) - np.asarray(other, float)).reshape(*heat.shape[1:], -1).mean(-1) / 255
             )
@@ -137,14 +140,16 @@ def _attention(layer: Attention, inputs: tuple, keywords: dict, output) -> torch
     """The layer's attention of the image with the prompt, `(places, tokens)`, mean over heads."""
     hidden = inputs[0] if inputs else keywords["hidden_states"]
     text = keywords["encoder_hidden_states"] if "encoder_hidden_states" in keywords else inputs[1]
-    query = layer.head_to_batch_dim(layer.to_q(hidden[:1]))  # the conditional pass comes first
-    key = layer.head_to_batch_dim(layer.to_k(text[:1]))
+    to_q: Any = layer.to_q
+    to_k: Any = layer.to_k
+    query = layer.head_to_batch_dim(to_q(hidden[:1]))  # the conditional pass comes first
+    key = layer.head_to_batch_dim(to_k(text[:1]))
     return layer.get_attention_scores(query, key).float().mean(0).cpu()
 
 
 def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:
     """All layers' and steps' maps as one, `(tokens, height, width)`."""
-    total = 0.0
+    total = torch.zeros(maps[0].shape[1], height, width)
     for scores in maps:
         h = max(1, round((len(scores) * height / width) ** 0.5))
         grid = scores.T.reshape(1, scores.shape[1], h, len(scores) // h)
@@ -155,4 +160,5 @@ def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:
 def _expected(pipe: SfumatoPipeline, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> np.ndarray:
     """x_0 of a prediction, as an image `(H, W, C)` in [0, 1]. Every scheduler's `scale_model_input` gives x_t as trained."""
     x_0 = training_scheduler(pipe.scheduler).denoised(output, x_t, t)
-    return pipe.image_processor.postprocess(pipe.decode_latents(x_0), output_type="np")[0]
+    images: Any = pipe.image_processor.postprocess(pipe.decode_latents(x_0), output_type="np")
+    return images[0]

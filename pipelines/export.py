@@ -46,7 +46,7 @@ def joined_source() -> str:
     """`pipeline.py`: what travels, as one file without `sfumato` in its imports."""
     schedulers = (scheduling_sfumato_ddpm, scheduling_sfumato_flow)
     modules = (*schedulers, trust, inputs, conditions, stock, guided, pipeline_sfumato)
-    sources = (Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    sources = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules)
     sources = [re.sub(r"^from sfumato\.[\w.]+ import (\([^)]*\)|[^(\n]+)\n", "", source, flags=re.M) for source in sources]
     return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *sources])
 

@@ -3,6 +3,7 @@
 Self-contained on purpose (torch and diffusers only): this file travels inside shared model folders.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def guided_prediction(
     the second, or once a batch of them has not fitted into memory.
     """
     # Before diffusers 0.36 this was called prepare_inputs.
-    prepare = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
+    prepare: Callable = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
     pair = SimpleNamespace(cond=embeds.positive, uncond=embeds.negative)
     passes = prepare(pair, {"encoder_hidden_states": ("cond", "uncond")})
     state.num_passes += len(passes)

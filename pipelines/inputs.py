@@ -83,7 +83,7 @@ def _check_prompts(pipe, call: CallInputs) -> int:
     if call.prompt_embeds is not None:
         batch_size = len(call.prompt_embeds)
     else:
-        batch_size = 1 if isinstance(call.prompt, str) else len(call.prompt)
+        batch_size = 1 if isinstance(call.prompt, str) else len(call.prompt or ())
     if isinstance(call.negative_prompt, list) and len(call.negative_prompt) != batch_size:
         raise ValueError(
             f"{len(call.negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"

@@ -8,7 +8,8 @@ import copy
 import inspect
 import os
 from collections.abc import Callable
-from typing import Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,22 @@ from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceImage:
+    """The image that a call changes, and where it changes it.
+
+    Attributes:
+        pixels: `(B, C, H, W)` in [-1, 1]; None where a call begins with noise alone.
+        mask: `(B, 1, H, W)` in [0, 1], 1 where to redraw; None: everywhere.
+        x_0, latent_mask: both in latent space.
+    """
+
+    pixels: Any = None
+    mask: torch.Tensor | None = None
+    x_0: Any = None
+    latent_mask: torch.Tensor | None = None
 
 
 class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
@@ -93,8 +110,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if safety_checker is not None:
             logger.warning("SfumatoPipeline does not run the safety checker that comes with this model.")
         ours = {DDPMScheduler: SfumatoDDPMScheduler, FlowMatchEulerDiscreteScheduler: SfumatoFlowScheduler}
-        if type(scheduler) in ours:
-            scheduler = ours[type(scheduler)].from_config(scheduler.config)
+        stock: Any = scheduler
+        if type(stock) in ours:
+            scheduler = ours[type(stock)].from_config(stock.config)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -127,10 +145,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         Raises:
             ValueError: see `trust.check_folder`.
         """
-        folder = str(pretrained_model_name_or_path)
+        folder: str = str(pretrained_model_name_or_path)
         kwargs.setdefault("use_safetensors", True)
         if not os.path.isdir(folder):
-            folder = cls.download(folder, **kwargs)
+            folder = str(cls.download(folder, **kwargs))
             for name in ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision"):
                 kwargs.pop(name, None)
         check_folder(folder, skip=set(kwargs))
@@ -184,7 +202,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """
         device = device or self._execution_device
         if prompt_embeds is None:
-            prompt_embeds = self._embed([prompt] if isinstance(prompt, str) else prompt, device)
+            prompt_embeds = self._embed([prompt] if isinstance(prompt, str) else list(prompt or ()), device)
         batch_size = prompt_embeds.shape[0]
         dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
@@ -208,10 +226,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype)
 
-    def prepare_image(
-        self, image, mask_image, size: tuple[int, int], batch: tuple[int, int], dtype
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """Image `(B, C, H, W)` in [-1, 1], mask `(B, 1, H, W)` or None, and both in latent space.
+    def prepare_image(self, image, mask_image, size: tuple[int, int], batch: tuple[int, int], dtype) -> "SourceImage":
+        """The image and the mask that a call is given, in pixels and in latent space.
 
         `size` is height and width; `batch` is the number of prompts and of images for each.
         """
@@ -219,7 +235,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         pixels = to_pixels(image, self.vae.config.in_channels, *size, *batch).to(device, dtype)
         mask = None if mask_image is None else to_mask(mask_image, *size, *batch).to(device, dtype)
         x_0 = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
-        return pixels, mask, x_0, None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
+        latent_mask = None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
+        return SourceImage(pixels=pixels, mask=mask, x_0=x_0, latent_mask=latent_mask)
 
     @property
     def trained_size(self) -> tuple[int, int]:
@@ -231,21 +248,21 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     @property
     def reads(self) -> str | None:
         """What the UNet reads beside the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
-        return "estimate" if self.config.self_conditioning else extra_input_kind(self.unet, self.vae)
+        return "estimate" if self.config["self_conditioning"] else extra_input_kind(self.unet, self.vae)
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
         weak = getattr(self.guider, "weak", None)
         guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
         if guidance_scale is not None:
-            guider.guidance_scale = float(guidance_scale)
+            setattr(guider, "guidance_scale", float(guidance_scale))  # noqa: B010  (a field of most guiders)
         return guider, weak
 
     def prepare_low_res(
         self, image, noise_level: int | None, size, batch, generator, dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For upscaling the smaller image with noise, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
-        level = min(20, self.config.max_noise_level) if noise_level is None else noise_level
+        level = min(20, self.config["max_noise_level"]) if noise_level is None else noise_level
         height, width = (side // self.vae_scale_factor for side in size)
         channels, device = self.vae.config.in_channels, self._execution_device
         small = to_pixels(image, channels, height, width, *batch, resample=Image.Resampling.BICUBIC).to(device, dtype)
@@ -393,12 +410,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         device = self._execution_device
         if weak is not None:
             negative_prompt_embeds = weak_embeds(self, weak, prompt, prompt_embeds, device)
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+        positive, negative_prompt_embeds = self.encode_prompt(
             prompt, device, num_images_per_prompt, state.guided, negative_prompt, prompt_embeds, negative_prompt_embeds
         )
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps, dtype = self.scheduler.timesteps, prompt_embeds.dtype
-        batch = (len(prompt_embeds) // num_images_per_prompt, num_images_per_prompt)
+        timesteps, dtype = self.scheduler.timesteps, positive.dtype
+        batch = (len(positive) // num_images_per_prompt, num_images_per_prompt)
 
         # What the network reads beside noise and text. Its own noise is drawn before the other, as in the stock pipeline.
         condition, labels, control = None, None, None
@@ -408,54 +425,61 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             control = self.prepare_control(control_image, size, batch, dtype)
         inputs = NetworkInputs(class_labels=labels, control=control, control_scale=controlnet_conditioning_scale)
 
-        noise = self.prepare_noise(len(prompt_embeds), height, width, dtype, device, generator, latents)
-        latents, pixels, mask = noise * self.scheduler.init_noise_sigma, None, None
+        noise = self.prepare_noise(len(positive), height, width, dtype, device, generator, latents)
+        x: torch.Tensor = noise * self.scheduler.init_noise_sigma
+        source = SourceImage()
         if image is not None and self.reads != "low_res":
-            pixels, mask, x_0, latent_mask = self.prepare_image(image, mask_image, size, batch, dtype)
-            strength = (0.8 if mask is None else 1.0) if strength is None else strength
+            source = self.prepare_image(image, mask_image, size, batch, dtype)
+            strength = (0.8 if source.mask is None else 1.0) if strength is None else strength
             if strength < 1:
                 begin = (num_inference_steps - round(strength * num_inference_steps)) * self.scheduler.order
                 timesteps = timesteps[begin:]
                 if hasattr(self.scheduler, "set_begin_index"):
                     self.scheduler.set_begin_index(begin)
-                latents = self.add_noise(x_0, noise, timesteps[0])
+                x = self.add_noise(source.x_0, noise, timesteps[0])
         estimate = None
         if self.reads == "masks":
-            condition = inpainting_condition(self.vae, pixels, mask, noise)
+            condition = inpainting_condition(self.vae, source.pixels, source.mask, noise)
         elif self.reads == "estimate":
             condition, estimate = torch.zeros_like(noise), x0_estimator(self.scheduler)
         state.num_timesteps = len(timesteps)
         # Deterministic samplers take no generator.
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
-        with self.progress_bar(total=len(timesteps) // self.scheduler.order) as progress_bar:
+        progress: Any = self.progress_bar
+        with progress(total=len(timesteps) // self.scheduler.order) as progress_bar:
             for i, t in enumerate(timesteps):
                 last = i == len(timesteps) - 1
                 for again in reversed(range(1 if last else num_resamples)):
                     guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
-                    x_t = self.scheduler.scale_model_input(latents, t)
+                    x_t = self.scheduler.scale_model_input(x, t)
                     model_input = x_t if condition is None else torch.cat([x_t, condition], dim=1)
-                    output = self.predict(guider, model_input, t, prompt_embeds, negative_prompt_embeds, inputs)
+                    output = self.predict(guider, model_input, t, positive, negative_prompt_embeds, inputs)
                     condition = estimate(output, x_t, t) if estimate else condition
-                    latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
-                    if mask is not None and self.reads != "masks":
-                        kept = x_0 if last else self.add_noise(x_0, noise, timesteps[i + 1])
-                        latents = latent_mask * latents + (1 - latent_mask) * kept
+                    x = self.scheduler.step(output, t, x, **step_kwargs, return_dict=False)[0]
+                    if source.latent_mask is not None and self.reads != "masks":
+                        kept = source.x_0 if last else self.add_noise(source.x_0, noise, timesteps[i + 1])
+                        x = source.latent_mask * x + (1 - source.latent_mask) * kept
                     if again:
-                        latents = renoise(self.scheduler, latents, timesteps[i + 1], t, generator)
+                        x = renoise(self.scheduler, x, timesteps[i + 1], t, generator)
                 if callback_on_step_end is not None:
-                    tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
+                    tensors: dict[str, Any] = {
+                        "latents": x,
+                        "prompt_embeds": positive,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors |= callback_on_step_end(self, i, t, wanted)
-                    latents, prompt_embeds, negative_prompt_embeds = map(tensors.get, self._callback_tensor_inputs)
+                    x, positive = tensors["latents"], tensors["prompt_embeds"]
+                    negative_prompt_embeds = tensors["negative_prompt_embeds"]
                 if (i + 1) % self.scheduler.order == 0 or last:
                     progress_bar.update()
 
-        image = latents
+        images: Any = x
         if output_type != "latent":
-            image = self.decode_latents(latents)
-            if mask is not None:
-                image = mask * image + (1 - mask) * pixels
-            image = self.image_processor.postprocess(image, output_type=output_type)
+            images = self.decode_latents(x)
+            if source.mask is not None:
+                images = source.mask * images + (1 - source.mask) * source.pixels
+            images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
@@ -34,7 +35,7 @@ def _bf16(unet, inputs: tuple) -> Callable:
 
 
 def _as_onnx(unet, inputs: tuple) -> bytes:
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tracing: every shape is fixed here
         torch.onnx.export(
             _Network(copy.deepcopy(unet).float()), inputs, file, input_names=["x_t", "t", "context"], dynamo=False

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -57,7 +58,7 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     if options.negative_prompt and options.guidance_scale <= 1 and options.guider == "cfg":
         print("--negative-prompt has no effect without guidance; set --guidance-scale above 1", file=sys.stderr)
-    arguments: dict = read_images(options, pipe)
+    arguments: dict[str, Any] = read_images(options, pipe)
     if options.strength is not None:
         arguments["strength"] = options.strength
     draw: SfumatoPipeline | Cascade = pipe
@@ -73,15 +74,16 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         frames.append(grid(images, options.prompts))
         return tensors
 
-    images = draw(
+    images: Any = draw(
         options.prompts,
         [options.negative_prompt or ""] * len(options.prompts),
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))],
         callback_on_step_end=keep_frame if options.gif else None,
+        return_dict=False,
         **arguments,
-    ).images
+    )[0]
     write_outputs(options, images, frames, pipe.num_passes)
     return images
 
@@ -99,7 +101,7 @@ def open_model(options: SampleOptions, model: str) -> SfumatoPipeline:
     return pipe if options.runtime == "torch" else with_runtime(pipe, options.runtime)
 
 
-def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Image.Image]:
+def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Any]:
     """The images that a command names, upright and, but for one that is to be made larger, cropped to the model's shape."""
     images, (height, width) = {}, pipe.trained_size
     for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
@@ -161,4 +163,7 @@ def write_image(image: Image.Image, path: Path, settings: dict) -> None:
     """Save an image; in a PNG, with the settings that draw it again."""
     notes = PngInfo()
     notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
-    image.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))
+    if path.suffix.lower() == ".png":
+        image.save(path, pnginfo=notes)
+    else:
+        image.save(path)

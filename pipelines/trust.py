@@ -5,6 +5,7 @@ Self-contained on purpose (torch, safetensors, diffusers and transformers only):
 
 import importlib
 import json
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ MODELS = {  # (library and class as model_index.json names them) -> module
 }
 
 
-def check_folder(folder: str | Path, skip: set[str] = frozenset()) -> None:
+def check_folder(folder: str | Path, skip: Set[str] = frozenset()) -> None:
     """Refuse a pipeline folder that would unpickle or fill the memory when it is opened.
 
     Remote code needs no check here: diffusers runs none without `trust_remote_code=True`.
@@ -65,7 +66,7 @@ def check_folder(folder: str | Path, skip: set[str] = frozenset()) -> None:
             if not isinstance(steps, int) or not 0 < steps <= MAX_TIMESTEPS:
                 raise ValueError(f"{part}: num_train_timesteps={steps!r}; at most {MAX_TIMESTEPS} are allowed")
         if safe and (part / "config.json").is_file():
-            _check_size(part, tuple(entry), safe)
+            _check_size(part, (entry[0], entry[-1]), safe)
 
 
 def _is_shard(name) -> bool:
@@ -82,7 +83,7 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _check_size(part: Path, entry: tuple[str, ...], files: list[Path]) -> None:
+def _check_size(part: Path, entry: tuple[str, str], files: list[Path]) -> None:
     """Compare what the config would build, on torch's meta device, with what the weights hold."""
     if entry not in MODELS:
         raise ValueError(f"{part} is a {'.'.join(entry)}, which is no part of a model of this form")

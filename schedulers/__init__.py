@@ -1,7 +1,9 @@
+from typing import cast
+
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
 
-__all__ = ["SfumatoDDPMScheduler", "SfumatoFlowScheduler", "trained"]
+__all__ = ["SfumatoDDPMScheduler", "SfumatoFlowScheduler", "training_scheduler"]
 
 
 def training_scheduler(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
@@ -12,4 +14,4 @@ def training_scheduler(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler
     if config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch"):
         shift = config.get("flow_shift", config.get("shift", 1.0))
         return SfumatoFlowScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
-    return SfumatoDDPMScheduler.from_config(config)
+    return cast(SfumatoDDPMScheduler, SfumatoDDPMScheduler.from_config(config))

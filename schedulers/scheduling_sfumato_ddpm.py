@@ -3,6 +3,8 @@
 Self-contained on purpose (torch, numpy and diffusers only): this file travels inside shared model folders.
 """
 
+from typing import cast
+
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -114,27 +116,30 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             )
             trained_betas = np.minimum(1 - levels[1:] / np.maximum(levels[:-1], 1e-12), MAX_BETA)
         if trained_betas is None:  # a stock schedule: let the stock class compute it, un-rescaled
-            stock = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
-            trained_betas = DDPMScheduler(num_train_timesteps=num_train_timesteps, **stock).betas
+            stock: dict = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
+            betas = DDPMScheduler(num_train_timesteps=num_train_timesteps, **stock).betas.tolist()
+        else:
+            betas = list(trained_betas)
         # Nine significant digits are exact in float32.
-        trained_betas = [float(f"{float(beta):.9g}") for beta in trained_betas]
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            variance_type=variance_type,
-            clip_sample=clip_sample,
-            prediction_type=prediction_type,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            clip_sample_range=clip_sample_range,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        trained_betas = [float(f"{float(beta):.9g}") for beta in betas]
+        stock_arguments: dict = {
+            "num_train_timesteps": num_train_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "trained_betas": trained_betas,
+            "variance_type": variance_type,
+            "clip_sample": clip_sample,
+            "prediction_type": prediction_type,
+            "thresholding": thresholding,
+            "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
+            "clip_sample_range": clip_sample_range,
+            "sample_max_value": sample_max_value,
+            "timestep_spacing": timestep_spacing,
+            "steps_offset": steps_offset,
+            "rescale_betas_zero_snr": rescale_betas_zero_snr,
+        }
+        super().__init__(**stock_arguments)
         # An empty _use_default_values makes an in-memory swap carry every value, as a swap through disk does.
         config = {**self.config, "trained_betas": trained_betas, "_use_default_values": [], "_sfumato": notes}
         config.pop("schedule_params")
@@ -150,7 +155,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
         """Thresholding at 1 is clipping to [-1, 1]: the quantile, which costs a sort, cannot matter."""
-        return sample.clamp(-1, 1) if self.config.sample_max_value == 1 else super()._threshold_sample(sample)
+        return sample.clamp(-1, 1) if self.config["sample_max_value"] == 1 else super()._threshold_sample(sample)
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t) of timesteps `t`, any shape; 0 at a zero-SNR end."""
@@ -190,11 +195,11 @@ class SfumatoDDPMScheduler(DDPMScheduler):
     @property
     def prediction_type(self) -> str:
         """What the network predicts: `epsilon`, `sample` or `v_prediction`."""
-        return self.config.prediction_type
+        return self.config["prediction_type"]
 
     def training_levels(self) -> torch.Tensor:
         """The timesteps that are trained, `(num_train_timesteps,)`, from the least noise to the most."""
-        return torch.arange(self.config.num_train_timesteps)
+        return torch.arange(self.config["num_train_timesteps"])
 
     def denoised(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
         """x_0 that a prediction means, `(B, C, H, W)`; see `convert`."""
@@ -202,11 +207,11 @@ class SfumatoDDPMScheduler(DDPMScheduler):
 
     def training_target(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network should output, by `prediction_type`; all `(B, C, H, W)`, `t` is `(B,)`."""
-        if self.config.prediction_type == "epsilon":
+        if self.config["prediction_type"] == "epsilon":
             return noise
-        if self.config.prediction_type == "sample":
+        if self.config["prediction_type"] == "sample":
             return x_0
-        return self.get_velocity(x_0, noise, t)
+        return self.get_velocity(x_0, noise, cast(torch.IntTensor, t))
 
     def posterior(
         self, x_0: torch.Tensor, x_t: torch.Tensor, s: torch.Tensor | int, t: torch.Tensor | int
@@ -238,8 +243,10 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         small = self.posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
         signal_t, signal_s = self._signal_and_noise(t, like)[0], self._signal_and_noise(t - 1, like)[0]
         large = (1 - (signal_t / signal_s) ** 2).log()
-        kind = self.config.variance_type
+        kind = self.config["variance_type"]
         if kind == "learned_range":
+            if learned is None:
+                raise ValueError("a learned variance needs the second half of the network's output")
             share = (learned + 1) / 2
             return share * large + (1 - share) * small
         fixed = {"fixed_small": small, "fixed_small_log": small, "fixed_large": large, "fixed_large_log": large}
@@ -260,7 +267,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         """
         output, learned = output.split(x_0.shape[1], dim=1) if output.shape[1] == 2 * x_0.shape[1] else (output, None)
         guess = self.denoised(output, x_t, t)
-        if self.config.thresholding or self.config.clip_sample:
+        if self.config["thresholding"] or self.config["clip_sample"]:
             guess = guess.clamp(-1, 1)
         true_mean, true_variance = self.posterior(x_0, x_t, t - 1, t)
         mean, log_variance = self.posterior(guess, x_t, t - 1, t)[0], self.log_variance(t, x_t, learned)
@@ -273,7 +280,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
 
     def prior_term(self, x_0: torch.Tensor) -> torch.Tensor:
         """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits for each dimension."""
-        signal, noise = self._signal_and_noise(self.config.num_train_timesteps - 1, x_0)
+        signal, noise = self._signal_and_noise(self.config["num_train_timesteps"] - 1, x_0)
         nats = 0.5 * (noise**2 + (signal * x_0) ** 2 - 1 - 2 * noise.log())
         return nats.flatten(1).mean(1) / np.log(2)
 

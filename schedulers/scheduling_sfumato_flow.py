@@ -34,20 +34,20 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         The stock class spends its last step, of equal cost, between 1 / num_train_timesteps and 0.
         """
         if sigmas is None and more.get("timesteps") is None and num_inference_steps is not None:
-            sigmas = np.linspace(1 - 1 / self.config.num_train_timesteps, 0, num_inference_steps + 1)[:-1].tolist()
-        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, **more)
+            sigmas = np.linspace(1 - 1 / self.config["num_train_timesteps"], 0, num_inference_steps + 1)[:-1].tolist()
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, **more)  # pyright: ignore[reportArgumentType]
 
     def _sigma(self, t: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
         t = torch.as_tensor(t, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-        return (t / self.config.num_train_timesteps).reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+        return (t / self.config["num_train_timesteps"]).reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
     def training_levels(self) -> torch.Tensor:
         """The timesteps that are trained, `(num_train_timesteps + 1,)`, from the image to noise."""
-        return torch.arange(self.config.num_train_timesteps + 1)
+        return torch.arange(self.config["num_train_timesteps"] + 1)
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio ((1 - sigma) / sigma)^2 of timesteps `t`, any shape; infinite at 0."""
-        sigma = t / self.config.num_train_timesteps
+        sigma = t / self.config["num_train_timesteps"]
         return ((1 - sigma) / sigma) ** 2
 
     def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         if odd:
             raise ValueError(f"no stock sampler for UNets knows these settings of flow matching: {', '.join(odd)}")
         settings = settings or {"solver_order": 1}
-        steps, shift = self.config.num_train_timesteps, self.config.shift
+        steps, shift = self.config["num_train_timesteps"], self.config["shift"]
         flow = {"prediction_type": self.prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
         # The offset changes nothing here, but StableDiffusionPipeline asks for it.
         return cls(num_train_timesteps=steps, steps_offset=1, **flow, **settings)

@@ -99,7 +99,7 @@ def train(config: Config) -> int:
     return run_training(config)
 
 
-def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report:
+def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report | None:
     """Measure a model, write `evaluation.json`, and put the figures into its card.
 
     Args:
@@ -108,7 +108,7 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
         options: as of `quality.command.EvaluateOptions`, such as `images`, `steps`, `extractor`, `out`.
 
     Returns:
-        The report; of several processes on the first one alone.
+        The report; on all of several processes but the first one None.
 
     Raises:
         ValueError: model, data or a choice that cannot be used.

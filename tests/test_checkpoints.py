@@ -187,7 +187,7 @@ def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path,
     assert "optim.lr: 0.0005 before, 0.0002 now" in card
     assert main([path, "checkpoint.resume=auto", "optim.name=muon", "train.max_steps=6"]) == 0
     assert main([path, "checkpoint.resume=auto", "train.max_steps=7"]) == 0
-    assert capsys.readouterr().out.count("the optimizer's moments begin anew") == 2
+    assert capsys.readouterr().out.count("the optimizer's moments begin again") == 2
     main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=8"])
     assert "the images are others" in capsys.readouterr().out
 

@@ -148,7 +148,7 @@ def test_every_scheduler_knows_what_its_model_was_trained_with(folder, tmp_path)
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("validation.sampler=ddpm", "choose one of euler, dpm++, unipc"),
+        ("validation.sampler=ddpm", "choose one of dpm++, unipc, euler"),
         ("scheduler.beta_schedule=cosine", "takes num_train_timesteps and shift, not beta_schedule"),
         ("scheduler.use_karras_sigmas=true", "takes num_train_timesteps and shift, not use_karras_sigmas"),
         ("objective.target=floww", "objective.target"),

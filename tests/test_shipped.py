@@ -22,7 +22,7 @@ def test_it_is_small_and_its_card_tells_figures_licence_and_protocol():
     card, told = ModelCard.load(FOLDER / "README.md"), json.loads((FOLDER / "evaluation.json").read_text())
     assert card.data.license == "cc-by-sa-4.0" and SOURCES["openmoji"].attribution in card.text
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    for name in ("FD", "KID", "retrieval at 1, training captions", "nearest training image, features"):
+    for name in ("FD", "KID", "retrieval at 1, training captions", "nearest training picture, features"):
         assert abs(figures[name] - told["scores"][name]["value"]) < 1e-4, name
     assert told["protocol"] in card.text and (FOLDER / "memorisation.png").is_file()
 

@@ -218,7 +218,7 @@ def test_tars_are_read_without_extracting(tmp_path):
 def parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     columns = {
-        "image": [
+        "photo": [
             {"bytes": RED, "path": None},
             {"bytes": None, "path": "/etc/hostname"},
             {"bytes": RED, "path": "x.png"},
@@ -227,7 +227,7 @@ def parquet(tmp_path):
         "kind": [0, 1, 1],
     }
     features = datasets.Features(
-        image=datasets.Image(decode=False),
+        photo=datasets.Image(decode=False),
         says=datasets.List(datasets.Value("string")),
         kind=datasets.ClassLabel(names=["sea_lion", "cat"]),
     )
@@ -238,13 +238,13 @@ def parquet(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_parquet_columns_lists_and_labels(tmp_path, parquet):
-    more = {"image_column": "image", "max_bad_share": 0.5}
+    more = {"image_column": "photo", "max_bad_share": 0.5}
     lists = prepare.prepare(folder_config(tmp_path, parquet, caption_column="says", **more))
     assert [record["captions"] for record in lists] == [["one", "eins"], ["three"]]
     assert lists.skipped == {"no image": ["row 1"]}  # a path of this machine in a stranger's table is not followed
     labels = prepare.prepare(folder_config(tmp_path, parquet / "rows.parquet", caption_column="kind", **more))
     assert [record["captions"] for record in labels] == [["sea lion"], ["cat"]]
-    with pytest.raises(ValueError, match="no column image and text; it has image, says, kind"):
+    with pytest.raises(ValueError, match="no column image and text; it has photo, says, kind"):
         prepare.prepare(folder_config(tmp_path, parquet))
 
 
@@ -296,7 +296,7 @@ def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         prepared = prepare.prepare(
-            folder_config(tmp_path, parquet, image_column="image", caption_column="says", max_bad_share=0.5)
+            folder_config(tmp_path, parquet, image_column="photo", caption_column="says", max_bad_share=0.5)
         )
     stream = tiny.samples(prepared, caption_dropout=0.0)
     assert {prepared.captions[stream[i][2]] for i in range(40)} == {"one", "eins", "three"}

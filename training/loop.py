@@ -325,7 +325,9 @@ def save(run: Run) -> Path | None:
 def push_checkpoint(run: Run) -> None:
     """Push the newest checkpoint in the background, to a branch of its own."""
     assert run.checkpoint is not None
-    target = hub.Target(repo_id=run.config.hub.repo_id, private=run.config.hub.private, branch=f"step-{run.state['step']}")
+    target = hub.Target(
+        repo_id=str(run.config.hub.repo_id), private=run.config.hub.private, branch=f"step-{run.state['step']}"
+    )
     run.pushes.start(run.checkpoint / "pipeline", target)
 
 
@@ -345,7 +347,7 @@ def push_result(run: Run) -> int:
         return 0
     try:
         message = f"Step {run.state['step']}, trained with Sfumato"
-        target = hub.Target(repo_id=h.repo_id, private=h.private, tag=h.tag, pull_request=h.pull_request)
+        target = hub.Target(repo_id=str(h.repo_id), private=h.private, tag=h.tag, pull_request=h.pull_request)
         address = hub.push(folder, target, message=message)
         print(f"pushed {address}")
         return 0

@@ -62,7 +62,7 @@ def leave(run) -> None:
     for tracker in run.accelerator.trackers:
         tracker.finish()
     if run.accelerator.num_processes > 1:
-        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.stderr)
         run.accelerator.state.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
 

@@ -37,7 +37,7 @@ class DataConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that are drawn: of the first bucket, or the square of `resolution`."""
-        return tuple(self.buckets[0]) if self.buckets else (self.resolution, self.resolution)
+        return (self.buckets[0][0], self.buckets[0][1]) if self.buckets else (self.resolution, self.resolution)
 
 
 @dataclass

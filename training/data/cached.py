@@ -42,7 +42,8 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
                 if array is None:
                     array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
                 array[start : start + len(rows)] = rows
-            array.flush()
+            if array is not None:
+                array.flush()
             sync(new)
             os.replace(new, path)
     return np.load(path, mmap_mode="r")
@@ -52,7 +53,7 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
 def cached_latents(images: ArraySet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
     """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of data and VAE."""
     device = next(vae.parameters()).device
-    key = content_hash(images.fingerprint, vae, vae.config.scaling_factor)
+    key = content_hash(images.fingerprint, vae, vae.config["scaling_factor"])
 
     def compute(numbers):
         batch = to_pixel_values(np.stack([images.image(i) for i in numbers])).to(device)

@@ -50,10 +50,10 @@ class EMA(EMAModel):
         """Average in the parameters after an optimizer step."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        parameters = [p.to("cpu", non_blocking=False) for p in parameters] if self.offload else list(parameters)
-        torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.cur_decay_value)
+        values: list[torch.Tensor] = [p.to("cpu") if self.offload else p for p in parameters]
+        torch._foreach_lerp_(self.shadow_params, values, 1 - self.cur_decay_value)
         for gamma, track in self.tracks.items():  # Karras et al. 2024, equation 2
-            torch._foreach_lerp_(track, parameters, 1 - (1 - 1 / self.optimization_step) ** (gamma + 1))
+            torch._foreach_lerp_(track, values, 1 - (1 - 1 / self.optimization_step) ** (gamma + 1))
 
 
 def gamma_of(length: float) -> float:
@@ -107,7 +107,7 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
         raise ValueError(f"length={length}: must be in [0.005, 0.25], the share of the run that the average spreads over")
     steps = [int(file.stem.removeprefix("step-")) for file in files]
     gammas = [gamma_of(s) for s in TRACKS]
-    kept = [(step, gamma) for step in steps for gamma in gammas]
+    kept = [(float(step), gamma) for step in steps for gamma in gammas]
     shares, missed = coefficients(kept, steps[-1], gamma_of(length))
     if missed > 0.1:
         warnings.warn(f"{len(files)} snapshots give this average only to {missed:.0%}; keep more of them", stacklevel=2)

@@ -27,10 +27,10 @@ def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
         for _ in range(steps):
             y = _factor(y @ y.T) @ y
     else:
-        square, whole = y @ y.T, None
+        square, whole = y @ y.T, torch.eye(len(y), dtype=y.dtype, device=y.device)
         for step in range(steps):
             factor = _factor(square)
-            whole = factor if whole is None else factor @ whole
+            whole = factor if step == 0 else factor @ whole
             if step < steps - 1:
                 square = factor @ square @ factor
         y = whole @ y
@@ -91,7 +91,7 @@ def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -
         return MuonAdamW(parameters, **settings)
     if config.name == "adamw_8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError("optim.name=adamw_8bit needs a package: pip install 'sfumato[8bit]'; or use adamw") from error
         return AdamW8bit(parameters, **settings)

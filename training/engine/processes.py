@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ def start_accelerator(config: Config) -> Accelerator:
     """
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate wants to be told
-        log_with=find_trackers(config) or None,
+        log_with=find_trackers(config) or None,  # pyright: ignore[reportArgumentType]
         project_dir=config.output_dir,
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
@@ -36,7 +36,7 @@ def start_accelerator(config: Config) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
         raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
     if accelerator.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
         ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # taskset, Slurm
         torch.set_num_threads(config.train.num_threads or max(1, ours // local))
     return accelerator
@@ -56,13 +56,13 @@ def claim_folder(lock: FileLock) -> None:
 
 def run_on_main(accelerator: Accelerator, function: Callable[..., T], *arguments) -> T:
     """The result, or the ValueError, of a call that the first process makes for all."""
-    result = [None]
+    results: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            result = [function(*arguments)]
+            results = [function(*arguments)]
         except ValueError as error:
-            result = [error]
-    (result,) = broadcast_object_list(result)
+            results = [error]
+    (result,) = broadcast_object_list(results)
     if isinstance(result, ValueError):
         raise ValueError(str(result)) from result
     return result
@@ -74,7 +74,7 @@ def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter
     Gradients within the limit, the usual case, are read once and not written: `clip_grad_norm_` multiplies them by 1.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        norm = accelerator.clip_grad_norm_(parameters, max_norm)
+        norm: Any = accelerator.clip_grad_norm_(parameters, max_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     accelerator.unscale_gradients()
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))

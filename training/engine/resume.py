@@ -110,7 +110,7 @@ def origin_of(config: Config, accelerator: Accelerator, images: ArraySet, parts:
     for module in parts:
         for parameter in module.parameters():
             if not parameter.requires_grad:
-                frozen.update(parameter.detach().cpu().float().numpy())
+                frozen.update(parameter.detach().cpu().float().numpy().tobytes())
     return {
         "config": settings,
         "num_processes": accelerator.num_processes,

@@ -1,5 +1,7 @@
 """Autoencoders: one to train, the identity for pixel models, and latents in another scale."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 
@@ -22,8 +24,10 @@ class VariationalAutoencoder(torch.nn.Module):
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
-        latent = self.vae.encode(pixels).latent_dist
-        return self.vae.decode(latent.mean + latent.std * noise).sample, latent.mean, latent.logvar
+        (latent,) = self.vae.encode(pixels, return_dict=False)
+        sample: Any = latent.mean + latent.std * noise
+        (rebuilt,) = self.vae.decode(sample, return_dict=False)
+        return rebuilt, latent.mean, latent.logvar
 
 
 def build_autoencoder(config: Config, arguments: dict) -> VariationalAutoencoder:
@@ -38,7 +42,7 @@ def build_autoencoder(config: Config, arguments: dict) -> VariationalAutoencoder
     check_arguments(arguments, AutoencoderKL, "autoencoder.model")
     channels = config.data.channels
     derived = {"sample_size": max(config.data.size), "in_channels": channels, "out_channels": channels}
-    check_contradictions(arguments, derived, "autoencoder.model", "data")
+    check_contradictions(arguments, derived, "autoencoder.model", "data says")
     torch.manual_seed(config.seed)
     vae = build_stock("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **derived})
     check_divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -73,7 +77,8 @@ def identity_vae(
         for name, parameter in vae.named_parameters():
             if "norm" not in name:
                 parameter.zero_()
-        for half in (vae.encoder, vae.decoder):
+        halves: list[Any] = [vae.encoder, vae.decoder]
+        for half in halves:
             half.conv_norm_out.weight.fill_((big**2 / (channels + 1) + half.conv_norm_out.eps) ** 0.5)
             half.conv_in.bias[2 * channels :] = torch.tensor([big, -big])
             for colour in range(channels):
@@ -81,9 +86,9 @@ def identity_vae(
                 half.conv_in.weight[2 * colour + 1, colour, 1, 1] = -1
                 half.conv_out.weight[colour, 2 * colour, 1, 1] = 1
                 half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
-        for conv in (vae.quant_conv, vae.post_quant_conv) if use_quant_conv else ():
+        for conv in filter(None, (vae.quant_conv, vae.post_quant_conv)):
             torch.nn.init.dirac_(conv.weight)
-        vae.encoder.conv_out.bias[latent_channels:] = -30.0  # log-variance: no noise
+        halves[0].conv_out.bias[latent_channels:] = -30.0  # log-variance: no noise
     return vae.requires_grad_(False).eval()
 
 
@@ -97,10 +102,12 @@ def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
     """
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
-    by, channels = vae.config.scaling_factor / factor, vae.config.latent_channels
+    by, channels = vae.config["scaling_factor"] / factor, vae.config["latent_channels"]
+    weight: torch.Tensor = vae.quant_conv.weight
+    bias: Any = vae.quant_conv.bias
     with torch.no_grad():
-        for parameter in (vae.quant_conv.weight, vae.quant_conv.bias):
+        for parameter in (weight, bias):
             parameter[:channels] *= by
-        vae.quant_conv.bias[channels:] += 2 * torch.log(torch.tensor(by))  # the log-variance
+        bias[channels:] += 2 * torch.log(torch.tensor(by))  # the log-variance
         vae.post_quant_conv.weight /= by
     vae.register_to_config(scaling_factor=factor)

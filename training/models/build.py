@@ -49,16 +49,16 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     torch.manual_seed(config.seed)
     tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions, tokenizer)
     vae = build_vae(config, needs)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     check_divisible(config, factor)
     derived = {
         "sample_size": unet_sample_size(config, factor),
         "in_channels": num_unet_inputs(config, vae, needs),
-        "out_channels": vae.config.latent_channels * (1 + learns_variance(scheduler)),
+        "out_channels": vae.config["latent_channels"] * (1 + learns_variance(scheduler)),
         **needs.unet,
         "cross_attention_dim": text_encoder.config.hidden_size,
     }
-    check_contradictions(config.unet, derived, "unet", "data, vae and text_encoder")
+    check_contradictions(config.unet, derived, "unet", "data, vae and text_encoder say")
     unet = build_stock("unet", UNet2DConditionModel, {**lists_to_tuples(config.unet), **derived})
     strengthen_conditioning(unet)
     components = dict(needs.components)

@@ -1,5 +1,7 @@
 """Stock ControlNets beside a UNet."""
 
+from typing import Any
+
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 
@@ -9,9 +11,9 @@ def build_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel
     It begins with all weights of the UNet that fit: diffusers knows no ControlNet with a `time_embedding_dim` of its own.
     """
     widths = (16, 32, 96, 256, 256)[: factor.bit_length()]
-    new = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False)
-    if unet.config.addition_embed_type:  # whose number of heads from_unet forgets
-        heads = {"addition_embed_type_num_heads": unet.config.addition_embed_type_num_heads, "_use_default_values": []}
+    new: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False)
+    if unet.config["addition_embed_type"]:  # whose number of heads from_unet forgets
+        heads = {"addition_embed_type_num_heads": unet.config["addition_embed_type_num_heads"], "_use_default_values": []}
         new = ControlNetModel.from_config({**new.config, **heads})
     own = new.state_dict()
     fits = {name: value for name, value in unet.state_dict().items() if name in own and own[name].shape == value.shape}

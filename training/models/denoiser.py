@@ -63,8 +63,8 @@ def learns_variance(scheduler) -> bool:
 
 def num_unet_inputs(config: Config, vae: AutoencoderKL, needs: ModelNeeds) -> int:
     """Channels that the UNet reads: the noisy latents, those of the task, and with self-conditioning its own last estimate."""
-    own = vae.config.latent_channels if config.objective.self_conditioning else 0
-    return vae.config.latent_channels + needs.num_extra_inputs(vae) + own
+    own = vae.config["latent_channels"] if config.objective.self_conditioning else 0
+    return vae.config["latent_channels"] + needs.num_extra_inputs(vae) + own
 
 
 def unet_sample_size(config: Config, factor: int) -> int | tuple[int, int]:

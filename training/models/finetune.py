@@ -1,6 +1,7 @@
 """Models that are trained further: opened, checked against the config, widened, given a LoRA adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,8 +35,9 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
             for parameter in new.parameters():
                 parameter.zero_()
             new.weight[: old.out_channels, : old.in_channels] = old.weight
-            new.bias[: old.out_channels] = old.bias
-        setattr(unet, name, new)
+            bias: Any = new.bias
+            bias[: old.out_channels] = old.bias
+            setattr(unet, name, new)
     unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
 
 
@@ -65,9 +67,10 @@ def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
     if needs.trains_controlnet:
         if pipe.controlnet is None:
             pipe.register_modules(controlnet=build_controlnet(pipe.unet, pipe.vae_scale_factor))
-        if pipe.controlnet.config.conditioning_channels != 3:
+        controlnet: Any = pipe.controlnet
+        if controlnet.config.conditioning_channels != 3:
             raise ValueError(f"init_from={config.init_from!r} has a ControlNet that does not read maps of 3 channels")
-        pipe.controlnet.requires_grad_(True).train()
+        controlnet.requires_grad_(True).train()
     if config.lora.rank:
         _add_lora(config, pipe.unet)
     return pipe
@@ -112,6 +115,6 @@ def _add_lora(config: Config, unet: UNet2DConditionModel) -> None:
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("lora.rank needs a package: pip install 'sfumato[lora]'") from error
-    alpha = config.lora.rank if config.lora.alpha is None else config.lora.alpha
+    alpha: Any = config.lora.rank if config.lora.alpha is None else config.lora.alpha  # a fraction is allowed
     settings = LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=config.lora.target_modules)
     unet.add_adapter(settings)

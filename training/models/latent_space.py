@@ -1,5 +1,7 @@
 """Images to the space that the UNet works in."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,10 @@ from diffusers import AutoencoderKL
 
 def is_identity(vae: AutoencoderKL) -> bool:
     """Whether this VAE passes pixels through unchanged (a single level as narrow as `identity_vae` builds it)."""
-    channels = vae.config.in_channels
-    alike = tuple(vae.config.block_out_channels) == (2 * channels + 2,) and vae.config.latent_channels in (channels, 4)
-    return alike and vae.encoder.conv_out.bias[-1].item() == -30.0  # the log-variance of no noise
+    channels = vae.config["in_channels"]
+    alike = tuple(vae.config["block_out_channels"]) == (2 * channels + 2,) and vae.config["latent_channels"] in (channels, 4)
+    bias: Any = vae.encoder.conv_out.bias
+    return alike and bias[-1].item() == -30.0  # the log-variance of no noise
 
 
 def to_pixel_values(images: np.ndarray) -> torch.Tensor:
@@ -22,5 +25,5 @@ def to_pixel_values(images: np.ndarray) -> torch.Tensor:
 def encode(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
     """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`."""
     if is_identity(vae):
-        return F.pad(pixel_values, (0, 0, 0, 0, 0, vae.config.latent_channels - pixel_values.shape[1]))
-    return vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
+        return F.pad(pixel_values, (0, 0, 0, 0, 0, vae.config["latent_channels"] - pixel_values.shape[1]))
+    return vae.encode(pixel_values, return_dict=False)[0].mode() * vae.config["scaling_factor"]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -46,7 +47,7 @@ def plain_pipeline(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoP
     """
     if is_sharded(denoiser):
         state = {name: whole_tensor(tensor) for name, tensor in denoiser.state_dict().items()}
-        unet = UNet2DConditionModel.from_config(pipe.unet.config)
+        unet: Any = UNet2DConditionModel.from_config(pipe.unet.config)
         text_encoder = CLIPTextModel(pipe.text_encoder.config)
         for name, module in (("unet.", unet), ("text_encoder.", text_encoder)):
             module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})

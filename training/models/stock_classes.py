@@ -23,10 +23,10 @@ def build_stock(section: str, cls: type, arguments: dict):
 
 
 def check_contradictions(arguments: dict, derived: dict, section: str, sources: str) -> None:
-    """Raise ValueError for arguments that say something else than what follows from other sections, named in `sources`."""
+    """Raise ValueError for arguments that say something else than what follows from others; `sources`: such as `data says`."""
     if clash := {key: arguments[key] for key, value in derived.items() if arguments.get(key, value) != value}:
         right = {key: derived[key] for key in clash}
-        raise ValueError(f"{section}: {clash} contradicts what {sources} say: {right}")
+        raise ValueError(f"{section}: {clash} contradicts what {sources}: {right}")
 
 
 def check_divisible(config: Config, factor: int) -> None:

@@ -58,6 +58,7 @@ def build_text_encoder(
             raise ValueError(f"{key}={source!r} has no tokenizer beside its text encoder")
     else:
         tokenizer = tokenizer or train_tokenizer(captions, config.vocab_size, config.max_length)
+        marks: dict = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -66,9 +67,7 @@ def build_text_encoder(
                 num_hidden_layers=config.num_hidden_layers,
                 num_attention_heads=config.num_attention_heads,
                 max_position_embeddings=config.max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                **marks,
             )
         )
         # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words can hardly be told apart at first;

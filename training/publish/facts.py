@@ -121,7 +121,7 @@ def metadata(config: Config, images: ArraySet, state: dict) -> dict:
 
 @cache
 def _versions() -> dict[str, str | None]:
-    found = {"sfumato": __version__}
+    found: dict[str, str | None] = {"sfumato": __version__}
     for name in ("diffusers", "transformers", "accelerate", "torch"):
         try:
             found[name] = version(name)

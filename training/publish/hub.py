@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
@@ -215,8 +216,9 @@ def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
     if path.name != "README.md":
         return str(path)
     card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True)
-    if "sfumato" not in (card.data.tags or []):
-        card.data.tags = [*(card.data.tags or []), "sfumato"]
+    data: Any = card.data
+    if "sfumato" not in (data.tags or []):
+        data.tags = [*(data.tags or []), "sfumato"]
     text = str(card)
     if "Made by Sfumato" in text and (where := re.search(r'from_pretrained\("([^"]*)"', text)):
         found = f'snapshot_download("{repo_id}") + "/{inside}"' if inside else f'"{repo_id}"'
@@ -226,7 +228,7 @@ def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
     return text.encode()
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     """The telling line of a client's error, which may have many."""
     rows = [row.strip() for row in str(error).splitlines() if row.strip() and "Request ID" not in row]
     return rows[-1] if rows else type(error).__name__

@@ -9,9 +9,9 @@ from sfumato.training.quality.statistics import Score, jackknife_score, mean_sco
 
 def gaussian(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean `(D,)` of a set `(N, D)` and a factor F, `(min(N, D), D)`, of its covariance F'F."""
-    x = torch.from_numpy(np.asarray(x, np.float64))
-    factor = (x - x.mean(0)) / (len(x) - 1) ** 0.5
-    return x.mean(0), torch.linalg.qr(factor, mode="r").R if len(x) > x.shape[1] else factor
+    values = torch.from_numpy(np.asarray(x, np.float64))
+    factor = (values - values.mean(0)) / (len(values) - 1) ** 0.5
+    return values.mean(0), torch.linalg.qr(factor, mode="r").R if len(values) > values.shape[1] else factor
 
 
 def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
@@ -50,7 +50,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, within: float | None = None) -
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Euclidean distances between the rows of `(N, D)` and `(M, D)`: `(N, M)` float64."""
-    return torch.cdist(*(torch.from_numpy(np.asarray(x, np.float64)) for x in (a, b))).numpy()
+    x, y = (torch.from_numpy(np.asarray(values, np.float64)) for values in (a, b))
+    return torch.cdist(x, y).numpy()
 
 
 def manifold_scores(real: np.ndarray, drawn: np.ndarray, k: int = 5) -> dict[str, np.ndarray]:

@@ -26,8 +26,8 @@ def ssim(real: np.ndarray, drawn: np.ndarray) -> float:
     values = []
     for pair in zip(drawn, real):
         a, b = (torch.from_numpy(x.astype(np.float32) / 255).permute(2, 0, 1)[None] for x in pair)
-        values.append(float(structural_similarity_index_measure(a, b, data_range=1.0)))
-    return float(np.mean(values))
+        values.append(structural_similarity_index_measure(a, b, data_range=1.0))
+    return float(torch.stack(values).double().mean())
 
 
 def feature_distance(real: np.ndarray, drawn: np.ndarray) -> float:

@@ -41,6 +41,8 @@ class Judge(torch.nn.Module):
             torch.nn.LazyLinear(4 * SIZE), torch.nn.GELU(), torch.nn.LayerNorm(4 * SIZE), torch.nn.Linear(4 * SIZE, SIZE)
         )
         self.log_scale = torch.nn.Parameter(torch.tensor(2.3))
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", torch.zeros(1))
         self.register_buffer("std", torch.ones(1))
 

@@ -1,5 +1,7 @@
 """How many bits a model needs for an image: the variational bound, term by term."""
 
+from typing import cast
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -52,7 +54,7 @@ def bits_per_dim(
     """
     scheduler = training_scheduler(pipe.scheduler)
     check_has_bound(pipe)
-    device, steps = pipe.unet.device, scheduler.config.num_train_timesteps
+    device, steps = pipe.unet.device, scheduler.config["num_train_timesteps"]
     if num_levels is not None and num_levels < 2:
         raise ValueError("num_levels must be at least 2: t = 0 and one of the others")
     count = min(num_levels or steps, steps) - 1
@@ -68,7 +70,7 @@ def bits_per_dim(
         for k in range(0, len(levels), batch_size):
             t = levels[k : k + batch_size]
             noise = noise_for(seed + (i * steps + t) % 2**62, x_0.shape[1:], device)
-            x_t = scheduler.add_noise(x_0, noise, t)
+            x_t = scheduler.add_noise(x_0, noise, cast(torch.IntTensor, t))
             output = run_network(pipe.unet, None, x_t, t, embeds[i : i + 1].expand(len(t), -1, -1))
             values.append(scheduler.bound_term(output.float(), x_0.expand_as(x_t), x_t, t))
         values, levels = torch.cat(values).cpu().double().numpy(), levels.cpu().numpy()

@@ -97,8 +97,8 @@ def _sheet(evaluation: Evaluation, chosen: np.ndarray, nearest_records: np.ndarr
     images, titles = [], []
     for i in chosen:
         images.append(drawings[i])
-        titles.append(evaluation.caption(evaluation.parts["train"][i]))
+        titles.append(evaluation.caption(int(evaluation.parts["train"][i])))
         for space, k in zip(("pixels", "features"), nearest_records[i]):
             images.append(evaluation.dataset.image(int(k)))
-            titles.append(f"{space}: {evaluation.caption(k)}")
+            titles.append(f"{space}: {evaluation.caption(int(k))}")
     return grid([to_pil(image) for image in images], titles)

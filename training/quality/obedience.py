@@ -1,6 +1,7 @@
 """Metrics that are plain functions of images."""
 
 from functools import cache
+from typing import cast
 
 import numpy as np
 
@@ -93,7 +94,8 @@ def shapes_right(images: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> 
     Of two figures: `ground`; `colours` and `shapes`, whichever figure has them; `all`, each figure in its own colour.
     """
     if isinstance(scenes[0], Pair):
-        right = [_pair_right(*read_quarters(image), scene) for image, scene in zip(images, scenes)]
+        pairs = cast(list[Pair], scenes)
+        right = [_pair_right(*read_quarters(image), scene) for image, scene in zip(images, pairs)]
         return {name: [r[name] for r in right] for name in right[0]}
     read = [read_scene(image) for image in images]
     right = {

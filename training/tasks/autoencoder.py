@@ -58,10 +58,12 @@ class Autoencoder:
         """Reconstruction and Kullback-Leibler divergence; see `objectives.autoencoder_loss`."""
         device, vae = self.accelerator.device, self.module.vae
         pixels = batch["pixel_values"].to(device)
-        size = [side // 2 ** (len(vae.config.block_out_channels) - 1) for side in pixels.shape[-2:]]
-        shape = (vae.config.latent_channels, *size)
+        size = [side // 2 ** (len(vae.config["block_out_channels"]) - 1) for side in pixels.shape[-2:]]
+        shape = (vae.config["latent_channels"], *size)
         noise = self.streams.normal(batch["sample_key"].to(device), Stream.NOISE, shape)
-        return autoencoder_loss(*model(pixels, noise), pixels, self.settings.kl_weight, self.settings.sharpness_weight)
+        rebuilt, mean, logvar = model(pixels, noise)
+        kl_weight, sharpness = self.settings.kl_weight, self.settings.sharpness_weight
+        return autoencoder_loss(rebuilt, mean, logvar, pixels, kl_weight=kl_weight, sharpness=sharpness)
 
     def state(self) -> dict[str, Any]:
         """Nothing beside the weights."""
@@ -76,8 +78,8 @@ class Autoencoder:
         vae, images = self.module.vae, np.stack([self.images.image(int(i)) for i in numbers])
         rebuilt, means = [], []
         for start in range(0, len(images), 32):
-            mean = vae.encode(to_pixel_values(images[start : start + 32]).to(vae.device)).latent_dist.mode()
-            pixels = vae.decode(mean).sample.add(1).mul(127.5).round().clamp(0, 255)
+            mean: Any = vae.encode(to_pixel_values(images[start : start + 32]).to(vae.device), return_dict=False)[0].mode()
+            pixels = vae.decode(mean, return_dict=False)[0].add(1).mul(127.5).round().clamp(0, 255)
             rebuilt.append(pixels.permute(0, 2, 3, 1).byte().cpu().numpy())
             means.append(mean.float().cpu().numpy())
         return images, np.concatenate(rebuilt), np.concatenate(means)
@@ -123,7 +125,7 @@ class Autoencoder:
         figures: dict[str, Any] = dict(outcome.scores)
         figures["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
         figures["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]
-        figures["scaling factor"] = vae.config.scaling_factor
+        figures["scaling factor"] = vae.config["scaling_factor"]
         if self.accelerator.is_main_process:
             vae.save_pretrained(folder / ".vae.new")
             put(folder / ".vae.new", folder / "vae")

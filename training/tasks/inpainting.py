@@ -22,7 +22,7 @@ class Inpainting(TextToImage):
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
         """Channels for the mask and the masked image's latents, of which stock inpainting takes 4 and no other number."""
-        return ModelNeeds(num_extra_inputs=lambda vae: vae.config.latent_channels + 1, latent_channels=4, widens=True)
+        return ModelNeeds(num_extra_inputs=lambda vae: vae.config["latent_channels"] + 1, latent_channels=4, widens=True)
 
     @staticmethod
     def extra_arrays(image: np.ndarray, key: int, streams: Streams) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class TextToImage:
         device = self.accelerator.device
         self.pipe = pipe = self._build(context.checkpoint)
         pipe.vae.to(device)
-        self.module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(device)
+        self.module: torch.nn.Module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(device)
         self.frozen_parts = (pipe.unet, pipe.text_encoder, pipe.vae)
         self._speed_up()
         texts, latents = self._cached()
@@ -154,7 +154,8 @@ class TextToImage:
             halves = torch.cat([prediction.detach(), output[:, x_0.shape[1] :]], dim=1).float()
             losses = losses + o.vlb_weight * len(self.snr) * scheduler.bound_term(halves, x_0, x_t, t)
         if self.moments is not None:
-            self.moments.update(*self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)).T.cpu())
+            pairs = cast(torch.Tensor, self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)))
+            self.moments.update(*pairs.T.cpu())
         return (share * losses).mean()
 
     def x_0(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

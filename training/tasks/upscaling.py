@@ -41,10 +41,10 @@ class Upscaling(TextToImage):
             set_scaling_factor(vae, UPSCALERS_SCALE)
 
         low_res = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-        if settings.max_noise_level >= low_res.config.num_train_timesteps:
-            raise ValueError(f"upscaling.max_noise_level must be below {low_res.config.num_train_timesteps}")
+        if settings.max_noise_level >= low_res.config["num_train_timesteps"]:
+            raise ValueError(f"upscaling.max_noise_level must be below {low_res.config['num_train_timesteps']}")
         return ModelNeeds(
-            num_extra_inputs=lambda vae: vae.config.in_channels,
+            num_extra_inputs=lambda vae: vae.config["in_channels"],
             use_quant_conv=True,
             prepare_vae=prepare_vae,
             unet={"class_embed_type": "timestep"},

@@ -13,9 +13,11 @@ from sfumato.training.data.sources.tables import find_columns, import_datasets, 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """Rows of a Hub data set, read as a stream: nothing but the prepared images is stored."""
     datasets = import_datasets()
+    from datasets import exceptions as datasets_errors
+
     try:
         rows = datasets.load_dataset(config.name, split=config.split, revision=config.revision, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets_errors.DatasetsError) as error:
         raise ValueError(f"data.name={config.name!r} cannot be read: {error}") from error
     image, caption, label_name = find_columns(rows.features or {}, config)
     for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
@@ -25,7 +27,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
         if body is None and path.split("::")[-1].startswith(f"hf://datasets/{config.name}@"):
             try:
                 with fsspec.open(path) as file:
-                    body = file.read(MAX_FILE_BYTES)
+                    body = file.read(MAX_FILE_BYTES)  # pyright: ignore[reportAttributeAccessIssue]
             except (OSError, ValueError) as error:
                 fault = f"cannot be fetched ({type(error).__name__})"
         yield row_record(number, body, row[caption], label_name, fault)

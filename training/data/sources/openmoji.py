@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def _plain(name: str) -> str:
     return name.strip(":").replace("_", " ").strip()
 
 
-def records(languages: list[str], skin_tones: bool, words: list[str] = ()) -> list[dict]:
+def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -> list[dict]:
     """Every OpenMoji image that `emoji` names, in a fixed order.
 
     Returns:
@@ -119,7 +119,7 @@ def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> s
     near = apart.argmin(-1)[apart.min(-1) < reach]
     found = [names[k] for k in near if k < len(names)]
     shares = {name: found.count(name) / max(1, len(found)) for name in COLOURS}
-    colour = max(shares, key=shares.get)
+    colour = max(shares, key=lambda name: shares[name])
     return colour if colour != "grey" and shares[colour] >= 0.5 and len(found) >= least * image[..., 0].size else None
 
 

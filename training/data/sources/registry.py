@@ -52,8 +52,9 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
             claimed[source] = files
     archives = [source for source in claimed if source != "folder"]
     if archives and len(claimed) > 1:
-        first, second = (claimed[source][0].name for source in list(claimed)[:2])
-        raise ValueError(f"{path} holds both {first} and {second}; name one of them, or put it elsewhere")
+        other = "images" if "folder" in claimed else claimed[archives[1]][0].name
+        name = claimed[archives[0]][0].name
+        raise ValueError(f"{path} holds both {other} and {name}; name that file, or put it elsewhere")
     if archives:
         return archives[0], claimed[archives[0]]
     if path.is_dir():

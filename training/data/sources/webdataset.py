@@ -37,7 +37,8 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
                     if sum(map(len, parts.values())) + member.size > MAX_FILE_BYTES:
                         continue  # a flood of members under one name
                     if (ending := ending.lower()) in ("txt", "cls", "json") or f".{ending}" in SUFFIXES:
-                        parts.setdefault(ending, archive.extractfile(member).read())
+                        body = archive.extractfile(member)
+                        parts.setdefault(ending, b"" if body is None else body.read())
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             yield Record(path.name, fault=f"damaged archive, read up to the damage ({type(error).__name__})")
         if parts:
