@@ -21,7 +21,7 @@ _CARD = """---
 
 # {title}
 
-{made}
+{origin}
 
 <Gallery />
 
@@ -123,7 +123,7 @@ _SECTION = re.compile(r"^## How good it is\n.*?(?=^## |\Z)", flags=re.M | re.S)
 # How to draw where a card does not say it.
 ADVICE = {"num_inference_steps": 30, "guidance_scale": 3.0}
 
-# What a trainer tells, in the order of the card; other facts follow.
+# Facts in the order of the card; others follow.
 ORDER = ("data", "data licence", "captions", "skipped records", "steps", "images seen", "training time", "hardware")
 
 
@@ -168,17 +168,17 @@ def model_card(
         inference={"parameters": advice},
         widget=[{"text": prompt, "output": {"url": image}} for prompt, image in gallery] or None,
     )
-    made = " in Stable Diffusion's form, exported by Sfumato."
+    origin = " in Stable Diffusion's form, exported by Sfumato."
     if base:
-        made = f", fine-tuned with Sfumato from `{base}`."
+        origin = f", fine-tuned with Sfumato from `{base}`."
     elif parts:
-        made = ", its UNet trained from random weights with Sfumato."
+        origin = ", its UNet trained from random weights with Sfumato."
     elif scratch:
-        made = ", trained from random weights with Sfumato."
+        origin = ", trained from random weights with Sfumato."
     return _CARD.format(
         data=front.to_yaml(),
         title=" ".join(title.split()),
-        made=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{made}",
+        origin=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{origin}",
         **_doors(pipe, where),
         **_call(pipe, gallery[0][0] if gallery else ""),
         **advice,
@@ -220,15 +220,17 @@ def add_evaluation(
         f"| {_capital(name)} | {value:.4g} | {'' if half is None else f'{half:.2g}'} |\n"
         for name, (value, half) in scores.items()
     )
-    shown = f"\n![Drawings, and the training images nearest to them in pixels and in features]({sheet})\n" if sheet else ""
-    section = _EVALUATION.format(rows=rows, protocol=protocol, image=shown)
+    image_line = (
+        f"\n![Drawings, and the training images nearest to them in pixels and in features]({sheet})\n" if sheet else ""
+    )
+    section = _EVALUATION.format(rows=rows, protocol=protocol, image=image_line)
     text = _SECTION.sub("", card.text)
     before = "## Intended use and limits"
     card.text = text.replace(before, section + before, 1) if before in text else f"{text.rstrip()}\n\n{section}"
     card.save(folder / "README.md")
 
 
-def forget_figures(folder: Path, weights: str) -> None:
+def remove_figures(folder: Path, weights: str) -> None:
     """Take out of a folder what was measured of, or drawn by, other weights than its own, which the card calls `weights`."""
     for path in [folder / "evaluation.json", folder / "memorisation.png", *(folder / "samples").glob("[0-9]*.png")]:
         path.unlink(missing_ok=True)
@@ -291,25 +293,25 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     return {"call": call, "ours": call, "given": lines}
 
 
-def recommended(source: str) -> dict:
+def recommended_settings(source: str) -> dict:
     """How the card of a folder or Hub id says to draw: `num_inference_steps` and `guidance_scale`, `ADVICE` where it does not.
 
     In the card they are `inference.parameters`, which the Hub knows.
     """
     try:
         file = Path(source) / "README.md" if Path(source).is_dir() else source
-        told = (ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("inference") or {})["parameters"]
+        parameters = (ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("inference") or {})["parameters"]
     except (OSError, ValueError, LookupError, TypeError, YAMLError, HfHubHTTPError):  # no card, or one of another form
-        told = {}
-    told = told if isinstance(told, dict) else {}
-    steps: Any = told.get("num_inference_steps")
-    scale: Any = told.get("guidance_scale")
-    found = dict(ADVICE)
+        parameters = {}
+    parameters = parameters if isinstance(parameters, dict) else {}
+    steps: Any = parameters.get("num_inference_steps")
+    scale: Any = parameters.get("guidance_scale")
+    settings_ = dict(ADVICE)
     if type(steps) is int and 0 < steps <= 1000:
-        found["num_inference_steps"] = steps
+        settings_["num_inference_steps"] = steps
     if type(scale) in (int, float) and 0 <= scale < 1000:
-        found["guidance_scale"] = float(scale)
-    return found
+        settings_["guidance_scale"] = float(scale)
+    return settings_
 
 
 def _tell(facts: dict, curve: str | None, settings: bool) -> str:

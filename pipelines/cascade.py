@@ -74,7 +74,7 @@ class Cascade:
         Args:
             prompt, negative_prompt: of both models.
             generator: as of `SfumatoPipeline`; the second model goes on with it.
-            noise_level: how much noise the small image gets, so that what the first model got wrong is drawn anew.
+            noise_level: how much noise the small image gets, so that what the first model got wrong is redrawn.
             upscaling_steps, upscaling_guidance_scale: of the second model.
             output_type: `pil`, `np`, `pt` or `latent`.
             return_dict: return `ImagePipelineOutput` rather than a tuple.

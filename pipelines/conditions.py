@@ -34,7 +34,9 @@ def x0_estimator(scheduler):
 
     def estimated(output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         a = abar.to(x_t.device, torch.float32)[t.long()].reshape(-1, 1, 1, 1)  # in half precision the last would be 0
-        dtype, output, x_t = x_t.dtype, output[:, : x_t.shape[1]].float(), x_t.float()
+        dtype = x_t.dtype
+        output = output[:, : x_t.shape[1]].float()
+        x_t = x_t.float()
         if kind == "epsilon":
             output = (x_t - (1 - a).sqrt() * output) / a.sqrt()
         elif kind == "v_prediction":
@@ -92,8 +94,8 @@ def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | 
         size = [side * 2 ** (len(vae.config.block_out_channels) - 1) for side in noise.shape[-2:]]
         mask, pixels = noise.new_ones(len(noise), 1, *size), noise.new_zeros(len(noise), vae.config.in_channels, *size)
     mask = (mask >= 0.5).to(noise)
-    shown = vae.encode(pixels * (1 - mask)).latent_dist.mode() * vae.config.scaling_factor
-    return torch.cat([F.interpolate(mask, shown.shape[-2:]), shown], dim=1)
+    masked_latents = vae.encode(pixels * (1 - mask)).latent_dist.mode() * vae.config.scaling_factor
+    return torch.cat([F.interpolate(mask, masked_latents.shape[-2:]), masked_latents], dim=1)
 
 
 def low_res_condition(scheduler, pixels: torch.Tensor, level: torch.Tensor | int, generator=None) -> torch.Tensor:

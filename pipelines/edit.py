@@ -34,12 +34,12 @@ def invert(
     pipe = with_sampler(pipe, "ddim")
     scheduler, device = training_scheduler(pipe.scheduler), pipe._execution_device
     pipe.scheduler.set_timesteps(num_inference_steps, device=device)
-    taken = max(1, round(strength * num_inference_steps))
+    num_taken = max(1, round(strength * num_inference_steps))
     text, _ = pipe.encode_prompt(prompt, device, do_classifier_free_guidance=False)
     x_0 = pipe.prepare_image(image, None, pipe.trained_size, (1, 1), text.dtype).x_0
     prediction, abar = scheduler.config["prediction_type"], scheduler.alphas_cumprod.to(device, torch.float32)
     stride, x_s = scheduler.config["num_train_timesteps"] // num_inference_steps, x_0
-    for t in reversed(pipe.scheduler.timesteps[-taken:]):
+    for t in reversed(pipe.scheduler.timesteps[-num_taken:]):
         # As diffusers' DDIM has it, which is not always the next step of its list.
         abar_s = abar[t - stride] if t >= stride else pipe.scheduler.final_alpha_cumprod.to(abar)
         x_t = x_s
@@ -47,7 +47,7 @@ def invert(
             eps = scheduler.convert(pipe.unet(x_t, t, text, return_dict=False)[0], x_t, t, prediction, "epsilon")
             x_t = (abar[t] / abar_s).sqrt() * (x_s - (1 - abar_s).sqrt() * eps) + (1 - abar[t]).sqrt() * eps
         x_s = x_t
-    if taken == num_inference_steps:  # the call begins with the noise as it is
+    if num_taken == num_inference_steps:  # the call begins with the noise as it is
         return x_s
     return (x_s - abar[t].sqrt() * x_0) / (1 - abar[t]).sqrt()
 
@@ -62,5 +62,5 @@ def edit(pipe: SfumatoPipeline, image, source: str, prompt: str, strength: float
         As the pipeline's call.
     """
     noise = invert(pipe, image, source, strength, num_inference_steps)
-    given = {"image": image, "strength": strength, "latents": noise, "num_inference_steps": num_inference_steps}
-    return with_sampler(pipe, "ddim")(prompt, **given, **call)
+    arguments = {"image": image, "strength": strength, "latents": noise, "num_inference_steps": num_inference_steps}
+    return with_sampler(pipe, "ddim")(prompt, **arguments, **call)

@@ -42,7 +42,9 @@ class Explanation:
         """One image: the result, then each word's heat over it, then, where known, what changes without the word."""
         scale = max(1, min_side // self.image.width)
         rows = [self.heat] + ([self.ablation] if self.ablation is not None else [])
-        width, height, text = self.image.width * scale + 6, self.image.height * scale + 22, 16
+        width = self.image.width * scale + 6
+        height = self.image.height * scale + 22
+        text = 16
         sheet = Image.new("RGB", (width * (1 + len(self.words)) + 6, height * len(rows) + 6), "white")
         pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
         image = np.asarray(self.image.convert("RGB"), float)
@@ -52,9 +54,9 @@ class Explanation:
             for column, (word, heat) in enumerate(cells):
                 share = (heat / max(heat.max(), 1e-9))[..., None] * 0.8
                 grey = image if column == 0 else image.mean(-1, keepdims=True).repeat(3, -1)
-                shown = Image.fromarray((grey * (1 - share) + red * share).astype(np.uint8))
+                tile = Image.fromarray((grey * (1 - share) + red * share).astype(np.uint8))
                 x, y = 6 + column * width, 6 + row * height
-                sheet.paste(shown.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
+                sheet.paste(tile.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
                 title = word if row == 0 else f"without {word}" if column else ""
                 pen.text((x, y + height - 22 + 2), title, "black", font)
         return sheet.crop((0, 0, sheet.width, sheet.height - (22 - text) + 6))

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
-from sfumato.files import put
+from sfumato.files import replace_folder
 from sfumato.pipelines import conditions, guided, inputs, pipeline_sfumato, stock, trust
 from sfumato.pipelines.card import model_card, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
@@ -24,7 +24,7 @@ from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
 
 
-TAKEN = ("README.md", "training_args.yaml", "evaluation.json", "memorisation.png")
+CARRIED_FILES = ("README.md", "training_args.yaml", "evaluation.json", "memorisation.png")
 
 
 _CASCADE = """## Larger images
@@ -125,7 +125,9 @@ class WeightFiles:
 
 def _save_weights(pipe: SfumatoPipeline, folder: Path, weights: WeightFiles) -> None:
     """All parts in float32, and beside them the copies that `variants` names."""
-    variants, raw, max_shard_size = weights.variants, weights.raw or {}, weights.max_shard_size
+    variants = weights.variants
+    raw = weights.raw or {}
+    max_shard_size = weights.max_shard_size
     if "raw" in variants and not raw:
         raise ValueError("the variant raw needs the weights before averaging, which a run's checkpoints have")
     pipe.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -162,7 +164,9 @@ def _take_over(source: Path, new: Path, where: str, variants: list[str]) -> None
 
     In a card of ours, the snippets and the list of variants follow.
     """
-    for path in [source / name for name in TAKEN if (source / name).exists()] + sorted((source / "samples").glob("*.png")):
+    for path in [source / name for name in CARRIED_FILES if (source / name).exists()] + sorted(
+        (source / "samples").glob("*.png")
+    ):
         if not path.resolve().is_relative_to(source.resolve()) and not _is_hub_cache(path):
             raise ValueError(f"{path} is a link out of its folder; it is not taken over")
         target = new / path.relative_to(source)
@@ -242,7 +246,7 @@ def export_pipeline(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    put(new, folder)
+    replace_folder(new, folder)
     return folder
 
 
@@ -268,9 +272,9 @@ def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
     if upscaler is None and source is not None and (Path(source) / UPSCALER / "model_index.json").is_file():
         upscaler = Path(source) / UPSCALER
     if upscaler is not None:
-        second = SfumatoPipeline.from_pretrained(str(upscaler))
-        Cascade(pipe, second)  # or these two do not go together
-        export_pipeline(second, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
+        upscaling_pipe = SfumatoPipeline.from_pretrained(str(upscaler))
+        Cascade(pipe, upscaling_pipe)  # or these two do not go together
+        export_pipeline(upscaling_pipe, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
         card = new / "README.md"
         text = card.read_text("utf-8")
         if "## Larger images" not in text:
@@ -292,7 +296,7 @@ def _check_replaceable(folder: Path) -> None:
         "pipeline.py",
         "samples",
         UPSCALER,
-        *TAKEN,
+        *CARRIED_FILES,
         *(".DS_Store", ".cache", ".gitattributes"),  # what Finder and downloads from the Hub leave
         *(name for name in parts if not name.startswith("_")),
     }

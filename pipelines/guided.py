@@ -91,8 +91,8 @@ def guided_prediction(
     passes = prepare(pair, {"encoder_hidden_states": ("cond", "uncond")})
     state.num_passes += len(passes)
     weak = getattr(guider, "weak", None)
-    alike = type(guider).prepare_models is BaseGuidance.prepare_models and weak is None
-    if alike and not state.one_by_one:
+    batchable = type(guider).prepare_models is BaseGuidance.prepare_models and weak is None
+    if batchable and not state.one_by_one:
         context = torch.cat([each.encoder_hidden_states for each in passes])
         try:
             output = run_network(pipe.unet, pipe.controlnet, latents, t, context, inputs)
@@ -126,7 +126,9 @@ def run_network(
     unet, controlnet, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, inputs: NetworkInputs | None = None
 ) -> torch.Tensor:
     """The network's prediction for each row of `context`, which has one or several for each of `latents`."""
-    times, more, inputs = len(context) // len(latents), {}, inputs or NetworkInputs()
+    times = len(context) // len(latents)
+    more = {}
+    inputs = inputs or NetworkInputs()
     latents = latents.repeat(times, 1, 1, 1)
     if inputs.class_labels is not None:
         more["class_labels"] = inputs.class_labels.repeat(times)

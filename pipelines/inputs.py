@@ -283,7 +283,7 @@ def pad_for_outpainting(image: Image.Image, left=0, top=0, right=0, bottom=0) ->
 
     Args:
         image: what is to go on beyond its edges.
-        left, top, right, bottom: pixels to add; filled with the nearest edge, which the mask has drawn anew.
+        left, top, right, bottom: pixels to add; filled with the nearest edge, which the mask has redrawn.
     """
     if min(left, top, right, bottom) < 0:
         raise ValueError(f"pixels to add must not be negative, got {(left, top, right, bottom)}")

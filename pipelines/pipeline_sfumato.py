@@ -418,7 +418,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         batch = (len(positive) // num_images_per_prompt, num_images_per_prompt)
 
         # What the network reads beside noise and text. Its own noise is drawn before the other, as in the stock pipeline.
-        condition, labels, control = None, None, None
+        condition = None
+        labels = None
+        control = None
         if self.reads == "low_res":
             condition, labels = self.prepare_low_res(image, noise_level, size, batch, generator, dtype)
         if control_image is not None:
@@ -458,8 +460,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     condition = estimate(output, x_t, t) if estimate else condition
                     x = self.scheduler.step(output, t, x, **step_kwargs, return_dict=False)[0]
                     if source.latent_mask is not None and self.reads != "masks":
-                        kept = source.x_0 if last else self.add_noise(source.x_0, noise, timesteps[i + 1])
-                        x = source.latent_mask * x + (1 - source.latent_mask) * kept
+                        original = source.x_0 if last else self.add_noise(source.x_0, noise, timesteps[i + 1])
+                        x = source.latent_mask * x + (1 - source.latent_mask) * original
                     if again:
                         x = renoise(self.scheduler, x, timesteps[i + 1], t, generator)
                 if callback_on_step_end is not None:
@@ -468,8 +470,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                         "prompt_embeds": positive,
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, i, t, wanted)
+                    requested = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, requested)
                     x, positive = tensors["latents"], tensors["prompt_embeds"]
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
                 if (i + 1) % self.scheduler.order == 0 or last:

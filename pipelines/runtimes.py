@@ -51,8 +51,8 @@ def _onnx(unet, inputs: tuple) -> Callable:
     session = onnxruntime.InferenceSession(_as_onnx(unet, inputs), options, providers=["CPUExecutionProvider"])
 
     def run(x_t, t, context):
-        given = {"x_t": x_t.numpy(), "t": t.numpy(), "context": context.numpy()}
-        return torch.from_numpy(session.run(None, given)[0])
+        feeds = {"x_t": x_t.numpy(), "t": t.numpy(), "context": context.numpy()}
+        return torch.from_numpy(session.run(None, feeds)[0])
 
     return run
 

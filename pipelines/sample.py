@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato.figures import grid
-from sfumato.pipelines.card import recommended
+from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.pipelines.locate import SHIPPED, locate_pipeline
@@ -53,7 +53,7 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     """
     model = locate_pipeline(options.model)
     check_outputs(options)
-    pipe, advice = open_model(options, model), recommended(model)
+    pipe, advice = open_model(options, model), recommended_settings(model)
     options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
     options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     if options.negative_prompt and options.guidance_scale <= 1 and options.guider == "cfg":
@@ -64,7 +64,7 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     draw: SfumatoPipeline | Cascade = pipe
     if upscaler := find_upscaler(model):
         draw = Cascade(pipe, SfumatoPipeline.from_pretrained(str(upscaler)).to(pipe.device))
-        advice = recommended(str(upscaler))
+        advice = recommended_settings(str(upscaler))
         arguments["upscaling_steps"] = advice["num_inference_steps"]
         arguments["upscaling_guidance_scale"] = advice["guidance_scale"]
     frames: list[Image.Image] = []

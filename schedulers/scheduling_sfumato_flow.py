@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-LOST = (
+UNSUPPORTED_SETTINGS = (
     "invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas", "use_dynamic_shifting",
     "use_exponential_sigmas", "use_karras_sigmas",
 )  # fmt: skip
@@ -69,7 +69,7 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         DPM-Solver++ of order 1, the default, takes Euler's steps: with x_0 = x_t - sigma_t v, its
         x_s = sigma_s / sigma_t x_t + (alpha_s - alpha_t sigma_s / sigma_t) x_0 is x_t + (sigma_s - sigma_t) v.
         """
-        odd = [name for name in LOST if self.config.get(name)]
+        odd = [name for name in UNSUPPORTED_SETTINGS if self.config.get(name)]
         if odd:
             raise ValueError(f"no stock sampler for UNets knows these settings of flow matching: {', '.join(odd)}")
         settings = settings or {"solver_order": 1}

@@ -17,7 +17,10 @@ def to_arrays(images: list[Image.Image]) -> np.ndarray:
 def grid(images: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
     """One image of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
     scale = max(1, min_side // images[0].width)
-    width, height, gap, text = images[0].width * scale, images[0].height * scale, 6, 26
+    width = images[0].width * scale
+    height = images[0].height * scale
+    gap = 6
+    text = 26
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
@@ -48,7 +51,10 @@ def loss_curve(metrics: Path, width: int = 640, height: int = 240) -> Image.Imag
     window = max(1, len(losses) // 50)
     smooth = np.log10(np.convolve(losses, np.ones(window) / window, "valid"))
     low, high = smooth.min(), max(smooth.max(), smooth.min() + 1e-6)
-    left, bottom, top, right = 60, height - 30, 12, width - 12
+    left = 60
+    bottom = height - 30
+    top = 12
+    right = width - 12
     sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")

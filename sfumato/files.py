@@ -21,7 +21,7 @@ def sync(path: Path) -> None:
         sync_entry(part)
 
 
-def put(new: Path, folder: Path) -> None:
+def replace_folder(new: Path, folder: Path) -> None:
     """Sync a folder that is written in full to the disk and put it into place: a crash leaves the old one or the new one."""
     old = folder.with_name(f".{folder.name}.old")
     for path in new.rglob("*"):

@@ -294,7 +294,7 @@ METRICS: Registry[Metric] = Registry(
         "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, not_sources=("shapes",)),
         "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, sources=("openmoji",)),
         "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES),
-        "memorisation": Metric(target=f"{_QUALITY}.memorisation:memorised", better="lower", needs=_FEATURES),
+        "memorisation": Metric(target=f"{_QUALITY}.memorisation:memorisation_scores", better="lower", needs=_FEATURES),
         "bits": Metric(target=f"{_QUALITY}.likelihood:bits", better="lower", option="bits"),
         "PSNR": Metric(target=f"{_QUALITY}.fidelity:psnr", of="pairs"),
         "SSIM": Metric(target=f"{_QUALITY}.fidelity:ssim", needs=("torchmetrics",), of="pairs"),

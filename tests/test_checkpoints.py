@@ -95,8 +95,8 @@ def test_damaged_newer_checkpoints_do_not_push_out_good_ones(tmp_path):
         (tmp_path / "run" / "checkpoints" / f"step-0000000{name}").mkdir()
     with pytest.warns(UserWarning, match="goes on from step-00000006"):
         main([path, "checkpoint.resume=auto", "train.max_steps=7"])
-    assert [p.name for p in checkpoints.folders(tmp_path / "run")] == ["step-00000006", "step-00000007"]
-    assert all(checkpoints.damage(p) is None for p in checkpoints.folders(tmp_path / "run"))
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000007"]
+    assert all(checkpoints.find_damage(p) is None for p in checkpoints.list_checkpoints(tmp_path / "run"))
 
 
 def test_when_no_checkpoint_is_whole_the_run_stops_and_names_each(tmp_path, capsys):
@@ -120,7 +120,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
 def test_lost_checkpoints_are_not_taken_for_a_young_run(tmp_path, capsys):
     path = str(make_config(tmp_path))
     main([path])
-    for folder in checkpoints.folders(tmp_path / "run"):
+    for folder in checkpoints.list_checkpoints(tmp_path / "run"):
         folder.rename(tmp_path / folder.name)
     assert main([path, "checkpoint.resume=auto"]) == 2
     assert "a run of 8 steps but no checkpoint" in capsys.readouterr().err
@@ -208,9 +208,9 @@ def test_a_changed_number_in_the_state_is_recognised(tmp_path):
     path = str(make_config(tmp_path))
     main([path, "train.max_steps=3"])
     state = tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json"
-    assert checkpoints.damage(state.parent) is None
+    assert checkpoints.find_damage(state.parent) is None
     state.write_text(state.read_text().replace('"step": 3', '"step": 2'))
-    assert checkpoints.damage(state.parent) == "state.json has changed"
+    assert checkpoints.find_damage(state.parent) == "state.json has changed"
 
 
 def test_two_trainers_do_not_write_to_one_folder(tmp_path, capsys, monkeypatch):

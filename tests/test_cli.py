@@ -8,7 +8,7 @@ from PIL import Image
 
 from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.card import recommended
+from sfumato.pipelines.card import recommended_settings
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_steps_and_scale_are_what_the_card_says(model, tmp_path):
         SfumatoPipeline.from_pretrained(model), shared, facts={"guidance_scale": 2.0, "num_inference_steps": 4, "data": "x"}
     )
     for folder, steps, scale in ((model, 30, 3.0), (shared, 4, 2.0)):
-        assert recommended(str(folder)) == {"num_inference_steps": steps, "guidance_scale": scale}
+        assert recommended_settings(str(folder)) == {"num_inference_steps": steps, "guidance_scale": scale}
     assert main(["sample", "--model", str(shared), "x", "--out", str(tmp_path / "a.png")]) == 0
     with Image.open(tmp_path / "a.png") as image:
         notes = json.loads(image.text["sfumato"])
@@ -147,7 +147,7 @@ def test_steps_and_scale_are_what_the_card_says(model, tmp_path):
 )
 def test_a_card_of_another_form_is_no_hindrance(card, tmp_path):
     (tmp_path / "README.md").write_text(card)
-    assert recommended(str(tmp_path)) == {"num_inference_steps": 30, "guidance_scale": 3.0}
+    assert recommended_settings(str(tmp_path)) == {"num_inference_steps": 30, "guidance_scale": 3.0}
 
 
 def test_autoguidance_by_an_earlier_checkpoint(model, tmp_path, capsys):

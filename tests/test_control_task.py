@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.models.controlnet import build_controlnet
-from sfumato.training.tasks.control import edge_f1, edges
+from sfumato.training.tasks.control import edge_f1, find_edges
 from sfumato.training.train import main
 
 
@@ -130,12 +130,12 @@ def test_its_scores_grid_and_card(trained):
 
 def test_edges_are_where_colours_change():
     image = np.full((8, 8, 3), 200, np.uint8)
-    assert not edges(image).any()
+    assert not find_edges(image).any()
     image[2:5, 3:6] = (200, 0, 200)
-    found = edges(image)
+    found = find_edges(image)
     assert found[2:5, 2].all() and found[2:5, 5].all() and found[1, 3:6].all() and found[4, 3:6].all()
     assert found.sum() == 3 + 3 + 3 + 2  # the lower right corner belongs to two sides
-    np.testing.assert_array_equal(edges(image[..., 1:2]), found)  # the channel that differs decides
+    np.testing.assert_array_equal(find_edges(image[..., 1:2]), found)  # the channel that differs decides
 
 
 def test_agreement_of_edges():

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.training.engine.ema import EMA, TRACKS, coefficients, gamma_of, overlap, post_hoc
+from sfumato.training.engine.ema import EMA, TRACKS, coefficients, exponent_of, overlap, post_hoc
 from sfumato.training.train import main
 
 
 def test_the_exponent_gives_the_profile_its_standard_deviation():
     for length in (0.02, 0.05, 0.1, 0.2):
-        gamma = gamma_of(length)
+        gamma = exponent_of(length)
         tau = np.linspace(0, 1, 200_001)
         profile = (gamma + 1) * tau**gamma / len(tau)
         centre = (profile * tau).sum()
@@ -45,7 +45,7 @@ def test_an_average_made_afterwards_is_that_kept_along(tmp_path):
         parameter.data.copy_(value)
         ema.step([parameter])
         for length, average in direct.items():
-            average.lerp_(value, 1 - (1 - 1 / step) ** (gamma_of(length) + 1))
+            average.lerp_(value, 1 - (1 - 1 / step) ** (exponent_of(length) + 1))
         if step % 50 == 0:
             rows = {f"{length}|w": track[0].clone() for length, track in zip(TRACKS, ema.tracks.values())}
             save_file(rows, tmp_path / f"step-{step:08d}.safetensors")
@@ -62,8 +62,8 @@ def test_an_average_made_afterwards_is_that_kept_along(tmp_path):
 def test_constant_weights_stay_whatever_the_snapshots():
     """The coefficients sum to 1, however few snapshots there are; what the profile misses is told."""
     for count, length in ((3, 0.15), (10, 0.25), (10, 0.02), (40, 0.1)):
-        kept = [((i + 1) * 100 / count, gamma_of(s)) for i in range(count) for s in TRACKS]
-        shares, missed = coefficients(kept, 100, gamma_of(length))
+        kept = [((i + 1) * 100 / count, exponent_of(s)) for i in range(count) for s in TRACKS]
+        shares, missed = coefficients(kept, 100, exponent_of(length))
         assert shares.sum() == pytest.approx(1, abs=1e-9)
         assert missed < 0.01 if count == 40 else missed > 1e-4
 

@@ -8,13 +8,13 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.load import load_config
-from sfumato.training.engine.best import best_before, is_better
+from sfumato.training.engine.best import is_better, load_best
 from sfumato.training.quality import drawing, held_out
 from sfumato.training.train import main
 
 
 def task(folder, **sections):
-    config = load_config(tiny.config_file(folder, **sections))
+    config = load_config(tiny.config_file(folder, validation={"num_held_out": 64}, **sections))
     return tiny.task(config)
 
 
@@ -68,15 +68,15 @@ def test_validation_is_written_down_and_the_best_model_kept(tmp_path):
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "best" / "pipeline")
     assert pipe.scheduler.config["_sfumato"]["run"]["step"] == best["step"]
     # A resumed run measures what it does again once, and knows what was best before.
-    assert best_before(tmp_path / "run", "held_out_loss", 12) == best["held_out_loss"]
-    assert best_before(tmp_path / "run", "FD", 12) is None
+    assert load_best(tmp_path / "run", "held_out_loss", 12) == best["held_out_loss"]
+    assert load_best(tmp_path / "run", "FD", 12) is None
     assert main([str(path), "checkpoint.resume=auto", "train.max_steps=15"]) == 0
     assert [row["step"] for row in told(tmp_path)] == [3, 6, 9, 12, 15]
     assert told(tmp_path)[:4] == rows
     assert main([str(path), "checkpoint.resume=auto", "train.max_steps=15"]) == 0, "done already: it tells the end again"
     assert [row["step"] for row in told(tmp_path)] == [3, 6, 9, 12, 15]
     kept = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
-    assert best_before(tmp_path / "run", "held_out_loss", kept["step"] - 1) is None
+    assert load_best(tmp_path / "run", "held_out_loss", kept["step"] - 1) is None
     assert not (tmp_path / "run" / "best").exists(), "of steps that are about to be done again"
 
 

@@ -16,7 +16,7 @@ from sfumato.cli import main as cli
 from sfumato.training.config import schema as configs
 from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import openmoji
-from sfumato.training.engine.checkpoints import damage
+from sfumato.training.engine.checkpoints import find_damage
 from sfumato.training.quality.attributes import attributes
 from sfumato.training.quality.command import EvaluateOptions, open_for_evaluation
 from sfumato.training.quality.distances import (
@@ -29,7 +29,7 @@ from sfumato.training.quality.distances import (
 )
 from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.features import compute_features
-from sfumato.training.quality.judge import Judge, altered
+from sfumato.training.quality.judge import Judge, alter_image
 from sfumato.training.quality.memorisation import flat_rows, memorisation, nearest, nearest_training
 from sfumato.training.quality.retrieval import retrieval
 from sfumato.training.quality.statistics import jackknife_score, mean_score, student_quantile
@@ -119,13 +119,13 @@ def test_copies_are_found_and_new_images_are_not():
 
 
 def test_skin_tones_are_read_off_openmoji():
-    assert openmoji.tone_of("woman firefighter medium-light skin tone") == ("medium-light skin tone", "woman firefighter")
-    assert openmoji.tone_of("person medium skin tone bald") == ("medium skin tone", "person bald")
-    assert openmoji.tone_of("pizza") == (None, "pizza")
-    assert openmoji.tone_of("woman and man holding hands medium skin tone dark skin tone")[0] is None
+    assert openmoji.split_tone("woman firefighter medium-light skin tone") == ("medium-light skin tone", "woman firefighter")
+    assert openmoji.split_tone("person medium skin tone bald") == ("medium skin tone", "person bald")
+    assert openmoji.split_tone("pizza") == (None, "pizza")
+    assert openmoji.split_tone("woman and man holding hands medium skin tone dark skin tone")[0] is None
     right, plain = [], []
     for record in openmoji.records(["en"], True, ["firefighter", "judge", "teacher"]):
-        tone = openmoji.tone_of(record["captions"][0])[0]
+        tone = openmoji.split_tone(record["captions"][0])[0]
         read = openmoji.read_tone(openmoji.rasterise(record["svg"], 32))
         (right if tone else plain).append(read == tone)
     assert len(right) == 45 and np.mean(right) > 0.9
@@ -205,7 +205,7 @@ def test_altered_images_are_moved_blurred_and_noisy_but_little(channels):
     image[20:40, 10:30] = 200
     rng, tops, edges = np.random.default_rng(0), set(), set()
     for _ in range(30):
-        made = altered(image, rng)
+        made = alter_image(image, rng)
         assert made.shape == image.shape and made.dtype == np.uint8
         assert made[24:36, 14:26].mean() > 180 and made[50:].mean() < 10
         profile = made[:, 14:26].mean((1, 2))
@@ -292,7 +292,7 @@ def test_evaluate_of_a_run_knows_its_data_and_leaves_checkpoints_alone(tmp_path,
     inside = next((run / "checkpoints").iterdir()) / "pipeline"
     assert cli(["evaluate", "--model", str(inside), *short]) == 2 and "--out" in capsys.readouterr().err
     assert cli(["evaluate", "--model", str(inside), *short, "--out", str(tmp_path / "figures")]) == 0
-    assert damage(inside.parent) is None and (tmp_path / "figures" / "evaluation.json").is_file()
+    assert find_damage(inside.parent) is None and (tmp_path / "figures" / "evaluation.json").is_file()
 
 
 def test_evaluate_says_what_it_cannot_do(run, tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from sfumato.pipelines import export_pipeline
 from sfumato.training.config.schema import OptimConfig
 from sfumato.training.engine import checkpoints
-from sfumato.training.engine.ema import EMA, averaged
+from sfumato.training.engine.ema import EMA, averaged_weights
 from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.models.denoiser import Denoiser
 from sfumato.training.models.parameters import is_sharded, plain_pipeline, trained_parameters
@@ -63,7 +63,7 @@ def test_sharded_state_equals_whole_state(tmp_path, kind):
         steps(denoiser, optimizer, ema, 3)
         tensors = checkpoints.collect(denoiser, optimizer, ema)
         assert close(tensors, expected)
-        with averaged(ema, denoiser):
+        with averaged_weights(ema, denoiser):
             shared = plain_pipeline(pipe, denoiser)
         name = "conv_in.weight"
         assert torch.equal(dict(shared.unet.named_parameters())[name], tensors[f"ema.unet.{name}"])

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.card import recommended
+from sfumato.pipelines.card import recommended_settings
 from sfumato.training import loop
 from sfumato.training.config.load import load_config
 from sfumato.training.engine import processes
-from sfumato.training.engine.checkpoints import damage
+from sfumato.training.engine.checkpoints import find_damage
 from sfumato.training.tasks import text_to_image
 from sfumato.training.train import main
 
@@ -201,7 +201,7 @@ def test_a_signal_on_a_validation_step_saves_and_draws_nothing_more(tmp_path, mo
 
     monkeypatch.setattr(text_to_image, "weighted_mse", struck)
     assert main([str(tiny.config_file(tmp_path, validation={"every_steps": 1}))]) == 143
-    assert damage(tmp_path / "run" / "checkpoints" / "step-00000001") is None
+    assert find_damage(tmp_path / "run" / "checkpoints" / "step-00000001") is None
     assert not list((tmp_path / "run").glob("samples/*")) and not (tmp_path / "run" / "validation.jsonl").read_text()
 
 
@@ -333,8 +333,8 @@ def test_the_sampler_and_guider_of_validation_draw_the_grids_and_the_sampler_tra
     stock = DiffusionPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     assert type(stock) is StableDiffusionPipeline and type(stock.scheduler) is DPMSolverMultistepScheduler
-    again = stock("a red circle", **recommended(str(folder)), generator=torch.Generator().manual_seed(0)).images[0]
-    assert recommended(str(folder)) == {"num_inference_steps": 5, "guidance_scale": 2.0}
+    again = stock("a red circle", **recommended_settings(str(folder)), generator=torch.Generator().manual_seed(0)).images[0]
+    assert recommended_settings(str(folder)) == {"num_inference_steps": 5, "guidance_scale": 2.0}
     drawn = np.asarray(Image.open(folder / "samples" / "0.png"), int)
     assert np.abs(np.asarray(again, int) - drawn).max() <= 1
     # Training itself goes on with the schedule, whatever draws; another guider draws another image.

@@ -20,7 +20,7 @@ CONFIG = {
     },
     "scheduler": {"beta_schedule": "cosine", "prediction_type": "v_prediction"},
     "train": {"max_steps": 6, "batch_size": 4, "num_threads": 1, "trackers": []},
-    "validation": {"every_steps": None, "num_inference_steps": 2, "num_judged": 4},
+    "validation": {"every_steps": None, "num_inference_steps": 2, "num_judged": 4, "num_held_out": 2},
     "checkpoint": {"every_steps": 3},
 }
 

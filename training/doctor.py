@@ -74,8 +74,8 @@ def contact_sheet(images: ArraySet, count: int = 64) -> Image.Image:
     chosen = images.select("train")
     chosen = chosen[:: max(1, len(chosen) // count)][:count]
     drawn = [images.image(int(i)) for i in chosen]
-    shown = [to_pil(p) for p in drawn]
-    return grid(shown, [images[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
+    tiles = [to_pil(p) for p in drawn]
+    return grid(tiles, [images[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
 
 
 def _data(config: Config, images: ArraySet) -> list[Finding]:
@@ -86,19 +86,19 @@ def _data(config: Config, images: ArraySet) -> list[Finding]:
     sample = train[:: max(1, len(train) // 5000)]
     values = [images.image(int(i)) for i in sample]
     low, high = min(int(v.min()) for v in values), max(int(v.max()) for v in values)
-    found = [
+    findings = [
         Finding("fine", f"{len(train)} training images, {len(images) - len(train)} held out; see {folder / 'doctor.png'}"),
         Finding("fine", f"pixels from {low} to {high}, of 0 to 255 (-1 to 1 for the network)")
         if high - low > 100
         else Finding("warning", f"pixels from {low} to {high} only", "The images have hardly any contrast.", "Look at them."),
         Finding("note" if num_bad else "fine", f"{num_bad} of {num_bad + len(images)} records cannot be used"),
     ]
-    found += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in images.skipped.items()]
-    found += [Finding("note", f"{count} {what}") for what, count in images.noted.items()]
+    findings += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in images.skipped.items()]
+    findings += [Finding("note", f"{count} {what}") for what, count in images.noted.items()]
     same = len(values) - len({value.tobytes() for value in values})
     if same:
         share = same / len(values)
-        found.append(
+        findings.append(
             Finding(
                 "warning" if share > 0.05 else "note",
                 f"{share:.1%} of {len(values)} images looked at are copies of another",
@@ -107,15 +107,15 @@ def _data(config: Config, images: ArraySet) -> list[Finding]:
             )
         )
     if len(train) < 100:
-        found.append(Finding("warning", f"only {len(train)} training images", "The model will repeat them.", "Add images."))
-    return found
+        findings.append(Finding("warning", f"only {len(train)} training images", "The model will repeat them.", "Add images."))
+    return findings
 
 
 def _captions(config: Config, images: ArraySet, pipe: SfumatoPipeline) -> list[Finding]:
     captions, limit = images.training_captions(limit=20_000), pipe.tokenizer.model_max_length
     lengths = np.array([len(ids) for ids in pipe.tokenizer(captions, verbose=False).input_ids])
     long = (lengths > limit).mean()
-    found = [
+    findings = [
         Finding("fine", f"captions have {np.median(lengths):.0f} tokens (median) to {lengths.max()}, of {limit}")
         if not long
         else Finding(
@@ -127,14 +127,16 @@ def _captions(config: Config, images: ArraySet, pipe: SfumatoPipeline) -> list[F
     ]
     enough = max(16, 2 * lengths.max())  # prompts may be longer than captions
     if enough < limit and config.init_from is None and config.text_encoder.pretrained is None:
-        found.append(
+        findings.append(
             Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={enough} does.")
         )
     if len(set(captions)) == 1:
-        found.append(Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the images."))
+        findings.append(
+            Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the images.")
+        )
     dropout = config.objective.caption_dropout
     if dropout == 0:
-        found.append(
+        findings.append(
             Finding(
                 "warning",
                 "no caption is ever dropped",
@@ -143,10 +145,12 @@ def _captions(config: Config, images: ArraySet, pipe: SfumatoPipeline) -> list[F
             )
         )
     elif dropout > 0.5:
-        found.append(Finding("warning", f"{dropout:.0%} of the captions are dropped", "Text is learned slowly.", "Use 0.1."))
+        findings.append(
+            Finding("warning", f"{dropout:.0%} of the captions are dropped", "Text is learned slowly.", "Use 0.1.")
+        )
     else:
-        found.append(Finding("fine", f"{dropout:.0%} of the captions are dropped, for guidance"))
-    return found
+        findings.append(Finding("fine", f"{dropout:.0%} of the captions are dropped, for guidance"))
+    return findings
 
 
 def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
@@ -156,7 +160,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     # An image's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
     mean_snr = terminal * height * width
     what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for an image's mean at {height} x {width}"
-    found = [
+    findings = [
         Finding("fine", what)
         if mean_snr < 0.05
         else Finding(
@@ -167,7 +171,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
         )
     ]
     if config.objective.min_snr_floor == 0 and config.objective.weight == "min_snr" and terminal == 0:
-        found.append(
+        findings.append(
             Finding(
                 "note",
                 "the last noise level has weight 0",
@@ -175,7 +179,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
                 "objective.min_snr_floor=0.2 trains it.",
             )
         )
-    return found
+    return findings
 
 
 def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
@@ -203,10 +207,10 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
     steps = int(min(config.train.max_steps or math.inf, by_time))
     minutes = steps * step / 60
     checkpoint = 4 * (4 * count + total)
-    kept = (config.checkpoint.keep + 2) * checkpoint
+    run_bytes = (config.checkpoint.keep + 2) * checkpoint
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(config.output_dir).free
-    found = [
+    free_bytes = shutil.disk_usage(config.output_dir).free
+    findings = [
         Finding("fine", f"{count:,} weights are trained, of {total:,}"),
         Finding("fine", f"{a_step} images a step on each process; {train / a_step:.0f} steps are an epoch on one process"),
         Finding("fine", f"a step takes {step * 1000:.0f} ms on one {device} process, {a_step / step:.0f} images/s"),
@@ -219,17 +223,18 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
             "Set train.max_minutes, or take a smaller network, as configs/folder_cpu.yaml has it.",
         ),
         Finding(
-            "fine" if kept < free else "error",
-            f"a checkpoint takes {checkpoint / 1e6:.0f} MB, the run up to {kept / 1e6:.0f} MB; {free / 1e6:.0f} MB are free",
-            "" if kept < free else "Saving would fail.",
-            "" if kept < free else "Make room, or lower checkpoint.keep.",
+            "fine" if run_bytes < free_bytes else "error",
+            f"a checkpoint takes {checkpoint / 1e6:.0f} MB, the run up to {run_bytes / 1e6:.0f} MB; "
+            f"{free_bytes / 1e6:.0f} MB are free",
+            "" if run_bytes < free_bytes else "Saving would fail.",
+            "" if run_bytes < free_bytes else "Make room, or lower checkpoint.keep.",
         ),
         Finding("fine", f"weights, gradients, averages and optimizer take {4 * 5 * count / 1e6:.0f} MB, activations beside"),
     ]
     if device == "cuda":
-        found.append(Finding("fine", f"GPU memory at the most: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"))
+        findings.append(Finding("fine", f"GPU memory at the most: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"))
     if steps < 1000:
-        found.append(
+        findings.append(
             Finding(
                 "warning",
                 f"only {steps} steps",
@@ -237,31 +242,31 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
                 "Train longer, or with a smaller network or batch.",
             )
         )
-    return found
+    return findings
 
 
 def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:
     """What a finished run's images and weights look like."""
-    found, newest = [], reversed(checkpoints.folders(folder))
-    whole = next((saved for saved in newest if checkpoints.damage(saved) is None), None)
+    findings, newest = [], reversed(checkpoints.list_checkpoints(folder))
+    whole = next((saved for saved in newest if checkpoints.find_damage(saved) is None), None)
     if whole is not None:
         tensors = load_file(whole / "state.safetensors")
         names = [name.removeprefix("ema.") for name in tensors if name.startswith("ema.")]
-        apart = sum(float((tensors[f"ema.{n}"] - tensors[f"raw.{n}"]).square().sum()) for n in names)
-        apart = (apart / sum(float(tensors[f"raw.{n}"].square().sum()) for n in names)) ** 0.5
-        found.append(
-            Finding("fine", f"averaged weights are {apart:.1%} away from the last ones")
-            if apart < 0.3
+        distance = sum(float((tensors[f"ema.{n}"] - tensors[f"raw.{n}"]).square().sum()) for n in names)
+        distance = (distance / sum(float(tensors[f"raw.{n}"].square().sum()) for n in names)) ** 0.5
+        findings.append(
+            Finding("fine", f"averaged weights are {distance:.1%} away from the last ones")
+            if distance < 0.3
             else Finding(
                 "warning",
-                f"averaged weights are {apart:.0%} away from the last ones",
+                f"averaged weights are {distance:.0%} away from the last ones",
                 "The average reaches too far back for so short a run, or the learning rate ended high.",
                 "Lower ema.decay, or let the rate decay.",
             )
         )
     pipe = SfumatoPipeline.from_pretrained(folder / "pipeline")
     if pipe.reads == "low_res" or pipe.controlnet is not None:  # which draw from more than captions; its grids show them
-        return found + _skipped(folder)
+        return findings + _skipped(folder)
     pipe.set_progress_bar_config(disable=True)
     train = images.select("train")
     train = train[images.table["bucket"][train] == images.table["bucket"][train[0]]]  # of one size
@@ -274,8 +279,8 @@ def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         output_type="np",
     ).images
-    found += judge_samples(drawn, np.stack([images.image(i) for i in chosen]) / 255)
-    return found + _skipped(folder)
+    findings += judge_samples(drawn, np.stack([images.image(i) for i in chosen]) / 255)
+    return findings + _skipped(folder)
 
 
 def _skipped(folder: Path) -> list[Finding]:
@@ -287,20 +292,20 @@ def _skipped(folder: Path) -> list[Finding]:
 
 def judge_samples(images: np.ndarray, data: np.ndarray) -> list[Finding]:
     """Dead, identical or tinted samples; both arrays `(N, H, W, C)` in [0, 1], of the same captions."""
-    found = []
-    contrast, wanted = images.std((1, 2)).mean(), data.std((1, 2)).mean()
-    if contrast < 0.2 * wanted:
-        found.append(
+    findings = []
+    contrast, data_contrast = images.std((1, 2)).mean(), data.std((1, 2)).mean()
+    if contrast < 0.2 * data_contrast:
+        findings.append(
             Finding(
                 "error",
-                f"samples are dead: contrast {contrast:.3f}, data {wanted:.3f}",
+                f"samples are dead: contrast {contrast:.3f}, data {data_contrast:.3f}",
                 "Nothing was learned.",
                 "Train longer or with a lower optim.lr.",
             )
         )
     spread, data_spread = images.std(0).mean(), data.std(0).mean()
     if spread < 0.2 * data_spread:
-        found.append(
+        findings.append(
             Finding(
                 "error",
                 f"samples are all alike: spread {spread:.3f}, data {data_spread:.3f}",
@@ -310,7 +315,7 @@ def judge_samples(images: np.ndarray, data: np.ndarray) -> list[Finding]:
         )
     tint = images.mean((0, 1, 2)) - data.mean((0, 1, 2))
     if np.abs(tint).max() > 0.1:
-        found.append(
+        findings.append(
             Finding(
                 "warning",
                 f"samples are tinted by {', '.join(f'{value:+.2f}' for value in tint)} of 1",
@@ -318,4 +323,4 @@ def judge_samples(images: np.ndarray, data: np.ndarray) -> list[Finding]:
                 "See the last noise level above; train it more.",
             )
         )
-    return found or [Finding("fine", "samples have the data's contrast, variety and colour")]
+    return findings or [Finding("fine", "samples have the data's contrast, variety and colour")]

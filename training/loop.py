@@ -18,7 +18,7 @@ from sfumato.training.data.loader import batches
 from sfumato.training.data.prepare import prepare as prepare_data
 from sfumato.training.data.streams import STREAM_VERSION, streams_of
 from sfumato.training.engine import best, checkpoints, resume
-from sfumato.training.engine.ema import EMA, averaged, forget_snapshots, save_snapshot
+from sfumato.training.engine.ema import EMA, averaged_weights, forget_snapshots, save_snapshot
 from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.engine.processes import (
     StopSignal,
@@ -134,7 +134,7 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
     if checkpoint is not None:
         go_on(run, stored)
     run_on_main(accelerator, forget_snapshots, output_dir, run.state["step"])
-    run.best = run_on_main(accelerator, best.best_before, output_dir, config.checkpoint.best_by, run.state["step"])
+    run.best = run_on_main(accelerator, best.load_best, output_dir, config.checkpoint.best_by, run.state["step"])
     return run
 
 
@@ -158,7 +158,9 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
     Raises:
         ValueError: a checkpoint of another model, or of a run that is done and would have to be another.
     """
-    config, accelerator, checkpoint = run.config, run.accelerator, run.checkpoint
+    config = run.config
+    accelerator = run.accelerator
+    checkpoint = run.checkpoint
     assert checkpoint is not None
     resume.adopt_older_data(stored, run.task.images, config.data.cache_dir)
     same_optimizer = stored["config"]["optim"]["name"] == config.optim.name
@@ -187,15 +189,25 @@ def train(run: Run) -> int:
     Returns:
         0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
-    config, accelerator, task, state, ema = run.config, run.accelerator, run.task, run.state, run.ema
+    config = run.config
+    accelerator = run.accelerator
+    task = run.task
+    state = run.state
+    ema = run.ema
     device, parameters = accelerator.device, trained_parameters(task.module)
     model, optimizer = run.model, run.optimizer
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = batches(task.data, config, rank=rank, num_processes=world, start=state["images_seen"])
-    log, stop, pushes = Log(config, accelerator, state["step"]), StopSignal(), run.pushes
+    log = Log(config, accelerator, state["step"])
+    stop = StopSignal()
+    pushes = run.pushes
     num_batches = config.train.gradient_accumulation_steps
-    bad_in_a_row, save_due, push_due = 0, False, False
-    started, done, stopped = time.monotonic() - state["seconds"], fraction_done(config, state), 0
+    bad_in_a_row = 0
+    save_due = False
+    push_due = False
+    started = time.monotonic() - state["seconds"]
+    done = fraction_done(config, state)
+    stopped = 0
 
     while done < 1 and not stopped and bad_in_a_row < config.train.max_bad_steps:
         # One optimizer step, its loss summed over the accumulated batches.
@@ -244,7 +256,7 @@ def train(run: Run) -> int:
         for line in pushes.new_messages():
             log.say(line)
         if is_due(config.validation.every_steps, state) and done < 1 and not stopped:
-            with averaged(ema, task.module):
+            with averaged_weights(ema, task.module):
                 log.show(state["step"], *task.samples())
                 validate(run, log)
 
@@ -258,7 +270,7 @@ def train(run: Run) -> int:
             f" The checkpoints are good. Lower optim.lr (now {config.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
-    with averaged(ema, task.module):
+    with averaged_weights(ema, task.module):
         finish(run, log)
     return 0
 
@@ -269,7 +281,10 @@ def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], 
     Returns:
         The task's own scores and what they are, where `best_by` needs them or this is the `last` time; else nothing.
     """
-    by, task, own_scores, label = run.config.checkpoint.best_by, run.task, {}, ""
+    by = run.config.checkpoint.best_by
+    task = run.task
+    own_scores = {}
+    label = ""
     scores = task.held_out()
     if last or (by is not None and by not in scores):
         own_scores, label = task.scores()
@@ -315,7 +330,7 @@ def save(run: Run) -> Path | None:
         "scaler": scaler.state_dict() if scaler is not None else None,
         **run.origin,
     }
-    with averaged(run.ema, run.task.module):
+    with averaged_weights(run.ema, run.task.module):
         write = run.task.checkpoint_writer(run.state)
         if not main:
             return None
@@ -332,7 +347,7 @@ def push_checkpoint(run: Run) -> None:
 
 
 def push_result(run: Run) -> int:
-    """Push `pipeline/`, from the first process; a failure is told and costs nothing but the push.
+    """Push `pipeline/`, from the first process; a failure is reported and costs nothing but the push.
 
     Returns:
         0 pushed, or not asked for; 5 not pushed.

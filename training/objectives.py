@@ -45,7 +45,7 @@ def loss_weight(
 ) -> torch.Tensor:
     """Weight of each sample's mean squared error, `(B,)`.
 
-    `unit` is 1 on whatever the network predicts. The others are the same loss whatever it predicts, told here on x_0:
+    `unit` is 1 on whatever the network predicts. The others are the same loss whatever it predicts, as weights on x_0:
 
     - `min_snr`: min(SNR, gamma) (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: at least so much however
       low the SNR, since that is where the layout of an image is decided.

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_training(config) -> int:
     """Train by a config; see `sfumato.api.train`."""
     from sfumato.files import CannotSave
-    from sfumato.training import loop  # torch and diffusers only now: a wrong setting is told at once
+    from sfumato.training import loop  # torch and diffusers only now: a wrong setting is reported at once
 
     run = loop.prepare(config)
     try:

@@ -1,6 +1,6 @@
 """What settings must be, and which of them have no effect beside the others.
 
-Every rule is told to `need(ok, key, rule)`, so that all wrong settings are named at once. The rules of a source or a task
+Every rule goes through `need(ok, key, rule)`, so that all wrong settings are named at once. The rules of a source or a task
 are in its own file; its entry in `registries` names them.
 """
 
@@ -242,7 +242,9 @@ def settings_without_effect(config: Config) -> list[str]:
 
 def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
     """Rows of: whether the keys have no effect, what they need, the keys."""
-    o, data, name = config.objective, config.data, named_source(config)
+    o = config.objective
+    data = config.data
+    name = named_source(config)
     grown, learned = config.init_from is not None, config.scheduler.get("variance_type") == "learned_range"
     sizes = ("vocab_size", "max_length", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_std")
     pushes = config.hub.push or bool(config.hub.every_steps)

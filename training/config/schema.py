@@ -121,7 +121,7 @@ class TrainConfig:
     max_minutes: float | None = None
     batch_size: int = 32  # per process
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` was told
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: the setting of `accelerate launch`
     gradient_checkpointing: bool = False  # less memory, a second forward pass
     compile: Literal["no", "unet", "regional"] = "no"  # torch.compile of the UNet, whole or block by block
     num_workers: int = 0  # processes that prepare batches
@@ -157,7 +157,7 @@ class ValidationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """`resume`: `auto` takes up the newest checkpoint of `output_dir`, a path that one, null starts anew."""
+    """`resume`: `auto` takes up the newest checkpoint of `output_dir`, a path that one, null starts a new run."""
 
     every_steps: int | None = 1000
     keep: int = 2

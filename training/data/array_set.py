@@ -49,7 +49,9 @@ class ArraySet(Sequence):
 
     def __init__(self, folder: Path):
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.skipped, self.noted, self.channels = report["skipped"], report["noted"], report["channels"]
+        self.skipped = report["skipped"]
+        self.noted = report["noted"]
+        self.channels = report["channels"]
         self.num_records = report["records"]
         self.buckets = [tuple(size) for size in report["buckets"]]
         self.fingerprint: str = report["content"]

@@ -64,13 +64,13 @@ def read_image(
         raise Unusable("not an image") from error
     except Exception as error:  # PIL raises nearly anything on a damaged file
         raise Unusable("damaged image") from error
-    wanted, how = (size[1], size[0]), Image.Resampling.LANCZOS
+    target_size, resample = (size[1], size[0]), Image.Resampling.LANCZOS
     if resize == "stretch":
-        fitted = image.resize(wanted, how)
+        fitted = image.resize(target_size, resample)
     elif resize == "pad":
-        fitted = ImageOps.pad(image, wanted, how, color={1: 255, 3: (255,) * 3, 4: (255, 255, 255, 0)}[channels])
+        fitted = ImageOps.pad(image, target_size, resample, color={1: 255, 3: (255,) * 3, 4: (255, 255, 255, 0)}[channels])
     else:
-        fitted = ImageOps.fit(image, wanted, how)
+        fitted = ImageOps.fit(image, target_size, resample)
     return np.asarray(fitted).reshape(*size, channels)
 
 

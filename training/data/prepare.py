@@ -146,7 +146,7 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
             except Unusable as error:
                 skipped.setdefault(error.reason, []).append(record.name.encode("utf-8", "replace").decode())
                 continue
-            for note in notes:
+            for note in sorted(notes):
                 noted[note] = noted.get(note, 0) + 1
             writer.add(record, bucket, image)
     finally:

@@ -4,6 +4,7 @@ A sample has one key. All that is random about it is a function of the key and a
 resume, and the same sample gets the same caption, noise and noise level on any number of processes.
 """
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -27,6 +28,7 @@ class Stream(IntEnum):
     ESTIMATE = 7  # whether the network is given its own estimate
     LOW_RES_LEVEL = 8  # how noisy the small image for upscaling is
     LOW_RES_NOISE = 9  # and that noise
+    LAYERS = 10  # the seed of dropout layers, of the first sample of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,10 @@ class Streams(Protocol):
         """A generator for what is drawn on the CPU by numpy."""
         ...
 
+    def torch_seed(self, key: int) -> int:
+        """The seed of torch's own generator, for dropout layers."""
+        ...
+
 
 class SeededStreams:
     """Version 1, of runs that began before 0.2: a key is a seed of its own, and noise comes from a `torch.Generator` each."""
@@ -83,7 +89,9 @@ class SeededStreams:
         rows = []
         for each_epoch, each_index, count in zip(epoch, index, num_captions):
             rng = np.random.default_rng((self.seed, int(each_epoch), int(each_index)))
-            caption, dropout, key = rng.integers(count), rng.random(), rng.integers(2**63)
+            caption = rng.integers(count)
+            dropout = rng.random()
+            key = rng.integers(2**63)
             flip = rng.random() if flips else 1.0
             rows.append((key, caption, dropout, flip, rng.random()))
         key, caption, dropout, flip, level = zip(*rows)
@@ -114,6 +122,10 @@ class SeededStreams:
         """See `Streams`."""
         return np.random.default_rng(int(self._seeds(torch.tensor([key]), stream)[0]))
 
+    def torch_seed(self, key: int) -> int:
+        """See `Streams`."""
+        return key
+
     @staticmethod
     def _seeds(keys: torch.Tensor, stream: Stream) -> torch.Tensor:
         if stream is Stream.OFFSET:
@@ -130,7 +142,102 @@ def noise_for(seeds: torch.Tensor, shape: tuple[int, ...], device: torch.device)
     return torch.stack(rows)
 
 
-_VERSIONS = {1: SeededStreams}
+# Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2 and section 3.3).
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int], rounds: int = 10) -> tuple[torch.Tensor, ...]:
+    """Four words of 32 random bits for each counter, by Philox4x32.
+
+    Integer operations of torch alone, so the bits are the same on every device; and a counter by itself, so they are the
+    same whatever else is drawn beside.
+
+    Args:
+        counter: four tensors of any common shape, int64 in [0, 2^32).
+        key: two numbers in [0, 2^32).
+
+    Returns:
+        Four tensors of that shape, int64 in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # A product of two words has 64 bits, which int64 holds as they are, whatever sign they seem to have.
+        product_0, product_2 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0 = ((product_2 >> 32) & _WORD) ^ c1 ^ k0
+        c2 = ((product_0 >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = product_2 & _WORD, product_0 & _WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+class PhiloxStreams:
+    """Version 2: a counter-based generator, keyed by seed, epoch, index and stream, for the whole batch at once.
+
+    Nothing waits for the host: what is drawn is a function of tensors on their device. A key is epoch * 2^32 + index.
+    """
+
+    version = 2
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._key = (seed & _WORD, (seed >> 32) & _WORD)
+
+    def words(self, keys: torch.Tensor, streams: torch.Tensor | int, num_blocks: int = 1) -> torch.Tensor:
+        """Random words of 32 bits, `(B, num_blocks, 4)` int64; of keys `(B,)` and one stream, or one for each block."""
+        block = torch.arange(num_blocks, device=keys.device)
+        if isinstance(streams, torch.Tensor):
+            block, stream = torch.zeros_like(block), streams.to(keys.device)
+        else:
+            stream = torch.full_like(block, streams)
+        index, epoch = (keys & _WORD)[:, None], (keys >> 32)[:, None]
+        counter = torch.broadcast_tensors(block[None], stream[None], index, epoch)
+        return torch.stack(philox(tuple(counter), self._key), dim=-1)
+
+    def choices(self, epoch: np.ndarray, index: np.ndarray, num_captions: np.ndarray, flips: bool) -> Choices:
+        """See `Streams`."""
+        keys = (epoch.astype(np.int64) << 32) | index.astype(np.int64)
+        drawn = (Stream.CAPTION, Stream.DROPOUT, Stream.FLIP, Stream.LEVEL)
+        words = self.words(torch.from_numpy(keys), torch.tensor(drawn), len(drawn))[..., 0]
+        caption, dropout, flip, level = _to_unit(words).numpy().astype(np.float64).T
+        number = np.minimum((caption * num_captions).astype(np.int64), num_captions.astype(np.int64) - 1)
+        return Choices(key=keys, caption=number, dropout=dropout, flip=flip, level=level)
+
+    def uniform(self, keys: torch.Tensor, stream: Stream) -> torch.Tensor:
+        """See `Streams`."""
+        return _to_unit(self.words(keys, stream)[:, 0, 0])
+
+    def integers(self, keys: torch.Tensor, stream: Stream, high: int) -> torch.Tensor:
+        """See `Streams`. (By the high part of a product: the bias is below high / 2^32.)"""
+        return (self.words(keys, stream)[:, 0, 0] * high) >> 32
+
+    def normal(self, keys: torch.Tensor, stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
+        """See `Streams`; by Box and Muller's transform of pairs of words, the tail cut at 6.8."""
+        count = math.prod(shape)
+        words = self.words(keys, stream, -(-count // 4)).reshape(len(keys), -1, 2)
+        radius = (-2 * ((words[..., 0].float() + 0.5) * 2.0**-32).log()).sqrt()
+        angle = words[..., 1].float() * (2 * math.pi * 2.0**-32)
+        pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        return pairs.flatten(1)[:, :count].reshape(len(keys), *shape)
+
+    def numpy_generator(self, key: int, stream: Stream) -> np.random.Generator:
+        """See `Streams`."""
+        return np.random.default_rng((self.seed, key >> 32, key & _WORD, stream))
+
+    def torch_seed(self, key: int) -> int:
+        """See `Streams`."""
+        (words,) = self.words(torch.tensor([key]), Stream.LAYERS).tolist()
+        return (words[0][0] << 31) ^ words[0][1]
+
+
+def _to_unit(words: torch.Tensor) -> torch.Tensor:
+    """Words of 32 bits as float32 in [0, 1), by their upper 24 bits."""
+    return (words >> 8).float() * 2.0**-24
+
+
+_VERSIONS = {1: SeededStreams, 2: PhiloxStreams}
 STREAM_VERSION = 1  # of new runs
 
 

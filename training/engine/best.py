@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sfumato.files import CannotSave, put
+from sfumato.files import CannotSave, replace_folder
 from sfumato.registries import lower_is_better
 
 
@@ -22,18 +22,18 @@ def is_better(name: str, value: float, than: float | None) -> bool:
     return than is None or (value < than if lower_is_better(name) else value > than)
 
 
-def best_before(output_dir: Path, name: str | None, step: int) -> float | None:
+def load_best(output_dir: Path, name: str | None, step: int) -> float | None:
     """The score of the model in `best/`, where that is of the same name; one of a later step than `step` is removed, since
     those steps are about to be done again.
     """
     folder = output_dir / "best"
     if not (folder / "best.json").is_file():
         return None
-    told = json.loads((folder / "best.json").read_text())
-    if told["step"] > step:
+    record = json.loads((folder / "best.json").read_text())
+    if record["step"] > step:
         shutil.rmtree(folder)
         return None
-    return told["value"] if told["name"] == name else None
+    return record["value"] if record["name"] == name else None
 
 
 def save_best(write: Callable[[Path, Path], object], folder: Path, *, name: str, value: float, step: int) -> None:
@@ -48,6 +48,6 @@ def save_best(write: Callable[[Path, Path], object], folder: Path, *, name: str,
         new.mkdir(parents=True)
         write(new, folder)
         (new / "best.json").write_text(json.dumps({"name": name, "value": value, "step": step}) + "\n")
-        put(new, folder)
+        replace_folder(new, folder)
     except (OSError, SafetensorError) as error:
         raise CannotSave(f"could not save {folder}: {error}; make room and go on with checkpoint.resume=auto") from error

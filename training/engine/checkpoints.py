@@ -69,13 +69,13 @@ def save(
             f"could not save {folder}: {error}. The checkpoints before it are untouched; "
             "make room and go on with checkpoint.resume=auto"
         ) from error
-    newer = [path for path in folders(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
-    for old in newer + [path for path in folders(output_dir) if path.name <= folder.name][:-keep]:
+    newer = [path for path in list_checkpoints(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
+    for old in newer + [path for path in list_checkpoints(output_dir) if path.name <= folder.name][:-keep]:
         _remove(old)
     return folder
 
 
-def folders(output_dir: Path) -> list[Path]:
+def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, damaged ones too."""
     return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.is_dir())
 
@@ -103,7 +103,7 @@ def _sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its hashes; None where it is whole."""
     try:
         state = json.loads((folder / "state.json").read_text())

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sfumato.files import CannotSave
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.card import forget_figures
+from sfumato.pipelines.card import remove_figures
 from sfumato.pipelines.locate import locate_pipeline
 from sfumato.training.models.parameters import trained_names, trained_parameters, whole_tensor
 
@@ -40,7 +40,7 @@ class EMA(EMAModel):
         parameters = list(parameters)
         super().__init__(parameters, decay=decay, foreach=True)
         self.offload = offload
-        self.tracks = {gamma_of(s): [p.detach().clone() for p in parameters] for s in TRACKS} if post_hoc else {}
+        self.tracks = {exponent_of(s): [p.detach().clone() for p in parameters] for s in TRACKS} if post_hoc else {}
         if offload:
             self.to("cpu")
             self.tracks = {gamma: [p.cpu() for p in track] for gamma, track in self.tracks.items()}
@@ -56,7 +56,7 @@ class EMA(EMAModel):
             torch._foreach_lerp_(track, values, 1 - (1 - 1 / self.optimization_step) ** (gamma + 1))
 
 
-def gamma_of(length: float) -> float:
+def exponent_of(length: float) -> float:
     """Exponent of the power function t^gamma whose standard deviation over a run of length 1 is `length`; below 0.28.
 
     From its variance, (gamma + 1) / ((gamma + 2)^2 (gamma + 3)): Karras et al. 2024, equation 126.
@@ -72,7 +72,7 @@ def overlap(t: float, gamma: float, other_t: float, other_gamma: float) -> float
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * share
 
 
-def coefficients(kept: list[tuple[float, float]], t: float, gamma: float) -> tuple[np.ndarray, float]:
+def coefficients(snapshots: list[tuple[float, float]], t: float, gamma: float) -> tuple[np.ndarray, float]:
     """How to add up averages that were kept at steps and with exponents `(t, gamma)`, so that the sum is as near as can be to
     the average at step `t` with exponent `gamma`: least squares over the profiles (Karras et al. 2024, section 3.2), the
     coefficients' sum being 1.
@@ -80,13 +80,13 @@ def coefficients(kept: list[tuple[float, float]], t: float, gamma: float) -> tup
     Returns:
         The coefficients, and the part of the wanted profile that they miss: the norm of the difference over its own.
     """
-    count = len(kept)
-    within, wanted = np.zeros((count + 1, count + 1)), np.ones(count + 1)
-    within[:count, :count] = [[overlap(*a, *b) for b in kept] for a in kept]
+    count = len(snapshots)
+    within, target = np.zeros((count + 1, count + 1)), np.ones(count + 1)
+    within[:count, :count] = [[overlap(*a, *b) for b in snapshots] for a in snapshots]
     within[count, :count] = within[:count, count] = 1  # Lagrange's condition on the sum
-    wanted[:count] = [overlap(*a, t, gamma) for a in kept]
-    shares, whole = np.linalg.lstsq(within, wanted, rcond=1e-12)[0][:count], overlap(t, gamma, t, gamma)
-    missed = shares @ within[:count, :count] @ shares - 2 * shares @ wanted[:count] + whole
+    target[:count] = [overlap(*a, t, gamma) for a in snapshots]
+    shares, whole = np.linalg.lstsq(within, target, rcond=1e-12)[0][:count], overlap(t, gamma, t, gamma)
+    missed = shares @ within[:count, :count] @ shares - 2 * shares @ target[:count] + whole
     return shares, float((max(missed, 0) / whole) ** 0.5)
 
 
@@ -106,9 +106,9 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
     if not 0.005 <= length <= 0.25:
         raise ValueError(f"length={length}: must be in [0.005, 0.25], the share of the run that the average spreads over")
     steps = [int(file.stem.removeprefix("step-")) for file in files]
-    gammas = [gamma_of(s) for s in TRACKS]
-    kept = [(float(step), gamma) for step in steps for gamma in gammas]
-    shares, missed = coefficients(kept, steps[-1], gamma_of(length))
+    gammas = [exponent_of(s) for s in TRACKS]
+    snapshots = [(float(step), gamma) for step in steps for gamma in gammas]
+    shares, missed = coefficients(snapshots, steps[-1], exponent_of(length))
     if missed > 0.1:
         warnings.warn(f"{len(files)} snapshots give this average only to {missed:.0%}; keep more of them", stacklevel=2)
     shares = shares.reshape(len(files), len(gammas))
@@ -123,7 +123,7 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def averaged(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
+def averaged_weights(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
     """Inside, the trained parameters of `module` are the averaged ones, and it is in evaluation mode."""
     parameters, training = trained_parameters(module), [part for part in module.modules() if part.training]
     module.eval()  # no dropout in what is drawn
@@ -184,5 +184,5 @@ def export_average(run: str, folder: str, length: float) -> Path:
         if own and (odd := getattr(pipe, part).load_state_dict(own, strict=False).unexpected_keys):
             raise ValueError(f"the snapshots are of another model: {', '.join(odd[:3])}")
     written = export_pipeline(pipe, folder, source=model)
-    forget_figures(written, f"averaged afterwards over {length:g} of the run")
+    remove_figures(written, f"averaged afterwards over {length:g} of the run")
     return written

@@ -25,7 +25,7 @@ def start_accelerator(config: Config) -> Accelerator:
         ValueError: a way of sharding that this trainer does not know.
     """
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate wants to be told
+        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate must be asked for the CPU
         log_with=find_trackers(config) or None,  # pyright: ignore[reportArgumentType]
         project_dir=config.output_dir,
         mixed_precision=config.train.mixed_precision,
@@ -91,7 +91,7 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def release(self) -> None:
-        """Give the signals back to who had them."""
+        """Restore the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -14,7 +14,7 @@ from sfumato.files import read_lines
 from sfumato.training.config.load import default_config
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet, hash_content
-from sfumato.training.engine.checkpoints import damage, folders
+from sfumato.training.engine.checkpoints import find_damage, list_checkpoints
 
 # Settings that a resumed run may change and still end bit for bit as one run.
 FREE_SECTIONS = ("output_dir", "title", "checkpoint", "validation", "hub")
@@ -61,18 +61,18 @@ def find_checkpoint(resume: str | None, output_dir: Path, every_steps: int | Non
     Raises:
         ValueError: a resume was asked for and is impossible, or a fresh run would write over an old one.
     """
-    found = folders(output_dir)
+    existing = list_checkpoints(output_dir)
     if resume is None:
-        if found:
+        if existing:
             raise ValueError(
-                f"{output_dir} already holds a run up to {found[-1].name}; go on with checkpoint.resume=auto, "
+                f"{output_dir} already holds a run up to {existing[-1].name}; go on with checkpoint.resume=auto, "
                 "or choose another output_dir"
             )
         return None
     if resume == "auto":
         faults = []
-        for folder in reversed(found):
-            fault = damage(folder)
+        for folder in reversed(existing):
+            fault = find_damage(folder)
             if fault is None:
                 for text in faults:
                     warnings.warn(f"passed over {text}; goes on from {folder.name}", stacklevel=2)
@@ -85,18 +85,18 @@ def find_checkpoint(resume: str | None, output_dir: Path, every_steps: int | Non
                 f"{output_dir} holds a run of {steps} steps but no checkpoint; remove it or choose another output_dir"
             )
         return None
-    if fault := damage(Path(resume)):
+    if fault := find_damage(Path(resume)):
         raise ValueError(f"checkpoint.resume={resume!r} is no complete checkpoint: {fault}")
-    if found and found[-1].name > Path(resume).name:
+    if existing and existing[-1].name > Path(resume).name:
         raise ValueError(
-            f"{output_dir} holds checkpoints newer than {resume}, up to {found[-1].name}, and going back would lose them; "
+            f"{output_dir} holds checkpoints newer than {resume}, up to {existing[-1].name}, and going back would lose them; "
             "choose another output_dir, or remove them first"
         )
     return Path(resume)
 
 
 def last_step(metrics: Path) -> int:
-    """The last step that `metrics.jsonl` tells of; 0 for none."""
+    """The last step in `metrics.jsonl`; 0 for none."""
     whole = read_lines(metrics)
     return json.loads(whole[-1])["step"] if whole else 0
 

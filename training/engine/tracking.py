@@ -71,8 +71,8 @@ class Log:
         entry = finite(entry)
         self.file.write(json.dumps(entry) + "\n")
         if self.accelerator.trackers:
-            told = ("loss", "lr", "grad_norm", "images_seen", "skipped_steps")
-            self.accelerator.log({key: entry[key] for key in told if entry[key] is not None}, step=entry["step"])
+            values = ("loss", "lr", "grad_norm", "images_seen", "skipped_steps")
+            self.accelerator.log({key: entry[key] for key in values if entry[key] is not None}, step=entry["step"])
         if entry["loss"] is not None:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(entry["done"] - self.bar.n)
@@ -91,9 +91,9 @@ class Log:
         new.write_text("".join(line + "\n" for line in [*rows, json.dumps(entry)]))
         new.replace(path)
         if self.accelerator.trackers:
-            known = ("step", "images_seen", "seconds", "skipped_steps")
-            told = {key: value for key, value in entry.items() if key not in known and value is not None}
-            self.accelerator.log(told, step=entry["step"])
+            progress_keys = ("step", "images_seen", "seconds", "skipped_steps")
+            values = {key: value for key, value in entry.items() if key not in progress_keys and value is not None}
+            self.accelerator.log(values, step=entry["step"])
         name = "held_out_loss" if "held_out_loss" in entry else "training_loss"
         if entry[name] is not None:
             self.say(f"step {entry['step']}: {name.replace('_', ' ')} {entry[name]:.4f}")

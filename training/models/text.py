@@ -70,7 +70,7 @@ def build_text_encoder(
                 **marks,
             )
         )
-        # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words can hardly be told apart at first;
+        # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words are hardly distinguishable at first;
         # LOG.md has the figures, which one text layer and the data's palette share in.
         for module in encoder.modules():
             if isinstance(module, torch.nn.Embedding):
@@ -82,7 +82,9 @@ def build_text_encoder(
 
 def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
     """Say how many captions lose their end to the token limit; nothing is cut in silence."""
-    limit, long, longest = pipe.tokenizer.model_max_length, 0, 0
+    limit = pipe.tokenizer.model_max_length
+    long = 0
+    longest = 0
     for start in range(0, len(captions), 1000):
         lengths = [len(ids) for ids in pipe.tokenizer(captions[start : start + 1000], verbose=False).input_ids]
         long, longest = long + sum(length > limit for length in lengths), max(longest, *lengths)

@@ -1,4 +1,4 @@
-"""What is told of a run: to readers in the card, to programs in the weights' metadata, and to who repeats it."""
+"""Metadata of a run: for readers in the card, for programs in the scheduler's config, and settings to repeat it."""
 
 import hashlib
 import re
@@ -48,7 +48,7 @@ def public_settings(config: Config) -> str:
 
 
 def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dict) -> dict:
-    """What the card tells of a run."""
+    """The rows of the card about a run."""
     c, o = config, config.objective
     batch = c.train.batch_size * c.train.gradient_accumulation_steps * accelerator.num_processes
     weight = {
@@ -60,7 +60,7 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
     levels = o.timesteps if o.timesteps == "uniform" else f"log-SNR {o.timesteps}({o.log_snr_mean}, {o.log_snr_std})"
     levels += ", importance sampled" if o.importance else ""
     captions = int(images.table["num_captions"][images.select("train")].sum())
-    known = {
+    rows = {
         "title": c.title,
         "data": f"{public_name(c.data.name)}, {len(images.select('train')):,} training images, "
         f"{len(images) - len(images.select('train')):,} held out",
@@ -83,25 +83,25 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
     }
     for key, source in (("text encoder", c.text_encoder.pretrained), ("VAE", c.vae.pretrained)):
         if source is not None:
-            known[f"pretrained {key}"] = public_name(source)
+            rows[f"pretrained {key}"] = public_name(source)
     if c.data.buckets:
-        known["image sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
+        rows["image sizes"] = ", ".join(f"{height} x {width}" for height, width in c.data.buckets)
     if c.init_from is not None:
-        known["base_model"] = public_name(c.init_from)
+        rows["base_model"] = public_name(c.init_from)
     if state.get("changes"):
-        known["changed on the way"] = "; ".join(state["changes"])
+        rows["changed on the way"] = "; ".join(state["changes"])
     if c.lora.rank:
-        known["LoRA rank"] = c.lora.rank
+        rows["LoRA rank"] = c.lora.rank
     source = SOURCES.get(named_source(c) or "")
     if source is not None and source.attribution is not None:
-        known["data licence"] = source.attribution
+        rows["data licence"] = source.attribution
         if "languages" in source.only:
-            known["language"] = c.data.languages
-        if not any(name.startswith(("base_model", "pretrained")) for name in known):  # else theirs counts too
-            known["license"] = source.license
+            rows["language"] = c.data.languages
+        if not any(name.startswith(("base_model", "pretrained")) for name in rows):  # else theirs counts too
+            rows["license"] = source.license
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", c.data.name) and not Path(c.data.name).exists():
-        known["datasets"] = [c.data.name]
-    return known
+        rows["datasets"] = [c.data.name]
+    return rows
 
 
 def metadata(config: Config, images: ArraySet, state: dict) -> dict:

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"}
-KEPT = {".gitattributes"}  # the Hub's own, which no folder has
+HUB_FILES = {".gitattributes"}  # the Hub's own, which no folder has
 ATTEMPTS, PAUSE = 3, 3.0  # the client itself has tried some times before each of ours fails
 
 
@@ -66,7 +66,7 @@ def check(repo_id: str, pull_request: bool = False, private: bool = False) -> st
         user = api.whoami()
     except HfHubHTTPError as error:
         if error.response.status_code == 401:
-            raise CannotPush("the Hub does not know this token; run `hf auth login --force`, or mend HF_TOKEN") from error
+            raise CannotPush("the Hub does not know this token; run `hf auth login --force`, or correct HF_TOKEN") from error
         raise CannotPush(f"the Hub does not answer: {_last_line(error)}") from error
     except (httpx2.TransportError, OSError) as error:
         raise CannotPush(f"the Hub cannot be reached: {_last_line(error)}") from error
@@ -87,9 +87,9 @@ def check(repo_id: str, pull_request: bool = False, private: bool = False) -> st
         raise CannotPush(f"the Hub does not answer: {_last_line(error)}") from error
     if private and not info.private and not pull_request:
         raise CannotPush(f"{repo_id} is public, and private was asked for; make it private on the Hub first")
-    held = {sibling.rfilename for sibling in info.siblings or []} - KEPT - {"README.md"}
-    if held and "sfumato" not in (info.tags or []) and not pull_request:
-        raise CannotPush(f"{repo_id} holds something that Sfumato did not make ({len(held)} files); choose another name")
+    foreign = {sibling.rfilename for sibling in info.siblings or []} - HUB_FILES - {"README.md"}
+    if foreign and "sfumato" not in (info.tags or []) and not pull_request:
+        raise CannotPush(f"{repo_id} holds something that Sfumato did not make ({len(foreign)} files); choose another name")
     return repo_id
 
 
@@ -166,7 +166,7 @@ def stale_files(repo_id: str, branch: str, names: list[str]) -> list[str]:
         there = {file.rfilename for file in HfApi().model_info(repo_id, revision=branch).siblings or []}
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return []
-    return sorted(there - set(names) - KEPT)
+    return sorted(there - set(names) - HUB_FILES)
 
 
 def describe_push(folder: Path, target: Target) -> list[str]:
@@ -229,7 +229,7 @@ def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
 
 
 def _last_line(error: BaseException) -> str:
-    """The telling line of a client's error, which may have many."""
+    """The line of a client's error that says most; it may have many."""
     rows = [row.strip() for row in str(error).splitlines() if row.strip() and "Request ID" not in row]
     return rows[-1] if rows else type(error).__name__
 

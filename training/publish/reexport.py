@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.cascade import UPSCALER
-from sfumato.pipelines.export import TAKEN, WeightFiles
+from sfumato.pipelines.export import CARRIED_FILES, WeightFiles
 from sfumato.pipelines.trust import UNREAD
 from sfumato.training.models.parameters import raw_weights
 
@@ -28,7 +28,7 @@ def reexport(
     """
     source, raw = model, None
     if not Path(model).is_dir():
-        patterns = [*TAKEN, "samples/*.png", f"{UPSCALER}/*"]
+        patterns = [*CARRIED_FILES, "samples/*.png", f"{UPSCALER}/*"]
         source = snapshot_download(model, allow_patterns=patterns, ignore_patterns=UNREAD)
     if "raw" in variants:
         run = Path(model).parent

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sfumato.training.data.sources.openmoji import GENDERS, read_tone, tone_of
+from sfumato.training.data.sources.openmoji import GENDERS, read_tone, split_tone
 from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.statistics import Score, mean_score
 
@@ -19,14 +19,14 @@ def attributes(evaluation: Evaluation) -> dict[str, Score]:
     of_tone: dict[str | None, list[int]] = {}
     for k, caption in enumerate(captions):
         if caption.split(" ")[0] in GENDERS:
-            of_tone.setdefault(tone_of(caption)[0], []).append(k)
+            of_tone.setdefault(split_tone(caption)[0], []).append(k)
     by_ending = evaluation.judge_scores("combination", captions)
     images = {"": evaluation.of("combination", evaluation.drawings), " by true images": evaluation.real(numbers)}
     scores: dict[str, Score] = {}
-    for ending, shown in images.items():
+    for ending, part_images in images.items():
         tone_right, rest_right = [], []
-        for image, row, i in zip(shown, by_ending[ending], numbers):
-            tone = tone_of(evaluation.caption(i))[0]
+        for image, row, i in zip(part_images, by_ending[ending], numbers):
+            tone = split_tone(evaluation.caption(i))[0]
             nearest = of_tone[tone][int(row[of_tone[tone]].argmax())]
             tone_right.append(read_tone(image) == tone)
             rest_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])

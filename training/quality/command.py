@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.card import add_evaluation, recommended
+from sfumato.pipelines.card import add_evaluation, recommended_settings
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training.config.load import default_config, load_config
 from sfumato.training.config.schema import Config, DataConfig, ValidationConfig
@@ -27,15 +27,15 @@ from sfumato.training.quality.statistics import Score
 def training_config(model: str) -> Config | None:
     """The config of the run that made a model, else the one that travels along with it."""
     folder = Path(model)
-    kept = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
-    kept.append(folder / "training_args.yaml")
+    candidates = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
+    candidates.append(folder / "training_args.yaml")
     if not folder.is_dir():
         try:
-            kept = [Path(hf_hub_download(model, "training_args.yaml"))]
+            candidates = [Path(hf_hub_download(model, "training_args.yaml"))]
         except (OSError, HfHubHTTPError):
-            kept = []
-    found = [path for path in kept if path.is_file()]
-    return load_config(found[0]) if found else None
+            candidates = []
+    existing = [path for path in candidates if path.is_file()]
+    return load_config(existing[0]) if existing else None
 
 
 def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> Config:
@@ -113,7 +113,7 @@ def open_for_evaluation(model: str, options: EvaluateOptions) -> tuple[SfumatoPi
     pipe = SfumatoPipeline.from_pretrained(model)
     if pipe.reads in ("masks", "low_res") or pipe.controlnet is not None:
         raise ValueError(f"{model} draws from images; evaluate is for models that draw from text alone")
-    config, advice = config_of(model, options.data, pipe), recommended(model)
+    config, advice = config_of(model, options.data, pipe), recommended_settings(model)
     size, channels = config.data.size, config.data.channels
     if (size, channels) != (pipe.trained_size, pipe.vae.config.in_channels):
         raise ValueError(f"the data are of {size} pixels and {channels} channels, the model draws {pipe.trained_size}")

@@ -40,7 +40,7 @@ def draw_images(
     config: ValidationConfig,
     accelerator: Accelerator,
     batch_size: int = 32,
-    **given: list[np.ndarray],
+    **inputs: list[np.ndarray],
 ) -> list[Image.Image]:
     """One image for each prompt, the same whatever the number of processes: image i has seed `config.seed` + i.
 
@@ -52,15 +52,15 @@ def draw_images(
     """
     pipe.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    drawn = []
+    images_drawn = []
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
-        drawn += pipe(
+        images_drawn += pipe(
             [prompts[i] for i in numbers],
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
-            **{name: [values[i] for i in numbers] for name, values in given.items()},
+            **{name: [values[i] for i in numbers] for name, values in inputs.items()},
         ).images
-    pairs = gather_object(list(zip(mine, drawn)))
+    pairs = gather_object(list(zip(mine, images_drawn)))
     return [image for _, image in sorted(pairs, key=lambda pair: pair[0])]

@@ -1,4 +1,4 @@
-"""What networks see in images, and distances between sets of images in it.
+"""Features of images in the networks that metrics use.
 
 By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights a package carries: nothing is downloaded.
 """
@@ -67,7 +67,7 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
         raise ValueError(f"extractor {source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
     size, clip = getattr(getattr(config, "vision_config", config), "image_size", 224), hasattr(network, "get_image_features")
     half, spread = ([0.481, 0.458, 0.408], [0.269, 0.261, 0.276]) if clip else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    try:  # the model's own preparation of images, where it tells it
+    try:  # the model's own preparation of images, where it has one
         own = AutoImageProcessor.from_pretrained(source)
         half, spread = own.image_mean or half, own.image_std or spread
         side = getattr(own, "crop_size", None) or own.size
@@ -79,8 +79,8 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
     def see(pixels: torch.Tensor) -> torch.Tensor:
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         pixels = ((pixels + 1) / 2 - half) / spread
-        seen = network.get_image_features(pixels) if clip else network(pixels)
-        return (seen if isinstance(seen, torch.Tensor) else seen.pooler_output).flatten(1)
+        output = network.get_image_features(pixels) if clip else network(pixels)
+        return (output if isinstance(output, torch.Tensor) else output.pooler_output).flatten(1)
 
     try:
         with torch.no_grad():
@@ -124,17 +124,17 @@ def compute_features(images: np.ndarray, extractor: str = DEFAULT, batch_size: i
         ValueError: an unknown extractor, or one that cannot be opened.
         ModuleNotFoundError: it needs packages that are not installed (extra `[metrics]`).
     """
-    see, found = load_extractor(extractor), []
+    see, rows = load_extractor(extractor), []
     for start in range(0, len(images), batch_size):
-        found.append(see(to_network(images[start : start + batch_size])).float())
-    return torch.cat(found).numpy()
+        rows.append(see(to_network(images[start : start + batch_size])).float())
+    return torch.cat(rows).numpy()
 
 
 def reference_features(images: ArraySet, extractor: str, cache_dir: str) -> np.ndarray:
     """Features of every record, `(N, D)`; computed once and kept on disk."""
     kind, _, source = extractor.partition(":")
-    found = [Path(source), *Path(source).glob("*.safetensors"), *Path(source).glob("*.json")] if source else []
-    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(found) if f.is_file()]  # that others may take the place of
+    rows = [Path(source), *Path(source).glob("*.safetensors"), *Path(source).glob("*.json")] if source else []
+    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(rows) if f.is_file()]  # that others may take the place of
     if kind == "transformers" and not files:
         from transformers import AutoConfig
 

@@ -116,7 +116,10 @@ def _log_snr(task: DenoisingTask) -> torch.Tensor:
 
 def _errors(task: DenoisingTask, model: torch.nn.Module, probes: list[Probe]) -> list[float]:
     """The error of v for each probe. All that is random is of fixed seeds: a run's own streams would be another yardstick."""
-    device, scheduler, log_snr, streams = task.accelerator.device, task.pipe.scheduler, _log_snr(task), SeededStreams(0)
+    device = task.accelerator.device
+    scheduler = task.pipe.scheduler
+    log_snr = _log_snr(task)
+    streams = SeededStreams(0)
     samples = []
     for probe in probes:
         caption, key = int(task.images.table[probe.index]["first_caption"]), probe.index * (len(EDGES) - 1) + probe.band

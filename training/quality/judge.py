@@ -16,8 +16,11 @@ from sfumato.training.data.array_set import ArraySet
 from sfumato.training.models.text import build_text_encoder, train_tokenizer
 from sfumato.training.quality.features import DEFAULT, compute_features, reference_features, to_network
 
-SIZE, GRID, STEPS, MAX_LENGTH = 128, 8, 800, 256
-ALTERED = 2
+SIZE = 128
+GRID = 8
+STEPS = 800
+MAX_LENGTH = 256
+NUM_ALTERED_COPIES = 2
 # Raise this by hand with every change of code that changes a judge.
 FORMAT_VERSION = 1
 
@@ -64,8 +67,8 @@ class Judge(torch.nn.Module):
 
         `seen`: the images' features, where they are known.
         """
-        told = [self.embed_captions(self.tokens(captions[k : k + 1024])) for k in range(0, len(captions), 1024)]
-        return (self.embed_images(look(images, seen)) @ torch.cat(told).T).numpy()
+        embeds = [self.embed_captions(self.tokens(captions[k : k + 1024])) for k in range(0, len(captions), 1024)]
+        return (self.embed_images(look(images, seen)) @ torch.cat(embeds).T).numpy()
 
 
 def look(images: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
@@ -78,17 +81,17 @@ def look(images: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
 def first_duplicates(images: ArraySet) -> np.ndarray:
     """For each record the number of the first one whose image is the same, pixel for pixel, `(N,)`.
 
-    Captions of such images cannot be told apart by looking, and one that is trained shows what the other one is of.
+    Captions of such images cannot be distinguished by looking, and one that is trained on shows what the other is of.
     """
-    first, found = {}, []
+    first, first_numbers = {}, []
     for i in range(len(images)):
         image = images.image(i)
         digest = hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
-        found.append(first.setdefault(digest, i))
-    return np.array(found)
+        first_numbers.append(first.setdefault(digest, i))
+    return np.array(first_numbers)
 
 
-def altered(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def alter_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """An image `(H, W, C)` uint8 as a drawing may have it: moved, blurred half of the time, a little noisy.
 
     It moves by up to 1/32 of its height, or a pixel.
@@ -129,19 +132,21 @@ def train_judge(images: ArraySet, cache_dir: str, batch_size: int = 256, seed: i
 
 
 def _sights(images: ArraySet, cache_dir: str, seen_in_all: int, seed: int) -> torch.Tensor:
-    """What is to be read of every image as it is and of up to `ALTERED` copies of it, `(1 + copies, N, D)` float16.
+    """What is to be read of every image as it is and of up to `NUM_ALTERED_COPIES` copies of it, `(1 + copies, N, D)` float16.
 
     Of a set so large that `seen_in_all` readings hardly come to each image, fewer copies.
     """
-    known, rng, count = reference_features(images, DEFAULT, cache_dir), np.random.default_rng(seed), len(images)
-    copies = min(ALTERED, seen_in_all // (4 * count))
-    sights = torch.empty((1 + copies, count, look(images.image(0)[None], np.array(known[:1])).shape[1]), dtype=torch.half)
+    reference = reference_features(images, DEFAULT, cache_dir)
+    rng = np.random.default_rng(seed)
+    count = len(images)
+    copies = min(NUM_ALTERED_COPIES, seen_in_all // (4 * count))
+    sights = torch.empty((1 + copies, count, look(images.image(0)[None], np.array(reference[:1])).shape[1]), dtype=torch.half)
     for start in tqdm(range(0, count, 256), desc="looking at altered images", unit="batch"):
         part = slice(start, start + 256)
-        true = np.stack([images.image(i) for i in range(count)[part]])
-        sights[0, part] = look(true, np.array(known[part])).half()
+        originals = np.stack([images.image(i) for i in range(count)[part]])
+        sights[0, part] = look(originals, np.array(reference[part])).half()
         for k in range(copies):
-            sights[1 + k, part] = look(np.stack([altered(image, rng) for image in true])).half()
+            sights[1 + k, part] = look(np.stack([alter_image(image, rng) for image in originals])).half()
     return sights
 
 
@@ -150,7 +155,9 @@ def _fit(
 ) -> None:
     torch.manual_seed(seed)  # others may have drawn since
     judge.mean, judge.std = seen[0].float().mean(0), seen[0].float().std(0) + 1e-3
-    tokens, rng, same = judge.tokens(captions), np.random.default_rng(seed), torch.from_numpy(first_duplicates(images))
+    tokens = judge.tokens(captions)
+    rng = np.random.default_rng(seed)
+    same = torch.from_numpy(first_duplicates(images))
     judge.embed_images(seen[0, :2].float())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)

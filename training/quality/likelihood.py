@@ -59,7 +59,9 @@ def bits_per_dim(
         raise ValueError("num_levels must be at least 2: t = 0 and one of the others")
     count = min(num_levels or steps, steps) - 1
     terms, times = np.zeros(steps), np.zeros(steps)
-    each, prior, decoder = [], [], []
+    each = []
+    prior = []
+    decoder = []
     embeds = pipe.encode_prompt(captions, device, 1, False)[0]
     for i in tqdm(range(len(images)), desc="bits per dimension", unit="image", disable=not progress):
         x_0 = to_pixel_values(images[i : i + 1]).to(device)

@@ -63,11 +63,11 @@ def memorisation(drawn: np.ndarray, unseen: np.ndarray) -> dict[str, float | np.
     return scores
 
 
-def memorised(evaluation: Evaluation) -> dict[str, Score]:
+def memorisation_scores(evaluation: Evaluation) -> dict[str, Score]:
     """See `memorisation`; leaves a sheet of twelve drawings of training captions, from the nearest to the farthest.
 
-    A training caption asks for its training image; a held-out one does not, so what it gets tells copying apart. Its
-    baseline are the true images of the same captions.
+    A training caption asks for its training image; a held-out one does not, so what it gets shows whether the model copies.
+    Its baseline are the true images of the same captions.
     """
     parts, dataset = evaluation.parts, evaluation.dataset
     if not len(parts["held_out"]) + len(parts["combination"]):

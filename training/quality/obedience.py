@@ -111,14 +111,14 @@ def shapes_obedience(images: list[np.ndarray], scenes: list[Scene] | list[Pair])
 
 
 def _pair_right(quarters: list, ground: str, scene: Pair) -> dict[str, bool]:
-    seen = sorted(figure for figure in quarters if figure)
+    figures_read = sorted(figure for figure in quarters if figure)
     colours, shapes = (sorted(values) for values in zip(*scene.figures))
     return {
-        "colours": [colour for colour, _ in seen] == colours,
-        "shapes": sorted(shape for _, shape in seen) == shapes,
+        "colours": [colour for colour, _ in figures_read] == colours,
+        "shapes": sorted(shape for _, shape in figures_read) == shapes,
         "ground": ground == scene.ground,
-        "all": seen == sorted(scene.figures) and ground == scene.ground,
-        "unreadable": len(seen) != 2,
+        "all": figures_read == sorted(scene.figures) and ground == scene.ground,
+        "unreadable": len(figures_read) != 2,
     }
 
 

@@ -23,7 +23,7 @@ def retrieval(evaluation: Evaluation) -> dict[str, Score]:
         for ending, by_caption in evaluation.judge_scores(part, captions).items():
             by_group = np.stack([by_caption[:, columns].max(1) for columns in groups], axis=1)
             own = by_group[np.arange(len(numbers)), [group_of[int(evaluation.duplicates[i])] for i in numbers]]
-            place = (by_group >= own[:, None]).sum(1) - 1  # what cannot be told apart comes before
+            place = (by_group >= own[:, None]).sum(1) - 1  # ties count against the model
             scores[f"retrieval at 1, {label}{ending}"] = mean_score(place < 1)
             scores[f"retrieval at 5, {label}{ending}"] = mean_score(place < 5)
     return scores

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 
 from sfumato.figures import to_pil
-from sfumato.files import put
+from sfumato.files import replace_folder
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.loader import SampleData
@@ -128,7 +128,7 @@ class Autoencoder:
         figures["scaling factor"] = vae.config["scaling_factor"]
         if self.accelerator.is_main_process:
             vae.save_pretrained(folder / ".vae.new")
-            put(folder / ".vae.new", folder / "vae")
+            replace_folder(folder / ".vae.new", folder / "vae")
             (folder / "evaluation.json").write_text(json.dumps(figures, indent=2))
         line = ", ".join(f"{name} {figures[name]:.4g}" for name in ("PSNR", "SSIM", "scaling factor") if name in figures)
         return [f"{outcome.scores_label}: {line}", f"wrote {folder / 'vae'}. Train on it with:  vae.pretrained={folder}"]

@@ -33,7 +33,7 @@ class Control(TextToImage):
     @staticmethod
     def extra_arrays(image: np.ndarray, key: int, streams: Streams) -> dict[str, np.ndarray]:
         """The image's edges as a map `(3, H, W)`, 1 on edges."""
-        return {"map": np.repeat(edges(image)[None], 3, 0).astype(np.float32)}
+        return {"map": np.repeat(find_edges(image)[None], 3, 0).astype(np.float32)}
 
     def network_input(
         self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams
@@ -44,7 +44,7 @@ class Control(TextToImage):
     def follow(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
         """Captions and edge maps `(N, H, W, 3)` uint8 of held-out images, and what is drawn by them."""
         captions, images = captioned_images(self.images, sample_indices(self.images, count))
-        maps = np.stack([np.uint8(255 * edges(image)) for image in images])[..., None].repeat(3, -1)
+        maps = np.stack([np.uint8(255 * find_edges(image)) for image in images])[..., None].repeat(3, -1)
         return captions, maps, self.draw(pipe, captions, control_image=list(maps))
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
@@ -66,13 +66,13 @@ class Control(TextToImage):
 
 def _mean_f1(drawings: list[Image.Image], maps: np.ndarray) -> float:
     """Mean agreement of the edges of drawings with maps `(N, H, W, 3)`."""
-    return float(np.mean([edge_f1(edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(drawings, maps)]))
+    return float(np.mean([edge_f1(find_edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(drawings, maps)]))
 
 
 THRESHOLD = 48  # of 255, in the colour that differs most
 
 
-def edges(image: np.ndarray) -> np.ndarray:
+def find_edges(image: np.ndarray) -> np.ndarray:
     """`(H, W)` bool of an image `(H, W, C)` or `(H, W)` uint8: pixels that differ from their right or lower neighbour."""
     values = image.reshape(*image.shape[:2], -1).astype(int)
     right = np.abs(np.diff(values, axis=1, append=values[:, -1:])).max(-1)
@@ -87,13 +87,13 @@ def _near(marks: np.ndarray) -> np.ndarray:
     return np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
 
 
-def edge_f1(found: np.ndarray, given: np.ndarray) -> float:
+def edge_f1(drawn: np.ndarray, expected: np.ndarray) -> float:
     """How well two edge maps `(H, W)` agree, to one pixel: the harmonic mean of precision and recall; 1 where both are empty.
 
     An edge counts as found where the other map has one on the pixel or beside it, as in the Berkeley benchmark of contours
     (Martin et al. 2004), without its one-to-one matching.
     """
-    if not found.any() or not given.any():
-        return float(found.any() == given.any())
-    precision, recall = _near(given)[found].mean(), _near(found)[given].mean()
+    if not drawn.any() or not expected.any():
+        return float(drawn.any() == expected.any())
+    precision, recall = _near(expected)[drawn].mean(), _near(drawn)[expected].mean()
     return 0.0 if precision + recall == 0 else float(2 * precision * recall / (precision + recall))

@@ -105,11 +105,11 @@ class TextToImage:
         captions = self.images.training_captions()
         pipe = build_pipeline(config, captions, tokenizer)
         warn_of_long_captions(pipe, captions)
-        steps, wanted = pipe.scheduler.config.num_train_timesteps, config.validation.num_inference_steps
-        if wanted > steps:
-            raise ValueError(f"validation.num_inference_steps={wanted}: the model has {steps} steps")
+        steps, num_steps = pipe.scheduler.config.num_train_timesteps, config.validation.num_inference_steps
+        if num_steps > steps:
+            raise ValueError(f"validation.num_inference_steps={num_steps}: the model has {steps} steps")
         sampler = copy.deepcopy(sampling_pipeline(pipe, config.validation).scheduler)
-        sampler.set_timesteps(wanted)  # fails now, not when the first grid is drawn
+        sampler.set_timesteps(num_steps)  # fails now, not when the first grid is drawn
         return pipe
 
     def _speed_up(self) -> None:
@@ -124,7 +124,9 @@ class TextToImage:
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Token ids or embeddings of every caption, and latents of every image where they are kept."""
-        data, pipe, latents = self.config.data, self.pipe, None
+        data = self.config.data
+        pipe = self.pipe
+        latents = None
         if data.cache_latents and is_identity(pipe.vae):
             raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
         if data.cache_embeddings and any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
@@ -137,7 +139,7 @@ class TextToImage:
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""
         o, scheduler = self.config.objective, self.pipe.scheduler
-        torch.manual_seed(int(batch["sample_key"][0]))  # for dropout layers, if the model has any
+        torch.manual_seed(self.streams.torch_seed(int(batch["sample_key"][0])))  # for dropout layers, if the model has any
         u, share = batch["timestep_u"], torch.ones(())
         if self.moments is not None:
             u, share = self.moments.warp(u)
@@ -266,24 +268,24 @@ class TextToImage:
 
     def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
         """See `base.ResultsHalf`: a checkpoint holds the whole `pipeline/`."""
-        pipe, (known, metadata, settings) = self.export_pipe(), self._export_record(state)
+        pipe, (card_facts, metadata, settings) = self.export_pipe(), self._export_record(state)
         run = RunRecord(metadata=metadata, settings=settings)
 
         def write(new: Path, folder: Path) -> None:
-            export_pipeline(pipe, new / "pipeline", known, run=run, where=str(folder / "pipeline"))
+            export_pipeline(pipe, new / "pipeline", card_facts, run=run, where=str(folder / "pipeline"))
 
         return write
 
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
         """Write the scores, the exported folder and, with LoRA, the adapter by itself."""
         config, messages = self.config, []
-        known, metadata, settings = self._export_record(state)
+        card_facts, metadata, settings = self._export_record(state)
         output_dir, pipe = Path(config.output_dir), self.export_pipe()
         folder = output_dir / "pipeline"
         if outcome.scores:
             parts = [f"{k} {v:.1%}" if k.islower() else f"{k} {v:.4g}" for k, v in outcome.scores.items()]
-            known[outcome.scores_label] = ", ".join(parts)
-            messages.append(f"{outcome.scores_label}: {known[outcome.scores_label]}")
+            card_facts[outcome.scores_label] = ", ".join(parts)
+            messages.append(f"{outcome.scores_label}: {card_facts[outcome.scores_label]}")
         if self.accelerator.is_main_process:
             if outcome.scores:
                 (output_dir / "evaluation.json").write_text(json.dumps(outcome.scores, indent=2))
@@ -299,5 +301,5 @@ class TextToImage:
                 curve=loss_curve(output_dir / "metrics.jsonl"),
             )
             weights = WeightFiles(variants=config.hub.variants, raw=raw, max_shard_size=config.hub.max_shard_size)
-            export_pipeline(pipe, folder, known, run=run, weights=weights)
+            export_pipeline(pipe, folder, card_facts, run=run, weights=weights)
         return [*messages, f"wrote {folder}. Open it with:  DiffusionPipeline.from_pretrained({str(folder)!r})"]

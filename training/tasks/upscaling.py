@@ -27,7 +27,7 @@ class Upscaling(TextToImage):
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
-        """Channels for the small image, whose noise level is told by class labels, and a VAE in the stock pipeline's scale."""
+        """Channels for the small image, its noise level as class labels, and a VAE in the stock pipeline's scale."""
         settings = config.section(UpscalingConfig)
 
         def prepare_vae(vae: AutoencoderKL, factor: int) -> None:

@@ -74,10 +74,10 @@ def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -
             captions += [english] + [_plain(alias) for alias in entry.get("alias", [])]
         if code in chinese:
             captions.append(_plain(chinese[code]) + ("国旗" if flag else ""))
-        kept = {}  # the tokenizer lowers case, so captions that differ in case only are one
+        unique = {}  # the tokenizer lowers case, so captions that differ in case only are one
         for caption in captions:
-            kept.setdefault(caption.lower(), caption)
-        if captions := list(kept.values()):
+            unique.setdefault(caption.lower(), caption)
+        if captions := list(unique.values()):
             found.append({"id": name, "captions": captions, "split": _split(code, english), "svg": str(svgs[name])})
     return found
 
@@ -115,8 +115,8 @@ def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> s
     palette = np.array(
         [list(bytes.fromhex(code)) for codes in COLOURS.values() for code in codes] + [[255] * 3, [0] * 3], float
     )
-    apart = np.linalg.norm(image[..., None, :].astype(float) - palette, axis=-1)
-    near = apart.argmin(-1)[apart.min(-1) < reach]
+    distances = np.linalg.norm(image[..., None, :].astype(float) - palette, axis=-1)
+    near = distances.argmin(-1)[distances.min(-1) < reach]
     found = [names[k] for k in near if k < len(names)]
     shares = {name: found.count(name) / max(1, len(found)) for name in COLOURS}
     colour = max(shares, key=lambda name: shares[name])
@@ -125,8 +125,8 @@ def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> s
 
 def add_main_colour(caption: str, image: np.ndarray) -> list[str]:
     """The caption with the image's main colour before it, "pink pig face"; none where it names a colour or a skin tone."""
-    told = {*COLOURS, "black", "white", "tone"} & set(caption.lower().split())
-    colour = None if told else main_colour(image)
+    named = {*COLOURS, "black", "white", "tone"} & set(caption.lower().split())
+    colour = None if named else main_colour(image)
     return [f"{colour} {caption}"] if colour else []
 
 
@@ -139,7 +139,7 @@ SKIN = {
 }
 
 
-def tone_of(caption: str) -> tuple[str | None, str]:
+def split_tone(caption: str) -> tuple[str | None, str]:
     """The one skin tone that a caption names, and the caption without it; None where it names none, or two."""
     found = [tone for tone in sorted(SKIN, key=len, reverse=True) if caption.endswith(tone) or f"{tone} " in f"{caption} "]
     if not found or caption.count("skin tone") != 1:
@@ -153,8 +153,8 @@ def read_tone(image: np.ndarray, reach: float = 24.0, least: float = 0.005) -> s
     Hair has the colour of a darker skin, so of several tones the lightest one counts.
     """
     colours = np.array(list(SKIN.values()), float)
-    apart = np.linalg.norm(image[..., None, :].astype(float) - colours, axis=-1)
-    near = np.where(apart.min(-1) < reach, apart.argmin(-1), -1)
+    distances = np.linalg.norm(image[..., None, :].astype(float) - colours, axis=-1)
+    near = np.where(distances.min(-1) < reach, distances.argmin(-1), -1)
     shares = [(near == k).mean() for k in range(len(colours))]
     return next((tone for tone, share in zip(SKIN, shares) if share >= least), None)
 
@@ -191,4 +191,4 @@ GENDERS = ("man", "woman", "person")
 
 def is_combination(caption: str) -> bool:
     """Whether a caption is one of profession, one skin tone and gender."""
-    return tone_of(caption)[0] is not None and caption.split(" ")[0] in GENDERS
+    return split_tone(caption)[0] is not None and caption.split(" ")[0] in GENDERS

@@ -76,8 +76,8 @@ class Pair:
 
     @property
     def caption(self) -> str:
-        said = [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in self.figures]
-        return f"{said[0]} and {said[1]} on {self.ground}"
+        phrases = [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in self.figures]
+        return f"{phrases[0]} and {phrases[1]} on {self.ground}"
 
 
 @cache

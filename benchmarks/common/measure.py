@@ -1,0 +1,88 @@
+"""The figures by which recipes are compared, of images drawn for the training captions of a set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import with_sampler
+from sfumato.training.config.load import load_config
+from sfumato.training.data.prepare import prepare
+from sfumato.training.quality.distances import frechet_distance, gaussian, kernel_distance
+from sfumato.training.quality.features import compute_features, reference_features
+from sfumato.training.quality.judge import FORMAT_VERSION, train_judge
+
+
+class Yardstick:
+    """FD, KID, retrieval and the mean distance to the caption's own image, over the training captions of `images`."""
+
+    def __init__(self, image_set, cache_dir: str):
+        self.numbers = image_set.select("train")
+        self.captions = [image_set[int(i)]["captions"][0] for i in self.numbers]
+        self.true = reference_features(image_set, "efficientnet-lite0", cache_dir)[self.numbers]
+        self.whole, self.judge = gaussian(self.true), train_judge(image_set, cache_dir)
+
+    def figures(self, made: list) -> dict[str, float | str]:
+        """`made`: an image for each of `captions`, in their order."""
+        made = np.stack([np.asarray(image) for image in made])
+        seen = compute_features(made)
+        scores = self.judge.scores(made, self.captions, seen)
+        own = scores.diagonal()
+        return {
+            "FD": round(frechet_distance(self.whole, seen), 3),
+            "KID": round(kernel_distance(self.true, seen), 5),
+            "retrieval": round(float(np.mean((scores > own[:, None]).sum(1) < 1)), 4),
+            "distance": round(float(np.linalg.norm(seen - self.true, axis=1).mean()), 4),
+            "judge": FORMAT_VERSION,  # judges of other code are others: compare retrieval within one
+        }
+
+
+def rows(path: Path) -> list[dict]:
+    """The rows of figures that are in a file, a JSON object a line; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def begin(path: Path, committed: list[dict]) -> None:
+    """Where there is no file of rows yet, as in a fresh clone, start from those that are committed."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in committed))
+
+
+def train(folder: str, *settings: str) -> None:
+    """Train `configs/demo.yaml` with some settings in one thread of a process of its own; draws and saves only at the end."""
+    quiet = [
+        "validation.every_steps=null",
+        "checkpoint.every_steps=null",
+        "train.trackers=[]",
+        "train.num_threads=1",
+        "checkpoint.resume=auto",
+    ]
+    command = [sys.executable, "training/train.py", "configs/demo.yaml", *quiet, *settings, f"output_dir={folder}"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def judged(folder: str) -> dict:
+    """Figures of a run of ours and what it saw: 12 steps of DPM-Solver++, the better one by FD of the scales 1 and 1.5."""
+    config = load_config(f"{folder}/config.yaml")
+    image_set = prepare(config.data)
+    yardstick, last = (
+        Yardstick(image_set, config.data.cache_dir),
+        json.loads(Path(folder, "metrics.jsonl").open().readlines()[-1]),
+    )
+    pipe, found = with_sampler(SfumatoPipeline.from_pretrained(f"{folder}/pipeline"), "dpm++"), []
+    pipe.set_progress_bar_config(disable=True)
+    for scale in (1.0, 1.5):
+        images = []
+        for start in range(0, len(yardstick.captions), 32):
+            part = yardstick.captions[start : start + 32]
+            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+            images += pipe(part, num_inference_steps=12, guidance_scale=scale, generator=generators).images
+        found.append({**yardstick.figures(images), "weights": "ema", "scale": scale})
+    seen = {"pictures": last["images_seen"], "seconds": round(last["seconds"])}
+    return seen | min(found, key=lambda figures: figures["FD"])
