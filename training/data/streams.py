@@ -238,7 +238,7 @@ def _to_unit(words: torch.Tensor) -> torch.Tensor:
 
 
 _VERSIONS = {1: SeededStreams, 2: PhiloxStreams}
-STREAM_VERSION = 1  # of new runs
+STREAM_VERSION = 2  # of new runs
 
 
 def streams_of(version: int, seed: int) -> Streams:
