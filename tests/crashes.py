@@ -6,17 +6,24 @@ folders (by audit hook), and every safetensors file (by its own function). `befo
 `cut`: killed after the file was written, with half of it cut off.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
 import safetensors.torch
+import tiny
+import torch
+import yaml
 
 from sfumato.training.engine import checkpoints
 from sfumato.training.train import main
@@ -182,61 +189,113 @@ def random_kills(path, run: Path, kills: int, rng, longest: float) -> int:
         wait([child])
 
 
-if __name__ == "__main__":
-    import argparse
-    import functools
-    import random
-    import shutil
-    import tempfile
+VAE = {
+    "block_out_channels": [8, 16],
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+GROWN = {"unet": {}, "scheduler": {}}
 
-    import tiny
-    import torch
 
+def prepare_tasks(root: Path) -> dict[str, dict]:
+    """Task -> its settings; trains in `root` what some of them start from."""
+    base, vae = root / "base", root / "vae"
+    for folder, settings in (
+        (base, {}),
+        (vae, {"task": "autoencoder", "autoencoder": {"model": VAE}}),
+    ):
+        folder.mkdir()
+        assert train(tiny.config_file(folder, train={"max_steps": 2}, data={"num_pictures": 30}, **settings)) == [0]
+    start = {"init_from": str(base / "run"), **GROWN}
+    return {
+        "text_to_image": {},
+        "latents": {"vae": {"pretrained": str(vae / "run")}, "data": {"cache_latents": True}},
+        "lora": {"lora": {"rank": 2}, **start},
+        "control": {"task": "control", **start},
+        "upscaling": {"task": "upscaling"},
+    }
+
+
+def sweep(root: Path, settings: dict, world: int, stride: int) -> dict:
+    """Kill one run at every `stride`-th moment of its second save, resume it, and compare with the uninterrupted one."""
+    root.mkdir()
+
+    def make_config(folder):
+        sections = {
+            "train": {"max_steps": 8, "gradient_accumulation_steps": 2, "batch_size": 4 // world},
+            "checkpoint": {"every_steps": 3},
+            "validation": {"num_judged": 1},
+            **settings,
+        }
+        sections["data"] = {"num_pictures": 30, **sections.get("data", {})}
+        if sections.get("unet") == {}:  # of a model to start from
+            path = tiny.config_file(folder, **{k: v for k, v in sections.items() if k not in GROWN})
+            content = yaml.safe_load(path.read_text())
+            path.write_text(yaml.safe_dump({**content, **GROWN}, allow_unicode=True))
+            return path
+        return tiny.config_file(folder, **sections)
+
+    whole, count = root / "whole", root / "count"
+    for folder in (whole, count):
+        folder.mkdir()
+    assert train(make_config(whole), world=world) == [0] * world
+    expected, outcomes = result(whole / "run"), {}
+    moments = list_moments(make_config(count), nth=2)
+    chosen = cases(moments)[::stride]
+    for number, (kill_at, cut) in enumerate(chosen):
+        what, where = moments[kill_at]
+        name = f"{kill_at} {'after half of' if cut else 'before'} {what} {Path(where or '').name}"
+        folder = root / f"case-{number}"
+        found = recovers(folder, make_config, kill_at, cut, 2, world)
+        outcomes[name] = "exact" if found == expected else found
+        shutil.rmtree(folder)
+        print(root.name, number, len(chosen), name, outcomes[name], flush=True)
+    return {"moments": len(outcomes), "exact": sum(o == "exact" for o in outcomes.values()), "outcomes": outcomes}
+
+
+def sweep_random(root: Path, kills: int) -> dict:
+    """Kill one long run at random times, again and again, and compare with the uninterrupted one."""
+    hashes = []
+    for count in (0, kills):
+        folder = root / f"random-{count}"
+        folder.mkdir()
+        path = tiny.config_file(
+            folder,
+            train={"max_steps": 150, "gradient_accumulation_steps": 2},
+            checkpoint={"every_steps": 1},
+            validation={"num_judged": 1},
+            data={"num_pictures": 30},
+        )
+        random_kills(path, folder / "run", count, random.Random(0), longest=4.0)
+        hashes.append(result(folder / "run"))
+    return {"kills": kills, "exact": hashes[0] == hashes[1]}
+
+
+def main_sweep() -> None:
+    """Sweep what the options name and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/crash_sweep.json")
     parser.add_argument("--kills", type=int, default=100, help="at random times, over one run")
+    parser.add_argument("--tasks", nargs="*", help="default: all")
+    parser.add_argument("--stride", type=int, default=1, help="of the other tasks, each so many-th moment")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    root = Path(tempfile.mkdtemp())
-
-    def make_config(folder, **train_settings):
-        settings = {"max_steps": 8, "gradient_accumulation_steps": 2, **train_settings}
-        return tiny.config_file(
-            folder, train=settings, checkpoint={"every_steps": 3}, validation={"num_judged": 1}, data={"num_pictures": 30}
-        )
-
-    report = {}
-    for world in (1, 2):
-        whole = root / f"whole-{world}"
-        whole.mkdir()
-        assert train(make_config(whole, batch_size=4 // world), world=world) == [0] * world
-        expected, outcomes = result(whole / "run"), {}
-        count = root / f"count-{world}"
-        count.mkdir()
-        moments = list_moments(make_config(count, batch_size=4 // world), nth=2)
-        for number, (kill_at, cut) in enumerate(cases(moments)):
-            what, where = moments[kill_at]
-            name = f"{kill_at} {'after half of' if cut else 'before'} {what} {Path(where or '').name}"
-            folder = root / f"case-{world}-{number}"
-            found = recovers(folder, functools.partial(make_config, batch_size=4 // world), kill_at, cut, 2, world)
-            outcomes[name] = "exact" if found == expected else found
-            shutil.rmtree(folder)
-            print(world, number, len(cases(moments)), name, outcomes[name], flush=True)
-        report[f"{world} processes"] = {
-            "moments": len(outcomes),
-            "exact": sum(outcome == "exact" for outcome in outcomes.values()),
-            "outcomes": outcomes,
-        }
-    long = {"max_steps": 150, "gradient_accumulation_steps": 2}
-    hashes = []
-    for kills in (0, options.kills):
-        folder = root / f"random-{kills}"
-        folder.mkdir()
-        path = tiny.config_file(
-            folder, train=long, checkpoint={"every_steps": 1}, validation={"num_judged": 1}, data={"num_pictures": 30}
-        )
-        random_kills(path, folder / "run", kills, random.Random(0), longest=4.0)
-        hashes.append(result(folder / "run"))
-    report["random kills"] = {"kills": options.kills, "exact": hashes[0] == hashes[1]}
+    root, report = Path(tempfile.mkdtemp()), {}
+    for task, settings in prepare_tasks(root).items():
+        if options.tasks and task not in options.tasks:
+            continue
+        for world in (1, 2):
+            name = f"{task}, {world} process{'es' if world > 1 else ''}"
+            stride = 1 if task == "text_to_image" else options.stride
+            report[name] = sweep(root / name.replace(", ", "-").replace(" ", "-"), settings, world, stride)
+            Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    if options.kills:
+        report["random kills"] = sweep_random(root, options.kills)
     Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
     print({name: {k: v for k, v in entry.items() if k != "outcomes"} for name, entry in report.items()})
+
+
+if __name__ == "__main__":
+    main_sweep()

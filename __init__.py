@@ -1,0 +1,7 @@
+"""A clone of this repository in the working folder is, to Python, a package of the clone's name. Hand over to the real one."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent / "sfumato"
+__path__ = [str(_PACKAGE)]
+exec((_PACKAGE / "__init__.py").read_text(encoding="utf-8"))
