@@ -49,7 +49,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def list_checkpoints(tmp_path_factory):
+def folders(tmp_path_factory):
     """Task -> its exported folder."""
     root, sampler = tmp_path_factory.mktemp("doors"), {"sampler": "unipc"}
     for name in (*KINDS, "vae", "base"):

@@ -4,7 +4,7 @@
     python -m benchmarks.common.structure before=../before after=. [--out benchmarks/results/structure.json]
 
 Counted over `sfumato`, `pipelines`, `schedulers`, `training`, tests apart. An import is upward where it goes to a room
-above its own, by the order of `tests/test_layout.py`; files of the flat layout before 0.2 count as in the room they are in now.
+above, by the order of `tests/test_layout.py`; files of the flat layout before 0.2 count as in the room they are in now.
 """
 
 import argparse
