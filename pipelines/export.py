@@ -277,7 +277,7 @@ def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
         export_pipeline(upscaling_pipe, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
         card = new / "README.md"
         text = card.read_text("utf-8")
-        if "## Larger images" not in text:
+        if f"`{UPSCALER}/` holds a second model" not in text:
             card.write_text(text.replace("## What it is\n", _CASCADE.format(where=where), 1), "utf-8")
 
 
@@ -297,6 +297,7 @@ def _check_replaceable(folder: Path) -> None:
         "samples",
         UPSCALER,
         *CARRIED_FILES,
+        *(path.name for path in folder.glob("*.png")),  # sheets of an evaluation
         *(".DS_Store", ".cache", ".gitattributes"),  # what Finder and downloads from the Hub leave
         *(name for name in parts if not name.startswith("_")),
     }

@@ -177,7 +177,7 @@ def _check_conditions(pipe, call: CallInputs) -> None:
     if call.image is None or call.mask_image is not None or call.strength is not None:
         raise ValueError("an upscaling model takes `image`, the smaller image, and neither `mask_image` nor `strength`")
     limit, level = pipe.config.max_noise_level, call.noise_level
-    if level is not None and not (level == 0 or _is_count(level) and level <= limit):
+    if level is not None and not (type(level) is int and level == 0 or _is_count(level) and level <= limit):
         raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {level!r}")
 
 

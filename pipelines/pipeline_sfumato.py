@@ -89,7 +89,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     _optional_components += ["guider", "low_res_scheduler", "controlnet"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is that of diffusers
         self,
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
@@ -321,7 +321,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return self._call.num_timesteps
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # noqa: C901, PLR0913 - the signature is that of diffusers
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,

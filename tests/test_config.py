@@ -53,6 +53,12 @@ def test_wrong_settings_are_named(tmp_path, override, message):
         load_config(tiny.config_file(tmp_path), override if isinstance(override, list) else [override])
 
 
+def test_a_wrong_type_is_one_line_with_its_key(tmp_path):
+    with pytest.raises(ValueError, match=r"\(key: train.batch_size\)") as told:
+        load_config(tiny.config_file(tmp_path), ["train.batch_size=many"])
+    assert "\n" not in str(told.value)
+
+
 def test_all_wrong_settings_are_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="(?s)optim.lr.*ema.decay"):
         load_config(tiny.config_file(tmp_path), ["optim.lr=0", "ema.decay=2"])

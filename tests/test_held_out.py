@@ -13,8 +13,8 @@ from sfumato.training.quality import drawing, held_out
 from sfumato.training.train import main
 
 
-def task(folder, **sections):
-    config = load_config(tiny.config_file(folder, validation={"num_held_out": 64}, **sections))
+def task(folder, count=16, **sections):
+    config = load_config(tiny.config_file(folder, validation={"num_held_out": count}, **sections))
     return tiny.task(config)
 
 
@@ -41,7 +41,7 @@ def test_the_loss_does_not_depend_on_batch_size_and_recipe(tmp_path):
 @torch.no_grad()
 def test_the_loss_of_a_known_network_is_the_formula(tmp_path):
     """A network that says v = 0 means x_0 = alpha x_t: its error on v is |v|^2, about 1 + small for unit images."""
-    mine = task(tmp_path)
+    mine = task(tmp_path, count=64)
     for parameter in mine.pipe.unet.conv_out.parameters():
         parameter.zero_()
     got = held_out.held_out_loss(mine)
@@ -87,9 +87,10 @@ def test_the_best_by_a_score_of_the_task(tmp_path):
 
 
 def test_the_best_by_features(tmp_path):
-    path = tiny.config_file(tmp_path, checkpoint={"best_by": "FD"}, validation={"every_steps": 6})
+    data = {"name": "openmoji", "words": ["moon"]}
+    path = tiny.config_file(tmp_path, data=data, checkpoint={"best_by": "FD"}, validation={"every_steps": 6})
     assert main([str(path)]) == 0
-    assert told(tmp_path)[-1]["FD"] > 0
+    assert told(tmp_path)[-1]["FD"] > 0 and "KID" in told(tmp_path)[-1]
 
 
 def test_what_is_better():

@@ -243,6 +243,7 @@ def run(tmp_path_factory):
 def test_evaluate_puts_figures_protocol_and_images_into_the_card(run, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(run))
     monkeypatch.setattr("sfumato.training.quality.judge.STEPS", 30)
+    monkeypatch.setattr("sfumato.training.quality.judge.NUM_ALTERED_COPIES", 1)
     folder = run / "run" / "pipeline"
     command = ["evaluate", "--model", str(folder), "--images", "12", "--steps", "2", "--bits", "2"]
     assert cli(command) == 0
@@ -269,9 +270,10 @@ def test_evaluate_puts_figures_protocol_and_images_into_the_card(run, capsys, mo
 
 def test_evaluate_of_a_run_knows_its_data_and_leaves_checkpoints_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sfumato.training.quality.judge.STEPS", 2)
+    monkeypatch.setattr("sfumato.training.quality.judge.NUM_ALTERED_COPIES", 1)
     data = tmp_path / "images"
     data.mkdir()
-    for i in range(150):
+    for i in range(60):
         Image.fromarray(RNG.integers(0, 256, (16, 16, 4)).astype(np.uint8)).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(f"image {i}")
     path = tiny.config_file(tmp_path, data={"name": str(data), "channels": 4},

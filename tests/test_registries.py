@@ -6,13 +6,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import yaml
 
 from sfumato import registries
-from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS, Entry, Metric, Source
+from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS, Entry, Metric, Source, Task
+from sfumato.training.config.load import load_config, settings_of
 
 TOY = '''
 """Two squares, a task with a setting of its own, a metric, a sampler, a guider and a codec."""
@@ -163,8 +166,65 @@ def test_scores_know_which_way_is_better():
     higher = {"PSNR", "SSIM of bicubic", "F1", "all", "colour", "precision"}
     for name in lower | (higher - {"precision"}):
         assert registries.lower_is_better(name) == (name in lower), name
-    with pytest.raises(KeyError):
-        registries.metric_of("nothing")
+    assert registries.metric_of("nothing") is None
+    METRICS.add("size error", Metric(target="a:b", better="lower"))
+    TASKS.add("toy", Task(target="a:b", scores=("strain", "yield"), lower_scores=("strain",)))
+    try:
+        assert registries.lower_is_better("size error") and not registries.lower_is_better("size")
+        assert registries.lower_is_better("strain") and not registries.lower_is_better("yield")
+    finally:
+        METRICS.remove("size error")
+        TASKS.remove("toy")
+
+
+def test_every_score_that_a_run_may_choose_by_is_one_that_is_computed():
+    """What the metrics of training return is what `score_names` offers, and nothing else."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    features = np.random.default_rng(1).normal(size=(12, 8))
+    evaluation = SimpleNamespace(
+        dataset=SimpleNamespace(select=lambda split: np.arange(12)),
+        reference=features,
+        features=features + 1,
+        parts={"train": np.arange(12)},
+        plan=SimpleNamespace(intervals=False),
+        of=lambda part, values: values,
+        config=load_config("shapes", ["validation.num_judged=12"]),
+        draw=lambda captions: images,
+    )
+    for figures in (1, 2):
+        evaluation.config.data.num_figures = figures
+        for name in ("distances", "manifold", "obedience"):
+            returned = set(METRICS[name].compute(evaluation))
+            offered = set(registries.figures_of(name))
+            assert returned <= offered and (returned == offered or name == "obedience"), name
+            for figure in offered - returned:
+                with pytest.raises(ValueError, match="checkpoint.best_by"):
+                    load_config("shapes", [f"checkpoint.best_by={figure}", f"data.num_figures={figures}"])
+    for name in ("retrieval", "attributes", "diversity", "memorisation"):
+        assert registries.figures_of(name) == ()
+
+
+def test_a_broken_plugin_is_left_out_and_the_others_work(monkeypatch):
+    class Point:
+        value = "broken:source"
+
+        def __init__(self, name, load):
+            self.name = name
+            self.load = load
+
+    def broken():
+        raise ImportError("no module of this name")
+
+    points = [Point("broken", broken), Point("whole", lambda: Source(target="a:b"))]
+    monkeypatch.setattr(registries, "entry_points", lambda group: points)
+    found = registries.Registry("source", {})
+    with pytest.warns(UserWarning, match="left out the source 'broken' of broken:source: no module of this name"):
+        assert list(found) == ["whole"]
+
+
+def test_sections_that_a_run_does_not_use_stay_out_of_its_config():
+    plain, large = load_config("shapes"), load_config("shapes", ["task=upscaling"])
+    assert "upscaling" not in settings_of(plain) and settings_of(large)["upscaling"]["factor"] == 2
 
 
 def test_a_registry_is_free_of_torch():

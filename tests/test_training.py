@@ -95,7 +95,7 @@ def test_every_objective_learns_to_overfit_one_image(tmp_path, prediction_type, 
         scheduler={"prediction_type": prediction_type},
         objective={"weight": weight},
         optim={"lr": 3e-3, "lr_warmup_steps": 5, "lr_decay": "constant"},
-        train={"max_steps": 120, "batch_size": 8},
+        train={"max_steps": 80, "batch_size": 8},
         checkpoint={"every_steps": None},
         validation={"num_judged": 1},
     )
@@ -177,6 +177,15 @@ def test_nan_never_reaches_the_weights(tmp_path, monkeypatch):
     assert len(lines) == 8 and lines[-1]["skipped_steps"] == 5 and lines[-1]["loss"] is None
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 3).values())
+
+
+def test_a_fault_in_the_middle_is_not_told_as_a_wrong_setting(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("a fault of the code")
+
+    monkeypatch.setattr(text_to_image, "weighted_mse", broken)
+    with pytest.raises(ValueError, match="a fault of the code"):
+        main([str(tiny.config_file(tmp_path))])
 
 
 def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -139,6 +139,8 @@ def test_it_goes_on_and_resumes_exactly(tmp_path, trained):
         ({"image": SMALL, "strength": 0.5}, "neither `mask_image` nor `strength`"),
         ({"image": SMALL, "noise_level": 351}, "from 0 to 350"),
         ({"image": SMALL, "noise_level": 1.5}, "from 0 to 350"),
+        ({"image": SMALL, "noise_level": 0.0}, "from 0 to 350"),
+        ({"image": SMALL, "noise_level": False}, "from 0 to 350"),
     ],
 )
 def test_wrong_calls_are_told(trained, call, message):

@@ -146,7 +146,7 @@ def _check_best_by(config: Config, images: ArraySet) -> None:
     if by is None or TASKS[config.task].scores:
         return
     metric = metric_of(by)
-    if metric.of == "drawings" and metric.needs:
+    if metric is not None and metric.of == "drawings" and metric.needs:
         if images.has_several_sizes:
             raise ValueError(f"checkpoint.best_by={by}: needs images of one size")
         reference_features(images, DEFAULT, config.data.cache_dir)  # now, which is not training time

@@ -25,18 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     from sfumato.training.config.load import load_config
 
     try:
-        return run_training(load_config(arguments[0], arguments[1:]))
+        config = load_config(arguments[0], arguments[1:])
+        from sfumato.training import loop  # torch and diffusers only now: a wrong setting is reported at once
+
+        run = loop.prepare(config)
     except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
+    return finish_training(run)
 
 
-def run_training(config) -> int:
-    """Train by a config; see `sfumato.api.train`."""
+def finish_training(run) -> int:
+    """Train what `loop.prepare` gives, to its end; the exit code as of `main`."""
     from sfumato.files import CannotSave
-    from sfumato.training import loop  # torch and diffusers only now: a wrong setting is reported at once
+    from sfumato.training import loop
 
-    run = loop.prepare(config)
     try:
         try:
             code = loop.train(run)
@@ -62,7 +65,7 @@ def leave(run) -> None:
     for tracker in run.accelerator.trackers:
         tracker.finish()
     if run.accelerator.num_processes > 1:
-        faulthandler.dump_traceback_later(60, exit=True, file=sys.stderr)
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__ or sys.stderr)
         run.accelerator.state.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
 

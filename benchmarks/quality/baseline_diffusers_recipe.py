@@ -12,7 +12,7 @@
   at 1e-3 after a warm-up of 500 steps, an average over 5% of what was seen at most, captions dropped in one of ten.
 
 UNet and text encoder keep the initialisation of their libraries, which for the text encoder is a handicap: CLIP's embeddings
-of 0.02 drown at first (`training/build.py`). `--embedding-std 0.5` gives it ours, in rows apart ("edm, our embeddings").
+of 0.02 drown at first (`models/build.py`). `--embedding-std 0.5` gives it ours, in other rows ("edm, our embeddings").
 Gradients are clipped to a norm of 1, as diffusers' example does. At each mark the training captions are drawn with the raw and
 the averaged weights, without guidance and, where captions were dropped, with a scale of 1.5; the best by FD is kept. Minutes
 are CPU minutes of training in one thread, so what runs beside is not counted.

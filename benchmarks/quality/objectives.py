@@ -4,7 +4,7 @@
     accelerate launch training/train.py configs/two_shapes.yaml output_dir=runs/two_shapes_v \\
         scheduler.prediction_type=v_prediction
     accelerate launch training/train.py configs/two_shapes_flow.yaml
-    python -m benchmarks.quality.objectives [--pictures 128] [--out benchmarks/results/objectives.json]
+    python -m benchmarks.quality.objectives [--images 128] [--out benchmarks/results/objectives.json]
 
 Each has the loss weight that its config names: x_0 and v min-SNR with a floor of 1 on x_0, flow none.
 Share of held-out captions that are fully right, by sampler and steps, guidance 1.5; and what each run saw in its minutes.

@@ -21,14 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from baseline_diffusers_recipe import RECIPES
 
 from benchmarks.common.chart import lines
 from benchmarks.common.measure import Yardstick, begin, judged, rows, train
+from benchmarks.quality.baseline_diffusers_recipe import RECIPES
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
 
-ROWS, HERE = Path("runs/quality_per_minute.jsonl"), Path(__file__).parent
+ROWS = Path("runs/quality_per_minute.jsonl")
 
 
 def have(**wanted) -> bool:
@@ -36,7 +36,7 @@ def have(**wanted) -> bool:
 
 
 def call(*command: str) -> None:
-    subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, "-m", *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def ours(minutes: float, seed: int) -> None:
@@ -44,7 +44,7 @@ def ours(minutes: float, seed: int) -> None:
     if not have(recipe="ours", minutes=minutes, seed=seed):
         folder = f"runs/quality/ours-{minutes:g}-{seed}"
         train(folder, f"train.max_minutes={minutes}", f"seed={seed}")
-        call(str(HERE / "quality_per_minute.py"), "--judge", folder, "--seed", str(seed), "--ours", str(minutes))
+        call("benchmarks.quality.quality_per_minute", "--judge", folder, "--seed", str(seed), "--ours", str(minutes))
 
 
 def judge(folder: str, minutes: float, seed: int) -> None:
@@ -58,8 +58,8 @@ def judge(folder: str, minutes: float, seed: int) -> None:
 
 def rival(recipe: str, minutes: float, seed: int) -> None:
     if not have(recipe=recipe, minutes=minutes, seed=seed):
-        script = str(HERE / "baseline_diffusers_recipe.py")
-        call(script, "--recipe", recipe, "--minutes", str(minutes), "--seed", str(seed), "--out", str(ROWS))
+        of_run = ("--recipe", recipe, "--minutes", str(minutes), "--seed", str(seed), "--out", str(ROWS))
+        call("benchmarks.quality.baseline_diffusers_recipe", *of_run)
 
 
 def summary() -> dict:

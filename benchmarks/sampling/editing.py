@@ -1,6 +1,6 @@
 """Editing true images of `shapes` with two figures: SDEdit against DDIM inversion, by the strength.
 
-    python -m benchmarks.sampling.editing [--model runs/two_shapes/pipeline] [--pictures 32]
+    python -m benchmarks.sampling.editing [--model runs/two_shapes/pipeline] [--images 32]
         [--out benchmarks/results/editing.json]
 
 The new caption gives one figure another colour. Right: share of results that show the new caption. In place: share in which
@@ -35,7 +35,7 @@ def main() -> None:
     pipe = with_sampler(SfumatoPipeline.from_pretrained(options.model), "ddim")
     pipe.set_progress_bar_config(disable=True)
     size, rng = pipe.unet.config.sample_size, np.random.default_rng(0)
-    scenes = shapes.scenes(held_out=True, count=options.originals, num_figures=2)
+    scenes = shapes.scenes(held_out=True, count=options.images, num_figures=2)
     truth = [shapes.draw(scene, size, rng) for scene in scenes]
     wanted = []
     for i, scene in enumerate(scenes):

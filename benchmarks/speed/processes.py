@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/processes.json")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp())
-    ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
     def launch(processes: int, folder: Path, *overrides: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]

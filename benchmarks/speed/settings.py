@@ -30,8 +30,9 @@ def main() -> None:
     CHILD = """
 import json, resource, statistics, sys, time
 import torch
-from sfumato.training import config as configs, loop
-config = configs.load(sys.argv[1], sys.argv[3:])
+from sfumato.training import loop
+from sfumato.training.config.load import load_config
+config = load_config(sys.argv[1], sys.argv[3:])
 times, write = [], loop.Log.write
 def note(log, entry):
     times.append(time.perf_counter())
@@ -89,7 +90,7 @@ with open(sys.argv[2], "w") as out:
         if entries
     }
     for entry in table.values():
-        entry["pictures_per_second"] = 1000 * entry["pictures"] / entry["step_ms"]
+        entry["images_per_second"] = 1000 * entry["images"] / entry["step_ms"]
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     Path(options.out).write_text(
         json.dumps({"machine": machine, "config": options.config, "table": table, "rounds": rounds}, indent=1) + "\n"

@@ -1,7 +1,7 @@
 """Inpainting: redraw a figure of a true image of `shapes` as another, by blending, RePaint, and a model trained for it.
 
     python -m benchmarks.tasks.inpainting [--model runs/two_shapes/pipeline] [--trained runs/two_shapes_inpainting/pipeline]
-        [--figures 2] [--pictures 64] [--out benchmarks/results/inpainting_two.json]
+        [--figures 2] [--images 64] [--out benchmarks/results/inpainting_two.json]
     python -m benchmarks.tasks.inpainting --model runs/shapes/pipeline --figures 1 --out benchmarks/results/inpainting.json
 
 With one figure the mask is a disc around it, and the caption asks for the same place, size and ground, and another colour and
@@ -42,7 +42,7 @@ def main() -> None:
     if options.trained:
         pipes["trained"] = SfumatoPipeline.from_pretrained(options.trained)
     size, rng = pipes[""].unet.config.sample_size, np.random.default_rng(0)
-    scenes = shapes.scenes(held_out=True, count=options.originals, num_figures=options.figures)
+    scenes = shapes.scenes(held_out=True, count=options.images, num_figures=options.figures)
     truth = [shapes.draw(scene, size, rng) for scene in scenes]
     axis = (np.arange(size) + 0.5) / size
     masks, wanted = [], []

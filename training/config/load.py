@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sfumato.registries import CODECS, METRICS, SOURCES, TASKS, load_object
-from sfumato.training.config.rules import check, settings_without_effect
+from sfumato.training.config.rules import check, named_source, settings_without_effect
 from sfumato.training.config.schema import Config, DataConfig
 
 
@@ -79,10 +79,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"there is no config file at {path}, and no packaged config of this name: {names}")
         layers.append(OmegaConf.from_dotlist(list(overrides)))
         config = _merge(layers, overrides)
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:  # first: some of OmegaConf's are ValueErrors
+        raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
     check(config)
     for line in settings_without_effect(config):
         warnings.warn(line, stacklevel=2)
@@ -114,6 +114,19 @@ def default_config(data: DataConfig | None = None) -> Config:
     return config
 
 
+def settings_of(config: Config) -> dict:
+    """The config as nested dicts, without the sections of entries that it neither names nor changes.
+
+    So a run of one task can be read where a package that adds another one is not installed.
+    """
+    settings, own = asdict(config), {f.name for f in fields(Config)}
+    in_use = {config.task, TASKS[config.task].section, named_source(config)}
+    for f in fields(config):
+        if f.name not in own | in_use and getattr(config, f.name) == type(getattr(config, f.name))():
+            del settings[f.name]
+    return settings
+
+
 def dump_config(config: Config) -> str:
-    """The whole config as YAML, enough to repeat the run."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    """The whole config as YAML, enough to repeat the run; see `settings_of`."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings_of(config)))

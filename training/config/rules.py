@@ -10,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sfumato.registries import GUIDERS, SAMPLERS, SOURCES, TASKS, check_function, metric_of, metrics_for
+from sfumato.registries import (
+    GUIDERS,
+    SAMPLERS,
+    SOURCES,
+    TASKS,
+    Source,
+    Task,
+    figures_of,
+    load_object,
+    metric_of,
+    metrics_for,
+)
 from sfumato.training.config.schema import Config
 
 Need = Callable[[bool, str, str], None]
@@ -79,10 +90,8 @@ def _check_data(config: Config, need: Need) -> None:
         Path(data.name).expanduser()
     except RuntimeError as error:
         need(False, "data.name", str(error))
-    # Also of sources that are not in use: a wrong value is wrong.
-    for entry in SOURCES.values():
-        if source_check := check_function(entry):
-            source_check(config, need)
+    for source, entry in SOURCES.items():
+        _check_entry(config, need, entry, name == source, own_keys(config, source, entry))
 
 
 def _check_text_encoder(config: Config, need: Need) -> None:
@@ -131,8 +140,28 @@ def _check_task(config: Config, need: Need) -> None:
     need(task.plain or config.lora.rank == 0, "lora.rank", "is for task=text_to_image")
     need(config.lora.rank >= 0, "lora.rank", "must not be negative")
     need(config.lora.rank == 0 or config.init_from is not None, "lora.rank", "adapts a trained model: set init_from")
-    if task_check := check_function(task):
-        task_check(config, need)
+    for other, entry in TASKS.items():
+        _check_entry(config, need, entry, name == other, own_keys(config, other, entry))
+
+
+def own_keys(config: Config, name: str, entry: Source | Task) -> tuple[str, ...]:
+    """The keys of the config that have an effect with this source or task alone."""
+    keys = tuple(f"data.{key}" for key in entry.only) if isinstance(entry, Source) else entry.only
+    if entry.settings is None:
+        return keys
+    section = entry.section or name
+    return (*keys, *(f"{section}.{key}" for key in vars(getattr(config, section))))
+
+
+def _check_entry(config: Config, need: Need, entry: Source | Task, in_use: bool, own: tuple[str, ...]) -> None:
+    """Call the check of an entry that is in use; of another whose settings were changed, for these alone.
+
+    A wrong value is wrong, even idle, and yet a package that is installed asks nothing of who does not use it.
+    """
+    default = type(config)()
+    if entry.check is None or not (in_use or any(read_key(config, key) != read_key(default, key) for key in own)):
+        return
+    load_object(entry.check)(config, need if in_use else lambda holds, key, rule: need(holds or key not in own, key, rule))
 
 
 def _check_init_from(config: Config, need: Need) -> None:
@@ -176,7 +205,7 @@ def score_names(config: Config) -> tuple[str, ...]:
     figures = [
         figure
         for name, metric in metrics_for(named_source(config), config.task).items()
-        for figure in (metric.figures or (name,))
+        for figure in figures_of(name)
         if metric.option is None
     ]
     return ("held_out_loss", *figures)
@@ -190,9 +219,11 @@ def _check_best_by(config: Config, need: Need) -> None:
     need(config.validation.every_steps is not None, "checkpoint.best_by", "needs validation.every_steps")
     if by in names:
         metric = metric_of(by)
-        missing = [package for package in metric.needs if importlib.util.find_spec(package) is None]
+        needs = metric.needs if metric else ()
+        missing = [package for package in needs if importlib.util.find_spec(package) is None]
         need(not missing, "checkpoint.best_by", "needs packages: pip install 'sfumato[metrics]'")
-        several = not metric.needs or config.validation.num_judged >= 2
+        of_sets = bool(needs) and metric is not None and metric.of == "drawings"
+        several = not of_sets or config.validation.num_judged >= 2
         need(several, "validation.num_judged", f"must be at least 2 for {by}")
 
 
@@ -274,13 +305,9 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
     for task, entry in TASKS.items():
         own = config.task == task
         rows.append((own, f"another task than {task}", entry.idle))
-        rows.append((not own, f"task={task}", entry.only))
-        if entry.settings is not None:
-            section = entry.section or task
-            keys = tuple(f"{section}.{key}" for key in vars(getattr(config, section)))
-            rows.append((not own, f"task={task}", keys))
-            rows.append((own and grown, "a model that is built from random weights", entry.built))
+        rows.append((not own, f"task={task}", own_keys(config, task, entry)))
+        rows.append((own and grown, "a model that is built from random weights", entry.built))
     for source, entry in SOURCES.items():
         if entry.named:
-            rows.append((name != source, f"data.name={source}", tuple(f"data.{key}" for key in entry.only)))
+            rows.append((name != source, f"data.name={source}", own_keys(config, source, entry)))
     return rows

@@ -151,7 +151,7 @@ class ValidationConfig:
     guider: str = "cfg"  # cfg, apg, zero-star, tangential, magnitude-aware, pag, slg or seg
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # the part of the steps that is guided
     seed: int = 0
-    num_held_out: int = 64  # images of the held-out loss, which goes to validation.jsonl; see training/held_out.py
+    num_held_out: int = 64  # images of the held-out loss, which goes to validation.jsonl; see training/quality/held_out.py
     num_judged: int = 256  # at the end: held-out captions (shapes), or images (upscaling, control)
 
 
@@ -162,7 +162,9 @@ class CheckpointConfig:
     every_steps: int | None = 1000
     keep: int = 2
     resume: str | None = None
-    best_by: str | None = None  # keep the best model in `best/`: by held_out_loss (not where few noise levels are trained:
+    # Keep the best model in `best/`, by held_out_loss, FD, KID, a score of the task's own or a metric's. (Not by
+    # held_out_loss where few noise levels are trained: images went on to get better while it got worse.)
+    best_by: str | None = None
 
 
 @dataclass

@@ -43,7 +43,8 @@ def cache_key(config: DataConfig) -> str:
         except PackageNotFoundError:
             parts[package] = None
     digest = hashlib.sha256(json.dumps(parts).encode())
-    path = Path(config.name).expanduser()
+    named, _, argument = config.name.partition(":")
+    path = Path(argument if named in SOURCES and SOURCES[named].named and argument else config.name).expanduser()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             status = file.stat()
@@ -160,7 +161,10 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
 def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, notes: set[str]) -> tuple[int, np.ndarray]:
     """The number of the bucket whose shape is nearest, and the image in its size."""
     if callable(record.image):  # generated, in the size that is wanted
-        return 0, record.image()
+        try:
+            return 0, record.image()
+        except ValueError as error:
+            raise Unusable(str(error)) from error
     if record.image is None:
         raise Unusable("no image")
     bucket = 0

@@ -7,17 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato.registries import SOURCES
-
-SUFFIXES = set(SOURCES["folder"].claims)
-
-
 MAX_FILE_BYTES = 256_000_000
-
-
 MAX_CAPTION_CHARACTERS = 10_000
-
-
 NAME_THEM = "Name them with data.image_column and data.caption_column"
 
 

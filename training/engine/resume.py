@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from sfumato.files import read_lines
-from sfumato.training.config.load import default_config
+from sfumato.training.config.load import default_config, settings_of
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet, hash_content
 from sfumato.training.engine.checkpoints import find_damage, list_checkpoints
@@ -103,7 +103,7 @@ def last_step(metrics: Path) -> int:
 
 def origin_of(config: Config, accelerator: Accelerator, images: ArraySet, parts: tuple[torch.nn.Module, ...]) -> dict:
     """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE_SECTIONS}
+    settings = {key: value for key, value in settings_of(config).items() if key not in FREE_SECTIONS}
     for section, keys in FREE_KEYS.items():
         settings[section] = {key: value for key, value in settings[section].items() if key not in keys}
     frozen = hashlib.sha256()
@@ -125,9 +125,10 @@ def find_changes(stored: dict, now: dict) -> list[Change]:
     """What differs between two results of `origin_of`, sorted by key."""
     # Through JSON, as the stored one went, so that a tuple equals its list.
     before, after = _flat({k: stored.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
-    # A setting that came with a later version was then what its default says.
+    # A setting that came with a later version was then what its default says, and so is one that is left out.
     default = _flat(json.loads(json.dumps({"config": asdict(default_config())})))
-    before = {**{key: default[key] for key in after.keys() & default.keys()}, **before}
+    default = {key: default[key] for key in (before.keys() | after.keys()) & default.keys()}
+    before, after = {**default, **before}, {**default, **after}
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [Change(key.removeprefix("config."), before.get(key), after.get(key)) for key in changed]
 

@@ -71,7 +71,7 @@ def build_text_encoder(
             )
         )
         # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words are hardly distinguishable at first;
-        # LOG.md has the figures, which one text layer and the data's palette share in.
+        # docs/notebook has the figures, which one text layer and the data's palette share in.
         for module in encoder.modules():
             if isinstance(module, torch.nn.Embedding):
                 torch.nn.init.normal_(module.weight, std=config.embedding_std)

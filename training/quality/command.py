@@ -1,8 +1,10 @@
-"""`sfumato evaluate`: measure a model on an image set, print the figures, and put them into its card."""
+"""`sfumato evaluate`: measure a model on an image set, and put the figures into its card."""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import os
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -139,6 +141,8 @@ def _check_options(model: str, options: EvaluateOptions) -> None:
             raise ValueError(f"{model} is part of a checkpoint, which must stay as it is; name another folder with --out")
         if not (folder / "README.md").is_file():
             raise ValueError(f"{model} has no README.md to put the figures into; name a folder with --out")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{model} is not writable; name another folder for the figures with --out")
     if options.images < 2 or options.bits < 0 or not 0 <= options.seed < 2**62:
         raise ValueError("--images must be at least 2, --bits at least 0, and --seed a number from 0 on, below 2**62")
     if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
@@ -172,12 +176,22 @@ def evaluate(model: str, options: EvaluateOptions) -> Report | None:
     folder = Path(options.out or model)
     if options.out is None and not folder.is_dir():
         return Report(scores=scores, protocol=protocol, sheets=sheets, folder=None)
+    found = Report(scores=scores, protocol=protocol, sheets=sheets, folder=folder)
+    try:
+        _write(found, folder, plan)
+        if options.out is None:
+            rows = {name: (score.value, score.half_width) for name, score in scores.items()}
+            add_evaluation(folder, rows, protocol, public_name(config.data.name), next(iter(sheets), None))
+    except OSError as error:  # a full disk must not cost the figures
+        warnings.warn(f"could not write the figures: {error}", stacklevel=2)
+        return replace(found, folder=None)
+    return found
+
+
+def _write(found: Report, folder: Path, plan: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"scores": {name: asdict(score) for name, score in scores.items()}, "protocol": protocol, "plan": asdict(plan)}
+    scores = {name: asdict(score) for name, score in found.scores.items()}
+    record = {"scores": scores, "protocol": found.protocol, "plan": asdict(plan)}
     (folder / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
-    for name, sheet in sheets.items():
+    for name, sheet in found.sheets.items():
         sheet.save(folder / name)
-    if options.out is None:
-        rows = {name: (score.value, score.half_width) for name, score in scores.items()}
-        add_evaluation(folder, rows, protocol, public_name(config.data.name), next(iter(sheets), None))
-    return Report(scores=scores, protocol=protocol, sheets=sheets, folder=folder)

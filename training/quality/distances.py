@@ -71,18 +71,18 @@ def manifold_scores(real: np.ndarray, drawn: np.ndarray, k: int = 5) -> dict[str
     }
 
 
-def fd(evaluation: Evaluation) -> dict[str, Score]:
-    """The Frechet distance of drawings of training captions to all training images."""
-    train, drawn = _train_and_drawn(evaluation)
-    whole = gaussian(train)
-    return {"FD": jackknife_score(lambda x: frechet_distance(whole, x), drawn)}
-
-
-def kid(evaluation: Evaluation) -> dict[str, Score]:
-    """The kernel distance of drawings of training captions to all training images."""
-    train, drawn = _train_and_drawn(evaluation)
-    within = kernel_within(train)
-    return {"KID": jackknife_score(lambda x: kernel_distance(train, x, within), drawn)}
+def set_distances(evaluation: Evaluation) -> dict[str, Score]:
+    """The Frechet and the kernel distance of drawings of training captions to all training images."""
+    train = evaluation.reference[evaluation.dataset.select("train")]
+    drawn = evaluation.of("train", evaluation.features)
+    whole, within = gaussian(train), kernel_within(train)
+    measures = {
+        "FD": lambda x: frechet_distance(whole, x),
+        "KID": lambda x: kernel_distance(train, x, within),
+    }
+    if not evaluation.plan.intervals:
+        return {name: Score(measure(drawn)) for name, measure in measures.items()}
+    return {name: jackknife_score(measure, drawn) for name, measure in measures.items()}
 
 
 def manifold(evaluation: Evaluation) -> dict[str, Score]:
@@ -90,8 +90,3 @@ def manifold(evaluation: Evaluation) -> dict[str, Score]:
     drawn = evaluation.of("train", evaluation.features)
     values = manifold_scores(evaluation.reference[evaluation.parts["train"]], drawn, k=min(5, len(drawn) - 1))
     return {name: mean_score(v) for name, v in values.items()}
-
-
-def _train_and_drawn(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    train = evaluation.reference[evaluation.dataset.select("train")]
-    return train, evaluation.of("train", evaluation.features)

@@ -20,7 +20,7 @@ def sample_indices(images: ArraySet, count: int) -> list[int]:
 
 
 def sample_captions(images: ArraySet) -> list[str]:
-    """Captions of up to twelve images that `to_show` chooses."""
+    """Captions of up to twelve images that `sample_indices` chooses."""
     return [images[i]["captions"][0] for i in sample_indices(images, 12)]
 
 
@@ -45,7 +45,7 @@ def draw_images(
     """One image for each prompt, the same whatever the number of processes: image i has seed `config.seed` + i.
 
     Args:
-        given: further arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
+        inputs: further arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
 
     Returns:
         All images in order, on every process.

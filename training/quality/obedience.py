@@ -1,4 +1,4 @@
-"""Metrics that are plain functions of images."""
+"""Obedience: a program reads off a drawing of `shapes` what its caption asked for."""
 
 from functools import cache
 from typing import cast

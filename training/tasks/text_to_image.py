@@ -17,7 +17,7 @@ from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.conditions import x0_estimator
 from sfumato.pipelines.export import RunRecord, WeightFiles
 from sfumato.pipelines.guided import NetworkInputs
-from sfumato.registries import Metric, metrics_for
+from sfumato.registries import Metric, figures_of, metrics_for
 from sfumato.training.config.rules import named_source
 from sfumato.training.config.schema import Config
 from sfumato.training.data.cached import cached_latents, cached_texts
@@ -239,9 +239,8 @@ class TextToImage:
     def scores(self) -> tuple[dict[str, float], str]:
         """The metrics of drawings that are measured at every end, and those that `checkpoint.best_by` names."""
         count = self.config.validation.num_judged
-        evaluation = Evaluation(
-            self.export_pipe(), self.config, self.images, self.accelerator, Plan(count=count, parts=("train",))
-        )
+        plan = Plan(count=count, parts=("train",), intervals=False)
+        evaluation = Evaluation(self.export_pipe(), self.config, self.images, self.accelerator, plan)
         scores: dict[str, float] = {}
         labels = []
         for name, metric in metrics_for(named_source(self.config), self.config.task).items():
@@ -256,7 +255,7 @@ class TextToImage:
         return scores, "; ".join(dict.fromkeys(labels))
 
     def _is_wanted(self, name: str, metric: Metric) -> bool:
-        return bool(metric.at_end) or self.config.checkpoint.best_by in (metric.figures or (name,))
+        return bool(metric.at_end) or self.config.checkpoint.best_by in figures_of(name)
 
     def _export_record(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Facts for the card, metadata and settings of an exported folder."""

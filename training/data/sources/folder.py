@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from sfumato.registries import IMAGE_ENDINGS
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.records import MAX_CAPTION_CHARACTERS, NAME_THEM, SUFFIXES, Record, captions_of
+from sfumato.training.data.records import MAX_CAPTION_CHARACTERS, NAME_THEM, Record, captions_of
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
@@ -19,7 +20,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
             return _described(folder, folder / name, config)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if any(path.with_suffix(".txt").is_file() for path in files):
         return (_record(folder, str(p.relative_to(folder)), _text_file(folder, p.with_suffix(".txt"))) for p in files)

@@ -151,6 +151,9 @@ def check(config, need) -> None:
     """Check the settings of this source; see `config.rules`."""
     need(config.data.num_pictures > 0, "data.num_pictures", "must be positive")
     need(config.data.num_figures in (1, 2), "data.num_figures", "must be 1 or 2")
+    absent = ("colours", "shapes") if config.data.num_figures == 1 else ("colour", "shape", "size", "place")
+    fits = config.checkpoint.best_by not in absent
+    need(fits, "checkpoint.best_by", f"data.num_figures={config.data.num_figures} has no score {', '.join(absent)}")
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:

@@ -10,7 +10,7 @@ def import_datasets():
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("parquet files and Hub data sets need a package: pip install 'sfumato[datasets]'") from error
+        raise ModuleNotFoundError("parquet files and Hub data sets need a package: pip install datasets") from error
     return datasets
 
 

@@ -5,8 +5,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from sfumato.registries import IMAGE_ENDINGS
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.records import MAX_FILE_BYTES, SUFFIXES, Record, captions_of
+from sfumato.training.data.records import MAX_FILE_BYTES, Record, captions_of
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
@@ -36,7 +37,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
                         key, parts = here, {}
                     if sum(map(len, parts.values())) + member.size > MAX_FILE_BYTES:
                         continue  # a flood of members under one name
-                    if (ending := ending.lower()) in ("txt", "cls", "json") or f".{ending}" in SUFFIXES:
+                    if (ending := ending.lower()) in ("txt", "cls", "json") or f".{ending}" in IMAGE_ENDINGS:
                         body = archive.extractfile(member)
                         parts.setdefault(ending, b"" if body is None else body.read())
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -46,7 +47,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def _join_members(name: str, parts: dict[str, bytes], config: DataConfig) -> Record:
-    image = next((body for ending, body in parts.items() if f".{ending}" in SUFFIXES), None)
+    image = next((body for ending, body in parts.items() if f".{ending}" in IMAGE_ENDINGS), None)
     caption = None
     try:
         if "json" in parts:
