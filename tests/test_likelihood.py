@@ -82,7 +82,11 @@ def test_the_learned_variance_is_the_one_that_stock_diffusers_samples_with():
 def test_a_trained_model_learns_its_variance_and_tells_its_bits(tmp_path):
     """The hybrid loss through the trainer; the folder opens, draws, and its bound is a sum of its parts."""
     path = tiny.config_file(
-        tmp_path, scheduler={"variance_type": "learned_range"}, train={"max_steps": 30, "batch_size": 16}, optim={"lr": 3e-3}
+        tmp_path,
+        scheduler={"variance_type": "learned_range"},
+        train={"max_steps": 30, "batch_size": 16},
+        optim={"lr": 3e-3},
+        checkpoint={"every_steps": None},
     )
     assert main([str(path)]) == 0
     from sfumato.pipelines import SfumatoPipeline

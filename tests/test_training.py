@@ -95,7 +95,7 @@ def test_every_objective_learns_to_overfit_one_image(tmp_path, prediction_type, 
         scheduler={"prediction_type": prediction_type},
         objective={"weight": weight},
         optim={"lr": 3e-3, "lr_warmup_steps": 5, "lr_decay": "constant"},
-        train={"max_steps": 80, "batch_size": 8},
+        train={"max_steps": 60, "batch_size": 8},
         checkpoint={"every_steps": None},
         validation={"num_judged": 1},
     )
@@ -288,7 +288,9 @@ def launch(path, *overrides):
     )
 
 
-@pytest.mark.parametrize("number, code, workers", [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
+@pytest.mark.parametrize(
+    "number, code, workers", [(signal.SIGTERM, 143, 2), pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_whole_group_saves_and_leaves_with_its_code(tmp_path, number, code, workers):
     train = {"max_steps": 100_000, "num_workers": workers}
     path = tiny.config_file(tmp_path, train=train, checkpoint={"every_steps": None})

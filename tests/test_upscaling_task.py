@@ -92,7 +92,13 @@ def test_noise_on_the_small_image_is_that_of_its_level():
 
 def test_it_learns_to_read_the_small_image(tmp_path):
     path = str(tiny.config_file(tmp_path, task="upscaling", objective={"weight": "min_snr"}))
-    settings = ["train.max_steps=250", "optim.lr=5e-3", "optim.lr_warmup_steps=10", "validation.num_judged=16"]
+    settings = [
+        "train.max_steps=250",
+        "checkpoint.every_steps=null",
+        "optim.lr=5e-3",
+        "optim.lr_warmup_steps=10",
+        "validation.num_judged=16",
+    ]
     settings += ["scheduler.prediction_type=sample", "ema.decay=0.9", "validation.guidance_scale=1", "validation.sampler=ddim"]
     assert main([path, *settings]) == 0
     scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())

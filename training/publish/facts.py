@@ -104,8 +104,11 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
     return rows
 
 
-def metadata(config: Config, images: ArraySet, state: dict) -> dict:
-    """What programs may want to know of a run; it travels in the scheduler's config under `_sfumato`, key `run`."""
+def metadata(config: Config, images: ArraySet, state: dict, settings: str) -> dict:
+    """What programs may want to know of a run; it travels in the scheduler's config under `_sfumato`, key `run`.
+
+    `settings` are its `public_settings`.
+    """
     objective = asdict(config.objective)
     return {
         "step": state["step"],
@@ -115,7 +118,7 @@ def metadata(config: Config, images: ArraySet, state: dict) -> dict:
         "data": {"name": public_name(config.data.name), "fingerprint": images.fingerprint.rsplit("-", 1)[-1]},
         "versions": _versions(),
         "commit": _commit(),
-        "config_sha256": hashlib.sha256(public_settings(config).encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
     }
 
 

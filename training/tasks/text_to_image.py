@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -261,9 +261,13 @@ class TextToImage:
         """Facts for the card, metadata and settings of an exported folder."""
         return (
             facts.facts(self.config, self.accelerator, self.images, state),
-            facts.metadata(self.config, self.images, state),
-            facts.public_settings(self.config),
+            facts.metadata(self.config, self.images, state, self._settings),
+            self._settings,
         )
+
+    @cached_property
+    def _settings(self) -> str:
+        return facts.public_settings(self.config)
 
     def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
         """See `base.ResultsHalf`: a checkpoint holds the whole `pipeline/`."""
