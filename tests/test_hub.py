@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from loopback_hub import Hub
 from PIL import Image
 
+from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.export import RunRecord
-from sfumato.training.train import main
 
 # Draws with whatever class; sfumato cannot be imported. Arguments: a file for the images, then (class, keywords) as JSON.
 LOAD = """
@@ -58,35 +58,40 @@ def hub():
 
 
 def run(hub, home, *command, token="writer", check=True):
-    """A child process that takes `hub` for the Hub; the command `sfumato`, or Python code."""
-    if command[0] == "train":
-        child = train(hub, home, command[1], token)
-        assert not check or child.returncode == 0, child.stderr
-        return child
-    start = [sys.executable, "-m", "sfumato.cli"] if command[0] in ("push", "export", "sample") else [sys.executable, "-c"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    child = subprocess.run(
-        [*start, *map(str, command)], env={**env, "OMP_NUM_THREADS": "1", **hub.env(home, token)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    """A child that takes `hub` for the Hub: the command `sfumato`, or Python code without it.
+
+    What imports torch by `sfumato` is forked from here, where that is done; the rest is a process of its own.
+    """
+    command = [str(part) for part in command]
+    if command[0] in ("train", "export", "sample"):
+        child = forked(hub, home, lambda: main(command), token)
+    else:
+        start = [sys.executable, "-m", "sfumato.cli"] if command[0] == "push" else [sys.executable, "-c"]
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        env |= {"OMP_NUM_THREADS": "1", **hub.env(home, token)}
+        child = subprocess.run([*start, *command], env=env, capture_output=True, text=True, timeout=300)
     assert not check or child.returncode == 0, child.stderr
     return child
 
 
-def train(hub, home, config, token):
-    """The trainer in a fork, which has the imports behind it; the client's settings are as its environment would set them."""
+def forked(hub, home, task, token):
+    """Run `task()` in a fork; the client's settings are as the environment of a new process would set them."""
     home.mkdir(exist_ok=True)
 
-    def task():
+    def child():
         sys.stdout, sys.stderr = (open(home / name, "w", buffering=1) for name in ("out", "err"))
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
             os.environ.pop(name, None)
         os.environ.update(hub.env(home, token))
         constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = hub.url, False, True
-        return main([str(config)])
+        constants.HF_HOME = str(home)
+        constants.HF_HUB_CACHE = str(home / "hub")
+        hf_api.api.endpoint = hub.url
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        return task()
 
-    (code,) = crashes.wait([crashes.fork(task, quiet=False)])
-    return subprocess.CompletedProcess("train", code, (home / "out").read_text(), (home / "err").read_text())
+    (code,) = crashes.wait([crashes.fork(child, quiet=False)])
+    return subprocess.CompletedProcess("fork", code, (home / "out").read_text(), (home / "err").read_text())
 
 
 def load(hub, tmp_path, *doors, home="reader"):
@@ -332,9 +337,10 @@ def test_a_model_with_self_conditioning_opens_by_id_and_its_code_does_not_run(hu
     folder = export_pipeline(pipe, tmp_path / "own", {"title": "Own"})
     (folder / "pipeline.py").write_text((folder / "pipeline.py").read_text() + "\nraise SystemExit('ran')\n")
     run(hub, tmp_path / "home", "push", folder, "own")
-    code = """
-from sfumato.pipelines import SfumatoPipeline
-pipe = SfumatoPipeline.from_pretrained("ada/own")
-print(pipe.reads, pipe("a red circle", num_inference_steps=2).images[0].size)
-"""
-    assert "estimate (16, 16)" in run(hub, tmp_path / "home", code).stdout
+
+    def draw():
+        pipe = SfumatoPipeline.from_pretrained("ada/own")
+        print(pipe.reads, pipe("a red circle", num_inference_steps=2).images[0].size)
+
+    child = forked(hub, tmp_path / "home", draw, "writer")
+    assert child.returncode == 0 and "estimate (16, 16)" in child.stdout, child.stderr
