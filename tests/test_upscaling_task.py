@@ -97,7 +97,7 @@ def test_it_learns_to_read_the_small_image(tmp_path):
         "checkpoint.every_steps=null",
         "optim.lr=5e-3",
         "optim.lr_warmup_steps=10",
-        "validation.num_judged=16",
+        "validation.num_judged=8",
     ]
     settings += ["scheduler.prediction_type=sample", "ema.decay=0.9", "validation.guidance_scale=1", "validation.sampler=ddim"]
     assert main([path, *settings]) == 0
