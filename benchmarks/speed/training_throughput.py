@@ -98,7 +98,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "warmup_steps": options.warmup,
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "pictures_per_second": rate,
+        "images_per_second": rate,
         "overhead_median_of_pairs": statistics.median(ratios),
         "seconds_per_round": rounds,
         "steps_per_round": options.steps,
@@ -106,7 +106,7 @@ def main() -> None:
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
     print(
-        f"pictures/s: bare {rate['bare']:.1f}, trainer {rate['trainer']:.1f}; median overhead {statistics.median(ratios):+.1%}"
+        f"images/s: bare {rate['bare']:.1f}, trainer {rate['trainer']:.1f}; median overhead {statistics.median(ratios):+.1%}"
     )
 
 
