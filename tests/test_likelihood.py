@@ -44,7 +44,7 @@ def right(scheduler, x_t, t):
     return scheduler.convert(x_0.float(), x_t, t, "sample", scheduler.prediction_type), share.float().expand_as(x_t)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_the_bound_of_the_right_network_is_the_entropy_within_one_percent(schedule):
     """Summed over all 1,000 steps, with the variance that is right too; with a fixed one it is above."""
     x_0, entropy = toy(24)

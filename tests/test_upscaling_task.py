@@ -93,7 +93,7 @@ def test_noise_on_the_small_image_is_that_of_its_level():
 def test_it_learns_to_read_the_small_image(tmp_path):
     path = str(tiny.config_file(tmp_path, task="upscaling", objective={"weight": "min_snr"}))
     settings = [
-        "train.max_steps=250",
+        "train.max_steps=160",
         "checkpoint.every_steps=null",
         "optim.lr=5e-3",
         "optim.lr_warmup_steps=10",
