@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
 from sfumato import __version__
-from sfumato.pipelines.inputs import MODES
+from sfumato.pipelines.images import MODES
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 

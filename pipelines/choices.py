@@ -37,10 +37,13 @@ def with_sampler(pipe, name: str):
     config, overrides = dict(pipe.scheduler.config), dict(sampler.overrides)
     notes = dict(config.get("_sfumato") or {})
     kept = ("thresholding", "clip_sample", "variance_type")
-    original = notes.setdefault("trained", {k: config[k] for k in kept if k in config})
+    original = notes["trained"] = {k: config[k] for k in kept if k in config} | notes.get("trained", {})
     config = {k: v for k, v in config.items() if k not in ("algorithm_type", "use_exponential_sigmas")}
     if name != "ddpm" and config.get("variance_type") == "learned_range":  # DPM-Solver would cut three channels off
         overrides = {"variance_type": None, **overrides}
+    if sampler.max_sigma is not None and (betas := levels.capped_betas(sampler.max_sigma)):
+        notes["trained"] = {**original, **{name: config[name] for name in ("trained_betas", "rescale_betas_zero_snr")}}
+        overrides |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
     scheduler = cls.from_config({**config, **original}, **overrides)
     scheduler.register_to_config(_sfumato=notes)
     return replace_components(pipe, scheduler=scheduler)

@@ -46,6 +46,12 @@ def x0_estimator(scheduler):
     return estimated
 
 
+def encode_image(vae, pixels: torch.Tensor) -> torch.Tensor:
+    """The latents `(B, C, h, w)` of pixels `(B, C, H, W)` in [-1, 1], not scaled; of any autoencoder of diffusers."""
+    encoded = vae.encode(pixels)
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+
 def default_size(pipe, image) -> tuple[int, int]:
     """Height and width in pixels where a call names none: the trained ones.
 
@@ -59,7 +65,8 @@ def default_size(pipe, image) -> tuple[int, int]:
         return trained
     if isinstance(first, Image.Image):
         times = factor if factor > 1 else max(1, min(trained) / min(first.size))
-        height, width = first.height * times, first.width * times
+        turned = first.getexif().get(0x0112, 1) >= 5  # lies on its side, see `images.to_8_bits`
+        width, height = (side * times for side in (first.size[::-1] if turned else first.size))
     elif isinstance(first, torch.Tensor) and first.ndim >= 3:
         height, width = (side * factor for side in first.shape[-2:])
     elif isinstance(first, np.ndarray) and first.ndim >= 3:
@@ -94,7 +101,7 @@ def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | 
         size = [side * 2 ** (len(vae.config.block_out_channels) - 1) for side in noise.shape[-2:]]
         mask, pixels = noise.new_ones(len(noise), 1, *size), noise.new_zeros(len(noise), vae.config.in_channels, *size)
     mask = (mask >= 0.5).to(noise)
-    masked_latents = vae.encode(pixels * (1 - mask)).latent_dist.mode() * vae.config.scaling_factor
+    masked_latents = encode_image(vae, pixels * (1 - mask)) * vae.config.scaling_factor
     return torch.cat([F.interpolate(mask, masked_latents.shape[-2:]), masked_latents], dim=1)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato import __version__
 from sfumato.files import replace_folder
-from sfumato.pipelines import conditions, guided, inputs, pipeline_sfumato, stock, trust
+from sfumato.pipelines import conditions, guided, images, inputs, pipeline_sfumato, stock, trust
 from sfumato.pipelines.card import model_card, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
@@ -45,7 +45,7 @@ image = Cascade.from_pretrained("{where}")("").images[0]
 def joined_source() -> str:
     """`pipeline.py`: what travels, as one file without `sfumato` in its imports."""
     schedulers = (scheduling_sfumato_ddpm, scheduling_sfumato_flow)
-    modules = (*schedulers, trust, inputs, conditions, stock, guided, pipeline_sfumato)
+    modules = (*schedulers, trust, images, inputs, conditions, stock, guided, pipeline_sfumato)
     sources = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules)
     sources = [re.sub(r"^from sfumato\.[\w.]+ import (\([^)]*\)|[^(\n]+)\n", "", source, flags=re.M) for source in sources]
     return "\n\n".join([f"# Written by Sfumato {__version__}, Apache-2.0.", *sources])

@@ -3,9 +3,14 @@
 Self-contained on purpose (torch and diffusers only): this file travels inside shared model folders.
 """
 
+import functools
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
@@ -22,11 +27,13 @@ class NetworkInputs:
         class_labels: `(B,)`, the noise level of an upscaling model's image.
         control: `(B, C, H, W)` in [0, 1], the map that a ControlNet follows.
         control_scale: how strongly it does.
+        attention: `cross_attention_kwargs` of the UNet.
     """
 
     class_labels: torch.Tensor | None = None
     control: torch.Tensor | None = None
     control_scale: float = 1.0
+    attention: dict | None = None
 
 
 @dataclass
@@ -39,6 +46,8 @@ class CallState:
         num_timesteps: steps of the scheduler.
         guidance_scale: of the guider; 1 where it has none.
         guided: whether an unconditional prediction is needed.
+        guidance_ended: whether a callback has ended guidance.
+        cross_attention_kwargs: of the call.
     """
 
     num_passes: int = 0
@@ -46,6 +55,8 @@ class CallState:
     num_timesteps: int = 0
     guidance_scale: float = 1.0
     guided: bool = False
+    guidance_ended: bool = False
+    cross_attention_kwargs: dict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +65,42 @@ class Embeds:
 
     positive: torch.Tensor
     negative: torch.Tensor | None = None
+
+
+@dataclass
+class Turn:
+    """Whose turn it is with a scheduler or a network, which keep a state while they draw."""
+
+    lock: Any = field(default_factory=threading.Lock)
+    thread: int | None = None
+
+
+_TURNS: WeakKeyDictionary = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+def one_at_a_time(call: Callable) -> Callable:
+    """Have calls of pipelines in several threads that share a scheduler or a network wait for each other.
+
+    Raises (the call does):
+        RuntimeError: this very thread draws with one of them already: the call comes from its callback.
+    """
+
+    @functools.wraps(call)
+    def wait_and_call(pipe, *arguments, **named):
+        me = threading.get_ident()
+        with _TURNS_LOCK:
+            shared = {id(each): _TURNS.setdefault(each, Turn()) for each in (pipe.scheduler, pipe.unet) if each is not None}
+        if any(turn.thread == me for turn in shared.values()):
+            raise RuntimeError("a callback may not draw with the pipeline that called it; give it one of its own")
+        with ExitStack() as stack:
+            for _, turn in sorted(shared.items()):
+                stack.enter_context(turn.lock)
+                turn.thread = me
+                stack.callback(setattr, turn, "thread", None)
+            return call(pipe, *arguments, **named)
+
+    return wait_and_call
 
 
 def build_guider(cls: type, **settings) -> BaseGuidance:
@@ -136,4 +183,6 @@ def run_network(
         hint = inputs.control.repeat(times, 1, 1, 1)
         down, mid = controlnet(latents, t, context, hint, inputs.control_scale, return_dict=False)
         more |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    if inputs.attention is not None:
+        more["cross_attention_kwargs"] = inputs.attention
     return unet(latents, t, context, **more, return_dict=False)[0]

@@ -11,8 +11,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils import logging
 from PIL import Image
 
+from sfumato.pipelines.images import UnsupportedImage, to_8_bits
+
 logger = logging.get_logger(__name__)
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class CallInputs:
     num_resamples: int
     noise_level: int | None
     control_image: object
+    control_scale: object = 1.0
+    callback: object = None
+    cross_attention_kwargs: object = None
 
 
 def check_inputs(pipe, call: CallInputs) -> None:
@@ -52,6 +56,7 @@ def check_inputs(pipe, call: CallInputs) -> None:
     _check_generator(call, num_images)
     if call.latents is not None:
         factor = pipe.vae_scale_factor
+        _check_floats("latents", call.latents)
         expected = (num_images, pipe.vae.config.latent_channels, call.height // factor, call.width // factor)
         if tuple(call.latents.shape) != expected:
             raise ValueError(f"`latents` must have shape {expected}, got {tuple(call.latents.shape)}")
@@ -59,8 +64,60 @@ def check_inputs(pipe, call: CallInputs) -> None:
     _check_conditions(pipe, call)
     if call.output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
+    if call.callback is not None and not callable(call.callback):
+        raise TypeError(f"`callback_on_step_end` must be a function, got {type(call.callback).__name__}")
+    if call.cross_attention_kwargs is not None and not isinstance(call.cross_attention_kwargs, dict):
+        raise TypeError(f"`cross_attention_kwargs` must be a dict, got {type(call.cross_attention_kwargs).__name__}")
+    names = call.callback_tensors
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {names!r}")
     if unknown := [k for k in call.callback_tensors if k not in pipe._callback_tensor_inputs]:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {pipe._callback_tensor_inputs}, found {unknown}")
+
+
+def _check_floats(name: str, value, ndim: int = 4) -> None:
+    """Refuse what is no dense tensor of finite floats with `ndim` dimensions."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.device.type == "meta" or not value.is_floating_point():
+        raise TypeError(f"`{name}` must be a dense tensor of floats, got {value.dtype}, {value.layout}, on {value.device}")
+    if value.ndim != ndim or not value.numel():
+        raise ValueError(f"`{name}` must have {ndim} dimensions and values, got the shape {tuple(value.shape)}")
+    if not value.isfinite().all():
+        raise ValueError(f"`{name}` holds numbers that are not finite")
+
+
+def _check_embeds(pipe, call: CallInputs) -> None:
+    """Refuse embeddings that the network cannot read, or that do not go with the unconditional ones."""
+    width = pipe.unet.config.cross_attention_dim
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if (value := getattr(call, name)) is not None:
+            _check_floats(name, value, 3)
+            if isinstance(width, int) and value.shape[-1] != width:
+                raise ValueError(f"`{name}` must be as wide as the network reads, {width}, got {value.shape[-1]}")
+    positive, negative = call.prompt_embeds, call.negative_prompt_embeds
+    if positive is None and negative is None:
+        return
+    if pipe.text_encoder is None and (positive is None or negative is None):
+        if positive is None or call.guidance_scale != 1:
+            given, missing = ("negative_prompt_embeds", "prompt_embeds")[:: 1 if positive is None else -1]
+            raise ValueError(f"without a text encoder `{given}` needs `{missing}` beside it, or `guidance_scale`=1")
+        return
+    if positive is not None and negative is not None:
+        if positive.shape != negative.shape and negative.shape != (1, *positive.shape[1:]):
+            raise ValueError(
+                f"`prompt_embeds` {tuple(positive.shape)} and `negative_prompt_embeds` "
+                f"{tuple(negative.shape)} must have the same shape"
+            )
+        return
+    length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
+    name, given = ("prompt_embeds", positive) if positive is not None else ("negative_prompt_embeds", negative)
+    other = "negative_prompt_embeds" if positive is not None else "prompt_embeds"
+    if given is not None and given.shape[1] != length and call.guidance_scale != 1:
+        raise ValueError(
+            f"`{name}` has {given.shape[1]} tokens, and what the text encoder makes beside it has {length}; "
+            f"pass `{other}` of {given.shape[1]} tokens too"
+        )
 
 
 def _is_count(value) -> bool:
@@ -80,6 +137,7 @@ def _check_prompts(pipe, call: CallInputs) -> int:
         raise ValueError("pass exactly one of `prompt` and `prompt_embeds`")
     if call.negative_prompt is not None and call.negative_prompt_embeds is not None:
         raise ValueError("pass at most one of `negative_prompt` and `negative_prompt_embeds`")
+    _check_embeds(pipe, call)
     if call.prompt_embeds is not None:
         batch_size = len(call.prompt_embeds)
     else:
@@ -88,12 +146,6 @@ def _check_prompts(pipe, call: CallInputs) -> int:
         raise ValueError(
             f"{len(call.negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
         )
-    if call.prompt_embeds is not None and call.negative_prompt_embeds is not None:
-        if call.prompt_embeds.shape != call.negative_prompt_embeds.shape:
-            raise ValueError(
-                f"`prompt_embeds` {tuple(call.prompt_embeds.shape)} and `negative_prompt_embeds` "
-                f"{tuple(call.negative_prompt_embeds.shape)} must have the same shape"
-            )
     steered = call.negative_prompt_embeds is not None or any(call.negative_prompt or ())
     if steered and getattr(pipe.guider, "weak", None) is not None:
         raise ValueError("autoguidance steers away from a weaker model, not from a negative prompt; leave it out")
@@ -123,8 +175,8 @@ def _check_guidance(pipe, call: CallInputs) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"`guidance_scale` must be a number, got {type(scale).__name__}: {scale!r}")
-    if not 0 <= scale < float("inf"):
-        raise ValueError(f"`guidance_scale` must be finite and at least 0, got {scale}")
+    if not 0 <= scale <= MAX_GUIDANCE:
+        raise ValueError(f"`guidance_scale` must be finite, at least 0 and at most {MAX_GUIDANCE}, got {scale}")
     settings = {"guidance_scale"} if pipe.guider is None else set(pipe.guider.config)
     second = {"perturbed_guidance_scale", "skip_layer_guidance_scale", "seg_guidance_scale"} & settings
     if scale == 1 and second:
@@ -165,6 +217,9 @@ def _check_images(pipe, call: CallInputs) -> None:
 
 def _check_conditions(pipe, call: CallInputs) -> None:
     """What upscaling models and ControlNets need, and others do not take."""
+    scale = call.control_scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= MAX_GUIDANCE:
+        raise ValueError(f"`controlnet_conditioning_scale` must be a number, at most {MAX_GUIDANCE}, got {scale!r}")
     if (pipe.controlnet is None) != (call.control_image is None):
         missing = "has no ControlNet; leave `control_image` out" if pipe.controlnet is None else "needs `control_image`"
         raise ValueError(f"this model {missing}")
@@ -181,22 +236,40 @@ def _check_conditions(pipe, call: CallInputs) -> None:
         raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {level!r}")
 
 
+MAX_GUIDANCE = 1000  # beyond, half precision overflows and nothing is drawn
+# Largest value of each integer type that has one meaning.
+RANGES = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}
+
+
 def _stack(name: str, value, one_has: int) -> torch.Tensor:
-    """Array, tensor, or list of them as one float tensor with a batch dimension, unsigned integers and bools in [0, 1]."""
+    """Array, tensor, or list of them as one float tensor with a batch dimension; uint8, uint16 and bool in [0, 1]."""
     parts = value if isinstance(value, list) else [value]
     tensors = []
     for part in parts:
         if not isinstance(part, (np.ndarray, torch.Tensor)):
             raise TypeError(f"`{name}` must hold PIL images, arrays or tensors, got {type(part).__name__}")
-        tensor = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
-        if tensor.dtype in (torch.uint8, torch.bool):
-            tensor = tensor.float() / (255 if tensor.dtype == torch.uint8 else 1)
+        try:
+            tensor = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
+        except TypeError as error:
+            raise TypeError(f"`{name}` is an array of {part.dtype}, not of numbers") from error
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.numel():
+            raise ValueError(f"`{name}` must be a dense tensor with values; it is empty, sparse or without data")
+        if tensor.dtype not in RANGES and not tensor.is_floating_point():
+            raise ValueError(f"`{name}` holds {tensor.dtype}, whose range is not known; pass uint8, uint16 or float in [0, 1]")
+        tensor = tensor.float() / RANGES.get(tensor.dtype, 1)
         if isinstance(part, np.ndarray) and tensor.ndim >= 3:  # channels last, as everywhere in diffusers
             tensor = tensor.movedim(-1, -3)
         tensors.append(tensor.float() if tensor.ndim == one_has + 1 else tensor.float()[None])
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
         raise ValueError(f"`{name}` holds images of several sizes: {[tuple(t.shape[1:]) for t in tensors]}")
     return torch.cat(tensors)
+
+
+def _eight_bits(image: Image.Image, channels: int, name: str) -> Image.Image:
+    try:
+        return to_8_bits(image, channels)
+    except UnsupportedImage as error:
+        raise ValueError(f"`{name}`: {error}") from error
 
 
 def _fit_batch(name: str, tensor: torch.Tensor, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
@@ -219,8 +292,8 @@ def to_pixels(
     """`image` as `(B, C, height, width)` in [-1, 1].
 
     Args:
-        image: PIL images, which are resized where they have another size; arrays `(H, W, C)` or tensors `(C, H, W)`, uint8
-            or float in [0, 1], with or without a batch dimension; or a list of any of them.
+        image: PIL images of any mode (see `images.to_8_bits`), resized where they have another size; arrays `(H, W, C)` or
+            tensors `(C, H, W)`, uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list of them.
         channels: C: 1 grey, 3 RGB, 4 RGBA.
         resample: how PIL images are resized.
         name: of the argument, for errors.
@@ -230,7 +303,7 @@ def to_pixels(
     """
     parts = image if isinstance(image, list) else [image]
     if all(isinstance(part, Image.Image) for part in parts):
-        sized = [composite_on_white(part, channels).convert(MODES[channels]) for part in parts]
+        sized = [_eight_bits(part, channels, name) for part in parts]
         sized = [p if p.size == (width, height) else p.resize((width, height), resample) for p in sized]
         image = [np.asarray(part).reshape(height, width, channels) for part in sized]
     pixels = _stack(name, image, one_has=3)
@@ -239,17 +312,8 @@ def to_pixels(
             f"`{name}` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL image"
         )
     if not (torch.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError(f"`{name}` must hold values from 0 to 1 (or be uint8)")
+        raise ValueError(f"`{name}` must hold values from 0 to 1 (or be uint8 or uint16)")
     return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
-
-
-def composite_on_white(image: Image.Image, channels: int) -> Image.Image:
-    """A PIL image whose transparent parts lie on white, as in training; with 4 channels they stay transparent."""
-    if image.mode in ("P", "PA", "LA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if channels != 4:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
 
 
 def to_mask(mask, height: int, width: int, batch_size: int = 1, num_images_per_prompt: int = 1) -> torch.Tensor:
@@ -257,14 +321,14 @@ def to_mask(mask, height: int, width: int, batch_size: int = 1, num_images_per_p
 
     Args:
         mask: PIL images, which are resized where they have another size; arrays or tensors `(H, W)` or `(1, H, W)`
-            (arrays `(H, W, 1)`), bool, uint8 or float in [0, 1], with or without a batch dimension; or a list of them.
+            (arrays `(H, W, 1)`), bool, uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list.
 
     Raises:
         TypeError, ValueError: as `to_pixels`.
     """
     parts = mask if isinstance(mask, list) else [mask]
     if all(isinstance(part, Image.Image) for part in parts):
-        sized = [part.convert("L") for part in parts]
+        sized = [_eight_bits(part, 1, "mask_image") for part in parts]
         sized = [p if p.size == (width, height) else p.resize((width, height), Image.Resampling.BOX) for p in sized]
         mask = [np.asarray(part)[..., None] for part in sized]
     parts = mask if isinstance(mask, list) else [mask]
@@ -275,6 +339,8 @@ def to_mask(mask, height: int, width: int, batch_size: int = 1, num_images_per_p
         raise ValueError(f"`mask_image` must be {height} x {width}, got {tuple(values.shape[1:])}; or pass a PIL image")
     if not (torch.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError("`mask_image` must hold values from 0 (keep) to 1 (redraw)")
+    if values.max() == 0:
+        logger.warning("`mask_image` is 0 everywhere: nothing of `image` is redrawn. White, 1, is what to redraw.")
     return _fit_batch("mask_image", values, batch_size, num_images_per_prompt)
 
 

@@ -21,6 +21,7 @@ from diffusers import (
     ImagePipelineOutput,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
@@ -34,15 +35,24 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.pipelines.conditions import (
     default_size,
+    encode_image,
     extra_input_kind,
     inpainting_condition,
     low_res_condition,
     renoise,
     x0_estimator,
 )
-from sfumato.pipelines.guided import CallState, Embeds, NetworkInputs, build_guider, guided_prediction, weak_embeds
+from sfumato.pipelines.guided import (
+    CallState,
+    Embeds,
+    NetworkInputs,
+    build_guider,
+    guided_prediction,
+    one_at_a_time,
+    weak_embeds,
+)
 from sfumato.pipelines.inputs import CallInputs, check_inputs, to_mask, to_pixels
-from sfumato.pipelines.stock import REMOTE_CLASS, stock_parts, stock_pipeline, write_class
+from sfumato.pipelines.stock import REMOTE_CLASS, check_no_lora, stock_parts, stock_pipeline, write_class
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
@@ -113,6 +123,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         stock: Any = scheduler
         if type(stock) in ours:
             scheduler = ours[type(stock)].from_config(stock.config)
+        # What StableDiffusionPipeline makes of every scheduler; or a saved model would draw otherwise than this one.
+        if getattr(scheduler.config, "steps_offset", 1) != 1:
+            scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -131,6 +144,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             self_conditioning=self_conditioning,
         )  # fmt: skip
         self._call = CallState()
+        self._interrupt = False
         if controlnet is not None and self.reads:
             raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
@@ -159,7 +173,11 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         is opened by this class only; `export_pipeline` puts its code into the folder.)
 
         The guider is a choice of the call, not of the weights, and is not saved. Arguments as for `DiffusionPipeline`.
+
+        Raises:
+            ValueError: a LoRA lies beside the weights.
         """
+        check_no_lora(self)
         stock_parts(self).save_pretrained(save_directory, **kwargs)
         write_class(self, save_directory)
 
@@ -234,7 +252,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         device = self._execution_device
         pixels = to_pixels(image, self.vae.config.in_channels, *size, *batch).to(device, dtype)
         mask = None if mask_image is None else to_mask(mask_image, *size, *batch).to(device, dtype)
-        x_0 = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        x_0 = encode_image(self.vae, pixels) * self.vae.config.scaling_factor
         latent_mask = None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
         return SourceImage(pixels=pixels, mask=mask, x_0=x_0, latent_mask=latent_mask)
 
@@ -311,6 +329,26 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return self._call.guidance_scale
 
     @property
+    def _guidance_scale(self) -> float:
+        """What diffusers' callbacks set to end guidance: at 1 and below the rest of the call is drawn without it."""
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._call.guidance_scale = value
+        self._call.guidance_ended = value <= 1
+
+    @property
+    def cross_attention_kwargs(self) -> dict | None:
+        """Of the call under way, such as `{"scale": 0.5}` for the strength of a LoRA."""
+        return self._call.cross_attention_kwargs
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `pipe._interrupt`, upon which the call takes no further step."""
+        return self._interrupt
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call under way needs an unconditional prediction."""
         return self._call.guided
@@ -321,6 +359,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return self._call.num_timesteps
 
     @torch.no_grad()
+    @one_at_a_time
     def __call__(  # noqa: C901, PLR0913 - the signature is that of diffusers
         self,
         prompt: str | list[str] | None = None,
@@ -345,6 +384,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         noise_level: int | None = None,
         control_image: object | None = None,
         controlnet_conditioning_scale: float = 1.0,
+        cross_attention_kwargs: dict | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw images from text; with `image`, change an image; with `mask_image`, a part of it; or make `image` larger.
 
@@ -370,10 +410,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
             noise_level: timestep whose noise an upscaling model puts on `image`: the more, the more is made up. 20 by default.
             control_image, controlnet_conditioning_scale: the map that the ControlNet follows, as `image`, and how strongly.
+            cross_attention_kwargs: as of the UNet; `{"scale": 0.5}` is the strength of a LoRA.
+
+        A callback may set `pipe._interrupt = True`, upon which no further step is taken. Calls from several threads that share
+        a scheduler or a network wait for each other.
 
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         trained = default_size(self, image)
         height = trained[0] if height is None else height
         width = trained[1] if width is None else width
@@ -400,13 +446,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 num_resamples=num_resamples,
                 noise_level=noise_level,
                 control_image=control_image,
+                control_scale=controlnet_conditioning_scale,
+                callback=callback_on_step_end,
+                cross_attention_kwargs=cross_attention_kwargs,
             ),
         )
 
         guider, weak = self.prepare_guider(guidance_scale)
         self._call = state = CallState(
-            guidance_scale=getattr(guider, "guidance_scale", 1.0), guided=guider._enabled and guider.num_conditions > 1
+            guidance_scale=getattr(guider, "guidance_scale", 1.0),
+            guided=guider._enabled and guider.num_conditions > 1,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
+        self._interrupt = False
         device = self._execution_device
         if weak is not None:
             negative_prompt_embeds = weak_embeds(self, weak, prompt, prompt_embeds, device)
@@ -425,7 +477,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             condition, labels = self.prepare_low_res(image, noise_level, size, batch, generator, dtype)
         if control_image is not None:
             control = self.prepare_control(control_image, size, batch, dtype)
-        inputs = NetworkInputs(class_labels=labels, control=control, control_scale=controlnet_conditioning_scale)
+        inputs = NetworkInputs(
+            class_labels=labels, control=control, control_scale=controlnet_conditioning_scale, attention=cross_attention_kwargs
+        )
 
         noise = self.prepare_noise(len(positive), height, width, dtype, device, generator, latents)
         x: torch.Tensor = noise * self.scheduler.init_noise_sigma
@@ -451,6 +505,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         progress: Any = self.progress_bar
         with progress(total=len(timesteps) // self.scheduler.order) as progress_bar:
             for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
                 last = i == len(timesteps) - 1
                 for again in reversed(range(1 if last else num_resamples)):
                     guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
@@ -471,12 +527,17 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
                     requested = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, i, t, requested)
+                    tensors |= callback_on_step_end(self, i, t, requested) or {}
                     x, positive = tensors["latents"], tensors["prompt_embeds"]
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
+                    if len(positive) != len(x):
+                        raise ValueError(f"the callback returned {len(positive)} `prompt_embeds` for {len(x)} images")
+                    guider._enabled = guider._enabled and not state.guidance_ended
                 if (i + 1) % self.scheduler.order == 0 or last:
                     progress_bar.update()
 
+        if not x.isfinite().all():
+            logger.warning("The drawing is not finite: weights are damaged, or a half precision has overflowed.")
         images: Any = x
         if output_type != "latent":
             images = self.decode_latents(x)

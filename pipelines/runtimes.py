@@ -9,6 +9,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,10 +71,18 @@ def _openvino(unet, inputs: tuple) -> Callable:
 BUILDERS = {"bf16": _bf16, "onnx": _onnx, "openvino": _openvino}
 
 
+def weights_state(network: torch.nn.Module) -> tuple:
+    """What is another where the weights, or the LoRA layers beside them, are others. Reads no weight."""
+    tensors = tuple((t.data_ptr(), t._version) for t in chain(network.parameters(), network.buffers()))
+    layers = [module for module in network.modules() if hasattr(module, "active_adapters") and hasattr(module, "scaling")]
+    return tensors, str([(m.active_adapters, m.disable_adapters, m.merged_adapters, m.scaling) for m in layers])
+
+
 class EngineNetwork(torch.nn.Module):
     """A UNet whose forward pass runs in another engine. All else is asked of the UNet itself.
 
-    Engines are built again after a copy or a round through pickle, since they are of one process.
+    Engines are built again after a copy or a round through pickle, since they are of one process, and when the weights are
+    others: a LoRA was put on, a file loaded, a step of training taken.
 
     Args:
         unet: a stock `UNet2DConditionModel` on the CPU.
@@ -87,6 +96,7 @@ class EngineNetwork(torch.nn.Module):
         self.unet = unet
         self.runtime = runtime
         self.engines: dict[tuple, Callable] = {}
+        self.weights: tuple = ()
 
     def __getattr__(self, name: str):
         try:
@@ -95,12 +105,14 @@ class EngineNetwork(torch.nn.Module):
             return getattr(super().__getattr__("unet"), name)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "engines": {}}
+        return {**self.__dict__, "engines": {}, "weights": ()}
 
     def forward(self, x_t, t, encoder_hidden_states, return_dict: bool = False) -> tuple[torch.Tensor]:
         """As of the UNet, float32 inside."""
         inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
         shapes = tuple(x.shape for x in inputs)
+        if (weights := weights_state(self.unet)) != self.weights:
+            self.engines, self.weights = {}, weights
         if shapes not in self.engines:
             self.engines[shapes] = BUILDERS[self.runtime](self.unet, inputs)
         return (self.engines[shapes](*inputs).to(x_t.dtype),)

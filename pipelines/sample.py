@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from sfumato.figures import grid
+from sfumato.figures import grid, open_image
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.choices import with_guider, with_sampler
@@ -107,8 +107,11 @@ def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Any]
     for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
         if not path:
             continue
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        try:
+            with open_image(Path(path)) as file:
+                image = ImageOps.exif_transpose(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
         scale = min(image.width / width, image.height / height)
         size = round(width * scale), round(height * scale)
         if pipe.reads != "low_res" and size != image.size:

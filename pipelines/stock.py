@@ -46,11 +46,22 @@ def stock_parts(pipe) -> DiffusionPipeline:
     return getattr(diffusers, name)(**parts)
 
 
+def check_no_lora(pipe) -> None:
+    """Raise ValueError for a pipeline with a LoRA beside its weights, which a folder of whole weights would lose or spoil."""
+    for name in ("unet", "text_encoder"):
+        part = getattr(pipe, name)
+        if part is not None and any("lora_" in key for key, _ in part.named_parameters()):
+            raise ValueError(
+                f"a LoRA lies beside the weights of `{name}`, which such a folder cannot hold: first "
+                "`pipe.fuse_lora(); pipe.unload_lora_weights()` to save both as one, or `pipe.save_lora_weights` for it alone"
+            )
+
+
 def stock_scheduler(scheduler):
     """The sampler as a class of diffusers that its pipelines can draw with."""
     if isinstance(scheduler, SfumatoFlowScheduler):
         return scheduler.to_stock()
-    cls = DDPMScheduler if isinstance(scheduler, SfumatoDDPMScheduler) else getattr(scheduler, "stock_class", type(scheduler))
+    cls = DDPMScheduler if isinstance(scheduler, SfumatoDDPMScheduler) else type(scheduler)
     # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
     # 1.0 clips the very same way and is left alone.
     config = dict(scheduler.config)

@@ -14,4 +14,6 @@ def training_scheduler(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler
     if config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch"):
         shift = config.get("flow_shift", config.get("shift", 1.0))
         return SfumatoFlowScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
-    return cast(SfumatoDDPMScheduler, SfumatoDDPMScheduler.from_config(config))
+    trained = (config.get("_sfumato") or {}).get("trained", {})  # a sampler may draw with other levels than were trained
+    levels = {name: trained[name] for name in ("trained_betas", "rescale_betas_zero_snr") if name in trained}
+    return cast(SfumatoDDPMScheduler, SfumatoDDPMScheduler.from_config({**config, **levels}))

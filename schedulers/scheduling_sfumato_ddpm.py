@@ -157,6 +157,23 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         """Thresholding at 1 is clipping to [-1, 1]: the quantile, which costs a sort, cannot matter."""
         return sample.clamp(-1, 1) if self.config["sample_max_value"] == 1 else super()._threshold_sample(sample)
 
+    def capped_betas(self, max_sigma: float) -> list[float] | None:
+        """Betas whose noise sigma = sqrt((1 - abar) / abar) ends at `max_sigma`; None where it never exceeds that.
+
+        The levels beyond, which differ in traces of the image that nothing can make use of, are spread evenly below it.
+        """
+        abar = self.alphas_cumprod.double().numpy()
+        with np.errstate(divide="ignore"):
+            sigma = np.sqrt((1 - abar) / abar)
+        beyond = sigma > max_sigma
+        if not beyond.any():
+            return None
+        first = int(np.argmax(beyond))
+        before = sigma[first - 1] if first else 0.0
+        sigma[first:] = before + (max_sigma - before) * np.arange(1, len(sigma) - first + 1) / (len(sigma) - first)
+        abar = 1 / (1 + sigma**2)
+        return [float(f"{beta:.9g}") for beta in 1 - abar / np.concatenate([[1.0], abar[:-1]])]
+
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t) of timesteps `t`, any shape; 0 at a zero-SNR end."""
         abar = self.alphas_cumprod.to(t.device)[t]

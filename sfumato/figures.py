@@ -1,12 +1,37 @@
 """Grids, sheets and curves: numpy and PIL only."""
 
 import json
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.files import read_lines
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF", "HEIF")
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """An image file or its content, in a plain format; others, such as EPS, run programs on what a stranger wrote.
+
+    Raises:
+        PIL.UnidentifiedImageError: something else.
+    """
+    _register_heif()
+    return Image.open(source if isinstance(source, Path) else BytesIO(source), formats=[n for n in FORMATS if n in Image.OPEN])
+
+
+@cache
+def _register_heif() -> None:
+    """Have Pillow read HEIC, what telephones make, where the extra `sfumato[heic]` is installed."""
+    Image.init()
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
 
 
 def to_arrays(images: list[Image.Image]) -> np.ndarray:

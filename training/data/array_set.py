@@ -41,6 +41,7 @@ class ArraySet(Sequence):
         buckets: the image sizes, (height, width).
         table: an array of `RECORD`, a row a record.
         skipped: reason -> names of the records that could not be used.
+        left_out: reason -> names of what was found and is not part of the set, such as other splits.
         num_records: with those that could not be used.
         noted: what was unusual about images that could -> how many.
         fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same one, however they came
@@ -50,6 +51,7 @@ class ArraySet(Sequence):
     def __init__(self, folder: Path):
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         self.skipped = report["skipped"]
+        self.left_out: dict[str, list[str]] = report.get("left_out", {})
         self.noted = report["noted"]
         self.channels = report["channels"]
         self.num_records = report["records"]

@@ -1,23 +1,32 @@
 """One reader for image files: upright, on white, in the wanted size and channels, or refused with the reason."""
 
 import warnings
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from sfumato.pipelines.inputs import MODES, composite_on_white
+from sfumato.figures import open_image
+from sfumato.pipelines.images import UnsupportedImage, to_8_bits
 from sfumato.training.data.records import Unusable
 
 MAX_PIXELS = 32_000_000
 MIN_SIDE = 4
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
-def _open(source: Path | bytes) -> Image.Image:
-    """An image in a plain format; others, such as EPS, run programs of their own on what a stranger wrote."""
-    return Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS)
+def _unread_reason(source: Path | bytes) -> str:
+    """What a file is that Pillow does not know, and what to do."""
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            start = file.read(12)
+    else:
+        start = source[:12]
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
+        return "HEIC, which needs a package: pip install 'sfumato[heic]'"
+    if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and not features.check("avif"):
+        return "AVIF, which needs a Pillow of 11.3 or later"
+    return "not an image"
 
 
 def read_image(
@@ -39,29 +48,22 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PIL, on large and on odd images: we have our own words for both
-            image = _open(source)
+            image = open_image(source)
             if image.width * image.height > MAX_PIXELS:
                 raise Unusable(f"more than {MAX_PIXELS // 1_000_000} megapixels")
             if min(image.size) < MIN_SIDE:
                 raise Unusable(f"smaller than {MIN_SIDE} pixels")
             if getattr(image, "n_frames", 1) > 1:
                 notes.add("animated: first frame taken")
-            if image.getexif().get(0x0112, 1) != 1:
-                notes.add("turned upright")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: PIL would clip, not scale
-                notes.add("16 bits scaled to 8")
-                deep = np.asarray(image).astype(np.uint32)
-                image = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
-            if image.mode not in ("RGB", "L"):
-                notes.add(f"converted from {image.mode}")
-            image = composite_on_white(image, channels).convert(MODES[channels])
+            image = to_8_bits(image, channels, notes)
     except Unusable:
         raise
     except Image.DecompressionBombError as error:
         raise Unusable(f"more than {MAX_PIXELS // 1_000_000} megapixels") from error
     except Image.UnidentifiedImageError as error:
-        raise Unusable("not an image") from error
+        raise Unusable(_unread_reason(source)) from error
+    except UnsupportedImage as error:
+        raise Unusable(str(error)) from error
     except Exception as error:  # PIL raises nearly anything on a damaged file
         raise Unusable("damaged image") from error
     target_size, resample = (size[1], size[0]), Image.Resampling.LANCZOS
@@ -79,7 +81,7 @@ def read_shape(source: Path | bytes) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _open(source) as image:
+            with open_image(source) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5
                 width, height = image.size[::-1] if turned else image.size
         except Exception:  # PIL raises nearly anything on a damaged file

@@ -24,7 +24,7 @@ from sfumato.training.data.records import Record, Unusable, hash_fraction
 from sfumato.training.data.sources.registry import open_source, source_name
 
 # Raise this by hand with every change of code that changes a prepared byte: tests/test_identity.py has golden hashes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HELD_OUT_SHARE = 0.02
 # Settings that change no prepared image.
 NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings")
@@ -133,9 +133,13 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
     buckets = [(size[0], size[1]) for size in config.buckets] or [(config.resolution, config.resolution)]
     writer, num_records = _Writer(folder, buckets), 0
     skipped: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     noted: dict[str, int] = {}
     try:
         for record in tqdm(records, desc="preparing images", unit=""):
+            if record.left_out:
+                left_out.setdefault(record.left_out, []).append(_utf8(record.name))
+                continue
             if num_records == config.max_records:
                 break
             num_records += 1
@@ -145,7 +149,7 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
                     raise Unusable(record.fault)
                 bucket, image = _fit(record, buckets, config, notes)
             except Unusable as error:
-                skipped.setdefault(error.reason, []).append(record.name.encode("utf-8", "replace").decode())
+                skipped.setdefault(error.reason, []).append(_utf8(record.name))
                 continue
             for note in sorted(notes):
                 noted[note] = noted.get(note, 0) + 1
@@ -154,8 +158,29 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
         writer.close()
     if message := check_usable(config, num_records, writer.num_train, skipped):
         warnings.warn(message, stacklevel=3)
-    report = {"buckets": buckets, "channels": config.channels, "records": num_records, "skipped": skipped, "noted": noted}
+    if left_out:
+        warnings.warn(f"left out of {config.name}: {_count(left_out)}", stacklevel=3)
+    report = {
+        "buckets": buckets,
+        "channels": config.channels,
+        "records": num_records,
+        "skipped": skipped,
+        "left_out": left_out,
+        "noted": noted,
+    }
     writer.finish(report)
+
+
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()
+
+
+def _count(names_by_reason: dict[str, list[str]]) -> str:
+    """How many there are of each, with the first names."""
+    return "; ".join(
+        f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in names_by_reason.items()
+    )
 
 
 def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, notes: set[str]) -> tuple[int, np.ndarray]:
@@ -182,10 +207,7 @@ def check_usable(config: DataConfig, num_records: int, num_train: int, skipped: 
         ValueError: nothing is left to train on, or more than `data.max_bad_share` cannot be used.
     """
     num_skipped = sum(map(len, skipped.values()))
-    report = "; ".join(
-        f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for reason, names in skipped.items()
-    )
+    report = _count(skipped)
     if not num_train:
         raise ValueError(f"{config.name} has no usable image to train on. Skipped: {report or 'none, it is empty'}")
     if num_skipped > config.max_bad_share * num_records:

@@ -1,14 +1,31 @@
-"""A record: one image with its captions, not yet read."""
+"""A record: one image with its captions, not yet read; and which files and members are images, captions or neither.
+
+What a source finds is used, or skipped for a fault, or left out on purpose; all three are counted and named.
+"""
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
+from sfumato.registries import IMAGE_ENDINGS
+
 MAX_FILE_BYTES = 256_000_000
 MAX_CAPTION_CHARACTERS = 10_000
+# Images that nothing here reads: counted and named, rather than passed over.
+UNREAD_ENDINGS = (
+    *(".svg", ".jxl", ".psd", ".xcf", ".eps", ".pdf", ".ai", ".tga", ".ico", ".exr", ".hdr", ".wmf", ".emf"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw", ".raw"),
+)
+# Files that describe a set or belong to a file system; nobody would look for an image in them.
+OTHER_ENDINGS = (
+    *(".txt", ".cls", ".caption", ".csv", ".tsv", ".json", ".jsonl", ".md", ".rst", ".yaml", ".yml", ".toml", ".xml"),
+    *(".html", ".py", ".ipynb", ".log", ".ini", ".db", ".lock", ".parquet", ".arrow", ".sha256", ".md5", ".license"),
+)
+OTHER_NAMES = ("license", "licence", "readme", "thumbs.db", "desktop.ini", "checksums")
 NAME_THEM = "Name them with data.image_column and data.caption_column"
 
 
@@ -33,6 +50,7 @@ class Record:
     captions: list[str] = field(default_factory=list)
     split: str | None = None  # None: decided by the name
     fault: str | None = None  # why it cannot be used
+    left_out: str | None = None  # why it is not part of the set, such as another split; told, but not as a fault
 
 
 def captions_of(value) -> tuple[list[str], str | None]:
@@ -55,3 +73,55 @@ def captions_of(value) -> tuple[list[str], str | None]:
 def hash_fraction(text: str) -> float:
     """A number in [0, 1) that depends on the text alone; used to hold out records."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:4], "big") / 2**32
+
+
+def is_hidden(name: PurePath) -> bool:
+    """Whether a relative path is hidden, or is what a file system keeps beside the files (`._x`, `__MACOSX`)."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.parts)
+
+
+def kind_of(name: str) -> str:
+    """`image`, `unread` (an image in a form that nothing here reads), `other`, or `unknown`, by the name alone."""
+    lower = PurePath(name).name.lower()
+    if lower.endswith(IMAGE_ENDINGS):
+        return "image"
+    if lower.endswith(UNREAD_ENDINGS):
+        return "unread"
+    return "other" if lower.endswith(OTHER_ENDINGS) or lower in OTHER_NAMES else "unknown"
+
+
+def fault_of_kind(name: str) -> str | None:
+    """Why an image of this name cannot be read, or None."""
+    ending = PurePath(name).suffix.lower()
+    return f"{ending} files are not read; convert to PNG or JPEG" if kind_of(name) == "unread" else None
+
+
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a path names, such as `test` of `data/test-00000-of-00001.parquet`; the last word that names one."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
+
+
+def splits_to_leave_out(names: Iterable[str], wanted: str) -> dict[str, str]:
+    """Name -> split of those that belong to another split than `wanted`; none where all are of one split.
+
+    What names no split counts as `train` where others name one.
+
+    Raises:
+        ValueError: none is of the wanted split.
+    """
+    splits = {name: split_of(name) for name in names}
+    present = {split or "train" for split in splits.values()}
+    if len(present) < 2:
+        return {}
+    wanted = SPLIT_WORDS.get(wanted, wanted)
+    if wanted not in present:
+        raise ValueError(f"there is no split {wanted!r}, but {' and '.join(sorted(present))}; choose one with data.split")
+    return {name: split or "train" for name, split in splits.items() if (split or "train") != wanted}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record
-from sfumato.training.data.sources.tables import find_columns, import_datasets, row_record
+from sfumato.training.data.sources.tables import cell_bytes, find_columns, import_datasets, row_record
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
@@ -37,8 +37,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
                     except UnicodeDecodeError:
                         yield Record(f"row {number - 1}", fault="caption is not UTF-8")
                         continue
-                    body = cell if isinstance(cell, bytes) else cell.get("bytes") if isinstance(cell, dict) else None
-                    # No path inside a stranger's table is followed: it may name a file of this machine, or any address.
-                    yield row_record(number - 1, body, value, label_name)
+                    body, fault = cell_bytes(cell)
+                    yield row_record(number - 1, body, value, label_name, fault)
         except (OSError, pyarrow.ArrowException) as error:
             yield Record(path.name, fault=f"damaged parquet file, read up to the damage ({type(error).__name__})")

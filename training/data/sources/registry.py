@@ -3,12 +3,15 @@
 Every source is a generator of `Record`; one that cannot be used says so in `fault` and is counted, never raised.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from sfumato.registries import SOURCES
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.records import Record
+from sfumato.training.data.records import Record, is_hidden, kind_of, splits_to_leave_out
+from sfumato.training.data.sources.folder import TABLES
 
 
 def source_name(name: str) -> str:
@@ -27,7 +30,14 @@ def open_source(config: DataConfig) -> Iterator[Record]:
         ValueError: no such source, or one without captions.
     """
     source, files = _find(config.name)
-    return SOURCES.load(source)(config, files)
+    found = SOURCES.load(source)
+    if source == "folder" or not files:
+        return found(config, files)
+    root = Path(config.name).expanduser()
+    left = splits_to_leave_out([str(file.relative_to(root)) for file in files], config.split) if root.is_dir() else {}
+    chosen = [file for file in files if str(file.relative_to(root)) not in left]
+    others = (Record(name, left_out=f"of the split {split}") for name, split in left.items())
+    return chain(others, found(config, chosen))
 
 
 def _find(name: str) -> tuple[str, list[Path]]:
@@ -45,11 +55,19 @@ def _find(name: str) -> tuple[str, list[Path]]:
 
 
 def _find_files(path: Path) -> tuple[str, list[Path]]:
-    inside = sorted(path.glob("*")) if path.is_dir() else [path]
-    claimed: dict[str, list[Path]] = {}
-    for source, entry in SOURCES.items():
-        if files := [file for file in inside if file.name.lower().endswith(entry.claims)]:
-            claimed[source] = files
+    """The source that reads a folder or file, and its files; those at the top of a folder decide, else those below."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"data.name={str(path)!r} is neither a folder nor a plain file")
+        claimed = _claims([path])
+        if not claimed:
+            endings = ", ".join(known_endings())
+            raise ValueError(f"data.name={str(path)!r}: no source reads such a file; there are {endings}. {_advice([path])}")
+        return next(iter(claimed.items()))
+    files = sorted(file for file in path.rglob("*") if file.is_symlink() or file.is_file())
+    shown = [file for file in files if not is_hidden(file.relative_to(path))]
+    top = [file for file in shown if file.parent == path]
+    claimed = _claims(top) or ({} if any(file.name in TABLES for file in top) else _claims(shown))
     archives = [source for source in claimed if source != "folder"]
     if archives and len(claimed) > 1:
         other = "images" if "folder" in claimed else claimed[archives[1]][0].name
@@ -57,9 +75,42 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
         raise ValueError(f"{path} holds both {other} and {name}; name that file, or put it elsewhere")
     if archives:
         return archives[0], claimed[archives[0]]
-    if path.is_dir():
-        return "folder", claimed.get("folder", [])
-    raise ValueError(f"data.name={str(path)!r}: no source reads such a file; there are {', '.join(known_endings())}")
+    if not claimed and not any(kind_of(file.name) == "unread" for file in shown):
+        raise ValueError(f"{path} has no usable image to train on: {_advice(shown)}")
+    return "folder", files
+
+
+def _claims(files: list[Path]) -> dict[str, list[Path]]:
+    """Source -> those of the files that it reads."""
+    found = {}
+    for source, entry in SOURCES.items():
+        if claimed := [file for file in files if file.name.lower().endswith(entry.claims)]:
+            found[source] = claimed
+    return found
+
+
+# What is often found where images were meant, and what to do.
+ADVICE = {
+    ".arrow": "datasets' save_to_disk wrote it; write it as parquet: load_from_disk(folder).to_parquet('set.parquet')",
+    ".zip": "unpack the .zip",
+    ".rar": "unpack the .rar",
+    ".7z": "unpack the .7z",
+    ".zst": "unpack the .zst",
+    ".csv": "a table must be called metadata.csv and lie beside the images",
+    ".npz": "arrays are not read; save them as PNG",
+    ".npy": "arrays are not read; save them as PNG",
+    ".mp4": "take images out of the videos",
+}
+
+
+def _advice(files: list[Path]) -> str:
+    """What files there are, by their endings, and what to do with them."""
+    if not files:
+        return "it is empty"
+    counts = Counter(file.suffix.lower() or "without an ending" for file in files)
+    held = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(8))
+    todo = [advice for ending, advice in ADVICE.items() if ending in counts]
+    return "; ".join([f"it holds {held}", *todo])
 
 
 def known_endings() -> list[str]:

@@ -22,6 +22,30 @@ def find_columns(features: dict, config: DataConfig) -> tuple[str, str, Callable
     return image, caption, getattr(features.get(caption), "int2str", None)
 
 
+def cell_bytes(cell) -> tuple[bytes | None, str | None]:
+    """The encoded image in a cell, bytes or a struct that has them; or why there is none.
+
+    No path or address inside a stranger's table is followed: it may name a file of this machine, or any server.
+    """
+    if isinstance(cell, dict):
+        if isinstance(cell.get("bytes"), bytes):
+            return cell["bytes"], None
+        cell = cell.get("path")
+        return None, None if cell is None else NO_BYTES
+    if cell is None or isinstance(cell, bytes):
+        return cell, None
+    if isinstance(cell, str):
+        return None, NO_BYTES
+    if isinstance(cell, list) and len(cell) == 1:
+        return cell_bytes(cell[0])
+    if isinstance(cell, list) and cell and isinstance(cell[0], (dict, bytes)):
+        return None, "several images in a cell"
+    return None, f"image is a {type(cell).__name__}, not an encoded file (bytes)"
+
+
+NO_BYTES = "image is a path, not its content; write the table with datasets' Image(), which embeds the files"
+
+
 def row_record(number: int, body: bytes | None, value, label_name, fault: str | None = None) -> Record:
     if label_name and value is not None:
         try:
