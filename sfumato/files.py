@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -44,6 +45,41 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+class Unbroken:
+    """A text stream that goes silent when nobody reads it any more, as `| head` does, rather than end the run."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._silence()
+
+    def _silence(self) -> None:
+        self._stream = open(os.devnull, "w")  # noqa: SIM115  (open for as long as the process is)
+
+
+def go_on_without_readers() -> None:
+    """Let this process outlive those who read what it prints."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), Unbroken):
+            setattr(sys, name, Unbroken(getattr(sys, name)))
 
 
 class CannotSave(Exception):

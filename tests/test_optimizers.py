@@ -67,6 +67,7 @@ def test_a_kernel_moves_as_the_matrix_that_it_is():
     torch.testing.assert_close(*found)
 
 
-def test_muon_needs_matrices_and_others():
-    with pytest.raises(ValueError, match="use adamw"):
-        build_optimizer(OptimConfig(name="muon"), [torch.nn.Parameter(torch.zeros(3))])
+def test_matrices_alone_as_of_a_lora_are_trained_by_adamw():
+    with pytest.warns(UserWarning, match="trained by adamw"):
+        optimizer = build_optimizer(OptimConfig(name="muon"), [torch.nn.Parameter(torch.zeros(3, 3))])
+    assert type(optimizer) is torch.optim.AdamW

@@ -54,6 +54,7 @@ def test_a_run_leaves_everything_where_it_belongs(tmp_path, capsys):
         "pipeline",
         "evaluation.json",
         ".lock",
+        "finished.json",
     }
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 7))
@@ -224,8 +225,15 @@ def test_minutes_end_a_run_and_drive_the_learning_rate(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system ties no process to cores")
-def test_threads_are_as_many_as_the_cores_that_a_run_may_use(tmp_path):
-    """A second thread on one core made a step half as slow again."""
+def test_threads_are_as_many_as_the_cores_that_a_run_may_use(tmp_path, monkeypatch):
+    """A second thread on one core made a step half as slow again. OMP_NUM_THREADS counts before, for doctor as well."""
+    config = load_config(tiny.config_file(tmp_path), ["train.num_threads=null"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert processes.num_threads(config) == 7
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # launched: a 1 is the launcher's own
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert processes.num_threads(config) == len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS")
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         os.sched_setaffinity(0, {min(cores)})

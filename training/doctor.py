@@ -25,6 +25,7 @@ from sfumato.training.data.streams import STREAM_VERSION, streams_of
 from sfumato.training.engine import checkpoints
 from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.engine.processes import num_threads
 from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.tasks.base import Task, TaskContext
 
@@ -52,8 +53,8 @@ def examine(config: Config) -> list[Finding]:
         ValueError: the data or the settings cannot be used at all.
     """
     images, gpu = prepare(config.data), torch.accelerator.is_available()
-    if config.train.num_threads and not gpu:
-        torch.set_num_threads(config.train.num_threads)
+    if not gpu:
+        torch.set_num_threads(num_threads(config))
     accelerator = Accelerator(cpu=not gpu, mixed_precision=config.train.mixed_precision)
     streams = streams_of(STREAM_VERSION, config.seed)
     context = TaskContext(config=config, images=images, accelerator=accelerator, streams=streams)

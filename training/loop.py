@@ -1,8 +1,10 @@
 """The one training loop, top to bottom."""
 
+import hashlib
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from accelerate import Accelerator
 from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
+from sfumato.files import read_lines
 from sfumato.registries import TASKS, metric_of
+from sfumato.training.config.load import dump_config
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.loader import batches
@@ -62,6 +66,7 @@ class Run:
     origin: dict[str, Any]
     checkpoint: Path | None
     best: float | None
+    finished: bool
     pushes: hub.BackgroundPush
     lock: FileLock
 
@@ -128,6 +133,7 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
         origin=origin,
         checkpoint=checkpoint,
         best=None,
+        finished=False,
         pushes=hub.BackgroundPush(output_dir / ".push"),
         lock=lock,
     )
@@ -178,6 +184,8 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
     undone = [change for change in changes if change.undoes_a_result]
     if fraction_done(config, state) >= 1 and undone:
         raise ValueError(f"the run in {config.output_dir} is done; choose another output_dir, or undo this: {undone[0]}")
+    same = read_finished(run).items() >= {"step": state["step"], "settings": settings_hash(config)}.items()
+    run.finished = fraction_done(config, state) >= 1 and same
     state["changes"] = state["changes"] + [f"step {state['step']:,}: {c}" for c in changes if c.is_for_the_card]
     for line in [*changes, *resume.consequences(changes, config)]:
         accelerator.print(f"  {line}")
@@ -186,8 +194,10 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
 def train(run: Run) -> int:
     """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, what the task makes.
 
+    What was owed when the run was cut off, a validation or a push of the checkpoint that it goes on from, is made up for.
+
     Returns:
-        0 done, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+        0 done, 3 diverged, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the end of its terminal.
     """
     config = run.config
     accelerator = run.accelerator
@@ -209,6 +219,7 @@ def train(run: Run) -> int:
     done = fraction_done(config, state)
     stopped = 0
 
+    make_up_for(run, log)
     while done < 1 and not stopped and bad_in_a_row < config.train.max_bad_steps:
         # One optimizer step, its loss summed over the accumulated batches.
         losses = []
@@ -250,15 +261,13 @@ def train(run: Run) -> int:
         if (save_due and finite) or stopped or done >= 1:
             log.sync()
             run.checkpoint = save(run) or run.checkpoint
-            if push_due and accelerator.is_main_process and not stopped and done < 1:
+            if push_due and not stopped and done < 1:
                 push_checkpoint(run)
             save_due = push_due = False
         for line in pushes.new_messages():
             log.say(line)
         if is_due(config.validation.every_steps, state) and done < 1 and not stopped:
-            with averaged_weights(ema, task.module):
-                log.show(state["step"], *task.samples())
-                validate(run, log)
+            show_and_validate(run, log)
 
     stop.release()
     if stopped:
@@ -275,6 +284,24 @@ def train(run: Run) -> int:
     return 0
 
 
+def make_up_for(run: Run, log: Log) -> None:
+    """What was due at the step of the checkpoint that the run goes on from, and was cut off."""
+    config, state = run.config, run.state
+    if run.checkpoint is None or fraction_done(config, state) >= 1:
+        return
+    if is_due(config.hub.every_steps, state):
+        push_checkpoint(run)
+    if is_due(config.validation.every_steps, state) and not run_on_main(run.accelerator, log.was_validated, state["step"]):
+        show_and_validate(run, log)
+
+
+def show_and_validate(run: Run, log: Log) -> None:
+    """A grid of samples, and what is measured on held-out data, of the averaged weights."""
+    with averaged_weights(run.ema, run.task.module):
+        log.show(run.state["step"], *run.task.samples())
+        validate(run, log)
+
+
 def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], str]:
     """Measure on held-out data; where `checkpoint.best_by` says that this is the best model so far, keep it in `best/`.
 
@@ -289,12 +316,12 @@ def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], 
     if last or (by is not None and by not in scores):
         own_scores, label = task.scores()
     scores |= own_scores
-    log.write_validation({**progress(run.state), **scores})
     if by is not None and best.is_better(by, scores[by], run.best):
         run.best = scores[by]
         write = task.checkpoint_writer(run.state)
         if run.accelerator.is_main_process:
             best.save_best(write, run.output_dir / "best", name=by, value=run.best, step=run.state["step"])
+    log.write_validation({**progress(run.state), **scores})  # last: a resumed run takes it for the sign that all is done
     return own_scores, label
 
 
@@ -307,7 +334,37 @@ def finish(run: Run, log: Log) -> None:
     *messages, last = run.task.finish(run.state, outcome)
     for line in messages:
         log.say(line)
+    if run.accelerator.is_main_process:
+        write_finished(run, pushed=None)
     log.close(last)
+
+
+def tell_finished(run: Run) -> bool:
+    """Whether the run had come to its end before; says so, since nothing is done then."""
+    if run.finished:
+        more = "for more, raise train.max_steps or train.max_minutes"
+        run.accelerator.print(f"the run in {run.output_dir} is finished, at step {run.state['step']:,}; {more}")
+    return run.finished
+
+
+def read_finished(run: Run) -> dict[str, Any]:
+    """What `finished.json` says of a run that has come to its end: its `step`, and what `pushed`; nothing before."""
+    lines = read_lines(run.output_dir / "finished.json")
+    return json.loads(lines[0]) if lines else {}
+
+
+def settings_hash(config: Config) -> str:
+    """A hash of all settings but how the run is taken up."""
+    same = replace(config, checkpoint=replace(config.checkpoint, resume=None))
+    return hashlib.sha256(dump_config(same).encode()).hexdigest()[:16]
+
+
+def write_finished(run: Run, pushed: str | None) -> None:
+    """Note that the run has come to its end, after all that belongs to it."""
+    new = run.output_dir / "finished.json.new"
+    note = {"step": run.state["step"], "settings": settings_hash(run.config), "pushed": pushed}
+    new.write_text(json.dumps(note) + "\n")
+    new.replace(run.output_dir / "finished.json")
 
 
 def fraction_done(config: Config, state: dict) -> float:
@@ -338,7 +395,9 @@ def save(run: Run) -> Path | None:
 
 
 def push_checkpoint(run: Run) -> None:
-    """Push the newest checkpoint in the background, to a branch of its own."""
+    """Push the newest checkpoint in the background, to a branch of its own; from the first process."""
+    if not run.accelerator.is_main_process:
+        return
     assert run.checkpoint is not None
     target = hub.Target(
         repo_id=str(run.config.hub.repo_id), private=run.config.hub.private, branch=f"step-{run.state['step']}"
@@ -358,13 +417,14 @@ def push_result(run: Run) -> int:
     run.pushes.wait()
     for line in run.pushes.new_messages():
         print(line)
-    if not h.push:
+    if not h.push or (run.finished and read_finished(run).get("pushed")):
         return 0
     try:
         message = f"Step {run.state['step']}, trained with Sfumato"
         target = hub.Target(repo_id=str(h.repo_id), private=h.private, tag=h.tag, pull_request=h.pull_request)
         address = hub.push(folder, target, message=message)
         print(f"pushed {address}")
+        write_finished(run, pushed=address)
         return 0
     except hub.CannotPush as error:
         print(f"sfumato: not pushed: {error}. Later:  sfumato push {folder} {h.repo_id}", file=sys.stderr)

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged, 4 no room to save, 5 done but
-        not pushed, 130 or 143 stopped by a signal.
+        not pushed, 129, 130 or 143 stopped by a signal.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -37,12 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def finish_training(run) -> int:
     """Train what `loop.prepare` gives, to its end; the exit code as of `main`."""
-    from sfumato.files import CannotSave
+    from sfumato.files import CannotSave, go_on_without_readers
     from sfumato.training import loop
 
+    go_on_without_readers()
     try:
         try:
-            code = loop.train(run)
+            code = 0 if loop.tell_finished(run) else loop.train(run)
         except (CannotSave, OSError) as error:
             print(f"sfumato: {error}", file=sys.stderr)
             return 4

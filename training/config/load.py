@@ -1,12 +1,16 @@
 """YAML and the command line to a config, by OmegaConf, which is known here only."""
 
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -71,13 +75,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"expected key=value, got {', '.join(bad)}")
     try:
         if Path(path).is_file():
-            layers = [OmegaConf.load(path)]
+            text = Path(path).read_text(encoding="utf-8-sig")
         elif str(path) in config_names():
-            layers = [OmegaConf.create(config_text(str(path)))]
+            text = config_text(str(path))
         else:
             names = ", ".join(config_names())
             raise ValueError(f"there is no config file at {path}, and no packaged config of this name: {names}")
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        layers = [_typed(text), _command_line(overrides)]
+        _check_keys(layers)
         config = _merge(layers, overrides)
     except (OmegaConfBaseException, YAMLError, TypeError) as error:  # first: some of OmegaConf's are ValueErrors
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
@@ -89,21 +94,138 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def _leaves(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> annotation of every setting."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        found |= _leaves(hint, f"{prefix}{name}.") if is_dataclass(hint) else {f"{prefix}{name}": hint}
+    return found
+
+
+def _is_text(hint) -> bool:
+    """Whether a setting is a text, or one of several texts, so that what is written is what is meant."""
+    return hint is str or get_origin(hint) is Literal or any(_is_text(part) for part in _alternatives(hint))
+
+
+def _alternatives(hint) -> tuple:
+    """The members of a union such as `str | None`."""
+    return get_args(hint) if type(None) in get_args(hint) else ()
+
+
+def _typed(text: str) -> DictConfig:
+    """A file, its texts as they were written: `007`, `1e3`, `yes` and `2024-01-01` are texts where one is asked for."""
+    layer: Any = OmegaConf.create(text)
+    if not isinstance(layer, DictConfig):
+        raise ValueError("the file holds no settings (key: value)")
+    written = yaml.load(text, yaml.BaseLoader)  # noqa: S506  (all scalars as texts, nothing is constructed)
+    for key, hint in _leaves(config_class()).items():
+        value = OmegaConf.select(layer, key, throw_on_missing=False)
+        if value is not None and (_is_text(hint) or hint == list[str]):
+            raw: Any = written
+            for part in key.split("."):
+                raw = raw.get(part) if isinstance(raw, dict) else None
+            if isinstance(raw, str) if _is_text(hint) else _is_texts(raw):
+                OmegaConf.update(layer, key, raw, merge=False)
+    return layer
+
+
+def _is_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _command_line(overrides: Sequence[str]) -> DictConfig:
+    """`key=value` items; a text is taken as it is written, without quotes around it, and `null` as none where allowed."""
+    hints = _leaves(config_class())
+    layer = OmegaConf.create({})
+    for item in overrides:
+        key, _, value = item.partition("=")
+        hint = hints.get(key)
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        if hint == list[str] and _is_texts(texts := yaml.load(value, yaml.BaseLoader)):  # noqa: S506
+            OmegaConf.update(layer, key, texts)
+        elif hint is not None and _is_text(hint) and not (value in ("null", "~") and type(None) in get_args(hint)):
+            OmegaConf.update(layer, key, yaml.safe_load(value) if quoted else value)
+        else:
+            layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([item]))
+    return layer  # pyright: ignore[reportReturnType]
+
+
+def _check_keys(layers: list[DictConfig]) -> None:
+    """Raise ValueError for a key that there is not, with the nearest that there is."""
+    known = _leaves(config_class())
+    for layer in layers:
+        for key in _keys(OmegaConf.to_container(layer), set(known)):
+            sections = {name.rpartition(".")[0] for name in known} - {""}
+            if key in known or key in sections:
+                continue
+            near = get_close_matches(key, [*known, *sections], 1, 0.75)
+            section, _, name = key.rpartition(".")
+            near = near or [full for full in known if full.rpartition(".")[2] == name][:1]
+            there = ", ".join(full.removeprefix(f"{section}.") for full in known if full.rpartition(".")[0] == section)
+            raise ValueError(f"there is no setting {key}; " + (f"did you mean {near[0]}?" if near else f"there are {there}"))
+
+
+def _keys(content, leaves: set[str], prefix: str = "") -> list[str]:
+    """The dotted keys in nested dicts, down to those of settings."""
+    found = []
+    for name, value in content.items() if isinstance(content, dict) else ():
+        key = f"{prefix}{name}"
+        found += [key] if key in leaves or not isinstance(value, dict) or not value else _keys(value, leaves, f"{key}.")
+    return found
+
+
 def _merge(layers: list, overrides: Sequence[str]) -> Config:
     """The default config under the file under the command line."""
-    if any("${" in OmegaConf.to_yaml(layer) for layer in layers):
-        raise ValueError("values of the form ${...} are not read; a stranger's could name secrets of yours")
     for layer in layers:
         for key in ("train.mixed_precision", "train.compile"):
-            if OmegaConf.select(layer, key) is False:  # what YAML makes of a bare no
+            if str(OmegaConf.select(layer, key)).lower() in ("false", "off"):
                 OmegaConf.update(layer, key, "no")
+    if any("${" in OmegaConf.to_yaml(layer) for layer in layers):
+        raise ValueError("values of the form ${...} are not read; a stranger's could name secrets of yours")
     for item in overrides:
         key, _, value = item.partition("=")
         if value in ("{}", "null") and isinstance(OmegaConf.select(layers[0], key), DictConfig):
             for layer in layers:  # a section of the file that is to be empty
                 OmegaConf.update(layer, key, {}, merge=False)
     merged = OmegaConf.merge(OmegaConf.structured(config_class()), *layers)
-    return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
+    config: Any = OmegaConf.to_object(merged)
+    _check_items(config)
+    return config
+
+
+def _check_items(config: Config) -> None:
+    """Raise ValueError for an item of a list that is of another type than the list is for, or for settings `not finite`."""
+    for key, hint in _leaves(type(config)).items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not _fits(value, hint):
+            raise ValueError(f"{key}={value!r}: must be {_describe(hint)}, with finite numbers")
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of an annotation, lists and all; numbers must be finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if alternatives := _alternatives(hint):
+        return any(_fits(value, part) for part in alternatives)
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if kind is tuple:
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if kind is dict or hint is Any:
+        return all(_fits(item, Any) for item in value.values()) if isinstance(value, dict) else True
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _describe(hint) -> str:
+    """An annotation in words."""
+    return str(hint).replace("<class '", "").replace("'>", "").replace("typing.", "").replace("NoneType", "null")
 
 
 def default_config(data: DataConfig | None = None) -> Config:

@@ -26,6 +26,45 @@ from sfumato.training.config.schema import Config
 
 Need = Callable[[bool, str, str], None]
 
+# Least and greatest value of numbers, both allowed; what none can mean, or what would fill any machine, is a slip of the hand.
+LIMITS = {
+    "data.resolution": (8, 8192),
+    "data.max_records": (1, 10**10),
+    "data.num_pictures": (1, 10**8),
+    "text_encoder.vocab_size": (514, 10**6),
+    "text_encoder.max_length": (3, 4096),
+    "text_encoder.hidden_size": (1, 16384),
+    "text_encoder.num_hidden_layers": (0, 100),
+    "text_encoder.num_attention_heads": (1, 1024),
+    "text_encoder.embedding_std": (1e-6, 100),
+    "lora.rank": (0, 4096),
+    "lora.alpha": (1e-6, 10**6),
+    "objective.log_snr_mean": (-30, 30),
+    "objective.log_snr_std": (1e-3, 30),
+    "objective.min_snr_gamma": (1e-6, 10**6),
+    "objective.p2_gamma": (1e-6, 10),
+    "objective.edm_sigma_data": (1e-4, 1000),
+    "objective.vlb_weight": (0, 1000),
+    "objective.offset_noise": (0, 10),
+    "objective.noise_candidates": (1, 1024),
+    "optim.lr": (1e-12, 10),
+    "optim.eps": (0, 1),
+    "optim.weight_decay": (0, 10),
+    "optim.lr_warmup_steps": (0, 10**9),
+    "optim.max_grad_norm": (1e-9, 10**9),
+    "train.max_steps": (1, 10**10),
+    "train.max_minutes": (1e-6, 10**7),
+    "train.batch_size": (1, 2**16),
+    "train.gradient_accumulation_steps": (1, 2**16),
+    "train.num_workers": (0, 256),
+    "train.num_threads": (1, 1024),
+    "train.max_bad_steps": (1, 10**9),
+    "validation.num_inference_steps": (1, 10**5),
+    "validation.num_held_out": (1, 10**6),
+    "validation.num_judged": (1, 10**6),
+    "checkpoint.keep": (1, 10**5),
+}
+
 
 def check(config: Config) -> None:
     """Refuse what cannot work, all of it at once, before anything is loaded.
@@ -42,6 +81,9 @@ def check(config: Config) -> None:
     if config.task not in TASKS:
         need(False, "task", f"choose one of {', '.join(TASKS)}")
     else:
+        for key, (low, high) in LIMITS.items():
+            value = read_key(config, key)
+            need(value is None or low <= value <= high, key, f"must be from {low:,} to {high:,}")
         _check_data(config, need)
         _check_text_encoder(config, need)
         _check_objective(config, need)
@@ -72,14 +114,15 @@ def named_source(config: Config) -> str | None:
 def _check_data(config: Config, need: Need) -> None:
     data, name = config.data, named_source(config)
     generated = name is not None and SOURCES[name].generated
-    need(data.resolution >= 8, "data.resolution", "must be at least 8 pixels")
     need(0 <= data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
     need(data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
+    need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines ask for")
     need(
         all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and data.buckets),
         "data.buckets",
         "must be pairs [height, width] of at least 8 pixels, and is not for openmoji and shapes, which are square",
     )
+    need(not any(side % 8 for size in data.buckets for side in size), "data.buckets", "sides must be multiples of 8")
     need(data.channels == 3 or not generated, "data.channels", f"{data.name} is drawn in 3 channels")
     need(
         not (data.cache_latents and (data.buckets or data.random_flip)),
@@ -96,25 +139,15 @@ def _check_data(config: Config, need: Need) -> None:
 
 def _check_text_encoder(config: Config, need: Need) -> None:
     encoder = config.text_encoder
-    need(encoder.vocab_size >= 514, "text_encoder.vocab_size", "must be at least 514 (all bytes and two marks)")
-    need(encoder.max_length >= 3, "text_encoder.max_length", "must be at least 3")
-    need(encoder.embedding_std > 0, "text_encoder.embedding_std", "must be positive")
     heads = encoder.num_attention_heads
-    need(heads > 0 and encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads")
+    need(heads < 1 or encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads")
 
 
 def _check_objective(config: Config, need: Need) -> None:
     o, flow = config.objective, config.objective.target == "flow"
     need(0 <= o.caption_dropout <= 1, "objective.caption_dropout", "must be in [0, 1]")
-    need(o.log_snr_std > 0, "objective.log_snr_std", "must be positive")
-    need(o.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
     floor_fits = 0 <= o.min_snr_floor <= o.min_snr_gamma
     need(floor_fits, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={o.min_snr_gamma}]")
-    need(o.p2_gamma > 0, "objective.p2_gamma", "must be positive")
-    need(o.edm_sigma_data > 0, "objective.edm_sigma_data", "must be positive")
-    need(o.vlb_weight >= 0, "objective.vlb_weight", "must not be negative")
-    need(o.offset_noise >= 0, "objective.offset_noise", "must not be negative")
-    need(o.noise_candidates >= 1, "objective.noise_candidates", "must be at least 1")
     plain = TASKS[config.task].plain and not flow and not config.lora.rank
     need(plain or not o.self_conditioning, "objective.self_conditioning", "is for text_to_image, without flow and lora")
     learned = config.scheduler.get("variance_type") == "learned"
@@ -138,7 +171,6 @@ def _check_task(config: Config, need: Need) -> None:
     need(task.plain or not config.data.buckets, "data.buckets", f"task={name} takes images of one size")
     need(task.plain or not config.data.cache_latents, "data.cache_latents", f"task={name} needs the images")
     need(task.plain or config.lora.rank == 0, "lora.rank", "is for task=text_to_image")
-    need(config.lora.rank >= 0, "lora.rank", "must not be negative")
     need(config.lora.rank == 0 or config.init_from is not None, "lora.rank", "adapts a trained model: set init_from")
     for other, entry in TASKS.items():
         _check_entry(config, need, entry, name == other, own_keys(config, other, entry))
@@ -176,18 +208,12 @@ def _check_init_from(config: Config, need: Need) -> None:
 
 
 def _check_training(config: Config, need: Need) -> None:
-    need(config.optim.lr > 0, "optim.lr", "must be positive")
-    need(config.optim.lr_warmup_steps >= 0, "optim.lr_warmup_steps", "must not be negative")
-    need(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "must be positive")
     need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
-    for key in ("train.batch_size", "train.gradient_accumulation_steps", "train.max_bad_steps"):
-        need(read_key(config, key) > 0, key, "must be positive")
+    need(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "must be in [0, 1)")
     every = ("checkpoint.every_steps", "validation.every_steps", "hub.every_steps", "ema.snapshot_steps")
-    for key in ("train.max_steps", "train.max_minutes", *every):
+    for key in every:
         value = read_key(config, key)
         need(value is None or value > 0, key, "must be positive, or null")
-    need(config.train.num_workers >= 0, "train.num_workers", "must not be negative")
-    need(config.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1")
     need(not (config.ema.snapshot_steps and config.lora.rank), "ema.snapshot_steps", "is not for lora")
     need(config.seed >= 0, "seed", "must not be negative")
     need(
@@ -244,10 +270,14 @@ def _check_hub(config: Config, need: Need) -> None:
 
 def _check_validation(config: Config, need: Need) -> None:
     v = config.validation
-    need(v.num_held_out > 0, "validation.num_held_out", "must be positive")
-    need(v.num_judged > 0, "validation.num_judged", "must be positive")
     need(0 <= v.guidance_scale < 1000, "validation.guidance_scale", "must be in [0, 1000)")
-    need(v.num_inference_steps > 0, "validation.num_inference_steps", "must be positive")
+    trained = config.scheduler.get("num_train_timesteps", 1000)
+    if isinstance(trained, int) and trained > 0 and v.num_inference_steps > 0 and config.init_from is None:
+        need(v.num_inference_steps <= trained, "validation.num_inference_steps", f"the model is trained on {trained} steps")
+        last = (v.num_inference_steps - 1) * (trained // v.num_inference_steps) + config.scheduler.get("steps_offset", 1)
+        leads = config.scheduler.get("timestep_spacing") == "leading" and isinstance(last, int)
+        rule = f"scheduler.timestep_spacing=leading would begin at step {last} of {trained}; choose trailing, or fewer steps"
+        need(not leads or last < trained, "validation.num_inference_steps", rule)
     samplers = [name for name, sampler in SAMPLERS.items() if sampler.flow or config.objective.target != "flow"]
     need(v.sampler in samplers, "validation.sampler", f"choose one of {', '.join(samplers)}")
     guiders = [name for name, guider in GUIDERS.items() if not guider.weak]  # a weaker model is not there yet

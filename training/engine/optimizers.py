@@ -1,5 +1,7 @@
 """The optimizer that a config asks for."""
 
+import warnings
+
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -50,8 +52,6 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, betas, eps: float, weight_decay: float):
         matrices = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim < 2]
-        if not matrices or not others:
-            raise ValueError("optim.name=muon needs both matrices and other parameters to train; use adamw")
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         super().__init__(
             [{"params": matrices, "lr": lr, "weight_decay": weight_decay}, {**self.adamw.param_groups[0], "params": others}],
@@ -81,13 +81,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (fused), AdamW with 8-bit state, or Muon for matrices beside AdamW.
+    """AdamW (fused), AdamW with 8-bit state, or Muon for matrices beside AdamW; AdamW where there are matrices alone.
 
     Raises:
         ValueError: `adamw_8bit` without bitsandbytes.
     """
     settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
-    if config.name == "muon":
+    if config.name == "muon" and len({p.ndim > 1 for p in parameters}) < 2:
+        warnings.warn("optim.name=muon is for whole models: these, as of a LoRA, are trained by adamw", stacklevel=2)
+    elif config.name == "muon":
         return MuonAdamW(parameters, **settings)
     if config.name == "adamw_8bit":
         try:

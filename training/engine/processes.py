@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list
 from filelock import FileLock, Timeout
 
 from sfumato.training.config.schema import Config
@@ -24,22 +25,75 @@ def start_accelerator(config: Config) -> Accelerator:
     Raises:
         ValueError: a way of sharding that this trainer does not know.
     """
+    check_environment(config)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate must be asked for the CPU
         log_with=find_trackers(config) or None,  # pyright: ignore[reportArgumentType]
         project_dir=config.output_dir,
         mixed_precision=config.train.mixed_precision,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        # As a plugin, which ACCELERATE_GRADIENT_ACCUMULATION_STEPS does not override.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation_steps),
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml spreads the same state over GPUs")
     if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
         raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
     if accelerator.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # taskset, Slurm
-        torch.set_num_threads(config.train.num_threads or max(1, ours // local))
+        torch.set_num_threads(num_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)))
+    accelerator.print(describe(config, accelerator))
     return accelerator
+
+
+def check_environment(config: Config) -> None:
+    """Refuse, or tell, what the environment or `accelerate` says otherwise than the config.
+
+    Raises:
+        ValueError: a launch for GPUs where there is none, or compiling that the config does not ask for.
+    """
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    if steps not in ("", str(config.train.gradient_accumulation_steps)):
+        key = f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"
+        print(f"{key} counts, not ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps}", file=sys.stderr)
+    precision, wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), config.train.mixed_precision
+    if wanted is not None and precision not in ("", "no", wanted):
+        print(f"train.mixed_precision={wanted} counts, not the {precision} of accelerate", file=sys.stderr)
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("", "no"):
+        raise ValueError(f"accelerate asks for the dynamo backend {backend}; leave it out and set train.compile=unet")
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    if "LOCAL_RANK" in os.environ and not asked_for_cpu and not torch.accelerator.is_available():
+        raise ValueError("launched for GPUs, and torch sees none; with `accelerate launch --cpu` it trains without")
+
+
+def num_threads(config: Config, local_processes: int = 1) -> int:
+    """Torch threads of a process on a CPU: `train.num_threads`, else OMP_NUM_THREADS, else a share of the cores.
+
+    Launchers set the variable to 1 where nobody asked; then it counts only if it was there before them.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and asked == "1" and not _parent_has(b"OMP_NUM_THREADS=1"):
+        asked = ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # taskset, Slurm
+    return config.train.num_threads or (int(asked) if asked.isdigit() and int(asked) else max(1, cores // local_processes))
+
+
+def _parent_has(variable: bytes) -> bool:
+    """Whether the process that started this one, a launcher, was itself started with a variable of the environment."""
+    try:
+        return variable in Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def describe(config: Config, accelerator: Accelerator) -> str:
+    """The first line of a run: processes, device, precision, images a step."""
+    world = accelerator.num_processes
+    images = config.train.batch_size * config.train.gradient_accumulation_steps * world
+    threads = f" ({torch.get_num_threads()} threads)" if accelerator.device.type == "cpu" else ""
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    processes = f"{world} process{'es' if world > 1 else ''}"
+    return f"{processes} on {accelerator.device.type}{threads}, {precision}, {images} images a step"
 
 
 def claim_folder(lock: FileLock) -> None:
@@ -84,11 +138,17 @@ def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the loop can save and leave after the step under way; a second one ends at once."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the loop can save and leave after the step under way.
+
+    A second one ends at once. SIGHUP stays ignored where it was, as under `nohup`.
+    """
 
     def __init__(self):
         self.number = 0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def release(self) -> None:
         """Restore the handlers that were there before."""

@@ -98,6 +98,10 @@ class Log:
         if entry[name] is not None:
             self.say(f"step {entry['step']}: {name.replace('_', ' ')} {entry[name]:.4f}")
 
+    def was_validated(self, step: int) -> bool:
+        """Whether `validation.jsonl` has a line of this step; of the first process."""
+        return any(json.loads(line)["step"] == step for line in read_lines(self.folder / "validation.jsonl"))
+
     def sync(self) -> None:
         """Force the figures so far to the disk, so that no checkpoint knows more steps than they tell of."""
         if self.main:

@@ -1,6 +1,7 @@
 """Arguments of diffusers classes, checked before anything is built of them."""
 
 import inspect
+from difflib import get_close_matches
 
 from sfumato.training.config.schema import Config
 
@@ -9,9 +10,9 @@ def check_arguments(arguments: dict, cls: type, section: str) -> None:
     """Raise ValueError for arguments that `cls` does not take."""
     allowed = list(inspect.signature(cls.__init__).parameters)[1:]
     if unknown := set(arguments) - set(allowed):
-        raise ValueError(
-            f"{section}: {cls.__name__} has no argument {', '.join(sorted(unknown))}; it takes {', '.join(allowed)}"
-        )
+        near = [match for name in sorted(unknown, key=str) for match in get_close_matches(str(name), allowed, 1, 0.6)]
+        hint = f"did you mean {', '.join(near)}?" if near else f"it takes {', '.join(allowed)}"
+        raise ValueError(f"{section}: {cls.__name__} has no argument {', '.join(sorted(map(str, unknown)))}; {hint}")
 
 
 def build_stock(section: str, cls: type, arguments: dict):
