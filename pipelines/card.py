@@ -1,5 +1,6 @@
 """The model card of an exported folder: what the run knows, snippets that run, and nothing left to fill in."""
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ def model_card(
         origin = ", trained from random weights with Sfumato."
     return _CARD.format(
         data=front.to_yaml(),
-        title=" ".join(title.split()),
+        title=_plain(title),
         origin=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{origin}",
         **_doors(pipe, where),
         **_call(pipe, gallery[0][0] if gallery else ""),
@@ -353,8 +354,22 @@ def variants_line(variants: Sequence[str]) -> str:
     return "- Variants: " + ", ".join(f'`variant="{name}"`' for name in variants) + "\n"
 
 
+def _plain(text) -> str:
+    """A text as it is, in one line, whatever Markdown or HTML it looks like."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
 def _cell(value) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
+    return html.escape(" ".join(str(value).replace("|", "\\|").split()), quote=False)
+
+
+def public_path(where: str) -> str:
+    """A path for what travels: relative to where we are, or of another place its last part; a repository as it is."""
+    path = Path(where)
+    if not path.is_absolute():
+        return where
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else path.name
 
 
 def _capital(name: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sfumato import __version__
 from sfumato.files import replace_folder
 from sfumato.pipelines import conditions, guided, images, inputs, pipeline_sfumato, stock, trust
-from sfumato.pipelines.card import model_card, variants_line
+from sfumato.pipelines.card import model_card, public_path, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
@@ -215,7 +215,7 @@ def export_pipeline(
     Raises:
         ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
     """
-    where, folder = where or str(folder), Path(folder).resolve()
+    where, folder = public_path(where or str(folder)), Path(folder).resolve()
     run, weights = run or RunRecord(), weights or WeightFiles()
     _check_replaceable(folder)
     if unknown := set(weights.variants) - {"fp16", "raw"}:

@@ -49,24 +49,36 @@ def check_folder(folder: str | Path, skip: Set[str] = frozenset()) -> None:
         part, entry = folder / name, index.get(name)
         if name in skip or not part.is_dir() or not isinstance(entry, list) or not all(isinstance(w, str) for w in entry):
             continue
-        safe = list(part.glob("*.safetensors"))
-        pickles = [path.name for path in part.iterdir() if path.suffix.lower() in PICKLES]
-        if pickles and not safe:
-            raise ValueError(
-                f"{part} holds its weights only as {pickles[0]}, a pickle, which can run code when opened; only safetensors "
-                "are. Convert it where its code may do no harm, or ask its author to"
-            )
-        for listing in part.glob("*.safetensors.index*.json"):
-            shards = _read(listing).get("weight_map", {})
-            odd = [str(f) for f in (shards.values() if isinstance(shards, dict) else ["?"]) if not _is_shard(f)]
-            if odd:
-                raise ValueError(f"{listing} names {odd[0]!r}, which is no safetensors file beside it")
-        if (part / "scheduler_config.json").is_file():
-            steps = _read(part / "scheduler_config.json").get("num_train_timesteps", 1000)
-            if not isinstance(steps, int) or not 0 < steps <= MAX_TIMESTEPS:
-                raise ValueError(f"{part}: num_train_timesteps={steps!r}; at most {MAX_TIMESTEPS} are allowed")
-        if safe and (part / "config.json").is_file():
-            _check_size(part, (entry[0], entry[-1]), safe)
+        check_part(part, (entry[0], entry[-1]))
+
+
+def check_part(part: Path, entry: tuple[str, str]) -> None:
+    """As `check_folder`, of one model's own folder; `entry` is its library and class.
+
+    Raises:
+        ValueError: as of `check_folder`; or something in it that is no plain file, which might never end when it is read.
+    """
+    odd = [path.name for path in part.iterdir() if not path.is_file() and not path.is_dir()]
+    if odd:
+        raise ValueError(f"{part / odd[0]} is no plain file")
+    safe = list(part.glob("*.safetensors"))
+    pickles = [path.name for path in part.iterdir() if path.suffix.lower() in PICKLES]
+    if pickles and not safe:
+        raise ValueError(
+            f"{part} holds its weights only as {pickles[0]}, a pickle, which can run code when opened; only safetensors "
+            "are. Convert it where its code may do no harm, or ask its author to"
+        )
+    for listing in part.glob("*.safetensors.index*.json"):
+        shards = _read(listing).get("weight_map", {})
+        odd = [str(f) for f in (shards.values() if isinstance(shards, dict) else ["?"]) if not _is_shard(f)]
+        if odd:
+            raise ValueError(f"{listing} names {odd[0]!r}, which is no safetensors file beside it")
+    if (part / "scheduler_config.json").is_file():
+        steps = _read(part / "scheduler_config.json").get("num_train_timesteps", 1000)
+        if not isinstance(steps, int) or not 0 < steps <= MAX_TIMESTEPS:
+            raise ValueError(f"{part}: num_train_timesteps={steps!r}; at most {MAX_TIMESTEPS} are allowed")
+    if safe and (part / "config.json").is_file():
+        _check_size(part, entry, safe)
 
 
 def _is_shard(name) -> bool:
@@ -74,6 +86,8 @@ def _is_shard(name) -> bool:
 
 
 def _read(path: Path) -> dict:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no plain file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -96,7 +110,7 @@ def _check_size(part: Path, entry: tuple[str, str], files: list[Path]) -> None:
             raise ValueError(f"{path} is damaged: {error}") from error
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     config = _read(part / "config.json")
-    if depth := _depth(config, max(len(shapes), 100)):  # first, since what is too deep cannot even be sketched
+    if depth := find_depth(config, max(len(shapes), 100)):  # first, since what is too deep cannot even be sketched
         raise ValueError(f"{part}: its config asks for {depth}, its weights hold {len(shapes):,} tensors")
     if max(_numbers(config.get("sample_size"))) > MAX_SAMPLE_SIZE:
         raise ValueError(f"{part}: sample_size={config['sample_size']!r}; at most {MAX_SAMPLE_SIZE} is opened")
@@ -112,7 +126,7 @@ def _check_size(part: Path, entry: tuple[str, str], files: list[Path]) -> None:
         raise ValueError(f"{part}: its config asks for {wanted:,} numbers, its weights hold {stored:,}; it will not be opened")
 
 
-def _depth(config: dict, limit: int) -> str | None:
+def find_depth(config: dict, limit: int) -> str | None:
     """What in a config asks for more than `limit` layers, alone or multiplied with the rest; None where nothing does."""
     product, queue = 1, [config]
     while queue:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from sfumato import __version__
+from sfumato.files import printable
 from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS
 
 OVERRIDES = {"nargs": "*", "metavar": "key.subkey=value", "help": "settings that replace the file's"}
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return verb(options)
     except (ValueError, ModuleNotFoundError, OSError) as error:
-        print(f"sfumato: {error}", file=sys.stderr)
+        print(f"sfumato: {printable(error)}", file=sys.stderr)
         return 2
 
 

@@ -82,6 +82,11 @@ def go_on_without_readers() -> None:
             setattr(sys, name, Unbroken(getattr(sys, name)))
 
 
+def printable(text: object) -> str:
+    """A text for the terminal: what a stranger's name may hold to move the cursor or change colours is spelt out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class CannotSave(Exception):
     """A checkpoint could not be written; those before it are untouched."""
 

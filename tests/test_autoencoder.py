@@ -126,7 +126,7 @@ def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_pa
     [
         ("autoencoder.model.latent_chanels=4", "has no argument latent_chanels"),
         ("autoencoder.model.in_channels=4", "contradicts what data says"),
-        ("data.resolution=17", "multiples of the VAE's factor"),
+        ("data.resolution=17", "must be a multiple of 8"),
         ("autoencoder.kl_weight=-1", "must not be negative"),
         ("hub.push=true", "which task=autoencoder does not make"),
         ("init_from=somewhere", "is not for task=autoencoder"),

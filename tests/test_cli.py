@@ -95,7 +95,7 @@ def test_unknown_names_are_told_with_the_known_ones(model, capsys, flag, kind):
 def test_export_takes_a_run_folder(model, tmp_path, capsys):
     assert main(["export", str(model.parent), str(tmp_path / "shared")]) == 0
     assert (tmp_path / "shared" / "pipeline.py").is_file()
-    card = (model / "README.md").read_text().replace(f'"{model}"', f'"{tmp_path / "shared"}"')
+    card = (model / "README.md").read_text().replace(f'"{model.name}"', '"shared"')
     assert (tmp_path / "shared" / "README.md").read_text() == card  # licence and facts stay
     assert "from_pretrained" in capsys.readouterr().out
 

@@ -73,7 +73,8 @@ def test_stock_inpainting_opens_it_and_draws_the_same(trained):
     assert list((trained / "samples").glob("*.png"))
 
 
-def test_every_snippet_of_its_card_runs(trained):
+def test_every_snippet_of_its_card_runs(trained, monkeypatch):
+    monkeypatch.chdir(trained)
     card = (trained / "pipeline" / "README.md").read_text()
     assert "An inpainting diffusion model, trained from random weights" in card and "image-to-image" in card
     snippets = re.findall(r"```python\n(.*?)```", card, re.S)

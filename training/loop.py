@@ -32,6 +32,7 @@ from sfumato.training.engine.processes import (
     start_accelerator,
 )
 from sfumato.training.engine.tracking import Log
+from sfumato.training.models.build import check_network
 from sfumato.training.models.parameters import is_sharded, trained_parameters
 from sfumato.training.objectives import lr_scale
 from sfumato.training.publish import hub
@@ -83,6 +84,7 @@ def prepare(config: Config) -> Run:
         ValueError: a setting, the data or the checkpoint cannot be used; says why.
     """
     transformers_logging.disable_progress_bar()
+    check_network(config)
     images = prepare_data(config.data)  # before any process waits for another: this may take hours
     accelerator = start_accelerator(config)
     if config.hub.push or config.hub.every_steps:

@@ -9,6 +9,8 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Pa
 
 import faulthandler  # noqa: E402
 
+from sfumato.files import printable  # noqa: E402
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, train.
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         run = loop.prepare(config)
     except (ValueError, ModuleNotFoundError, OSError) as error:
-        print(f"sfumato: {error}", file=sys.stderr)
+        print(f"sfumato: {printable(error)}", file=sys.stderr)
         return 2
     return finish_training(run)
 
@@ -45,10 +47,10 @@ def finish_training(run) -> int:
         try:
             code = 0 if loop.tell_finished(run) else loop.train(run)
         except (CannotSave, OSError) as error:
-            print(f"sfumato: {error}", file=sys.stderr)
+            print(f"sfumato: {printable(error)}", file=sys.stderr)
             return 4
         except ModuleNotFoundError as error:  # of a package that only a metric needs
-            print(f"sfumato: {error}", file=sys.stderr)
+            print(f"sfumato: {printable(error)}", file=sys.stderr)
             return 2
         leave(run)
         return code or loop.push_result(run)  # last, so that no process waits for an upload

@@ -49,6 +49,16 @@ class ArraySet(Sequence):
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self._open(folder)
+            self._check_sizes()
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"the prepared set {folder} is damaged ({error}); remove this folder, and it is made anew"
+            ) from error
+
+    def _open(self, folder: Path) -> None:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         self.skipped = report["skipped"]
         self.left_out: dict[str, list[str]] = report.get("left_out", {})
@@ -64,6 +74,22 @@ class ArraySet(Sequence):
             path = folder / image_file((height, width))
             shape = (-1, height, width, self.channels)
             self._maps.append(np.memmap(path, np.uint8, "r").reshape(shape) if path.stat().st_size else None)
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError where a file does not hold what the table says."""
+        rows = np.bincount(self.table["bucket"], minlength=len(self.buckets))
+        held = [0 if images is None else len(images) for images in self._maps]
+        if rows.tolist() != held:
+            raise ValueError(f"it holds {held} images, its table says {rows.tolist()}")
+        texts = int(self.table["num_captions"].sum(dtype=np.int64))
+        for name, store, count in (("captions", self.captions, texts), ("names", self.names, len(self.table))):
+            end = int(store.ends[-1]) if len(store.ends) else 0
+            if len(store.ends) != count or len(store.body) != end:
+                raise ValueError(f"its {name} are cut")
+
+    def verify(self) -> bool:
+        """Whether all bytes are those that were prepared; reads them all."""
+        return hash_content(self.folder) == self.fingerprint
 
     def __len__(self) -> int:
         return len(self.table)

@@ -33,6 +33,18 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
 
     Several processes may call at once: one computes, the others wait.
     """
+    if not path.is_file():  # a ready one may lie where nobody may write
+        _compute_into(path, count, compute, what, batch)
+    try:
+        found = np.load(path, mmap_mode="r")
+        if len(found) != count:
+            raise ValueError(f"it has {len(found)} rows of {count}")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"the cached file {path} is damaged ({error}); remove it, and it is made anew") from error
+    return found
+
+
+def _compute_into(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
@@ -46,7 +58,6 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
                 array.flush()
             sync(new)
             os.replace(new, path)
-    return np.load(path, mmap_mode="r")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def _unread_reason(source: Path | bytes) -> str:
     else:
         start = source[:12]
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
-        return "HEIC, which needs a package: pip install 'sfumato[heic]'"
+        return "damaged image" if "HEIF" in Image.OPEN else "HEIC, which needs a package: pip install 'sfumato[heic]'"
     if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and not features.check("avif"):
         return "AVIF, which needs a Pillow of 11.3 or later"
     return "not an image"

@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from sfumato.files import sync
+from sfumato.files import printable, sync
 from sfumato.registries import SOURCES
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
@@ -63,9 +63,18 @@ def prepare(config: DataConfig) -> ArraySet:
     """
     records = open_source(config)
     root = Path(config.cache_dir).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{Path(config.name).name}-{config.resolution}-{cache_key(config)}"
-    with FileLock(root / f".{folder.name}.lock"):
+    if not (folder / "report.json").is_file():  # a ready set may lie where nobody may write
+        root.mkdir(parents=True, exist_ok=True)
+        _prepare_into(folder, config, records)
+    images = ArraySet(folder)
+    check_usable(config, images.num_records, len(images.select("train")), images.skipped)
+    return images
+
+
+def _prepare_into(folder: Path, config: DataConfig, records: Iterator[Record]) -> None:
+    """Make the set, unless another process has made it meanwhile."""
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "report.json").is_file():
             new = folder.with_name(f".{folder.name}.new")
             shutil.rmtree(new, ignore_errors=True)
@@ -76,9 +85,6 @@ def prepare(config: DataConfig) -> ArraySet:
                 new.rename(folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-    images = ArraySet(folder)
-    check_usable(config, images.num_records, len(images.select("train")), images.skipped)
-    return images
 
 
 class _Writer:
@@ -157,9 +163,9 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
     finally:
         writer.close()
     if message := check_usable(config, num_records, writer.num_train, skipped):
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
     if left_out:
-        warnings.warn(f"left out of {config.name}: {_count(left_out)}", stacklevel=3)
+        warnings.warn(f"left out of {config.name}: {_count(left_out)}", stacklevel=4)
     report = {
         "buckets": buckets,
         "channels": config.channels,
@@ -172,7 +178,7 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
 
 
 def _utf8(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()
+    return printable(name.encode("utf-8", "replace").decode())
 
 
 def _count(names_by_reason: dict[str, list[str]]) -> str:

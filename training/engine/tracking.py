@@ -75,7 +75,7 @@ class Log:
             self.accelerator.log({key: entry[key] for key in values if entry[key] is not None}, step=entry["step"])
         if entry["loss"] is not None:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
-        self.bar.update(entry["done"] - self.bar.n)
+        self.bar.update(min(entry["done"], 1.0) - self.bar.n)
         rate = entry["images_seen"] / max(entry["seconds"], 1e-9)
         self.bar.set_postfix_str(f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} images/s", refresh=False)
 

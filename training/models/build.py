@@ -5,6 +5,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.guided import NetworkInputs, run_network
+from sfumato.pipelines.trust import find_depth
 from sfumato.registries import TASKS
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler
 from sfumato.training.config.schema import Config
@@ -17,7 +19,7 @@ from sfumato.training.models.denoiser import (
     unet_sample_size,
 )
 from sfumato.training.models.finetune import load_pipeline
-from sfumato.training.models.pretrained import load_part
+from sfumato.training.models.pretrained import check_predecessor, load_part
 from sfumato.training.models.stock_classes import (
     build_stock,
     check_arguments,
@@ -26,6 +28,9 @@ from sfumato.training.models.stock_classes import (
     lists_to_tuples,
 )
 from sfumato.training.models.text import build_text_encoder
+
+MAX_LAYERS = 1000
+MAX_PARAMETERS = 50_000_000_000
 
 
 def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer | None = None) -> SfumatoPipeline:
@@ -51,15 +56,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     vae = build_vae(config, needs)
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     check_divisible(config, factor)
-    derived = {
-        "sample_size": unet_sample_size(config, factor),
-        "in_channels": num_unet_inputs(config, vae, needs),
-        "out_channels": vae.config["latent_channels"] * (1 + learns_variance(scheduler)),
-        **needs.unet,
-        "cross_attention_dim": text_encoder.config.hidden_size,
-    }
-    check_contradictions(config.unet, derived, "unet", "data, vae and text_encoder say")
-    unet = build_stock("unet", UNet2DConditionModel, {**lists_to_tuples(config.unet), **derived})
+    unet = _build_unet(config, needs, vae, scheduler, text_encoder.config.hidden_size)
     strengthen_conditioning(unet)
     components = dict(needs.components)
     if config.objective.self_conditioning:
@@ -67,6 +64,58 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     return SfumatoPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **components
     )
+
+
+def _build_unet(config: Config, needs: ModelNeeds, vae: AutoencoderKL, scheduler, text_width: int) -> UNet2DConditionModel:
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    derived = {
+        "sample_size": unet_sample_size(config, factor),
+        "in_channels": num_unet_inputs(config, vae, needs),
+        "out_channels": vae.config["latent_channels"] * (1 + learns_variance(scheduler)),
+        **needs.unet,
+        "cross_attention_dim": text_width,
+    }
+    check_contradictions(config.unet, derived, "unet", "data, vae and text_encoder say")
+    return build_stock("unet", UNet2DConditionModel, {**lists_to_tuples(config.unet), **derived})
+
+
+def check_network(config: Config) -> None:
+    """Run the network of a config once on torch's meta device, which computes nothing but shapes, before anything long.
+
+    Raises:
+        ValueError: it cannot be built, or does not fit images of the config's sizes; diffusers' reason in a line.
+    """
+    needs: ModelNeeds = TASKS.load(config.task).model_needs(config)
+    for key, source in (("init_from", config.init_from), ("text_encoder.pretrained", config.text_encoder.pretrained)):
+        if source is not None:
+            check_predecessor(key, source)
+    if config.init_from is not None or not needs.has_unet:
+        return
+    check_arguments(config.unet, UNet2DConditionModel, "unet")
+    if depth := find_depth(config.unet, MAX_LAYERS):
+        raise ValueError(f"unet: {depth}; at most {MAX_LAYERS} are built")
+    scheduler = build_scheduler(config)
+    vae = build_vae(config, needs)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    check_divisible(config, factor)
+    pretrained = config.text_encoder.pretrained is not None
+    width = config.unet.get("cross_attention_dim", 64) if pretrained else config.text_encoder.hidden_size
+    with torch.device("meta"), torch.no_grad():
+        unet = _build_unet(config, needs, vae, scheduler, width)
+        if (count := sum(parameter.numel() for parameter in unet.parameters())) > MAX_PARAMETERS:
+            raise ValueError(f"unet: asks for {count:,} parameters; at most {MAX_PARAMETERS:,} are built")
+        for height, width_of_image in config.data.buckets or [config.data.size]:
+            shape = (2, unet.config["in_channels"], height // factor, width_of_image // factor)
+            labelled = unet.config["class_embed_type"] or unet.config["num_class_embeds"]
+            labels = torch.zeros(2, dtype=torch.long) if labelled else None
+            inputs = NetworkInputs(class_labels=labels)
+            try:
+                out = run_network(unet, None, torch.zeros(shape), torch.zeros(2), torch.zeros(2, 3, width), inputs)
+            except Exception as error:  # whatever a shape that does not fit raises
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                raise ValueError(f"unet: it cannot draw {height} x {width_of_image} pixels: {reason}") from error
+            if tuple(out.shape[2:]) != shape[2:]:
+                raise ValueError(f"unet: of latents {shape[2:]} it makes {tuple(out.shape[2:])}; sides must divide further")
 
 
 def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:

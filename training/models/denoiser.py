@@ -25,6 +25,7 @@ class ModelNeeds:
         components: further components and settings of the pipeline.
         widens: whether the UNet of a text-to-image model in `init_from` gets new channels.
         trains_controlnet: whether a ControlNet is trained, and the rest stays as it is.
+        has_unet: whether there is one at all.
     """
 
     num_extra_inputs: Callable[[AutoencoderKL], int] = lambda vae: 0
@@ -35,6 +36,7 @@ class ModelNeeds:
     components: dict[str, Any] = field(default_factory=dict)
     widens: bool = False
     trains_controlnet: bool = False
+    has_unet: bool = True
 
 
 class Denoiser(torch.nn.Module):

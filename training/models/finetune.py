@@ -13,6 +13,7 @@ from sfumato.training.models.autoencoder import identity_vae
 from sfumato.training.models.controlnet import build_controlnet
 from sfumato.training.models.denoiser import ModelNeeds, learns_variance, num_unet_inputs, unet_sample_size
 from sfumato.training.models.latent_space import is_identity
+from sfumato.training.models.pretrained import check_predecessor
 from sfumato.training.models.stock_classes import check_divisible
 
 
@@ -78,6 +79,7 @@ def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
 
 def _open(source: str) -> SfumatoPipeline:
     """The model in a folder, a run folder or a repository, with the noise schedule that it was trained with."""
+    check_predecessor("init_from", source)
     inside = Path(source) / "pipeline"  # of a run folder
     try:
         pipe = SfumatoPipeline.from_pretrained(

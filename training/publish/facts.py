@@ -38,7 +38,7 @@ def public_settings(config: Config) -> str:
         config,
         output_dir=f"runs/{Path(config.output_dir).name}",
         init_from=name(config.init_from),
-        data=replace(config.data, name=public_name(config.data.name), cache_dir=DataConfig().cache_dir),
+        data=replace(config.data, name=public_name(config.data.name), cache_dir=DataConfig().cache_dir, links_into=None),
         vae=replace(config.vae, pretrained=name(config.vae.pretrained)),
         text_encoder=replace(config.text_encoder, pretrained=name(config.text_encoder.pretrained)),
         checkpoint=replace(config.checkpoint, resume=CheckpointConfig().resume),

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import httpx2
@@ -27,6 +27,9 @@ class CannotPush(ValueError):
     """Why a folder cannot go to the Hub, in one line that says what to do."""
 
 
+EXPORTED = (".json", ".safetensors", ".txt", ".md", ".png")
+
+
 def files_to_push(folder: Path) -> list[str]:
     """What of an exported folder goes to the Hub, relative to it.
 
@@ -42,11 +45,20 @@ def files_to_push(folder: Path) -> list[str]:
         name = path.relative_to(folder)
         if not path.resolve().is_relative_to(folder.resolve()):
             raise CannotPush(f"{path} is a link out of the folder; only what lies in the folder is pushed")
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise CannotPush(f"{path} may hold a pickle, which runs code when opened; only safetensors are pushed")
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CannotPush(f"{path} is no plain file")
+        if path.is_file() and is_exported(name):
             found.append(name.as_posix())
     return found
+
+
+def is_exported(name: PurePath) -> bool:
+    """Whether a file, relative to an exported folder, is of a kind that an export makes."""
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    code_or_settings = name.name in ("pipeline.py", "training_args.yaml")
+    return not hidden and (code_or_settings or name.suffix.lower() in EXPORTED)
 
 
 def check(repo_id: str, pull_request: bool = False, private: bool = False) -> str:
@@ -170,12 +182,16 @@ def stale_files(repo_id: str, branch: str, names: list[str]) -> list[str]:
 
 
 def describe_push(folder: Path, target: Target) -> list[str]:
-    """What a push would do, in lines; changes nothing.
+    """What a push would do, in lines; changes nothing. Without a token, what would go, as far as this machine knows.
 
     Raises:
         CannotPush: see `files_to_push` and `check`.
     """
     names = files_to_push(folder)
+    if get_token() is None:
+        sizes = [f"{(folder / name).stat().st_size:12,} {name}" for name in names]
+        unknown = "(there is no Hub token, so rights and what is there were not looked at: `hf auth login`)"
+        return [f"would push to {target.repo_id}, {target.branch}: {unknown}", *sizes]
     repo_id = check(target.repo_id, target.pull_request, target.private)
     removed = [f"     removed {name}" for name in stale_files(repo_id, target.branch, names)]
     sizes = [f"{(folder / name).stat().st_size:12,} {name}" for name in names]

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import add_evaluation, recommended_settings
 from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.registries import SOURCES
 from sfumato.training.config.load import default_config, load_config
 from sfumato.training.config.schema import Config, DataConfig, ValidationConfig
 from sfumato.training.data.prepare import prepare
@@ -29,15 +32,28 @@ from sfumato.training.quality.statistics import Score
 def training_config(model: str) -> Config | None:
     """The config of the run that made a model, else the one that travels along with it."""
     folder = Path(model)
-    candidates = [above / "config.yaml" for above in folder.resolve().parents[:3] if (above / "metrics.jsonl").is_file()]
-    candidates.append(folder / "training_args.yaml")
+    for above in folder.resolve().parents[:3]:
+        if (above / "metrics.jsonl").is_file() and (above / "config.yaml").is_file():
+            config = load_config(above / "config.yaml")
+            if Path(config.output_dir).resolve() == above:  # a run of one's own, where it was trained
+                return config
+    path = folder / "training_args.yaml"
     if not folder.is_dir():
         try:
-            candidates = [Path(hf_hub_download(model, "training_args.yaml"))]
+            path = Path(hf_hub_download(model, "training_args.yaml"))
         except (OSError, HfHubHTTPError):
-            candidates = []
-    existing = [path for path in candidates if path.is_file()]
-    return load_config(existing[0]) if existing else None
+            return None
+    return _of_a_stranger(load_config(path)) if path.is_file() else None
+
+
+def _of_a_stranger(config: Config) -> Config:
+    """A config that came with a model: one's own cache, no link, and no path of this machine is read or written for it."""
+    own = DataConfig()
+    config.data.cache_dir, config.data.links_into = own.cache_dir, own.links_into
+    named = config.data.name in SOURCES and SOURCES[config.data.name].named
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.data.name) and not Path(config.data.name).exists()
+    config.data.name = config.data.name if named or on_hub else ""
+    return config
 
 
 def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> Config:
@@ -60,6 +76,8 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> Config:
         raise ValueError(f"{model} does not say what it was trained on; name it with --data")
     if data is not None:
         config.data.name = data
+    if not config.data.name:
+        raise ValueError(f"{model} was trained on files that did not come with it; name data with --data")
     return config
 
 
@@ -170,7 +188,9 @@ def evaluate(model: str, options: EvaluateOptions) -> Report | None:
     pipe.to(accelerator.device)
     num_diverse = max(2, options.images // 32)
     plan = Plan(count=options.images, num_diverse=num_diverse, extractor=options.extractor, bits=options.bits)
+    started = time.monotonic()
     scores, protocol, sheets = report(pipe, config, dataset, accelerator, plan)
+    accelerator.print(f"evaluated in {(time.monotonic() - started) / 60:.1f} minutes")
     if not accelerator.is_main_process:
         return None
     folder = Path(options.out or model)

@@ -35,7 +35,7 @@ class Autoencoder:
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
         """There is no UNet."""
-        return ModelNeeds()
+        return ModelNeeds(has_unet=False)
 
     def __init__(self, context: TaskContext):
         self.config = config = context.config
