@@ -98,17 +98,17 @@ def _check_embeds(pipe, call: CallInputs) -> None:
     positive, negative = call.prompt_embeds, call.negative_prompt_embeds
     if positive is None and negative is None:
         return
-    if pipe.text_encoder is None and (positive is None or negative is None):
-        if positive is None or call.guidance_scale != 1:
-            given, missing = ("negative_prompt_embeds", "prompt_embeds")[:: 1 if positive is None else -1]
-            raise ValueError(f"without a text encoder `{given}` needs `{missing}` beside it, or `guidance_scale`=1")
-        return
     if positive is not None and negative is not None:
         if positive.shape != negative.shape and negative.shape != (1, *positive.shape[1:]):
             raise ValueError(
                 f"`prompt_embeds` {tuple(positive.shape)} and `negative_prompt_embeds` "
                 f"{tuple(negative.shape)} must have the same shape"
             )
+        return
+    if pipe.text_encoder is None:
+        if positive is None or call.guidance_scale != 1:
+            given, missing = ("negative_prompt_embeds", "prompt_embeds")[:: 1 if positive is None else -1]
+            raise ValueError(f"without a text encoder `{given}` needs `{missing}` beside it, or `guidance_scale`=1")
         return
     length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
     name, given = ("prompt_embeds", positive) if positive is not None else ("negative_prompt_embeds", negative)

@@ -124,8 +124,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if type(stock) in ours:
             scheduler = ours[type(stock)].from_config(stock.config)
         # What StableDiffusionPipeline makes of every scheduler; or a saved model would draw otherwise than this one.
-        if getattr(scheduler.config, "steps_offset", 1) != 1:
-            scheduler = type(scheduler).from_config(scheduler.config, steps_offset=1)
+        given: Any = scheduler
+        if getattr(given.config, "steps_offset", 1) != 1:
+            scheduler = type(given).from_config(given.config, steps_offset=1)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -166,7 +167,13 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             for name in ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision"):
                 kwargs.pop(name, None)
         check_folder(folder, skip=set(kwargs))
-        return super().from_pretrained(folder, **kwargs)
+        try:
+            return super().from_pretrained(folder, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UnicodeError) as error:
+            # Whatever an odd config raises.
+            raise ValueError(f"{folder} cannot be opened: {type(error).__name__}: {error}") from error
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it. (A model with self-conditioning

@@ -22,7 +22,7 @@ def test_from_config_to_model(tmp_path):
 
 
 def test_errors_are_raised_not_printed(tmp_path):
-    with pytest.raises(ValueError, match="train.batch_size=0: must be positive"):
+    with pytest.raises(ValueError, match="train.batch_size=0: must be from 1"):
         api.load_config(tiny.config_file(tmp_path), ["train.batch_size=0"])
     with pytest.raises(ValueError, match="--images must be at least 2"):
         api.evaluate("openmoji", images=1, out=str(tmp_path / "out"))

@@ -50,7 +50,7 @@ def test_sharded_state_equals_whole_state(tmp_path):
 
     def task(rank):
         torch.distributed.init_process_group("gloo")
-        for kind in ("adamw", "muon"):
+        for kind in ("muon",):  # which has AdamW inside, for what is no matrix
             check(tmp_path / kind, rank, kind)
         torch.distributed.destroy_process_group()
         return 0

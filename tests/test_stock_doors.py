@@ -92,8 +92,8 @@ def test_a_cascade_is_one_folder_and_one_call(folders, tmp_path, capsys):
     assert cli.main(command) == 0  # an export again replaces it
     card = (folder / "README.md").read_text()
     assert (
-        f'Cascade.from_pretrained("{folder}")' in card
-        and f'"{folder}/upscaler"' in (folder / "upscaler/README.md").read_text()
+        f'Cascade.from_pretrained("{folder.name}")' in card
+        and f'"{folder.name}/upscaler"' in (folder / "upscaler/README.md").read_text()
     )
     cascade = Cascade.from_pretrained(folder)
     for pipe in (cascade.base, cascade.upscaler):

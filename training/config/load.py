@@ -94,7 +94,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _leaves(kind: type, prefix: str = "") -> dict[str, Any]:
+def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> annotation of every setting."""
     found = {}
     for name, hint in get_type_hints(kind).items():
@@ -203,7 +203,7 @@ def _check_items(config: Config) -> None:
             raise ValueError(f"{key}={value!r}: must be {_describe(hint)}, with finite numbers")
 
 
-def _fits(value, hint) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotation, lists and all; numbers must be finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
@@ -215,7 +215,7 @@ def _fits(value, hint) -> bool:
     if kind is list:
         return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
     if kind is tuple:
-        return len(value) == len(parts) and all(map(_fits, value, parts))
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts))
     if kind is dict or hint is Any:
         return all(_fits(item, Any) for item in value.values()) if isinstance(value, dict) else True
     if kind in (int, float):

@@ -29,7 +29,7 @@ from sfumato.training.models.stock_classes import (
 )
 from sfumato.training.models.text import build_text_encoder
 
-MAX_LAYERS = 1000
+MAX_LAYERS = 200
 MAX_PARAMETERS = 50_000_000_000
 
 

@@ -85,7 +85,7 @@ def _headers(file: io.BufferedReader, limit: int) -> Iterator[tarfile.TarInfo]:
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while member := archive.next():
-            archive.members = []  # or it would keep every header
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (or it would keep every header)
             if member.offset_data + member.size > limit:
                 raise tarfile.ReadError(f"{member.name} goes on beyond the end, or unpacks to far too much")
             yield member
