@@ -148,14 +148,21 @@ def list_moments(path, nth: int, world: int = 1) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(text)]
 
 
-def result(run: Path) -> str:
-    """A hash of all that a finished run leaves, but for wall-clock times and the share done, which follow the budget."""
+def result(run: Path, ended_before: bool = False) -> str:
+    """A hash of all that a finished run leaves, but for wall-clock times and the share done, which follow the budget.
+
+    Of a run that had `ended_before` and was made longer, without the grids and figures, since it has those of both ends.
+    """
     digest = hashlib.sha256()
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    for path in [last / "state.safetensors", *sorted((run / "pipeline").rglob("*.safetensors"))]:
+    weights = [path for name in ("pipeline", "best") for path in sorted((run / name).rglob("*.safetensors"))]
+    best = [path for path in [run / "best" / "best.json"] if path.is_file()]
+    grids = [] if ended_before else sorted((run / "samples").glob("*.png"))
+    for path in [last / "state.safetensors", *weights, *best, *grids]:
         digest.update(path.name.encode() + path.read_bytes())
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        digest.update(json.dumps({k: v for k, v in json.loads(line).items() if k not in ("seconds", "done")}).encode())
+    for table in ("metrics.jsonl", "validation.jsonl")[: 1 if ended_before else 2]:
+        for line in (run / table).read_text().splitlines():
+            digest.update(json.dumps({k: v for k, v in json.loads(line).items() if k not in ("seconds", "done")}).encode())
     return digest.hexdigest()
 
 
@@ -225,8 +232,8 @@ def sweep(root: Path, settings: dict, world: int, stride: int) -> dict:
     def make_config(folder):
         sections = {
             "train": {"max_steps": 8, "gradient_accumulation_steps": 2, "batch_size": 4 // world},
-            "checkpoint": {"every_steps": 3},
-            "validation": {"num_judged": 1},
+            "checkpoint": {"every_steps": 3, "best_by": "held_out_loss"},
+            "validation": {"num_judged": 1, "every_steps": 3},
             **settings,
         }
         sections["data"] = {"num_pictures": 30, **sections.get("data", {})}

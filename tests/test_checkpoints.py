@@ -143,7 +143,7 @@ def test_no_room_to_save_leaves_the_older_checkpoint_and_says_so(tmp_path, capfd
     assert "could not save" in error and "untouched" in error
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert main([path, constant, "checkpoint.resume=auto"]) == 0
-    assert crashes.result(tmp_path / "run") == crashes.result(whole / "run")
+    assert crashes.result(tmp_path / "run", True) == crashes.result(whole / "run", True)
 
 
 def test_dropout_layers_resume_exactly(tmp_path):
@@ -154,7 +154,7 @@ def test_dropout_layers_resume_exactly(tmp_path):
         if name == "parts":
             main([path, "train.max_steps=3"])
         main([path, *(["checkpoint.resume=auto"] if name == "parts" else [])])
-        hashes.append(crashes.result(tmp_path / name / "run"))
+        hashes.append(crashes.result(tmp_path / name / "run", ended_before=True))
     assert hashes[0] == hashes[1]
 
 
@@ -168,7 +168,7 @@ def test_8_bit_optimizer_state_resumes_exactly(tmp_path):
         if name == "parts":
             main([path, "train.max_steps=3"])
         main([path, *(["checkpoint.resume=auto"] if name == "parts" else [])])
-        hashes.append(crashes.result(tmp_path / name / "run"))
+        hashes.append(crashes.result(tmp_path / name / "run", ended_before=True))
     assert hashes[0] == hashes[1]
     state = load_file(tmp_path / "whole" / "run" / "checkpoints" / "step-00000006" / "state.safetensors")
     assert any(value.dtype == torch.uint8 for value in state.values())
@@ -261,3 +261,64 @@ def test_no_pickle_is_written(tmp_path):
     main([str(make_config(tmp_path))])
     endings = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
     assert endings <= {".safetensors", ".json", ".jsonl", ".txt", ".py", ".md", ".png", ".yaml"}
+
+
+def test_a_validation_that_was_owed_is_made_up_for(tmp_path):
+    """A kill right after a save loses neither the grid nor the figures nor the best model of that step."""
+
+    def make(folder):
+        folder.mkdir()
+        return tiny.config_file(
+            folder,
+            train={"max_steps": 8},
+            checkpoint={"every_steps": 3, "best_by": "held_out_loss"},
+            validation={"every_steps": 3, "num_judged": 1},
+        )
+
+    assert crashes.train(make(tmp_path / "whole")) == [0]
+    end = len(crashes.list_moments(make(tmp_path / "count"), nth=2)) - 1
+    path = make(tmp_path / "killed")
+    assert crashes.train(path, moments=(2, end, False)) == [-signal.SIGKILL]
+    rows = (tmp_path / "killed" / "run" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [3]
+    assert crashes.train(path, "checkpoint.resume=auto") == [0]
+    rows = (tmp_path / "killed" / "run" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [3, 6, 8]
+    assert crashes.result(tmp_path / "killed" / "run") == crashes.result(tmp_path / "whole" / "run")
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path, capsys):
+    path = str(make_config(tmp_path))
+    assert main([path]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    assert main([path, "checkpoint.resume=auto"]) == 0
+    assert "is finished, at step" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_closed_terminal_saves_unless_it_is_ignored():
+    from sfumato.training.engine.processes import StopSignal
+
+    for ignored in (False, True):
+        old = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        try:
+            stop = StopSignal()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == (0 if ignored else signal.SIGHUP)
+            stop.release()
+        finally:
+            signal.signal(signal.SIGHUP, old)
+
+
+def test_a_run_outlives_those_who_read_what_it_prints(tmp_path):
+    path = str(make_config(tmp_path))
+
+    def unread():
+        read, write = os.pipe()
+        os.close(read)
+        for stream in (1, 2):
+            os.dup2(write, stream)
+        return main([path])
+
+    assert crashes.wait([crashes.fork(unread, quiet=False)]) == [0]
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()

@@ -39,6 +39,9 @@ def start_accelerator(config: Config) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
         raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
     if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision != "no" and not torch.cpu._is_avx512_bf16_supported():
+            slow = f"train.mixed_precision={accelerator.mixed_precision} is many times slower than no"
+            print(f"{slow} on a processor without AVX512-BF16", file=sys.stderr)
         torch.set_num_threads(num_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)))
     accelerator.print(describe(config, accelerator))
     return accelerator
