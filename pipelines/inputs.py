@@ -163,8 +163,9 @@ def _check_steps_and_size(pipe, call: CallInputs) -> None:
         raise ValueError(f"`num_inference_steps`={steps} is more than the {trained_steps} steps the model was trained with")
     factor = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     for name, value in (("height", call.height), ("width", call.width)):
-        if not isinstance(value, int) or value < 1 or value % pipe.vae_scale_factor:
-            raise ValueError(f"`{name}` must be a positive multiple of {pipe.vae_scale_factor} pixels, got {value!r}")
+        if not isinstance(value, int) or not 0 < value <= MAX_SIDE or value % pipe.vae_scale_factor:
+            multiple = f"a positive multiple of {pipe.vae_scale_factor} pixels, at most {MAX_SIDE}"
+            raise ValueError(f"`{name}` must be {multiple}, got {value!r}")
         if value % factor:
             logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads inside, which may show.")
 
@@ -236,6 +237,7 @@ def _check_conditions(pipe, call: CallInputs) -> None:
         raise ValueError(f"`noise_level` must be a whole number from 0 to {limit}, got {level!r}")
 
 
+MAX_SIDE = 32768
 MAX_GUIDANCE = 1000  # beyond, half precision overflows and nothing is drawn
 # Largest value of each integer type that has one meaning.
 RANGES = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}

@@ -169,10 +169,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         check_folder(folder, skip=set(kwargs))
         try:
             return super().from_pretrained(folder, **kwargs)
-        except torch.OutOfMemoryError:
+        except (OSError, torch.OutOfMemoryError):  # diffusers' own of files that are not there, and no fault of the folder
             raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UnicodeError) as error:
-            # Whatever an odd config raises.
+        except Exception as error:  # an odd config raises nearly anything
             raise ValueError(f"{folder} cannot be opened: {type(error).__name__}: {error}") from error
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -63,9 +63,11 @@ def check_environment(config: Config) -> None:
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("", "no"):
         raise ValueError(f"accelerate asks for the dynamo backend {backend}; leave it out and set train.compile=unet")
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    if "LOCAL_RANK" in os.environ and not asked_for_cpu and not torch.accelerator.is_available():
-        raise ValueError("launched for GPUs, and torch sees none; with `accelerate launch --cpu` it trains without")
+    # A configuration file with use_cpu looks just the same from here, but for the launcher's own command.
+    if b"--multi_gpu" in _parent("cmdline") and not torch.accelerator.is_available():
+        raise ValueError(
+            "launched with --multi_gpu, and torch sees no GPU; configs/accelerate/cpu.yaml is for several without"
+        )
 
 
 def num_threads(config: Config, local_processes: int = 1) -> int:
@@ -75,18 +77,18 @@ def num_threads(config: Config, local_processes: int = 1) -> int:
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and asked == "1" and not _parent_has(b"OMP_NUM_THREADS=1"):
+    if launched and asked == "1" and b"OMP_NUM_THREADS=1" not in _parent("environ"):
         asked = ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # taskset, Slurm
     return config.train.num_threads or (int(asked) if asked.isdigit() and int(asked) else max(1, cores // local_processes))
 
 
-def _parent_has(variable: bytes) -> bool:
-    """Whether the process that started this one, a launcher, was itself started with a variable of the environment."""
+def _parent(what: str) -> list[bytes]:
+    """`environ` or `cmdline` with which the process that started this one, such as a launcher, was started; on Linux."""
     try:
-        return variable in Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{os.getppid()}/{what}").read_bytes().split(b"\0")
     except OSError:
-        return False
+        return []
 
 
 def describe(config: Config, accelerator: Accelerator) -> str:
