@@ -79,7 +79,7 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         [options.negative_prompt or ""] * len(options.prompts),
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
-        generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(options.prompts))],
+        generator=[torch.Generator().manual_seed((options.seed + i) % 2**64) for i in range(len(options.prompts))],
         callback_on_step_end=keep_frame if options.gif else None,
         return_dict=False,
         **arguments,

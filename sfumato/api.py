@@ -120,12 +120,14 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
     return evaluate(locate_pipeline(str(model)), EvaluateOptions(data=data, **options))
 
 
-def doctor(config: Config) -> list[Finding]:
+def doctor(config: Config, *, verify: bool = False) -> list[Finding]:
     """Look at data, settings and, where the run is done, its result; each finding says what to do.
+
+    With `verify`, all bytes of the prepared set are read and compared with their hash.
 
     Raises:
         ValueError: the data or the settings cannot be used at all.
     """
     from sfumato.training.doctor import examine
 
-    return examine(config)
+    return examine(config, verify=verify)

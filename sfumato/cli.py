@@ -158,6 +158,7 @@ def _add_doctor(verbs) -> None:
     doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
     doctor.add_argument("config", help=CONFIG)
     doctor.add_argument("overrides", **OVERRIDES)
+    doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and compare their hash")
     doctor.set_defaults(run=_doctor)
 
 
@@ -249,7 +250,7 @@ def _push(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from sfumato import api
 
-    findings = api.doctor(api.load_config(options.config, options.overrides))
+    findings = api.doctor(api.load_config(options.config, options.overrides), verify=options.verify)
     print("\n".join(map(str, findings)))
     return 1 if any(finding.severity == "error" for finding in findings) else 0
 

@@ -293,3 +293,21 @@ def test_openmoji_is_drawn_on_white():
     drawn = openmoji.rasterise(heart["svg"], 32)
     assert drawn.shape == (32, 32, 3) and tuple(drawn[0, 0]) == (255, 255, 255)
     assert drawn[16, 16, 0] > 180 and drawn[16, 16, 1] < 110
+
+
+def test_a_damaged_set_is_named_with_its_cure(tmp_path):
+    """Sizes are looked at on opening, bytes on request; a ready set needs no right to write."""
+    config = folder_config(tmp_path, "shapes", num_pictures=30)
+    config.name = "shapes"
+    images = prepare.prepare(config)
+    (tmp_path / "cache").chmod(0o555)
+    assert images.verify() and len(prepare.prepare(config)) == len(images)
+    (tmp_path / "cache").chmod(0o755)
+    pixels = next(images.folder.glob("pictures-*.bin"))
+    whole = pixels.read_bytes()
+    pixels.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert not prepare.prepare(config).verify()
+    for damage in (whole[:-1], whole[: len(whole) // 2], b""):
+        pixels.write_bytes(damage)
+        with pytest.raises(ValueError, match="is damaged .* remove this folder"):
+            prepare.prepare(config)

@@ -63,6 +63,7 @@ def test_planted_code_does_not_run(folder, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect")
 @pytest.mark.parametrize("part, name", [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")])
 def test_a_pickle_is_refused_with_the_reason(folder, tmp_path, capsys, part, name):
     (folder / part / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
@@ -71,8 +72,9 @@ def test_a_pickle_is_refused_with_the_reason(folder, tmp_path, capsys, part, nam
         path.unlink()
     assert sample(folder) == 2
     assert "a pickle, which can run code when opened" in capsys.readouterr().err
-    path = tiny.config_file(tmp_path, init_from=str(folder), unet=None, scheduler=None)
-    assert main([str(path)]) == 2
+    path = tiny.config_file(tmp_path, init_from=str(folder))
+    assert main([str(path), "unet={}", "scheduler={}"]) == 2
+    assert "a pickle, which can run code when opened" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
@@ -172,3 +174,50 @@ def test_links_out_of_the_folder_are_not_taken_over(folder, tmp_path, capsys):
     assert cli.main(["export", str(folder), str(tmp_path / "shared")]) == 2
     assert "link out of its folder" in capsys.readouterr().err
     assert not (tmp_path / "shared").exists()
+
+
+def test_evaluate_reads_no_path_that_came_with_a_model(tmp_path):
+    """Its cache is one's own, and files of this machine are named by --data alone."""
+    from sfumato.training.config.schema import DataConfig
+    from sfumato.training.quality.command import config_of, training_config
+
+    model = tmp_path / "model"
+    export_pipeline(tiny.pipeline(tmp_path), model)
+    for name in (str(tmp_path), "./secret", "shapes"):
+        (model / "training_args.yaml").write_text(
+            f"train: {{max_steps: 1}}\ndata: {{name: {name}, cache_dir: {tmp_path}/theirs}}\n"
+        )
+        config = training_config(str(model))
+        assert config.data.cache_dir == DataConfig().cache_dir
+        assert config.data.name == ("shapes" if name == "shapes" else "")
+    (model / "training_args.yaml").write_text("train: {max_steps: 1}\ndata: {name: ./secret}\n")
+    with pytest.raises(ValueError, match="--data"):
+        config_of(str(model), None, SfumatoPipeline.from_pretrained(model))
+
+
+@pytest.mark.parametrize("key", ["vae", "text_encoder"])
+def test_parts_are_looked_at_before_they_are_opened(tmp_path, key):
+    """A config that asks for more than its weights hold, and weights that are a named pipe."""
+    from sfumato.training.models.pretrained import load_part
+
+    pipe = tiny.pipeline(tmp_path)
+    part = getattr(pipe, key)
+    part.save_pretrained(tmp_path / key)
+    name = "layers_per_block" if key == "vae" else "num_hidden_layers"
+    file = tmp_path / key / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, name: 10**6}))
+    with pytest.raises(ValueError, match="asks for"):
+        load_part(type(part), f"{key}.pretrained", str(tmp_path / key), key)
+    file.write_text(json.dumps(config))
+    weights = next((tmp_path / key).glob("*.safetensors"))
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(ValueError, match="no plain file"):
+        load_part(type(part), f"{key}.pretrained", str(tmp_path / key), key)
+
+
+def test_names_of_strangers_do_not_reach_the_terminal():
+    from sfumato.files import printable
+
+    assert printable("a\x1b[31mb\u202ec") == "a\\x1b[31mb\\u202ec" and printable("Bär 披萨\n") == "Bär 披萨\n"

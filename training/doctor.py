@@ -44,8 +44,10 @@ class Finding:
         return f"{self.severity:8}   {self.what}{tail}"
 
 
-def examine(config: Config) -> list[Finding]:
+def examine(config: Config, *, verify: bool = False) -> list[Finding]:
     """Everything the doctor can tell of a config, its data and, where the run is done, its result.
+
+    `verify`: whether all bytes of the prepared set are compared with their hash.
 
     Writes `doctor.png`, a contact sheet of up to 64 training images with their captions, into `output_dir`.
 
@@ -53,6 +55,9 @@ def examine(config: Config) -> list[Finding]:
         ValueError: the data or the settings cannot be used at all.
     """
     images, gpu = prepare(config.data), torch.accelerator.is_available()
+    if verify and not images.verify():
+        cure = "remove this folder, and it is made anew"
+        raise ValueError(f"the prepared set {images.folder} does not hold the bytes that were prepared; {cure}")
     if not gpu:
         torch.set_num_threads(num_threads(config))
     accelerator = Accelerator(cpu=not gpu, mixed_precision=config.train.mixed_precision)
@@ -95,6 +100,9 @@ def _data(config: Config, images: ArraySet) -> list[Finding]:
         Finding("note" if num_bad else "fine", f"{num_bad} of {num_bad + len(images)} records cannot be used"),
     ]
     findings += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in images.skipped.items()]
+    findings += [
+        Finding("note", f"{len(names)} left out, {why}: {', '.join(names[:3])}") for why, names in images.left_out.items()
+    ]
     findings += [Finding("note", f"{count} {what}") for what, count in images.noted.items()]
     same = len(values) - len({value.tobytes() for value in values})
     if same:

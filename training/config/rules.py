@@ -215,7 +215,8 @@ def _check_training(config: Config, need: Need) -> None:
         value = read_key(config, key)
         need(value is None or value > 0, key, "must be positive, or null")
     need(not (config.ema.snapshot_steps and config.lora.rank), "ema.snapshot_steps", "is not for lora")
-    need(config.seed >= 0, "seed", "must not be negative")
+    for key in ("seed", "validation.seed"):
+        need(0 <= read_key(config, key) < 2**63, key, "must not be negative, and below 2**63")
     need(
         config.train.max_steps is not None or config.train.max_minutes is not None,
         "train.max_minutes",

@@ -19,7 +19,7 @@ def build_stock(section: str, cls: type, arguments: dict):
     """An object of a stock class; ValueError for values that it cannot be made of, whatever the class raises."""
     try:
         return cls(**arguments)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{section}: {cls.__name__} cannot be made of it: {type(error).__name__}: {error}") from error
 
 

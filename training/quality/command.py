@@ -51,7 +51,7 @@ def _of_a_stranger(config: Config) -> Config:
     own = DataConfig()
     config.data.cache_dir, config.data.links_into = own.cache_dir, own.links_into
     named = config.data.name in SOURCES and SOURCES[config.data.name].named
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.data.name) and not Path(config.data.name).exists()
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.data.name) and not Path(config.data.name).exists()
     config.data.name = config.data.name if named or on_hub else ""
     return config
 
