@@ -56,7 +56,7 @@ def examine(config: Config, *, verify: bool = False) -> list[Finding]:
     """
     images, gpu = prepare(config.data), torch.accelerator.is_available()
     if verify and not images.verify():
-        cure = "remove this folder, and it is made anew"
+        cure = "remove this folder, and it is prepared again"
         raise ValueError(f"the prepared set {images.folder} does not hold the bytes that were prepared; {cure}")
     if not gpu:
         torch.set_num_threads(num_threads(config))

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sfumato.registries import CODECS, METRICS, SOURCES, TASKS, load_object
-from sfumato.training.config.rules import check, named_source, settings_without_effect
+from sfumato.training.config.rules import check, named_source, read_key, settings_without_effect
 from sfumato.training.config.schema import Config, DataConfig
 
 
@@ -94,6 +94,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+@cache
 def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> annotation of every setting."""
     found = {}
@@ -194,11 +195,9 @@ def _merge(layers: list, overrides: Sequence[str]) -> Config:
 
 
 def _check_items(config: Config) -> None:
-    """Raise ValueError for an item of a list that is of another type than the list is for, or for settings `not finite`."""
+    """Raise ValueError for an item of a list that is of another type than the list is for, or a number that is not finite."""
     for key, hint in _leaves(type(config)).items():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = read_key(config, key)
         if not _fits(value, hint):
             raise ValueError(f"{key}={value!r}: must be {_describe(hint)}, with finite numbers")
 

@@ -55,7 +55,7 @@ class ArraySet(Sequence):
             self._check_sizes()
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"the prepared set {folder} is damaged ({error}); remove this folder, and it is made anew"
+                f"the prepared set {folder} is damaged ({error}); remove this folder, and it is prepared again"
             ) from error
 
     def _open(self, folder: Path) -> None:

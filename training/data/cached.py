@@ -40,7 +40,7 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
         if len(found) != count:
             raise ValueError(f"it has {len(found)} rows of {count}")
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"the cached file {path} is damaged ({error}); remove it, and it is made anew") from error
+        raise ValueError(f"the cached file {path} is damaged ({error}); remove it, and it is prepared again") from error
     return found
 
 

@@ -45,8 +45,13 @@ def build_autoencoder(config: Config, arguments: dict) -> VariationalAutoencoder
     check_contradictions(arguments, derived, "autoencoder.model", "data says")
     torch.manual_seed(config.seed)
     vae = build_stock("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **derived})
-    check_divisible(config, 2 ** (len(vae.config.block_out_channels) - 1))
+    check_divisible(config, downsampling_factor(vae))
     return VariationalAutoencoder(vae)
+
+
+def downsampling_factor(vae: AutoencoderKL) -> int:
+    """How many pixels of the image make one of the latents, along a side."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def identity_vae(

@@ -10,7 +10,7 @@ from sfumato.pipelines.trust import find_depth
 from sfumato.registries import TASKS
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler
 from sfumato.training.config.schema import Config
-from sfumato.training.models.autoencoder import identity_vae
+from sfumato.training.models.autoencoder import downsampling_factor, identity_vae
 from sfumato.training.models.denoiser import (
     ModelNeeds,
     learns_variance,
@@ -54,7 +54,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     torch.manual_seed(config.seed)
     tokenizer, text_encoder = build_text_encoder(config.text_encoder, captions, tokenizer)
     vae = build_vae(config, needs)
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = downsampling_factor(vae)
     check_divisible(config, factor)
     unet = _build_unet(config, needs, vae, scheduler, text_encoder.config.hidden_size)
     strengthen_conditioning(unet)
@@ -67,7 +67,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
 
 
 def _build_unet(config: Config, needs: ModelNeeds, vae: AutoencoderKL, scheduler, text_width: int) -> UNet2DConditionModel:
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = downsampling_factor(vae)
     derived = {
         "sample_size": unet_sample_size(config, factor),
         "in_channels": num_unet_inputs(config, vae, needs),
@@ -96,7 +96,7 @@ def check_network(config: Config) -> None:
         raise ValueError(f"unet: {depth}; at most {MAX_LAYERS} are built")
     scheduler = build_scheduler(config)
     vae = build_vae(config, needs)
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = downsampling_factor(vae)
     check_divisible(config, factor)
     pretrained = config.text_encoder.pretrained is not None
     width = config.unet.get("cross_attention_dim", 64) if pretrained else config.text_encoder.hidden_size
@@ -137,7 +137,7 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
             f"task={config.task} needs a VAE of {needs.latent_channels} latent channels: "
             "its stock pipeline takes no other number"
         )
-    needs.prepare_vae(vae, 2 ** (len(vae.config.block_out_channels) - 1))
+    needs.prepare_vae(vae, downsampling_factor(vae))
     return vae
 
 

@@ -16,7 +16,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.loader import SampleData
 from sfumato.training.data.streams import Stream
-from sfumato.training.models.autoencoder import build_autoencoder
+from sfumato.training.models.autoencoder import build_autoencoder, downsampling_factor
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
@@ -58,7 +58,7 @@ class Autoencoder:
         """Reconstruction and Kullback-Leibler divergence; see `objectives.autoencoder_loss`."""
         device, vae = self.accelerator.device, self.module.vae
         pixels = batch["pixel_values"].to(device)
-        size = [side // 2 ** (len(vae.config["block_out_channels"]) - 1) for side in pixels.shape[-2:]]
+        size = [side // downsampling_factor(vae) for side in pixels.shape[-2:]]
         shape = (vae.config["latent_channels"], *size)
         noise = self.streams.normal(batch["sample_key"].to(device), Stream.NOISE, shape)
         rebuilt, mean, logvar = model(pixels, noise)
