@@ -8,6 +8,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from huggingface_hub import snapshot_download
 
+from sfumato.pipelines.conditions import image_channels
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.pipelines.trust import UNREAD
 
@@ -33,7 +34,7 @@ class Cascade:
             raise ValueError("the first model of a cascade draws from text and nothing else")
         if upscaler.reads != "low_res":
             raise ValueError("the second model of a cascade must be one for upscaling")
-        channels = [pipe.vae.config.in_channels for pipe in (base, upscaler)]
+        channels = [image_channels(pipe.vae) for pipe in (base, upscaler)]
         if channels[0] != channels[1]:
             raise ValueError(f"the first model draws {channels[0]} channels, the second reads {channels[1]}")
         sides = [pipe.trained_size[0] for pipe in (base, upscaler)]

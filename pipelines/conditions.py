@@ -12,6 +12,11 @@ from PIL import Image
 UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every VAE's scaling factor
 
 
+def image_channels(vae) -> int:
+    """How many channels the images have that a VAE encodes; `ConsistencyDecoderVAE` has another name for them."""
+    return vae.config.get("in_channels") or vae.config.encoder_in_channels
+
+
 def extra_input_kind(unet, vae) -> str | None:
     """What the UNet reads beside the noisy latents: `masks` and masked images, as those of Stable Diffusion's inpainting do;
     an image of `low_res`, as those of its upscaling do; None: nothing.
@@ -19,7 +24,7 @@ def extra_input_kind(unet, vae) -> str | None:
     if unet is None or vae is None:
         return None
     more = unet.config.in_channels - vae.config.latent_channels
-    if more == vae.config.in_channels and (unet.config.class_embed_type or unet.config.num_class_embeds):
+    if more == image_channels(vae) and (unet.config.class_embed_type or unet.config.num_class_embeds):
         return "low_res"
     return "masks" if more == vae.config.latent_channels + 1 else None
 
@@ -99,7 +104,7 @@ def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | 
     """
     if mask is None or pixels is None:
         size = [side * 2 ** (len(vae.config.block_out_channels) - 1) for side in noise.shape[-2:]]
-        mask, pixels = noise.new_ones(len(noise), 1, *size), noise.new_zeros(len(noise), vae.config.in_channels, *size)
+        mask, pixels = noise.new_ones(len(noise), 1, *size), noise.new_zeros(len(noise), image_channels(vae), *size)
     mask = (mask >= 0.5).to(noise)
     masked_latents = encode_image(vae, pixels * (1 - mask)) * vae.config.scaling_factor
     return torch.cat([F.interpolate(mask, masked_latents.shape[-2:]), masked_latents], dim=1)

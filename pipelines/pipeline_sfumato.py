@@ -37,6 +37,7 @@ from sfumato.pipelines.conditions import (
     default_size,
     encode_image,
     extra_input_kind,
+    image_channels,
     inpainting_condition,
     low_res_condition,
     renoise,
@@ -87,7 +88,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         text_encoder, tokenizer: prompt to `(B, L, D)` embeddings.
         unet: predicts what the scheduler's `prediction_type` says.
         scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are turned into ours; others stay as they are.
-        guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` by default.
+        guider: how conditional and unconditional predictions are combined; None: `ClassifierFreeGuidance`.
         low_res_scheduler, max_noise_level: of an upscaling model, how noise is put on the small image, and how much.
         controlnet: makes the network follow a map, such as edges (Zhang et al. 2023, arXiv 2302.05543).
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: kept for Stable Diffusion folders that
@@ -125,7 +126,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             scheduler = ours[type(stock)].from_config(stock.config)
         # What StableDiffusionPipeline makes of every scheduler; or a saved model would draw otherwise than this one.
         given: Any = scheduler
-        if getattr(given.config, "steps_offset", 1) != 1:
+        if given is not None and given.config.get("steps_offset", 1) != 1:
             scheduler = type(given).from_config(given.config, steps_offset=1)
         self.register_modules(
             vae=vae,
@@ -133,7 +134,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             tokenizer=tokenizer,
             unet=unet,
             scheduler=scheduler,
-            guider=guider or build_guider(ClassifierFreeGuidance),
+            guider=guider,
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
@@ -256,7 +257,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         `size` is height and width; `batch` is the number of prompts and of images for each.
         """
         device = self._execution_device
-        pixels = to_pixels(image, self.vae.config.in_channels, *size, *batch).to(device, dtype)
+        pixels = to_pixels(image, image_channels(self.vae), *size, *batch).to(device, dtype)
         mask = None if mask_image is None else to_mask(mask_image, *size, *batch).to(device, dtype)
         x_0 = encode_image(self.vae, pixels) * self.vae.config.scaling_factor
         latent_mask = None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
@@ -288,7 +289,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """For upscaling the smaller image with noise, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
         level = min(20, self.config["max_noise_level"]) if noise_level is None else noise_level
         height, width = (side // self.vae_scale_factor for side in size)
-        channels, device = self.vae.config.in_channels, self._execution_device
+        channels, device = image_channels(self.vae), self._execution_device
         small = to_pixels(image, channels, height, width, *batch, resample=Image.Resampling.BICUBIC).to(device, dtype)
         noisy = low_res_condition(self.low_res_scheduler, small, level, generator)
         return noisy, torch.full((len(small),), level, device=device)

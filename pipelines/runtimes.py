@@ -137,7 +137,7 @@ def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
         raise ValueError("the other runtimes are for networks of noise, time and text, not for upscaling or ControlNets")
     if pipe.device.type != "cpu":
         raise ValueError(f"the other runtimes are for the CPU, and this model is on {pipe.device}")
-    if type(pipe.guider).prepare_models is not BaseGuidance.prepare_models:
+    if pipe.guider is not None and type(pipe.guider).prepare_models is not BaseGuidance.prepare_models:
         raise ValueError(f"{type(pipe.guider).__name__} reaches into the network, which it cannot under another runtime")
     if RUNTIMES[name] and importlib.util.find_spec(RUNTIMES[name]) is None:
         raise ModuleNotFoundError(f"this runtime needs a package: pip install 'sfumato[{name}]'")

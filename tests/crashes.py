@@ -222,6 +222,8 @@ def prepare_tasks(root: Path) -> dict[str, dict]:
         "lora": {"lora": {"rank": 2}, **start},
         "control": {"task": "control", **start},
         "upscaling": {"task": "upscaling"},
+        "inpainting": {"task": "inpainting"},
+        "autoencoder": {"task": "autoencoder", "autoencoder": {"model": VAE}},
     }
 
 

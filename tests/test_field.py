@@ -265,6 +265,8 @@ def calls(folder):
     yield "AutoencoderTiny, image to image", lambda: f"drew {drawn(latent, **picture).shape}"
     pipe.guider = None
     yield "guider=None", lambda: f"drew {drawn(pipe).shape}"
+    text_alone = {**dict.fromkeys(pipe.components), "text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+    yield "a pipeline of the text encoder alone", lambda: SfumatoPipeline(**text_alone).encode_prompt("a red circle")[0].shape
     embeds, _ = pipe.encode_prompt("a red circle")
 
     def long(embeds):
