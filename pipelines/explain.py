@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from sfumato.figures import caption_font
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import training_scheduler
 
@@ -46,7 +47,7 @@ class Explanation:
         height = self.image.height * scale + 22
         text = 16
         sheet = Image.new("RGB", (width * (1 + len(self.words)) + 6, height * len(rows) + 6), "white")
-        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+        pen = ImageDraw.Draw(sheet)
         image = np.asarray(self.image.convert("RGB"), float)
         red = np.array([255.0, 0.0, 0.0])
         for row, maps in enumerate(rows):
@@ -58,7 +59,7 @@ class Explanation:
                 x, y = 6 + column * width, 6 + row * height
                 sheet.paste(tile.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
                 title = word if row == 0 else f"without {word}" if column else ""
-                pen.text((x, y + height - 22 + 2), title, "black", font)
+                pen.text((x, y + height - 22 + 2), title, "black", caption_font(title))
         return sheet.crop((0, 0, sheet.width, sheet.height - (22 - text) + 6))
 
 

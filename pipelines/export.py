@@ -80,7 +80,7 @@ def _forget_local_paths(folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path", "is_local", "local_files_only")}
         if kept != content:
-            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _add_metadata(file: Path, metadata: dict) -> None:

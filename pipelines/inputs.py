@@ -3,6 +3,8 @@
 Self-contained on purpose (torch, numpy, PIL and diffusers only): this file travels inside shared model folders.
 """
 
+import functools
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,29 @@ from PIL import Image
 from sfumato.pipelines.images import UnsupportedImage, to_8_bits
 
 logger = logging.get_logger(__name__)
+
+CAPTION_WORDS = "caption_words"  # of the tokenizer's settings: all words of the captions that a model was trained on
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """A warning about a prompt, once in a process: prompts are drawn again and again."""
+    logger.warning(message)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text in small letters; of scripts without spaces between words, its characters."""
+    return re.findall(r"[\u2e80-\u9fff]|[^\W\d_\u2e80-\u9fff]+", text.lower())
+
+
+def warn_of_unknown_words(tokenizer, prompts: list[str]) -> None:
+    """Name the words that no caption of the training has; nothing where the tokenizer does not say which these are."""
+    listed = tokenizer.init_kwargs.get(CAPTION_WORDS)
+    known = {word for word in listed if isinstance(word, str)} if isinstance(listed, list) else set()
+    unknown = dict.fromkeys(word for prompt in prompts for word in split_words(prompt) if word not in known)
+    if known and unknown:
+        words = ", ".join(repr(word) for word in list(unknown)[:10])
+        warn_once(f"No caption that this model was trained on has {words}: it can only guess what is meant.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,8 @@ from sfumato.pipelines.guided import (
     one_at_a_time,
     weak_embeds,
 )
-from sfumato.pipelines.inputs import CallInputs, check_inputs, to_mask, to_pixels
-from sfumato.pipelines.stock import REMOTE_CLASS, check_no_lora, stock_parts, stock_pipeline, write_class
+from sfumato.pipelines.inputs import CallInputs, check_inputs, to_mask, to_pixels, warn_of_unknown_words, warn_once
+from sfumato.pipelines.stock import REMOTE_CLASS, check_no_lora, quiet_transformers, stock_parts, stock_pipeline, write_class
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
 from sfumato.schedulers.scheduling_sfumato_flow import SfumatoFlowScheduler
@@ -169,7 +169,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                 kwargs.pop(name, None)
         check_folder(folder, skip=set(kwargs))
         try:
-            return super().from_pretrained(folder, **kwargs)
+            with quiet_transformers():
+                return super().from_pretrained(folder, **kwargs)
         except (OSError, torch.OutOfMemoryError):  # diffusers' own of files that are not there, and no fault of the folder
             raise
         except Exception as error:  # an odd config raises nearly anything
@@ -185,7 +186,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             ValueError: a LoRA lies beside the weights.
         """
         check_no_lora(self)
-        stock_parts(self).save_pretrained(save_directory, **kwargs)
+        with quiet_transformers():
+            stock_parts(self).save_pretrained(save_directory, **kwargs)
         write_class(self, save_directory)
 
     def to_stock(self) -> DiffusionPipeline:
@@ -201,13 +203,14 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return config
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
-        """Prompts to embeddings `(len(text), L, D)`; what does not fit is cut off and named in a warning."""
+        """Prompts to embeddings `(len(text), L, D)`; a warning names what does not fit, and unknown words."""
+        warn_of_unknown_words(self.tokenizer, text)
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         ids = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         for prompt, full in zip(text, self.tokenizer(text, verbose=False).input_ids):
             if len(full) > length:
                 cut = self.tokenizer.decode(full[length - 1 : -1])
-                logger.warning(f"The prompt {prompt[:60]!r} is longer than {length - 2} tokens; this part was cut off: {cut}")
+                warn_once(f"The prompt {prompt[:60]!r} is longer than {length - 2} tokens; this part was cut off: {cut}")
         return self.text_encoder(ids.to(device))[0]
 
     def encode_prompt(

@@ -4,10 +4,12 @@ This file travels inside shared model folders.
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 from diffusers import DDPMScheduler, DiffusionPipeline
+from transformers.utils import logging as transformers_logging
 
 from sfumato.pipelines.conditions import check_upscaling
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
@@ -44,6 +46,18 @@ def stock_parts(pipe) -> DiffusionPipeline:
         return diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
     name = "StableDiffusionInpaintPipeline" if pipe.reads == "masks" else "StableDiffusionPipeline"
     return getattr(diffusers, name)(**parts)
+
+
+@contextmanager
+def quiet_transformers():
+    """Without the bars of transformers, "Loading weights" and "Writing model shards", which only say that a second passed."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def check_no_lora(pipe) -> None:

@@ -1,7 +1,9 @@
 """Grids, sheets and curves: numpy and PIL only."""
 
 import json
+import re
 from functools import cache
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 
@@ -49,17 +51,36 @@ def grid(images: list[Image.Image], prompts: list[str], columns: int = 6, min_si
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(sheet)
     for i, (image, prompt) in enumerate(zip(images, prompts)):
         x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
         sheet.paste(flatten(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        lines, words = [""], prompt.split()
-        for word in words:
-            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font) > width:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((x, y + height), "\n".join(lines[:2]), "black", font, spacing=0)
+        font = caption_font(prompt)
+        pen.multiline_text((x, y + height), "\n".join(wrap(prompt, font, width)[:2]), "black", font, spacing=0)
     return sheet
+
+
+def caption_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font for ASCII, which is all it has, else one with accents, Greek, Cyrillic, Chinese and Japanese kana too."""
+    return _unicode_font(size) if re.search(r"[^\x00-\x7f]", text) else ImageFont.load_default(size)
+
+
+@cache
+def _unicode_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.truetype(str(files("sfumato").joinpath("fonts/NotoSansSC-subset.woff2")), size)
+    except OSError:  # a Pillow that was built without the compression of web fonts
+        return ImageFont.load_default(size)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words, or between any two characters of Chinese."""
+    lines = [""]
+    for word in re.findall(r"(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef]+)\s*", text):
+        if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

@@ -119,7 +119,8 @@ def test_the_wheel_holds_every_file_of_the_tree_and_nothing_else(wheel):
     expected = {f"sfumato/{path.relative_to(ROOT)}" for path in SOURCES} | {f"sfumato/{path.name}" for path in OWN}
     expected |= {f"sfumato/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     expected |= {f"sfumato/{path.relative_to(ROOT)}" for path in (ROOT / "models/openmoji").rglob("*") if path.is_file()}
-    assert names == expected | {"sfumato/py.typed"}
+    fonts = {f"sfumato/fonts/{path.name}" for path in (ROOT / "sfumato/fonts").iterdir()}
+    assert names == expected | fonts | {"sfumato/py.typed"}
 
 
 def test_the_wheel_says_what_it_is(wheel):

@@ -221,7 +221,14 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
     free_bytes = shutil.disk_usage(config.output_dir).free
     findings = [
         Finding("fine", f"{count:,} weights are trained, of {total:,}"),
-        Finding("fine", f"{a_step} images a step on each process; {train / a_step:.0f} steps are an epoch on one process"),
+        Finding("fine", f"{a_step} images a step on each process; {train / a_step:.1f} steps are an epoch on one process")
+        if a_step <= train
+        else Finding(
+            "warning",
+            f"{a_step} images a step on each process, of {train} training images",
+            "Each step sees some of them several times.",
+            f"Lower train.batch_size to {train // config.train.gradient_accumulation_steps or 1} or less.",
+        ),
         Finding("fine", f"a step takes {step * 1000:.0f} ms on one {device} process, {a_step / step:.0f} images/s"),
         Finding("fine", f"{steps:,} steps, {steps * a_step / train:.1f} epochs, {minutes:.0f} minutes on one process")
         if minutes < 24 * 60

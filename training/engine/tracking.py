@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import statistics
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,29 @@ def finite(entry: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
+class SlowWatch:
+    """Tells once when steps have come to take far longer than the first ones, from which all estimates were made."""
+
+    FIRST, RECENT, FACTOR, LEAST_SECONDS = 10, 20, 3, 60
+
+    def __init__(self):
+        self.last, self.first, self.recent, self.told = None, [], deque(maxlen=self.RECENT), False
+
+    def look(self, seconds: float) -> str | None:
+        """What to say, if anything, at the end of a step, `seconds` of training after the first."""
+        took, self.last = seconds - (self.last if self.last is not None else seconds), seconds
+        if len(self.first) < self.FIRST:
+            if took > 0:  # not the first of all, which also warms up
+                self.first.append(took)
+            return None
+        self.recent.append(took)
+        now, before = statistics.median(self.recent), statistics.median(self.first)
+        if self.told or now < self.FACTOR * before or sum(self.recent) < self.LEAST_SECONDS:
+            return None
+        self.told = True
+        return f"a step takes {now:.1f} s, {now / before:.0f} times as long as at first ({before:.2g} s): is the machine busy?"
+
+
 class Log:
     """`metrics.jsonl`, the progress bar and the sample grids; silent on all processes but the first."""
 
@@ -55,7 +80,7 @@ class Log:
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump_config(config))
+        (self.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for path in (self.folder / "validation.jsonl", self.folder / "metrics.jsonl"):
             # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
             kept = path.with_name(f"{path.name}.new")
@@ -63,6 +88,7 @@ class Log:
             kept.replace(path)
         self.file = open(self.folder / "metrics.jsonl", "a", buffering=1)
         self.smooth = None
+        self.slow = SlowWatch()
 
     def write(self, entry: dict) -> None:
         """One step's figures: a line of JSON (null for what is not finite) and the progress bar."""
@@ -76,6 +102,9 @@ class Log:
         if entry["loss"] is not None:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(min(entry["done"], 1.0) - self.bar.n)
+        told = self.slow.look(entry["seconds"])
+        if told:
+            self.say(told)
         rate = entry["images_seen"] / max(entry["seconds"], 1e-9)
         self.bar.set_postfix_str(f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} images/s", refresh=False)
 
@@ -96,7 +125,8 @@ class Log:
             self.accelerator.log(values, step=entry["step"])
         name = "held_out_loss" if "held_out_loss" in entry else "training_loss"
         if entry[name] is not None:
-            self.say(f"step {entry['step']}: {name.replace('_', ' ')} {entry[name]:.4f}")
+            images = "held-out" if name == "held_out_loss" else "training"
+            self.say(f"step {entry['step']}: error on {images} images {entry[name]:.4f}")
 
     def was_validated(self, step: int) -> bool:
         """Whether `validation.jsonl` has a line of this step; of the first process."""

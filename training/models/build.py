@@ -6,6 +6,7 @@ from transformers import CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import NetworkInputs, run_network
+from sfumato.pipelines.inputs import CAPTION_WORDS
 from sfumato.pipelines.trust import find_depth
 from sfumato.registries import TASKS
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler
@@ -27,7 +28,7 @@ from sfumato.training.models.stock_classes import (
     check_divisible,
     lists_to_tuples,
 )
-from sfumato.training.models.text import build_text_encoder
+from sfumato.training.models.text import build_text_encoder, remember_words
 
 MAX_LAYERS = 200
 MAX_PARAMETERS = 50_000_000_000
@@ -48,6 +49,8 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         pipe = load_pipeline(config, needs)
         if tokenizer is not None:
             pipe.register_modules(tokenizer=tokenizer)
+        elif pipe.tokenizer.init_kwargs.get(CAPTION_WORDS):
+            remember_words(pipe.tokenizer, captions)
         return pipe
     check_arguments(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)

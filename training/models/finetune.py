@@ -83,7 +83,7 @@ def _open(source: str) -> SfumatoPipeline:
     inside = Path(source) / "pipeline"  # of a run folder
     try:
         pipe = SfumatoPipeline.from_pretrained(
-            inside if (inside / "model_index.json").is_file() else source, torch_dtype=torch.float32
+            inside if (inside / "model_index.json").is_file() else source, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"init_from={source!r} cannot be opened: {error}") from error

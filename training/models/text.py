@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.inputs import CAPTION_WORDS, split_words
 from sfumato.training.config.schema import TextEncoderConfig
 from sfumato.training.models.pretrained import load_part
 
+MOST_WORDS = 20_000
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -43,6 +45,17 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
+def remember_words(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
+    """Write all words of `captions`, and those that are there already, into the tokenizer's settings, which are saved with it.
+
+    A prompt's other words are told with these. Beyond `MOST_WORDS` a prompt may say anything: none is kept.
+    """
+    words = set(tokenizer.init_kwargs.get(CAPTION_WORDS, ()))
+    for caption in captions:
+        words.update(split_words(caption))
+    tokenizer.init_kwargs[CAPTION_WORDS] = sorted(words) if len(words) <= MOST_WORDS else []
+
+
 def build_text_encoder(
     config: TextEncoderConfig, captions: list[str], tokenizer: CLIPTokenizer | None = None
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -57,7 +70,9 @@ def build_text_encoder(
         if len(tokenizer) < 256:  # transformers makes an empty one where there is none
             raise ValueError(f"{key}={source!r} has no tokenizer beside its text encoder")
     else:
-        tokenizer = tokenizer or train_tokenizer(captions, config.vocab_size, config.max_length)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+            remember_words(tokenizer, captions)
         marks: dict = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         encoder = CLIPTextModel(
             CLIPTextConfig(
