@@ -61,7 +61,7 @@ def grid(images: list[Image.Image], prompts: list[str], columns: int = 6, min_si
 
 
 def caption_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font for ASCII, which is all it has, else one with accents, Greek, Cyrillic, Chinese and Japanese kana too."""
+    """Pillow's own font for ASCII, which is all it has; else one with accents, Greek, Cyrillic, Chinese and kana."""
     return _unicode_font(size) if re.search(r"[^\x00-\x7f]", text) else ImageFont.load_default(size)
 
 
