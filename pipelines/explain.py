@@ -4,6 +4,7 @@ Works with every `SfumatoPipeline`, foreign Stable Diffusion folders included, a
 """
 
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image, ImageDraw
 
 from sfumato.figures import caption_font
+from sfumato.pipelines.inputs import tokenize
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import training_scheduler
 
@@ -109,7 +111,13 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
     if not layers:
         raise ValueError("this model has no cross-attention, so there is nothing to show")
     maps: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda *a: maps.append(_attention(*a)), with_kwargs=True) for layer in layers]
+    me = threading.get_ident()
+
+    def keep(*seen):
+        if threading.get_ident() == me:  # another thread may draw with this network between our steps
+            maps.append(_attention(*seen))
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
     recorder = _Recorder.of(pipe)
     try:
         (image,) = recorder(prompt, generator=generator, output_type="pil", return_dict=False, **call)[0]
@@ -118,8 +126,8 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
             hook.remove()
     tokens = _gather(maps, image.height, image.width)
     spans = [match.span() for match in re.finditer(r"\S+", prompt)]
-    offsets = pipe.tokenizer(
-        prompt, return_offsets_mapping=True, truncation=True, max_length=pipe.tokenizer.model_max_length
+    offsets = tokenize(
+        pipe.tokenizer, prompt, return_offsets_mapping=True, truncation=True, max_length=pipe.tokenizer.model_max_length
     )["offset_mapping"]  # fmt: skip
     belongs = [[k for k, (a, b) in enumerate(offsets) if start <= a < b <= end] for start, end in spans]
     read = [(span, numbers) for span, numbers in zip(spans, belongs) if numbers]

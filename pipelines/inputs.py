@@ -5,6 +5,7 @@ Self-contained on purpose (torch, numpy, PIL and diffusers only): this file trav
 
 import functools
 import re
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,15 @@ from sfumato.pipelines.images import UnsupportedImage, to_8_bits
 logger = logging.get_logger(__name__)
 
 CAPTION_WORDS = "caption_words"  # of the tokenizer's settings: all words of the captions that a model was trained on
+
+
+_TOKENIZING = threading.Lock()
+
+
+def tokenize(tokenizer, text: str | list[str], **settings):
+    """`tokenizer(text, **settings)`, one thread at a time: how tokenizers pad and cut is a state that all callers share."""
+    with _TOKENIZING:
+        return tokenizer(text, **settings)
 
 
 @functools.lru_cache(maxsize=1024)

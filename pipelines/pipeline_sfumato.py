@@ -52,7 +52,7 @@ from sfumato.pipelines.guided import (
     one_at_a_time,
     weak_embeds,
 )
-from sfumato.pipelines.inputs import CallInputs, check_inputs, to_mask, to_pixels, warn_of_unknown_words, warn_once
+from sfumato.pipelines.inputs import CallInputs, check_inputs, to_mask, to_pixels, tokenize, warn_of_unknown_words, warn_once
 from sfumato.pipelines.stock import REMOTE_CLASS, check_no_lora, quiet_transformers, stock_parts, stock_pipeline, write_class
 from sfumato.pipelines.trust import check_folder
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
@@ -206,8 +206,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """Prompts to embeddings `(len(text), L, D)`; a warning names what does not fit, and unknown words."""
         warn_of_unknown_words(self.tokenizer, text)
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        ids = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        for prompt, full in zip(text, self.tokenizer(text, verbose=False).input_ids):
+        ids = tokenize(
+            self.tokenizer, text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for prompt, full in zip(text, tokenize(self.tokenizer, text, verbose=False).input_ids):
             if len(full) > length:
                 cut = self.tokenizer.decode(full[length - 1 : -1])
                 warn_once(f"The prompt {prompt[:60]!r} is longer than {length - 2} tokens; this part was cut off: {cut}")

@@ -311,3 +311,18 @@ def test_a_damaged_set_is_named_with_its_cure(tmp_path):
         pixels.write_bytes(damage)
         with pytest.raises(ValueError, match="is damaged .* remove this folder"):
             prepare.prepare(config)
+
+
+def test_a_parquet_file_that_would_fill_the_memory_is_named(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from sfumato.training.data.sources import parquet
+
+    monkeypatch.setattr(parquet, "ALWAYS_ALLOWED", 1_000_000)
+    (tmp_path / "set").mkdir()
+    bomb = pa.table({"image": [b"\0" * 100_000] * 100, "text": ["a red circle"] * 100})
+    pq.write_table(bomb, tmp_path / "set" / "bomb.parquet", compression="zstd", use_dictionary=False)
+    config = load_config(tiny.config_file(tmp_path, data={"name": str(tmp_path / "set")}))
+    with pytest.raises(ValueError, match="would unpack to over 200 times its size"):
+        prepare.prepare(config.data)

@@ -1,5 +1,7 @@
 """Heat-maps are the attention that was there, and looking changes nothing."""
 
+import threading
+
 import numpy as np
 import pytest
 import tiny
@@ -89,3 +91,13 @@ def test_foreign_folders_are_explained(pipe, tmp_path):
 def test_what_cannot_be_explained_is_told(pipe, prompt, more):
     with pytest.raises(ValueError, match="one text|one image"):
         explain(pipe, prompt, **more)
+
+
+def test_another_thread_that_draws_is_not_in_the_heat(tmp_path):
+    pipe = tiny.pipeline(tmp_path)
+    alone = explain(pipe, "a red circle", num_inference_steps=4).heat
+    other = threading.Thread(target=lambda: [pipe("a blue square", num_inference_steps=2) for _ in range(4)])
+    other.start()
+    beside = explain(pipe, "a red circle", num_inference_steps=4).heat
+    other.join()
+    assert np.array_equal(alone, beside)

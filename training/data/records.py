@@ -14,6 +14,8 @@ import numpy as np
 from sfumato.registries import IMAGE_ENDINGS
 
 MAX_FILE_BYTES = 256_000_000
+MAX_GROWTH = 200  # a compressed archive may unpack to so many times its own size; images hardly shrink
+ALWAYS_ALLOWED = 1_000_000_000  # bytes that any archive may unpack to
 MAX_CAPTION_CHARACTERS = 10_000
 # Images that nothing here reads: counted and named, rather than passed over.
 UNREAD_ENDINGS = (

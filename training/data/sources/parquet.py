@@ -4,8 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.records import Record
+from sfumato.training.data.records import ALWAYS_ALLOWED, MAX_GROWTH, Record
 from sfumato.training.data.sources.tables import cell_bytes, find_columns, import_datasets, row_record
+
+
+def _unpacks_to_too_much(file, size: int) -> bool:
+    groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+    return sum(groups) > max(ALWAYS_ALLOWED, MAX_GROWTH * size)
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
@@ -23,6 +28,11 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
         try:
             file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
             columns = file.schema_arrow.names
+            if _unpacks_to_too_much(file, path.stat().st_size):
+                yield Record(
+                    path.name, fault=f"damaged parquet file, not read (it would unpack to over {MAX_GROWTH} times its size)"
+                )
+                continue
         except (OSError, pyarrow.ArrowException) as error:
             yield Record(path.name, fault=f"damaged parquet file, not read ({type(error).__name__})")
             continue

@@ -13,11 +13,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.records import MAX_FILE_BYTES, OTHER_NAMES, Record, captions_of, fault_of_kind, is_hidden, kind_of
+from sfumato.training.data.records import (
+    ALWAYS_ALLOWED,
+    MAX_FILE_BYTES,
+    MAX_GROWTH,
+    OTHER_NAMES,
+    Record,
+    captions_of,
+    fault_of_kind,
+    is_hidden,
+    kind_of,
+)
 
 CAPTION_ENDINGS = (".txt", ".caption", ".cls", ".json")
-MAX_GROWTH = 200  # a compressed archive may unpack to so many times its own size; images hardly shrink
-ALWAYS_ALLOWED = 1_000_000_000  # bytes that any archive may unpack to
 
 
 @dataclass(frozen=True)
