@@ -26,7 +26,19 @@ _CARD = """---
 
 <Gallery />
 
-## Use it
+{use}## What it is
+
+{model}
+{training}
+## Intended use and limits
+
+{limits} It has not been checked for bias or for harmful images, and it can reproduce training images. It is not for
+images that are taken for records of real persons or events.
+{again}
+Made by Sfumato {version}.
+"""
+
+_USE = """## Use it
 
 {doors}
 
@@ -69,16 +81,40 @@ pipe = with_guider(SfumatoPipeline.from_pretrained("{where}"), "apg", guidance_s
 {given}image = pipe({ours}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
-## What it is
+"""
 
-{model}
-{training}
-## Intended use and limits
+_USE_CODEC = """## Use it
 
-{limits} It has not been checked for bias or for harmful images, and it can reproduce training images. It is not for
-images that are taken for records of real persons or events.
-{again}
-Made by Sfumato {version}.
+The model draws arrays of {shape}; `codec.py` here, with numpy alone, says what they are: {kind}. {doors}
+
+```python
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+pipe = DiffusionPipeline.from_pretrained("{where}")
+sys.path.insert(0, "{where}" if Path("{where}").is_dir() else snapshot_download("{where}"))
+from codec import open_codec
+
+codec = open_codec()
+array = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}, output_type="np",
+             generator=torch.Generator().manual_seed(0)).images[0]
+thing = codec.decode(array)
+```
+
+`codec.write(thing, "thing{ending}")` keeps it. With `pip install sfumato` one call does it all:
+
+```python
+from sfumato.pipelines import SfumatoPipeline
+
+pipe = SfumatoPipeline.from_pretrained("{where}")
+thing = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
+             output_type="decoded").images[0]
+```
+
 """
 
 _STOCK = "No flag and no other package than diffusers, transformers and torch is needed."
@@ -157,11 +193,11 @@ def model_card(
     scratch, kind = bool(facts) and not base and not parts, _kind(pipe)
     front = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image" if kind == "A text-to-image" else "image-to-image",
+        pipeline_tag=None if pipe.codec else "text-to-image" if kind == "A text-to-image" else "image-to-image",
         license=facts.pop("license", None),
         language=facts.pop("language", None),
         datasets=facts.pop("datasets", None),
-        tags=["diffusers", "sfumato", "text-to-image"]
+        tags=["diffusers", "sfumato", f"text-to-{pipe.codec.kind}" if pipe.codec else "text-to-image"]
         + (["diffusers-training"] if facts or base else [])
         + (["trained-from-scratch"] if scratch else []),
         base_model=base if base and base.count("/") == 1 else None,
@@ -180,9 +216,7 @@ def model_card(
         data=front.to_yaml(),
         title=_plain(title),
         origin=f"{kind} {'flow matching' if _flows(pipe) else 'diffusion'} model{origin}",
-        **_doors(pipe, where),
-        **_call(pipe, gallery[0][0] if gallery else ""),
-        **advice,
+        use=_use(pipe, where, gallery[0][0] if gallery else "", advice),
         limits=_LIMITS if scratch else _OTHER_LIMITS,
         model=_describe(pipe, variants),
         training=_tell(facts, curve, settings),
@@ -248,6 +282,8 @@ def remove_figures(folder: Path, weights: str) -> None:
 def _kind(pipe: SfumatoPipeline) -> str:
     if pipe.controlnet is not None:
         return "A controlled text-to-image"
+    if pipe.codec is not None:
+        return f"A text-to-{pipe.codec.kind}"
     return {None: "A text-to-image", "estimate": "A text-to-image", "masks": "An inpainting", "low_res": "An upscaling"}[
         pipe.reads
     ]
@@ -260,6 +296,17 @@ def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
     if pipe.reads == "estimate":
         return {**more, "doors": _REMOTE, "flag": ", trust_remote_code=True"}
     return {**more, "doors": _STOCK, "flag": ""}
+
+
+def _use(pipe: SfumatoPipeline, where: str, prompt: str, advice: dict) -> str:
+    """The section with the snippets."""
+    codec = pipe.codec
+    if codec is None:
+        return _USE.format(**_doors(pipe, where), **_call(pipe, prompt), **advice)
+    shape, doors = " x ".join(map(str, codec.shape)), _doors(pipe, where)["doors"]
+    return _USE_CODEC.format(
+        where=where, doors=doors, shape=shape, kind=codec.kind, ending=codec.endings[0], call=repr(prompt), **advice
+    )
 
 
 def _flows(pipe: SfumatoPipeline) -> bool:

@@ -119,8 +119,9 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
 
     hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
     recorder = _Recorder.of(pipe)
+    kind = "pil" if pipe.codec is None else "np"
     try:
-        (image,) = recorder(prompt, generator=generator, output_type="pil", return_dict=False, **call)[0]
+        image = _flat(recorder(prompt, generator=generator, output_type=kind, return_dict=False, **call)[0][0])
     finally:
         for hook in hooks:
             hook.remove()
@@ -138,7 +139,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
         for (start, end), _ in read:
             generator.set_state(state)
             rest = f"{prompt[:start]}{prompt[end:]}".strip()
-            (other,) = pipe(rest, generator=generator, output_type="pil", return_dict=False, **call)[0]
+            other = _flat(pipe(rest, generator=generator, output_type=kind, return_dict=False, **call)[0][0])
             without.append(
                 np.abs(np.asarray(image, float) - np.asarray(other, float)).reshape(*heat.shape[1:], -1).mean(-1) / 255
             )
@@ -156,6 +157,11 @@ def _attention(layer: Attention, inputs: tuple, keywords: dict, output) -> torch
     query = layer.head_to_batch_dim(to_q(hidden[:1]))  # the conditional pass comes first
     key = layer.head_to_batch_dim(to_k(text[:1]))
     return layer.get_attention_scores(query, key).float().mean(0).cpu()
+
+
+def _flat(drawn) -> Image.Image:
+    """A picture as it is; of an array of many channels, their mean in grey."""
+    return drawn if isinstance(drawn, Image.Image) else Image.fromarray(np.round(drawn.mean(-1) * 255).astype(np.uint8))
 
 
 def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:

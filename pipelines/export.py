@@ -18,12 +18,14 @@ from sfumato.files import replace_folder
 from sfumato.pipelines import conditions, guided, images, inputs, pipeline_sfumato, stock, trust
 from sfumato.pipelines.card import model_card, public_path, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
+from sfumato.pipelines.codecs import codec_facts, write_codec
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 
 NETWORKS = ("unet", "text_encoder", "vae", "controlnet")
 
 
+CODEC_FILES = ("codec.json", "codec.py")
 CARRIED_FILES = ("README.md", "training_args.yaml", "evaluation.json", "memorisation.png")
 
 
@@ -231,6 +233,8 @@ def export_pipeline(
         _write_for_transformers_4(new)
         _forget_local_paths(new)
         (new / "pipeline.py").write_text(joined_source(), encoding="utf-8")
+        if facts_of_codec := codec_facts(pipe.unet):
+            write_codec(facts_of_codec, new)
         gallery = _write_run(run, new)
         if source is not None:
             _take_over(Path(source), new, where, list(weights.variants))
@@ -297,6 +301,7 @@ def _check_replaceable(folder: Path) -> None:
         "samples",
         UPSCALER,
         *CARRIED_FILES,
+        *CODEC_FILES,
         *(path.name for path in folder.glob("*.png")),  # sheets of an evaluation
         *(".DS_Store", ".cache", ".gitattributes"),  # what Finder and downloads from the Hub leave
         *(name for name in parts if not name.startswith("_")),

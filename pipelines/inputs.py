@@ -97,7 +97,7 @@ def check_inputs(pipe, call: CallInputs) -> None:
             raise ValueError(f"`latents` must have shape {expected}, got {tuple(call.latents.shape)}")
     _check_images(pipe, call)
     _check_conditions(pipe, call)
-    if call.output_type not in ("pil", "np", "pt", "latent"):
+    if call.output_type not in ("pil", "np", "pt", "latent", *(("decoded",) if pipe.codec is not None else ())):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
     if call.callback is not None and not callable(call.callback):
         raise TypeError(f"`callback_on_step_end` must be a function, got {type(call.callback).__name__}")

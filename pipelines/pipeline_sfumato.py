@@ -5,6 +5,7 @@ inside shared model folders.
 """
 
 import copy
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -279,6 +280,13 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def reads(self) -> str | None:
         """What the UNet reads beside the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
         return "estimate" if self.config["self_conditioning"] else extra_input_kind(self.unet, self.vae)
+
+    @property
+    def codec(self) -> Any:
+        """What makes objects of the arrays that the model draws, such as molecules; None where it draws pictures."""
+        own = self.unet.config.get("_sfumato") if self.unet is not None else None
+        facts = own.get("codec") if isinstance(own, dict) else None
+        return importlib.import_module("sfumato.pipelines.codecs").open_codec(facts) if facts else None
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
@@ -555,6 +563,12 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             images = self.decode_latents(x)
             if source.mask is not None:
                 images = source.mask * images + (1 - source.mask) * source.pixels
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            if self.codec is not None and output_type in ("pil", "decoded"):
+                arrays = self.image_processor.postprocess(images, output_type="np")
+                images = [self.codec.decode(array) for array in arrays]
+                if output_type == "pil":
+                    images = [Image.fromarray(self.codec.picture(thing)) for thing in images]
+            else:
+                images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -15,6 +15,7 @@ from sfumato.figures import grid, open_image
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.pipelines.codecs import Codec
 from sfumato.pipelines.locate import SHIPPED, locate_pipeline
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.pipelines.runtimes import with_runtime
@@ -52,8 +53,8 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         ValueError: something that cannot be drawn or kept; found before anything is drawn.
     """
     model = locate_pipeline(options.model)
-    check_outputs(options)
     pipe, advice = open_model(options, model), recommended_settings(model)
+    check_outputs(options, pipe.codec)
     options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
     options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     if options.negative_prompt and options.guidance_scale <= 1 and options.guider == "cfg":
@@ -70,10 +71,17 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     frames: list[Image.Image] = []
 
     def keep_frame(pipe, step, t, tensors):
-        images = pipe.image_processor.postprocess(pipe.decode_latents(tensors["latents"]))
+        images: Any = pipe.decode_latents(tensors["latents"])
+        if pipe.codec is None:
+            images = pipe.image_processor.postprocess(images)
+        else:
+            arrays = pipe.image_processor.postprocess(images, output_type="np")
+            images = [Image.fromarray(pipe.codec.picture(pipe.codec.decode(array))) for array in arrays]
         frames.append(grid(images, options.prompts))
         return tensors
 
+    if pipe.codec is not None:
+        arguments["output_type"] = "decoded"
     images: Any = draw(
         options.prompts,
         [options.negative_prompt or ""] * len(options.prompts),
@@ -84,6 +92,10 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         return_dict=False,
         **arguments,
     )[0]
+    things = None
+    if pipe.codec is not None:
+        things, images = images, [Image.fromarray(pipe.codec.picture(thing)) for thing in images]
+        write_things(options, things, pipe.codec)
     write_outputs(options, images, frames, pipe.num_passes)
     return images
 
@@ -130,16 +142,35 @@ def find_upscaler(model: str) -> Path | None:
     return folder if (folder / "model_index.json").is_file() else None
 
 
-def check_outputs(options: SampleOptions) -> None:
+def check_outputs(options: SampleOptions, codec: Codec | None = None) -> None:
     """Raise ValueError before anything is drawn for a place or a format in which the images could not be kept."""
-    formats = Image.registered_extensions()
+    formats = set(Image.registered_extensions())
+    if codec is not None and Path(options.out).suffix.lower() in codec.endings:
+        formats.update(codec.endings)
+        if len(options.prompts) > 1 and Path(options.out).suffix.lower() not in (".png", ".gif"):
+            raise ValueError(f"--out={options.out} holds one of {len(options.prompts)} prompts; name a folder with --each")
     for name, path in (("out", options.out), ("gif", options.gif)):
         if path and (Path(path).suffix.lower() not in formats or Path(path).is_dir()):
-            raise ValueError(f"--{name}={path} is no name for an image; end it in .{'png' if name == 'out' else 'gif'}")
+            endings = f".{'png' if name == 'out' else 'gif'}" if codec is None else f".png, {', '.join(codec.endings)}"
+            raise ValueError(f"--{name}={path} is no name for an image; end it in {endings}")
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     if options.each:
         Path(options.each).mkdir(parents=True, exist_ok=True)
+
+
+def write_things(options: SampleOptions, things: list, codec: Codec) -> None:
+    """Write objects where the options say: by themselves with `each`, or one as `out`, which then becomes a picture's name."""
+    out = Path(options.out)
+    if out.suffix.lower() in codec.endings and out.suffix.lower() != ".png" and len(things) == 1:
+        codec.write(things[0], str(out))
+        print(f"wrote {out}")
+        options.out = str(out.with_suffix(".png"))
+    for i, thing in enumerate(things if options.each else ()):
+        try:
+            codec.write(thing, str(Path(str(options.each)) / f"{options.seed + i:05d}{codec.endings[0]}"))
+        except ValueError as error:  # what was drawn is none
+            print(f"{options.prompts[i]!r}, seed {options.seed + i}: {error}", file=sys.stderr)
 
 
 def write_outputs(options: SampleOptions, images: list[Image.Image], frames: list[Image.Image], num_passes: int) -> None:

@@ -45,6 +45,8 @@ class Source(Entry):
         packages: whose versions decide what the images look like, beside Pillow's.
         license, attribution: of the images, for cards.
         only: settings of the section `data` that have an effect with this source alone.
+        codec: where its records are no pictures, `module:function`, called as `open_source` is, which gives their codec.
+        shape: height, width and channels of the arrays, where they are always the same.
     """
 
     named: bool = False
@@ -54,6 +56,8 @@ class Source(Entry):
     license: str | None = None
     attribution: str | None = None
     only: tuple[str, ...] = ()
+    codec: str | None = None
+    shape: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +89,9 @@ class Metric(Entry):
 
     Attributes:
         of: what `target` is a function of. `drawings`: a `quality.evaluation.Evaluation`, and it returns name -> `Score`;
-            such a metric is measured by what is said here. `task` (a task; name -> number) and `pairs` (two arrays of images;
-            a number): the tasks call these by themselves, and the entry says how to read the figures.
+            such a metric is measured by what is said here. `objects`: the same of models that draw no pictures. `task` (a
+            task; name -> number) and `pairs` (two arrays of images; a number): the tasks call these by themselves, and the
+            entry says how to read the figures.
         better: `higher` or `lower`.
         lower: figures of which lower is better, where higher is of the others.
         needs: packages to import; those of the built-in metrics come with the extra `metrics`.
@@ -247,10 +252,39 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             only=("num_pictures", "num_figures"),
         ),
+        "volumes": Source(
+            target=f"{_SOURCES}.volumes:open_source",
+            codec=f"{_SOURCES}.volumes:open_codec",
+            named=True,
+            generated=True,
+            shape=(16, 16, 16),
+        ),
+        "clips": Source(
+            target=f"{_SOURCES}.clips:open_source",
+            codec=f"{_SOURCES}.clips:open_codec",
+            named=True,
+            generated=True,
+            only=("num_pictures",),
+            shape=(32, 32, 24),
+        ),
+        "molecules": Source(
+            target=f"{_SOURCES}.molecules:open_source",
+            codec=f"{_SOURCES}.molecules:open_codec",
+            check=f"{_SOURCES}.molecules:check",
+            named=True,
+            generated=True,
+            packages=("qm9pack", "rdkit"),
+            shape=(8, 8, 13),
+        ),
         "webdataset": Source(
             target=f"{_SOURCES}.webdataset:open_source", claims=(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
         ),
         "parquet": Source(target=f"{_SOURCES}.parquet:open_source", claims=(".parquet",)),
+        "arrays": Source(
+            target=f"{_SOURCES}.arrays:open_source",
+            codec=f"{_SOURCES}.arrays:open_codec",
+            claims=(".npy", ".npz"),
+        ),
         "folder": Source(
             target=f"{_SOURCES}.folder:open_source",
             claims=IMAGE_ENDINGS,
@@ -307,6 +341,13 @@ METRICS: Registry[Metric] = Registry(
             label="obedience, {}",
             at_end="obedience to {count} held-out captions, judged by a program",
         ),
+        "judged": Metric(
+            target=f"{_QUALITY}.judged:judged",
+            of="objects",
+            figures=("all",),
+            label="judged, {}",
+            at_end="objects of held-out captions, judged by a program",
+        ),
         "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, figures=(), not_sources=("shapes",)),
         "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, figures=(), sources=("openmoji",)),
         "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES, figures=()),
@@ -321,7 +362,16 @@ METRICS: Registry[Metric] = Registry(
     },
 )
 
-CODECS: Registry[Entry] = Registry("codec", {})
+_CODECS = "sfumato.pipelines.codecs"
+CODECS: Registry[Entry] = Registry(
+    "codec",
+    {
+        "arrays": Entry(target=f"{_CODECS}.arrays:ArrayCodec"),
+        "volumes": Entry(target=f"{_CODECS}.volumes:VolumeCodec"),
+        "clips": Entry(target=f"{_CODECS}.clips:ClipCodec"),
+        "molecules": Entry(target=f"{_CODECS}.molecules:MoleculeCodec"),
+    },
+)
 
 SAMPLERS: Registry[Sampler] = Registry(
     "sampler",
@@ -385,12 +435,16 @@ def figures_of(name: str) -> tuple[str, ...]:
     return (name,) if figures is None else figures
 
 
-def metrics_for(source: str | None, task: str | None = None) -> dict[str, Metric]:
-    """The metrics of drawings that go with a source of data and, where given, with a task while it trains."""
+def metrics_for(source: str | None, task: str | None = None, *, objects: bool = False) -> dict[str, Metric]:
+    """The metrics of drawings, or of the objects that a source's codec makes of them, that go with a source of data and,
+    where given, with a task while it trains.
+    """
+    entry = SOURCES.get(source or "")
+    of = "objects" if objects or (entry is not None and entry.codec) else "drawings"
     return {
         name: metric
         for name, metric in METRICS.items()
-        if metric.of == "drawings"
+        if metric.of == of
         and (not metric.sources or source in metric.sources)
         and source not in metric.not_sources
         and (task is None or task in metric.tasks)

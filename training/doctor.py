@@ -79,7 +79,7 @@ def contact_sheet(images: ArraySet, count: int = 64) -> Image.Image:
     """Up to `count` training images, evenly spread, with their first captions."""
     chosen = images.select("train")
     chosen = chosen[:: max(1, len(chosen) // count)][:count]
-    drawn = [images.image(int(i)) for i in chosen]
+    drawn = [images.picture(int(i)) for i in chosen]
     tiles = [to_pil(p) for p in drawn]
     return grid(tiles, [images[int(i)]["captions"][0] for i in chosen], columns=8, min_side=96)
 
@@ -91,12 +91,14 @@ def _data(config: Config, images: ArraySet) -> list[Finding]:
     train, num_bad = images.select("train"), sum(map(len, images.skipped.values()))
     sample = train[:: max(1, len(train) // 5000)]
     values = [images.image(int(i)) for i in sample]
-    low, high = min(int(v.min()) for v in values), max(int(v.max()) for v in values)
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     findings = [
         Finding("fine", f"{len(train)} training images, {len(images) - len(train)} held out; see {folder / 'doctor.png'}"),
-        Finding("fine", f"pixels from {low} to {high}, of 0 to 255 (-1 to 1 for the network)")
-        if high - low > 100
-        else Finding("warning", f"pixels from {low} to {high} only", "The images have hardly any contrast.", "Look at them."),
+        Finding("fine", f"pixels from {low:.3g} to {high:.3g}, of 0 to 255 (-1 to 1 for the network)")
+        if high - low > 100 or images.dtype != np.uint8
+        else Finding(
+            "warning", f"pixels from {low:.3g} to {high:.3g}", "The images have hardly any contrast.", "Look at them."
+        ),
         Finding("note" if num_bad else "fine", f"{num_bad} of {num_bad + len(images)} records cannot be used"),
     ]
     findings += [Finding("note", f"{len(names)} {reason}: {', '.join(names[:3])}") for reason, names in images.skipped.items()]

@@ -115,7 +115,15 @@ def _check_data(config: Config, need: Need) -> None:
     data, name = config.data, named_source(config)
     generated = name is not None and SOURCES[name].generated
     need(0 <= data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
-    need(data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
+    codec = name is not None and SOURCES[name].codec
+    if name is not None and SOURCES[name].shape:
+        height, width, channels = SOURCES[name].shape
+        fits = (*data.size, data.channels) == (height, width, channels)
+        need(fits, "data.resolution", f"{name} has arrays of {height} x {width} and data.channels={channels}; set them")
+        need(not data.random_flip, "data.random_flip", f"mirrors pictures; {name} has none")
+    arrays = Path(data.name).exists()  # which may hold any number of channels
+    need(bool(codec) or arrays or data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
+    need(data.channels > 0, "data.channels", "must be positive")
     need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines ask for")
     need(
         all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and data.buckets),
@@ -123,7 +131,7 @@ def _check_data(config: Config, need: Need) -> None:
         "must be pairs [height, width] of at least 8 pixels, and is not for openmoji and shapes, which are square",
     )
     need(not any(side % 8 for size in data.buckets for side in size), "data.buckets", "sides must be multiples of 8")
-    need(data.channels == 3 or not generated, "data.channels", f"{data.name} is drawn in 3 channels")
+    need(data.channels == 3 or not generated or bool(codec), "data.channels", f"{data.name} is drawn in 3 channels")
     need(
         not (data.cache_latents and (data.buckets or data.random_flip)),
         "data.cache_latents",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sfumato.pipelines.codecs import open_codec
+
 SPLITS = ("train", "held_out", "held_out_combination")
 
 
@@ -44,6 +46,7 @@ class ArraySet(Sequence):
         left_out: reason -> names of what was found and is not part of the set, such as other splits.
         num_records: with those that could not be used.
         noted: what was unusual about images that could -> how many.
+        codec: the facts of the codec, see `pipelines.codecs`; None: pictures.
         fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same one, however they came
             about.
     """
@@ -63,6 +66,8 @@ class ArraySet(Sequence):
         self.skipped = report["skipped"]
         self.left_out: dict[str, list[str]] = report.get("left_out", {})
         self.noted = report["noted"]
+        self.codec: dict | None = report.get("codec")
+        self.dtype = np.dtype(np.uint8) if self.codec is None else np.dtype(open_codec(self.codec).stored)
         self.channels = report["channels"]
         self.num_records = report["records"]
         self.buckets = [tuple(size) for size in report["buckets"]]
@@ -73,7 +78,7 @@ class ArraySet(Sequence):
         for height, width in self.buckets:
             path = folder / image_file((height, width))
             shape = (-1, height, width, self.channels)
-            self._maps.append(np.memmap(path, np.uint8, "r").reshape(shape) if path.stat().st_size else None)
+            self._maps.append(np.memmap(path, self.dtype, "r").reshape(shape) if path.stat().st_size else None)
 
     def _check_sizes(self) -> None:
         """Raise ValueError where a file does not hold what the table says."""
@@ -107,8 +112,15 @@ class ArraySet(Sequence):
         """Whether training images are of more than one size."""
         return len(np.unique(self.table["bucket"][self.select("train")])) > 1
 
+    def picture(self, i: int) -> np.ndarray:
+        """Image i, or what people look at where the set has none, `(h, w, C)` uint8."""
+        if self.codec is None:
+            return self.image(i)
+        codec = open_codec(self.codec)
+        return codec.picture(codec.decode(to_unit(self.image(i))))
+
     def image(self, i: int) -> np.ndarray:
-        """Image i, `(H, W, C)` uint8."""
+        """Image i, `(H, W, C)` uint8; of a set with a codec, its array, in float16 from -1 to 1 where the codec says so."""
         row = self.table[i]
         return self._maps[row["bucket"]][row["row"]]
 
@@ -120,6 +132,11 @@ class ArraySet(Sequence):
         """All captions of the training split, in order; of a larger set `limit` records, evenly spread."""
         chosen = self.select("train")
         return [text for i in chosen[:: -(-len(chosen) // limit) or 1] for text in self[int(i)]["captions"]]
+
+
+def to_unit(array: np.ndarray) -> np.ndarray:
+    """A stored array as float32 in [0, 1]."""
+    return array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32) / 2 + 0.5
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

@@ -16,12 +16,13 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from sfumato.files import printable, sync
+from sfumato.pipelines.codecs import Codec
 from sfumato.registries import SOURCES
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
 from sfumato.training.data.images import read_image, read_shape
 from sfumato.training.data.records import Record, Unusable, hash_fraction
-from sfumato.training.data.sources.registry import open_source, source_name
+from sfumato.training.data.sources.registry import open_codec, open_source, source_name
 
 # Raise this by hand with every change of code that changes a prepared byte: tests/test_identity.py has golden hashes.
 FORMAT_VERSION = 2
@@ -137,6 +138,9 @@ class _Writer:
 
 def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
     buckets = [(size[0], size[1]) for size in config.buckets] or [(config.resolution, config.resolution)]
+    codec = open_codec(config)
+    if codec is None and config.channels not in (1, 3, 4):
+        raise ValueError(f"data.channels={config.channels}: images have 1, 3 or 4")
     writer, num_records = _Writer(folder, buckets), 0
     skipped: dict[str, list[str]] = {}
     left_out: dict[str, list[str]] = {}
@@ -153,7 +157,7 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
             try:
                 if record.fault:
                     raise Unusable(record.fault)
-                bucket, image = _fit(record, buckets, config, notes)
+                bucket, image = _fit(record, buckets, config, notes) if codec is None else (0, _encode(record, codec))
             except Unusable as error:
                 skipped.setdefault(error.reason, []).append(_utf8(record.name))
                 continue
@@ -173,6 +177,7 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
         "skipped": skipped,
         "left_out": left_out,
         "noted": noted,
+        "codec": codec.describe() if codec is not None else None,
     }
     writer.finish(report)
 
@@ -204,6 +209,18 @@ def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, not
         aspect = math.log(width / height)
         bucket = min(range(len(buckets)), key=lambda k: abs(math.log(buckets[k][1] / buckets[k][0]) - aspect))
     return bucket, read_image(record.image, buckets[bucket], config.channels, config.resize, notes)
+
+
+def _encode(record: Record, codec: Codec) -> np.ndarray:
+    """The array of an object, `(H, W, C)`, as the set keeps it."""
+    try:
+        thing = record.image() if callable(record.image) else record.image
+        array = codec.encode(thing)
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+    if array.shape != codec.shape or not np.isfinite(array).all():
+        raise Unusable(f"an array of {array.shape} that should be {codec.shape} finite numbers")
+    return np.round(array * 255).astype(np.uint8) if codec.stored == "uint8" else (array * 2 - 1).astype(np.float16)
 
 
 def check_usable(config: DataConfig, num_records: int, num_train: int, skipped: dict[str, list[str]]) -> str | None:

@@ -17,7 +17,9 @@ def is_identity(vae: AutoencoderKL) -> bool:
 
 
 def to_pixel_values(images: np.ndarray) -> torch.Tensor:
-    """`(B, H, W, C)` uint8 to `(B, C, H, W)` float32 in [-1, 1]."""
+    """`(B, H, W, C)` uint8, or float16 in [-1, 1], to `(B, C, H, W)` float32 in [-1, 1]."""
+    if images.dtype != np.uint8:
+        return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().contiguous()
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
+from sfumato.pipelines.codecs import Codec
 from sfumato.training.config.schema import ValidationConfig
 from sfumato.training.data import array_set
 from sfumato.training.data.array_set import ArraySet
@@ -41,26 +42,33 @@ def draw_images(
     accelerator: Accelerator,
     batch_size: int = 32,
     **inputs: list[np.ndarray],
-) -> list[Image.Image]:
+) -> list[Image.Image] | list[np.ndarray]:
     """One image for each prompt, the same whatever the number of processes: image i has seed `config.seed` + i.
 
     Args:
         inputs: further arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
 
     Returns:
-        All images in order, on every process.
+        All images in order, on every process; of a model with a codec, arrays `(H, W, C)` in [0, 1].
     """
     pipe.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     images_drawn = []
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
-        images_drawn += pipe(
+        drawn = pipe(
             [prompts[i] for i in numbers],
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
+            output_type="pil" if pipe.codec is None else "np",
             **{name: [values[i] for i in numbers] for name, values in inputs.items()},
         ).images
+        images_drawn.extend(drawn)
     pairs = gather_object(list(zip(mine, images_drawn)))
     return [image for _, image in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def to_pictures(codec: Codec | None, drawn: list) -> list[Image.Image]:
+    """What `draw_images` gives, to look at."""
+    return drawn if codec is None else [Image.fromarray(codec.picture(codec.decode(array))) for array in drawn]

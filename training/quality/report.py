@@ -10,6 +10,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.features import DEFAULT, load_extractor
+from sfumato.training.quality.judged import held_out_captions
 from sfumato.training.quality.likelihood import check_has_bound
 from sfumato.training.quality.statistics import JACKKNIFE_PARTS, Score
 
@@ -22,22 +23,34 @@ def report(
     Raises:
         ValueError: something that cannot be measured, before anything is drawn.
     """
-    for extractor in {DEFAULT, plan.extractor}:
-        load_extractor(extractor)
+    if dataset.codec is None:
+        for extractor in {DEFAULT, plan.extractor}:
+            load_extractor(extractor)
     if plan.bits:
         check_has_bound(pipe)
     if dataset.has_several_sizes or len(dataset.select("train")) < 2:
         raise ValueError("evaluation needs at least two training images, all of one size")
     evaluation = Evaluation(pipe, config, dataset, accelerator, plan)
     scores: dict[str, Score] = {}
-    for metric in metrics_for(named_source(config)).values():
+    if dataset.codec is not None:
+        config.validation.num_judged = plan.count
+    for metric in metrics_for(named_source(config), objects=dataset.codec is not None).values():
         if metric.option is None or getattr(plan, metric.option):
             scores |= {metric.label.format(name): score for name, score in metric.compute(evaluation).items()}
+    if not scores:
+        raise ValueError("nothing is known of what these captions ask for, so there is nothing to measure")
     return scores, protocol(evaluation), evaluation.sheets
 
 
 def protocol(evaluation: Evaluation) -> str:
     """How the figures came about, in some sentences."""
+    if evaluation.dataset.codec is not None:
+        v = evaluation.config.validation
+        return (
+            f"{v.num_judged} objects of the {len(held_out_captions(evaluation))} held-out captions, "
+            f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
+            f"seeds {v.seed} and on; judged by the codec's program, nothing corrected. ± is half a 95% confidence interval."
+        )
     v, counts = evaluation.config.validation, {name: len(part) for name, part in evaluation.parts.items()}
     held_out = ("held_out", "held_out_combination")
     left_out = sum(len(evaluation.dataset.select(split)) - len(evaluation.unseen(split)) for split in held_out)

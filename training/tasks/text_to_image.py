@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from sfumato.figures import loss_curve
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
+from sfumato.pipelines.codecs import set_codec
 from sfumato.pipelines.conditions import x0_estimator
 from sfumato.pipelines.export import RunRecord, WeightFiles
 from sfumato.pipelines.guided import NetworkInputs
@@ -38,7 +39,7 @@ from sfumato.training.objectives import (
     weighted_mse,
 )
 from sfumato.training.publish import facts
-from sfumato.training.quality.drawing import draw_images, sample_captions, sampling_pipeline
+from sfumato.training.quality.drawing import draw_images, sample_captions, sampling_pipeline, to_pictures
 from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.held_out import held_out_loss
 from sfumato.training.tasks.base import Outcome, TaskContext
@@ -68,6 +69,7 @@ class TextToImage:
         self.streams = context.streams
         device = self.accelerator.device
         self.pipe = pipe = self._build(context.checkpoint)
+        set_codec(pipe.unet, self.images.codec)
         pipe.vae.to(device)
         self.module: torch.nn.Module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(device)
         self.frozen_parts = (pipe.unet, pipe.text_encoder, pipe.vae)
@@ -221,7 +223,8 @@ class TextToImage:
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
         """The fixed prompts, drawn with the fixed seeds."""
-        return self.prompts, self.draw(self.export_pipe(), self.prompts)
+        pipe = self.export_pipe()
+        return self.prompts, to_pictures(pipe.codec, self.draw(pipe, self.prompts))
 
     def draw(self, pipe: SfumatoPipeline, captions: list[str], **inputs) -> list[Image.Image]:
         """One image a caption, as `validation` says; see `drawing.draw_images`."""
@@ -243,7 +246,9 @@ class TextToImage:
         evaluation = Evaluation(self.export_pipe(), self.config, self.images, self.accelerator, plan)
         scores: dict[str, float] = {}
         labels = []
-        for name, metric in metrics_for(named_source(self.config), self.config.task).items():
+        for name, metric in metrics_for(
+            named_source(self.config), self.config.task, objects=self.images.codec is not None
+        ).items():
             if self._is_wanted(name, metric):
                 scores |= {figure: score.value for figure, score in metric.compute(evaluation).items()}
                 held_out = min(count, len(self.images.select("held_out")))

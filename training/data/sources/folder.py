@@ -38,11 +38,8 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     names = [str(file.relative_to(given)) for file in files if not is_hidden(file.relative_to(given))]
     images = [name for name in names if kind_of(name) in ("image", "unread")]
     unknown = [name for name in names if kind_of(name) == "unknown"]
-    for table in TABLES:
-        if (folder / table).is_file():
-            if not (folder / table).resolve().is_relative_to(folder):
-                raise ValueError(f"{folder / table} is a link out of the folder; put the file itself there")
-            return _described(folder, folder / table, images + unknown, config)
+    if any((folder / table).is_file() for table in TABLES):
+        return described(folder, images + unknown, config)
     captions = {name: str(Path(name).with_suffix(".txt")) for name in images}
     texts = {name for name in names if name.lower().endswith(".txt")}
     if not texts.isdisjoint(captions.values()):
@@ -53,8 +50,8 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
             "each image, or sort the images into sub-folders named like their class"
         )
     classes = {Path(name).parts[0] for name in images}
-    described = {name for name in classes if list((folder / name).glob("metadata.*"))}
-    if inner := sorted(described or (classes if classes <= {"train", "test", "val", "validation"} else ())):
+    with_table = {name for name in classes if list((folder / name).glob("metadata.*"))}
+    if inner := sorted(with_table or (classes if classes <= {"train", "test", "val", "validation"} else ())):
         raise ValueError(f"{folder} holds image sets of their own: {', '.join(inner)}; name one, such as {folder / inner[0]}")
     return _classes(folder, images, unknown, config)
 
@@ -80,6 +77,14 @@ def _classes(folder: Path, images: list[str], unknown: list[str], config: DataCo
     for name in images:
         yield _record(folder, name, Path(name).parts[0].replace("_", " "), config)
     yield from _left_out(unknown, "not an image by its name")
+
+
+def described(folder: Path, others: list[str], config: DataConfig) -> Iterator[Record]:
+    """Records of the table of a folder that has one; `others` are the names of the files beside."""
+    table = next(name for name in TABLES if (folder / name).is_file())
+    if not (folder / table).resolve().is_relative_to(folder):
+        raise ValueError(f"{folder / table} is a link out of the folder; put the file itself there")
+    return _described(folder, folder / table, others, config)
 
 
 def _described(folder: Path, path: Path, others: list[str], config: DataConfig) -> Iterator[Record]:

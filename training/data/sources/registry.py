@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from sfumato.registries import SOURCES
+from sfumato.pipelines.codecs import Codec
+from sfumato.registries import SOURCES, load_object
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record, is_hidden, kind_of, splits_to_leave_out
 from sfumato.training.data.sources.folder import TABLES
@@ -38,6 +39,13 @@ def open_source(config: DataConfig) -> Iterator[Record]:
     chosen = [file for file in files if str(file.relative_to(root)) not in left]
     others = (Record(name, left_out=f"of the split {split}") for name, split in left.items())
     return chain(others, found(config, chosen))
+
+
+def open_codec(config: DataConfig) -> Codec | None:
+    """What the records of `data.name` are; None: pictures."""
+    source, files = _find(config.name)
+    codec = SOURCES[source].codec
+    return load_object(codec)(config, files) if codec else None
 
 
 def _find(name: str) -> tuple[str, list[Path]]:
@@ -97,8 +105,6 @@ ADVICE = {
     ".7z": "unpack the .7z",
     ".zst": "unpack the .zst",
     ".csv": "a table must be called metadata.csv and lie beside the images",
-    ".npz": "arrays are not read; save them as PNG",
-    ".npy": "arrays are not read; save them as PNG",
     ".mp4": "take images out of the videos",
 }
 

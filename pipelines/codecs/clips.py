@@ -1,0 +1,184 @@
+"""Short clips, frames side by side as channels: a shape that moves, in words that a program can check by tracking it.
+
+Decoding needs numpy alone; `.gif` needs Pillow.
+"""
+
+import itertools
+from functools import lru_cache
+
+import numpy as np
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (240, 130, 20),
+    "green": (40, 150, 60),
+    "blue": (40, 80, 220),
+    "purple": (140, 50, 170),
+    "black": (30, 30, 30),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+WAYS = {
+    "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1),
+    "up and right": (1, -1), "up and left": (-1, -1), "down and right": (1, 1), "down and left": (-1, 1),
+}  # fmt: skip
+SPEEDS = {"slowly": 0.03, "quickly": 0.075}  # sides of the image a frame
+WALLS = {"right": (1, 0), "left": (-1, 0), "upper": (0, -1), "lower": (0, 1)}
+RADIUS = 0.13
+NAMES = ("colour", "shape", "way", "speed")
+
+
+def caption_of(words: tuple[str, str, str, str]) -> str:
+    """Such as `a red circle moves up and left slowly`, or `a red circle bounces off the left wall`."""
+    colour, shape, way, speed = words
+    article = "an" if colour == "orange" else "a"
+    if speed == "bouncing":
+        return f"{article} {colour} {shape} bounces off the {way} wall"
+    return f"{article} {colour} {shape} moves {way} {speed}"
+
+
+@lru_cache(maxsize=1)
+def everything() -> dict[str, tuple[str, str, str, str]]:
+    """Caption -> its words, of all combinations."""
+    motions = [*itertools.product(WAYS, SPEEDS), *((wall, "bouncing") for wall in WALLS)]
+    words = [(colour, shape, *motion) for colour in COLOURS for shape in SHAPES for motion in motions]
+    return {caption_of(each): each for each in words}
+
+
+def mask_of(shape: str, x: float, y: float, side: int) -> np.ndarray:
+    """Share of each pixel that a shape covers, `(side, side)`; `x`, `y` are shares of the side, at 3 x 3 points a pixel."""
+    points = (np.arange(side * 3) + 0.5) / (side * 3)
+    u, v = (points[None, :] - x) / RADIUS, (points[:, None] - y) / RADIUS
+    if shape == "circle":
+        inside = u**2 + v**2 <= 1
+    elif shape == "square":
+        inside = np.maximum(abs(u), abs(v)) <= 0.9
+    elif shape == "triangle":
+        inside = (v <= 0.6) & (3**0.5 * abs(u) - v <= 1.2)
+    else:
+        inside = (np.minimum(abs(u), abs(v)) <= 0.36) & (np.maximum(abs(u), abs(v)) <= 1.05)
+    return inside.reshape(side, 3, side, 3).mean((1, 3))
+
+
+def film(words: tuple[str, str, str, str], frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A true clip, `(frames, side, side, 3)` uint8; `rng` says where on the image it happens."""
+    colour, shape, way, speed = words
+    clips, low, high = [], RADIUS * 1.1, 1 - RADIUS * 1.1
+    if speed == "bouncing":
+        direction, step = np.array(WALLS[way], float), SPEEDS["quickly"]
+        turn = rng.uniform(0.35, 0.65) * (frames - 1)
+        wall = np.where(direction > 0, high, low)
+        across = rng.uniform(low + 0.1, high - 0.1)
+        for k in range(frames):
+            away = abs(k - turn) * step
+            clips.append(np.where(direction != 0, wall - direction * away, across))
+    else:
+        move = np.array(WAYS[way], float)
+        move *= SPEEDS[speed] / np.linalg.norm(move)
+        room = move * (frames - 1)
+        start = np.array([rng.uniform(low - min(r, 0), high - max(r, 0)) for r in room])
+        clips = [start + move * k for k in range(frames)]
+    masks = np.stack([mask_of(shape, x, y, side) for x, y in clips])[..., None]
+    return np.round(masks * np.array(COLOURS[colour]) + (1 - masks) * 255).astype(np.uint8)
+
+
+def track(frames: np.ndarray) -> np.ndarray:
+    """Where the shape is in each frame, `(F, 2)` in sides of the image; not a number where a frame is empty."""
+    ink = np.clip((255 - frames.astype(float).min(-1)) / 200 - 0.2, 0, 1)
+    places = (np.arange(frames.shape[1]) + 0.5) / frames.shape[1]
+    mass = ink.sum((1, 2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack([(ink.sum(1) @ places) / mass, (ink.sum(2) @ places) / mass], -1)
+
+
+class ClipCodec:
+    """A clip is `(F, H, W, 3)` uint8; its array has the frames one after another in its channels, in RGB each."""
+
+    kind, version, stored = "clips", 1, "uint8"
+    endings = (".gif", ".npy")
+
+    def __init__(self, frames: int = 8, side: int = 32, fps: float = 8.0):
+        self.frames, self.side, self.fps = int(frames), int(side), float(fps)
+        self.shape = (self.side, self.side, 3 * self.frames)
+
+    def describe(self):
+        """See the module."""
+        settings = {"frames": self.frames, "side": self.side, "fps": self.fps}
+        return {
+            "kind": self.kind, "version": self.version, "settings": settings, "shape": list(self.shape),
+            "axes": ["height", "width", "frame x RGB"], "units": "sRGB",
+        }  # fmt: skip
+
+    def encode(self, thing):
+        """Frames to channels."""
+        clip = np.asarray(thing)
+        if clip.shape != (self.frames, self.side, self.side, 3) or clip.dtype != np.uint8:
+            raise ValueError(f"a clip must be {self.frames} x {self.side} x {self.side} x 3 bytes, got {clip.shape}")
+        return clip.transpose(1, 2, 0, 3).reshape(self.shape).astype(np.float32) / 255
+
+    def decode(self, array):
+        """Channels to frames."""
+        values = np.asarray(array, np.float32).reshape(self.side, self.side, self.frames, 3).transpose(2, 0, 1, 3)
+        return np.round(values.clip(0, 1) * 255).astype(np.uint8)
+
+    def judge(self, thing, caption):
+        """Colour and shape by the best template in the middle frame, way and speed by tracking; `all` of them."""
+        wanted = everything()[caption]
+        path = track(thing)
+        read = (*self._look(thing, path), *_motion(path))
+        right = {name: a == b for name, a, b in zip(NAMES, read, wanted)}
+        return {**right, "motion": right["way"] and right["speed"], "all": read == wanted}
+
+    def _look(self, clip, path):
+        frame, (x, y) = clip[self.frames // 2].astype(float), path[self.frames // 2]
+        if not np.isfinite([x, y]).all():
+            return None, None
+        core = (255 - frame.min(-1)) > 120
+        if core.sum() < 4:
+            return None, None
+        middle = np.median(frame[core], axis=0)
+        colour = min(COLOURS, key=lambda name: float(np.sum((np.array(COLOURS[name]) - middle) ** 2)))
+        axis = np.array(COLOURS[colour], float) - 255
+        mask = np.clip((frame - 255) @ axis / (axis @ axis), 0, 1)
+        mask[mask < 0.15] = 0  # faint texture is no shape
+
+        def fit(shape):
+            template = mask_of(shape, x, y, self.side)
+            return np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
+
+        best = max(SHAPES, key=fit)
+        return colour, best if fit(best) > 0.7 else None
+
+    def picture(self, thing):
+        """A strip of four of the frames."""
+        chosen = np.linspace(0, self.frames - 1, 4).round().astype(int)
+        pad = [(0, 0), (0, 1), (0, 0)]
+        return np.concatenate([np.pad(thing[k], pad, constant_values=200) for k in chosen], axis=1)
+
+    def write(self, thing, path):
+        """An endless `.gif`, or the frames as `.npy`."""
+        path = str(path)
+        if path.endswith(".npy"):
+            return np.save(path, thing)
+        from PIL import Image
+
+        first, *rest = (Image.fromarray(frame) for frame in np.asarray(thing))
+        return first.save(path, save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0)
+
+
+def _motion(path: np.ndarray) -> tuple[str | None, str | None]:
+    """Way and speed of a path of places."""
+    if not np.isfinite(path).all():
+        return None, None
+    steps = np.diff(path, axis=0)
+    lengths = np.linalg.norm(steps, axis=1)
+    whole = np.linalg.norm(path[-1] - path[0])
+    if lengths.sum() > 1.6 * whole + 0.05:  # it came back
+        middle, ends = path[len(path) // 2 - 1 : len(path) // 2 + 1].mean(0), (path[0] + path[-1]) / 2
+        out = middle - ends
+        return max(WALLS, key=lambda name: float(np.dot(WALLS[name], out))), "bouncing"
+    move = (path[-1] - path[0]) / (len(path) - 1)
+    size = float(np.linalg.norm(move))
+    if size < 0.01:
+        return None, None
+    way = max(WAYS, key=lambda name: float(np.dot(WAYS[name], move) / np.linalg.norm(WAYS[name])))
+    return way, min(SPEEDS, key=lambda name: abs(np.log(SPEEDS[name] / size)))
