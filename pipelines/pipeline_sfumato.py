@@ -564,7 +564,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             if source.mask is not None:
                 images = source.mask * images + (1 - source.mask) * source.pixels
             if self.codec is not None and output_type in ("pil", "decoded"):
-                arrays = self.image_processor.postprocess(images, output_type="np")
+                arrays: Any = self.image_processor.postprocess(images, output_type="np")
                 images = [self.codec.decode(array) for array in arrays]
                 if output_type == "pil":
                     images = [Image.fromarray(self.codec.picture(thing)) for thing in images]

@@ -264,7 +264,6 @@ SOURCES: Registry[Source] = Registry(
             codec=f"{_SOURCES}.clips:open_codec",
             named=True,
             generated=True,
-            only=("num_pictures",),
             shape=(32, 32, 24),
         ),
         "molecules": Source(

@@ -112,7 +112,7 @@ def test_toys_of_an_installed_package_train_draw_and_are_measured(tmp_path, toy)
     code = f"""
         from sfumato.registries import CODECS
         from sfumato.training.train import main
-        assert list(CODECS) == ["toy"]
+        assert "toy" in CODECS
         assert main([{str(path)!r}]) == 0
         assert main([{str(path)!r}, "toy.offset=-1", "output_dir={tmp_path}/other"]) == 2
     """

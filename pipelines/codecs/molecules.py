@@ -197,9 +197,9 @@ class MoleculeCodec:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(chem.MolToSmiles(molecule) + "\n")
             return None
-        from rdkit.Chem import AllChem
+        from rdkit.Chem.rdDepictor import Compute2DCoords
 
-        AllChem.Compute2DCoords(molecule)
+        Compute2DCoords(molecule)
         return chem.MolToMolFile(molecule, path)
 
 
@@ -209,8 +209,8 @@ def _number(count: int) -> str:
 
 def _rdkit():
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("molecules need RDKit: pip install rdkit") from error
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     return Chem

@@ -116,8 +116,9 @@ def _check_data(config: Config, need: Need) -> None:
     generated = name is not None and SOURCES[name].generated
     need(0 <= data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
     codec = name is not None and SOURCES[name].codec
-    if name is not None and SOURCES[name].shape:
-        height, width, channels = SOURCES[name].shape
+    shape = SOURCES[name].shape if name is not None else None
+    if shape is not None:
+        height, width, channels = shape
         fits = (*data.size, data.channels) == (height, width, channels)
         need(fits, "data.resolution", f"{name} has arrays of {height} x {width} and data.channels={channels}; set them")
         need(not data.random_flip, "data.random_flip", f"mirrors pictures; {name} has none")

@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-
-import numpy as np
+from typing import Any
 
 from sfumato.registries import IMAGE_ENDINGS
 
@@ -48,7 +47,7 @@ class Record:
     """One image with its captions, not yet read."""
 
     name: str
-    image: Path | bytes | Callable[[], np.ndarray] | None = None
+    image: Path | bytes | Callable[[], Any] | None = None  # a file, its content, or what makes the image or object
     captions: list[str] = field(default_factory=list)
     split: str | None = None  # None: decided by the name
     fault: str | None = None  # why it cannot be used

@@ -1,5 +1,7 @@
 """Images to look at and scores to read, drawn by the pipeline that will be shared; split over all processes."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -42,7 +44,7 @@ def draw_images(
     accelerator: Accelerator,
     batch_size: int = 32,
     **inputs: list[np.ndarray],
-) -> list[Image.Image] | list[np.ndarray]:
+) -> list[Any]:
     """One image for each prompt, the same whatever the number of processes: image i has seed `config.seed` + i.
 
     Args:
