@@ -283,10 +283,15 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def codec(self) -> Any:
-        """What makes objects of the arrays that the model draws, such as molecules; None where it draws pictures."""
+        """What makes objects of the arrays that the model draws, such as molecules; None where it draws pictures, or where
+        sfumato is not installed.
+        """
         own = self.unet.config.get("_sfumato") if self.unet is not None else None
         facts = own.get("codec") if isinstance(own, dict) else None
-        return importlib.import_module("sfumato.pipelines.codecs").open_codec(facts) if facts else None
+        try:
+            return importlib.import_module("sfumato.pipelines.codecs").open_codec(facts) if facts else None
+        except ModuleNotFoundError:
+            return None
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""

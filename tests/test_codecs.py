@@ -23,6 +23,7 @@ from sfumato.registries import CODECS, SOURCES
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
 from sfumato.training.doctor import examine
+from sfumato.training.publish.hub import files_to_push
 from sfumato.training.train import main
 
 SMILES = ["C", "CC(=O)O", "c1ccncc1", "C#N", "C[N+](C)(C)CC(=O)[O-]", "OC1CC1F", "CC12CC1C2=O", "O=C1C=CC=CN1C", "N#CC#CC#N"]
@@ -252,6 +253,7 @@ def test_stock_classes_and_the_folders_own_code_give_the_same(tmp_path):
     assert np.abs(thing - np.load(tmp_path / "thing.npy")).max() < 1e-5
     scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert {"all", "solid", "top"} <= set(scores)
+    assert {"codec.json", "codec.py"} <= set(files_to_push(folder))
     card = (folder / "README.md").read_text()
     assert "text-to-volumes" in card and "from codec import open_codec" in card
     assert sfumato(["export", str(folder), str(tmp_path / "copy")]) == 0
@@ -291,3 +293,11 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
         images = prepare(config.data)
     assert len(images) == len(SMILES) and images.picture(0).shape == (128, 128, 3)
     assert set(CODECS) == {"arrays", "volumes", "clips", "molecules"} and all(SOURCES[name].codec for name in CODECS)
+
+
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:left out")
+def test_what_is_for_pictures_alone_is_refused(tmp_path, fields, capsys):
+    path = str(field_config(tmp_path, fields))
+    assert main([path, "task=inpainting"]) == 2 and "task=inpainting is for pictures" in capsys.readouterr().err
+    assert main([path, "checkpoint.best_by=FD", "validation.every_steps=3"]) == 2
+    assert "best_by=FD is for pictures" in capsys.readouterr().err

@@ -103,6 +103,8 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
     output_dir, every_steps = Path(config.output_dir), config.checkpoint.every_steps
     checkpoint = run_on_main(accelerator, resume.find_checkpoint, config.checkpoint.resume, output_dir, every_steps)
     stored = {} if checkpoint is None else checkpoints.read_state(checkpoint)
+    if images.codec is not None and not TASKS[config.task].plain:
+        raise ValueError(f"task={config.task} is for pictures; {config.data.name} holds none")
     _check_best_by(config, images)
     stream_version = stored.get("stream_version", 1) if stored else STREAM_VERSION
     context = TaskContext(
@@ -154,6 +156,8 @@ def _check_best_by(config: Config, images: ArraySet) -> None:
     if by is None or TASKS[config.task].scores:
         return
     metric = metric_of(by)
+    if images.codec is not None and metric is not None and metric.of == "drawings":
+        raise ValueError(f"checkpoint.best_by={by} is for pictures; {config.data.name} holds none")
     if metric is not None and metric.of == "drawings" and metric.needs:
         if images.has_several_sizes:
             raise ValueError(f"checkpoint.best_by={by}: needs images of one size")

@@ -57,7 +57,7 @@ def files_to_push(folder: Path) -> list[str]:
 def is_exported(name: PurePath) -> bool:
     """Whether a file, relative to an exported folder, is of a kind that an export makes."""
     hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-    code_or_settings = name.name in ("pipeline.py", "training_args.yaml")
+    code_or_settings = name.name in ("pipeline.py", "codec.py", "training_args.yaml")
     return not hidden and (code_or_settings or name.suffix.lower() in EXPORTED)
 
 
