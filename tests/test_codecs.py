@@ -295,7 +295,7 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
     assert set(CODECS) == {"arrays", "volumes", "clips", "molecules"} and all(SOURCES[name].codec for name in CODECS)
 
 
-@pytest.mark.filterwarnings("ignore:skipped", "ignore:left out")
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:left out", "ignore:validation.prompts")
 def test_what_is_for_pictures_alone_is_refused(tmp_path, fields, capsys):
     path = str(field_config(tmp_path, fields))
     assert main([path, "task=inpainting"]) == 2 and "task=inpainting is for pictures" in capsys.readouterr().err
