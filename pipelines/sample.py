@@ -15,7 +15,7 @@ from sfumato.figures import grid, open_image
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.pipelines.codecs import Codec
+from sfumato.pipelines.codecs import Codec, object_endings
 from sfumato.pipelines.locate import SHIPPED, locate_pipeline
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.pipelines.runtimes import with_runtime
@@ -53,8 +53,9 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         ValueError: something that cannot be drawn or kept; found before anything is drawn.
     """
     model = locate_pipeline(options.model)
+    check_outputs(options, object_endings())
     pipe, advice = open_model(options, model), recommended_settings(model)
-    check_outputs(options, pipe.codec)
+    check_outputs(options, pipe.codec.endings if pipe.codec is not None else ())
     options.steps = advice["num_inference_steps"] if options.steps is None else options.steps
     options.guidance_scale = advice["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
     if options.negative_prompt and options.guidance_scale <= 1 and options.guider == "cfg":
@@ -142,17 +143,19 @@ def find_upscaler(model: str) -> Path | None:
     return folder if (folder / "model_index.json").is_file() else None
 
 
-def check_outputs(options: SampleOptions, codec: Codec | None = None) -> None:
-    """Raise ValueError before anything is drawn for a place or a format in which the images could not be kept."""
+def check_outputs(options: SampleOptions, others: tuple[str, ...] = ()) -> None:
+    """Raise ValueError before anything is drawn for a place or a format in which the images could not be kept.
+
+    `others` are the endings of files that hold one object.
+    """
     formats = set(Image.registered_extensions())
-    if codec is not None and Path(options.out).suffix.lower() in codec.endings:
-        formats.update(codec.endings)
+    if Path(options.out).suffix.lower() in others:
+        formats.update(others)
         if len(options.prompts) > 1 and Path(options.out).suffix.lower() not in (".png", ".gif"):
             raise ValueError(f"--out={options.out} holds one of {len(options.prompts)} prompts; name a folder with --each")
     for name, path in (("out", options.out), ("gif", options.gif)):
         if path and (Path(path).suffix.lower() not in formats or Path(path).is_dir()):
-            endings = f".{'png' if name == 'out' else 'gif'}" if codec is None else f".png, {', '.join(codec.endings)}"
-            raise ValueError(f"--{name}={path} is no name for an image; end it in {endings}")
+            raise ValueError(f"--{name}={path} is no name for an image; end it in .{'png' if name == 'out' else 'gif'}")
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     if options.each:

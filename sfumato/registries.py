@@ -269,7 +269,6 @@ SOURCES: Registry[Source] = Registry(
         "molecules": Source(
             target=f"{_SOURCES}.molecules:open_source",
             codec=f"{_SOURCES}.molecules:open_codec",
-            check=f"{_SOURCES}.molecules:check",
             named=True,
             generated=True,
             packages=("qm9pack", "rdkit"),

@@ -286,7 +286,6 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
     from sfumato.training.data.sources import molecules
 
     monkeypatch.setattr(molecules, "qm9_smiles", lambda: [*SMILES, "not a molecule"])
-    monkeypatch.setattr(molecules, "find_spec", lambda name: True)
     config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 8, "channels": 13}))
     config.data.max_bad_share = 0.2
     with pytest.warns(UserWarning, match="1 no molecule"):

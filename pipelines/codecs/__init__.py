@@ -86,6 +86,11 @@ def open_codec(facts: Any) -> Codec:
         raise ValueError(f"the codec of this model cannot be used: {type(error).__name__}: {error}") from error
 
 
+def object_endings() -> tuple[str, ...]:
+    """The endings of all files that codecs write."""
+    return tuple(dict.fromkeys(ending for name in CODECS for ending in CODECS.load(name).endings))
+
+
 def codec_facts(unet) -> dict | None:
     """The facts that a UNet's config holds; None of a model of pictures."""
     own = unet.config.get("_sfumato") if unet is not None else None

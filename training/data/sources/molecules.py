@@ -17,12 +17,6 @@ from sfumato.training.data.records import Record, hash_fraction
 HELD_OUT_SHARE = 0.02
 
 
-def check(config, need) -> None:
-    """Check the settings of this source; see `config.rules`."""
-    missing = [package for package in ("rdkit", "qm9pack") if find_spec(package) is None]
-    need(not missing, "data.name", f"molecules need {' and '.join(missing)}: pip install 'sfumato[molecules]'")
-
-
 def open_codec(config: DataConfig, files: list[Path]) -> MoleculeCodec:
     """Graphs of up to nine atoms."""
     return MoleculeCodec()
