@@ -17,6 +17,12 @@ def image_channels(vae) -> int:
     return vae.config.get("in_channels") or vae.config.encoder_in_channels
 
 
+def codec_facts(unet) -> dict | None:
+    """What a UNet's config says of the codec of its arrays, see `pipelines.codecs`; None of a model of pictures."""
+    own = unet.config.get("_sfumato") if unet is not None else None
+    return own.get("codec") if isinstance(own, dict) else None
+
+
 def extra_input_kind(unet, vae) -> str | None:
     """What the UNet reads beside the noisy latents: `masks` and masked images, as those of Stable Diffusion's inpainting do;
     an image of `low_res`, as those of its upscaling do; None: nothing.

@@ -18,7 +18,8 @@ from sfumato.files import replace_folder
 from sfumato.pipelines import conditions, guided, images, inputs, pipeline_sfumato, stock, trust
 from sfumato.pipelines.card import model_card, public_path, variants_line
 from sfumato.pipelines.cascade import UPSCALER, Cascade
-from sfumato.pipelines.codecs import codec_facts, write_codec
+from sfumato.pipelines.codecs import write_codec
+from sfumato.pipelines.conditions import codec_facts
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import scheduling_sfumato_ddpm, scheduling_sfumato_flow
 

@@ -35,6 +35,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.pipelines.conditions import (
+    codec_facts,
     default_size,
     encode_image,
     extra_input_kind,
@@ -286,8 +287,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """What makes objects of the arrays that the model draws, such as molecules; None where it draws pictures, or where
         sfumato is not installed.
         """
-        own = self.unet.config.get("_sfumato") if self.unet is not None else None
-        facts = own.get("codec") if isinstance(own, dict) else None
+        facts = codec_facts(self.unet)
         try:
             return importlib.import_module("sfumato.pipelines.codecs").open_codec(facts) if facts else None
         except ModuleNotFoundError:

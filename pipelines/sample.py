@@ -15,7 +15,7 @@ from sfumato.figures import grid, open_image
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.pipelines.codecs import Codec, object_endings
+from sfumato.pipelines.codecs import Codec, object_endings, to_pictures
 from sfumato.pipelines.locate import SHIPPED, locate_pipeline
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.pipelines.runtimes import with_runtime
@@ -72,13 +72,9 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     frames: list[Image.Image] = []
 
     def keep_frame(pipe, step, t, tensors):
-        images: Any = pipe.decode_latents(tensors["latents"])
-        if pipe.codec is None:
-            images = pipe.image_processor.postprocess(images)
-        else:
-            arrays = pipe.image_processor.postprocess(images, output_type="np")
-            images = [Image.fromarray(pipe.codec.picture(pipe.codec.decode(array))) for array in arrays]
-        frames.append(grid(images, options.prompts))
+        kind = "pil" if pipe.codec is None else "np"
+        drawn = pipe.image_processor.postprocess(pipe.decode_latents(tensors["latents"]), output_type=kind)
+        frames.append(grid(to_pictures(pipe.codec, drawn), options.prompts))
         return tensors
 
     if pipe.codec is not None:

@@ -15,10 +15,12 @@ Each codec is one file that needs numpy alone to decode, so that it travels as `
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from sfumato.registries import CODECS
 
@@ -91,12 +93,6 @@ def object_endings() -> tuple[str, ...]:
     return tuple(dict.fromkeys(ending for name in CODECS for ending in CODECS.load(name).endings))
 
 
-def codec_facts(unet) -> dict | None:
-    """The facts that a UNet's config holds; None of a model of pictures."""
-    own = unet.config.get("_sfumato") if unet is not None else None
-    return own.get("codec") if isinstance(own, dict) else None
-
-
 def set_codec(unet, facts: dict | None) -> None:
     """Put the facts into a UNet's config, where every save keeps them."""
     if facts is not None:
@@ -109,3 +105,8 @@ def write_codec(facts: dict, folder: Path) -> None:
     (folder / "codec.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     source = Path(inspect.getfile(codec)).read_text(encoding="utf-8")
     (folder / "codec.py").write_text(source + LOADER.format(name=codec.__name__), encoding="utf-8")
+
+
+def to_pictures(codec: Codec | None, drawn: Sequence) -> list:
+    """What a model draws, to look at: of a model with a codec the pictures of its arrays, else the images themselves."""
+    return list(drawn) if codec is None else [Image.fromarray(codec.picture(codec.decode(array))) for array in drawn]

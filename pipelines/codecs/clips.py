@@ -44,19 +44,24 @@ def everything() -> dict[str, tuple[str, str, str, str]]:
     return {caption_of(each): each for each in words}
 
 
-def mask_of(shape: str, x: float, y: float, side: int) -> np.ndarray:
-    """Share of each pixel that a shape covers, `(side, side)`; `x`, `y` are shares of the side, at 3 x 3 points a pixel."""
-    points = (np.arange(side * 3) + 0.5) / (side * 3)
-    u, v = (points[None, :] - x) / RADIUS, (points[:, None] - y) / RADIUS
+def mask_of(shape: str, x: float, y: float, side: int, *, radius: float = RADIUS, fineness: int = 3) -> np.ndarray:
+    """Share of each pixel that a shape covers, `(side, side)` in [0, 1].
+
+    `x`, `y` (the shape's centroid) and `radius` are shares of the image's side. Sampled at `fineness` points each way a pixel.
+    """
+    points = (np.arange(side * fineness) + 0.5) / (side * fineness)
+    u, v = (points[None, :] - x) / radius, (points[:, None] - y) / radius
     if shape == "circle":
         inside = u**2 + v**2 <= 1
     elif shape == "square":
         inside = np.maximum(abs(u), abs(v)) <= 0.9
-    elif shape == "triangle":
+    elif shape == "triangle":  # equilateral, circumradius 1.2, apex up
         inside = (v <= 0.6) & (3**0.5 * abs(u) - v <= 1.2)
-    else:
+    elif shape == "cross":  # two bars
         inside = (np.minimum(abs(u), abs(v)) <= 0.36) & (np.maximum(abs(u), abs(v)) <= 1.05)
-    return inside.reshape(side, 3, side, 3).mean((1, 3))
+    else:
+        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+    return inside.reshape(side, fineness, side, fineness).mean((1, 3))
 
 
 def film(words: tuple[str, str, str, str], frames: int, side: int, rng: np.random.Generator) -> np.ndarray:

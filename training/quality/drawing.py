@@ -6,11 +6,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.choices import with_guider, with_sampler
-from sfumato.pipelines.codecs import Codec
 from sfumato.training.config.schema import ValidationConfig
 from sfumato.training.data import array_set
 from sfumato.training.data.array_set import ArraySet
@@ -69,8 +67,3 @@ def draw_images(
         images_drawn.extend(drawn)
     pairs = gather_object(list(zip(mine, images_drawn)))
     return [image for _, image in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def to_pictures(codec: Codec | None, drawn: list) -> list[Image.Image]:
-    """What `draw_images` gives, to look at."""
-    return drawn if codec is None else [Image.fromarray(codec.picture(codec.decode(array))) for array in drawn]

@@ -6,8 +6,8 @@ from sfumato.training.quality.statistics import Score, mean_score
 
 
 def judged(evaluation: Evaluation) -> dict[str, Score]:
-    """`validation.num_judged` objects, spread over the held-out captions (else over those of training), word by word."""
-    captions, count = held_out_captions(evaluation), evaluation.config.validation.num_judged
+    """`plan.count` objects, spread over the held-out captions (else over those of training), word by word."""
+    captions, count = held_out_captions(evaluation), evaluation.plan.count
     captions = [captions[i * len(captions) // count % len(captions)] for i in range(count)]
     codec = evaluation.pipe.codec
     drawn = draw_images(evaluation.pipe, captions, evaluation.config.validation, evaluation.accelerator, batch_size=128)

@@ -32,8 +32,6 @@ def report(
         raise ValueError("evaluation needs at least two training images, all of one size")
     evaluation = Evaluation(pipe, config, dataset, accelerator, plan)
     scores: dict[str, Score] = {}
-    if dataset.codec is not None:
-        config.validation.num_judged = plan.count
     for metric in metrics_for(named_source(config), objects=dataset.codec is not None).values():
         if metric.option is None or getattr(plan, metric.option):
             scores |= {metric.label.format(name): score for name, score in metric.compute(evaluation).items()}
@@ -47,7 +45,7 @@ def protocol(evaluation: Evaluation) -> str:
     if evaluation.dataset.codec is not None:
         v = evaluation.config.validation
         return (
-            f"{v.num_judged} objects of the {len(held_out_captions(evaluation))} held-out captions, "
+            f"{evaluation.plan.count} objects of the {len(held_out_captions(evaluation))} held-out captions, "
             f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
             f"seeds {v.seed} and on; judged by the codec's program, nothing corrected. ± is half a 95% confidence interval."
         )

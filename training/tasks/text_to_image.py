@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from sfumato.figures import loss_curve
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
-from sfumato.pipelines.codecs import set_codec
+from sfumato.pipelines.codecs import set_codec, to_pictures
 from sfumato.pipelines.conditions import x0_estimator
 from sfumato.pipelines.export import RunRecord, WeightFiles
 from sfumato.pipelines.guided import NetworkInputs
@@ -39,7 +39,7 @@ from sfumato.training.objectives import (
     weighted_mse,
 )
 from sfumato.training.publish import facts
-from sfumato.training.quality.drawing import draw_images, sample_captions, sampling_pipeline, to_pictures
+from sfumato.training.quality.drawing import draw_images, sample_captions, sampling_pipeline
 from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.held_out import held_out_loss
 from sfumato.training.tasks.base import Outcome, TaskContext

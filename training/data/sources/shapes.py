@@ -14,24 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sfumato.pipelines.codecs.clips import COLOURS, SHAPES, mask_of
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.records import Record
 
-# Every figure is darker than every ground.
-COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (240, 130, 20),
-    "green": (40, 150, 60),
-    "blue": (40, 80, 220),
-    "purple": (140, 50, 170),
-    "black": (30, 30, 30),
-}
-
-
-SHAPES = ("circle", "square", "triangle", "cross")
-
-
+# COLOURS are darker than every ground.
 SIZES = {"small": 0.14, "large": 0.24}  # radius as a share of the image's side
 
 
@@ -114,19 +102,7 @@ def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> 
 
     `x`, `y` (the figure's centroid) and `radius` are shares of the image's side. Sampled at 4 x 4 points a pixel.
     """
-    points = (np.arange(resolution * 4) + 0.5) / (resolution * 4)
-    u, v = (points[None, :] - x) / radius, (points[:, None] - y) / radius
-    if shape == "circle":
-        inside = u**2 + v**2 <= 1
-    elif shape == "square":
-        inside = np.maximum(abs(u), abs(v)) <= 0.9
-    elif shape == "triangle":  # equilateral, circumradius 1.2, apex up
-        inside = (v <= 0.6) & (3**0.5 * abs(u) - v <= 1.2)
-    elif shape == "cross":  # two bars
-        inside = (np.minimum(abs(u), abs(v)) <= 0.36) & (np.maximum(abs(u), abs(v)) <= 1.05)
-    else:
-        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
-    return inside.reshape(resolution, 4, resolution, 4).mean((1, 3))
+    return mask_of(shape, x, y, resolution, radius=radius, fineness=4)
 
 
 def draw(scene: Scene | Pair, resolution: int, rng: np.random.Generator) -> np.ndarray:
