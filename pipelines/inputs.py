@@ -353,12 +353,16 @@ def to_pixels(
     return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
 
 
-def to_mask(mask, height: int, width: int, batch_size: int = 1, num_images_per_prompt: int = 1) -> torch.Tensor:
+def to_mask(
+    mask, height: int, width: int, batch_size: int = 1, num_images_per_prompt: int = 1, *, channels: int = 1
+) -> torch.Tensor:
     """`mask` as `(B, 1, height, width)` in [0, 1]: 1 is redrawn, 0 is kept, between is blended.
 
     Args:
         mask: PIL images, which are resized where they have another size; arrays or tensors `(H, W)` or `(1, H, W)`
             (arrays `(H, W, 1)`), bool, uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list.
+        channels: of a model of arrays; a mask may then have as many, such as the frames of a clip that are to be drawn, and
+            the result has them too.
 
     Raises:
         TypeError, ValueError: as `to_pixels`.
@@ -372,7 +376,7 @@ def to_mask(mask, height: int, width: int, batch_size: int = 1, num_images_per_p
     flat = [part[..., None] if isinstance(part, np.ndarray) and part.ndim == 2 else part for part in parts]
     flat = [part[None] if isinstance(part, torch.Tensor) and part.ndim == 2 else part for part in flat]
     values = _stack("mask_image", flat, one_has=3)
-    if tuple(values.shape[1:]) != (1, height, width):
+    if tuple(values.shape[1:]) not in ((1, height, width), (channels, height, width)):
         raise ValueError(f"`mask_image` must be {height} x {width}, got {tuple(values.shape[1:])}; or pass a PIL image")
     if not (torch.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError("`mask_image` must hold values from 0 (keep) to 1 (redraw)")

@@ -265,7 +265,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """
         device = self._execution_device
         pixels = to_pixels(image, image_channels(self.vae), *size, *batch).to(device, dtype)
-        mask = None if mask_image is None else to_mask(mask_image, *size, *batch).to(device, dtype)
+        channels = 1 if self.codec is None else image_channels(self.vae)
+        mask = None if mask_image is None else to_mask(mask_image, *size, *batch, channels=channels).to(device, dtype)
         x_0 = encode_image(self.vae, pixels) * self.vae.config.scaling_factor
         latent_mask = None if mask is None else F.interpolate(mask, x_0.shape[-2:], mode="area")
         return SourceImage(pixels=pixels, mask=mask, x_0=x_0, latent_mask=latent_mask)

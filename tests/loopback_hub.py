@@ -73,6 +73,17 @@ class Hub:
         }  # fmt: skip
 
 
+def point_client_at(url: str, home) -> None:
+    """Set this process's client, imported already, as the environment of a new process would."""
+    from huggingface_hub import constants, hf_api
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = url, False, True
+    constants.HF_HOME = str(home)
+    constants.HF_HUB_CACHE = str(home / "hub")
+    hf_api.api.endpoint = url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request; routes are tried in order."""
 

@@ -7,9 +7,7 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import crashes
@@ -21,6 +19,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from stock_process import run_stock
 
 from sfumato import cli, files
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
@@ -50,8 +49,6 @@ FILES = {
 # A child that cannot see sfumato draws with every stock door and with the code that travels.
 CHILD = """
     import sys, numpy as np, torch
-    sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
-        lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "sfumato" else None)}))
     import diffusers
     folder, out = sys.argv[1:]
     def draw(pipe):
@@ -90,22 +87,9 @@ def draw(pipe):
     ).images
 
 
-def run_child(code, *arguments, **more):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stderr
-    return child
-
-
 def test_a_process_without_sfumato_draws_the_same_image(exported, tmp_path):
     pipe, folder = exported
-    child = run_child(CHILD, folder, tmp_path / "images")
+    child = run_stock(CHILD, folder, tmp_path / "images")
     expected = draw(pipe)
     for name, images in np.load(tmp_path / "images.npz").items():
         np.testing.assert_allclose(images, expected, atol=1e-5, err_msg=name)

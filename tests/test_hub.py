@@ -8,15 +8,16 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import crashes
 import numpy as np
 import pytest
 import tiny
 import torch
-from huggingface_hub import constants, hf_api
-from loopback_hub import Hub
+from loopback_hub import Hub, point_client_at
 from PIL import Image
+from stock_process import run_stock
 
 from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
@@ -25,8 +26,6 @@ from sfumato.pipelines.export import RunRecord
 # Draws with whatever class; sfumato cannot be imported. Arguments: a file for the images, then (class, keywords) as JSON.
 LOAD = """
     import json, os, sys, urllib.request, numpy as np, torch
-    sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
-        lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "sfumato" else None)}))
     import diffusers
     images = {}
     for i, (name, repo, keywords) in enumerate(json.loads(sys.argv[2])):
@@ -58,18 +57,9 @@ def hub():
 
 
 def run(hub, home, *command, token="writer", check=True):
-    """A child that takes `hub` for the Hub: the command `sfumato`, or Python code without it.
-
-    What imports torch by `sfumato` is forked from here, where that is done; the rest is a process of its own.
-    """
+    """A fork that takes `hub` for the Hub and runs the command `sfumato`."""
     command = [str(part) for part in command]
-    if command[0] in ("train", "export", "sample"):
-        child = forked(hub, home, lambda: main(command), token)
-    else:
-        start = [sys.executable, "-m", "sfumato.cli"] if command[0] == "push" else [sys.executable, "-c"]
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        env |= {"OMP_NUM_THREADS": "1", **hub.env(home, token)}
-        child = subprocess.run([*start, *command], env=env, capture_output=True, text=True, timeout=300)
+    child = forked(hub, home, lambda: main(command), token)
     assert not check or child.returncode == 0, child.stderr
     return child
 
@@ -83,11 +73,7 @@ def forked(hub, home, task, token):
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
             os.environ.pop(name, None)
         os.environ.update(hub.env(home, token))
-        constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = hub.url, False, True
-        constants.HF_HOME = str(home)
-        constants.HF_HUB_CACHE = str(home / "hub")
-        hf_api.api.endpoint = hub.url
-        constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        point_client_at(hub.url, home)
         return task()
 
     (code,) = crashes.wait([crashes.fork(child, quiet=False)])
@@ -96,7 +82,14 @@ def forked(hub, home, task, token):
 
 def load(hub, tmp_path, *doors, home="reader"):
     """Images by all doors, from a child without sfumato, and what it said."""
-    child = run(hub, tmp_path / home, textwrap.dedent(LOAD), tmp_path / "images", json.dumps(doors), token=None)
+    start = (
+        "import os, pathlib, sys\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "from loopback_hub import point_client_at\n"
+        f"os.environ.update({hub.env(tmp_path / home, None)!r})\n"
+        f"point_client_at({hub.url!r}, pathlib.Path({str(tmp_path / home)!r}))\n"
+    )
+    child = run_stock(start + textwrap.dedent(LOAD), tmp_path / "images", json.dumps(doors))
     return dict(np.load(tmp_path / "images.npz")), child.stderr
 
 

@@ -1,15 +1,17 @@
 """The shared folder in other people's environments: diffusers 0.35 with transformers 4.57, and ONNX by way of optimum."""
 
 import json
+import os
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from loopback_hub import Hub
-from test_export import run_child
+from stock_process import NO_SFUMATO
 from test_hub import LOAD, run
 
 from sfumato.pipelines import export_pipeline
@@ -45,6 +47,20 @@ def model(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     images = pipe("a red circle", guidance_scale=3.0, num_inference_steps=3, output_type="np", generator=generator).images
     return folder / "model", images
+
+
+def run_child(code, *arguments, **more):
+    """Run code without sfumato in a process of its own, with `more` in its environment."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+    child = subprocess.run(
+        [sys.executable, "-c", NO_SFUMATO + textwrap.dedent(code), *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert child.returncode == 0, child.stderr
+    return child
 
 
 def test_old_diffusers_and_transformers_draw_the_same_image(old, model, tmp_path):

@@ -1,14 +1,12 @@
 """Models that read their own last estimate: trained, drawn, and opened by their own class where no stock one knows them."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
+from stock_process import run_stock
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.conditions import x0_estimator
@@ -77,8 +75,6 @@ def test_every_sampler_draws_it(folder):
 def test_it_opens_by_its_own_class_only(folder, tmp_path):
     """With the flag and without sfumato, the same image; without the flag, an error; with sfumato, no code of it runs."""
     code = f"""
-import sys
-sys.modules["sfumato"] = None
 import numpy as np, torch
 from diffusers import DiffusionPipeline
 try:
@@ -91,7 +87,7 @@ pipe.set_progress_bar_config(disable=True)
 call = dict(num_inference_steps=4, guidance_scale=2.0, output_type="np", generator=torch.Generator().manual_seed(0))
 np.save({str(tmp_path / "drawn.npy")!r}, pipe("a red circle", **call).images)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    run_stock(code)
     ours = draw(SfumatoPipeline.from_pretrained(folder))
     np.testing.assert_allclose(np.load(tmp_path / "drawn.npy"), ours, atol=1e-5)
     (folder / "pipeline.py").write_text((folder / "pipeline.py").read_text() + "\nraise SystemExit('ran')\n")

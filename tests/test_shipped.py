@@ -1,13 +1,12 @@
 """The model that comes along: small, stock, measured, and it draws what it is asked for."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import ModelCard
 from PIL import Image
+from stock_process import run_stock
 
 from sfumato import cli
 from sfumato.registries import SOURCES
@@ -37,13 +36,11 @@ def test_sample_draws_by_it_by_default(tmp_path):
 
 def test_stock_diffusers_opens_it_without_sfumato(tmp_path):
     code = f"""
-import sys
-sys.modules["sfumato"] = None
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(FOLDER)!r})
 image = pipe("pizza", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
 print(type(pipe).__name__, image.size)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    done = run_stock(code)
     assert "StableDiffusionPipeline (32, 32)" in done.stdout

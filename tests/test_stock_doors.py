@@ -1,15 +1,13 @@
 """Models of every task in processes that cannot import sfumato: the stock pipeline of their kind, and the same images."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from stock_process import run_stock
 from test_autoencoder import vae_config
 from test_control_task import config as control_config
 from test_flow import config as flow_config
@@ -22,8 +20,6 @@ from sfumato.training.train import main
 
 CHILD = """
     import json, sys, numpy as np, torch
-    sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
-        lambda name, *a: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "sfumato" else None)}))
     from diffusers import DiffusionPipeline
     from PIL import Image
     root, image = sys.argv[1], Image.open(sys.argv[1] + "/image.png")
@@ -71,10 +67,7 @@ IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), d
 def test_stock_pipelines_draw_the_same_without_sfumato(folders, tmp_path):
     IMAGE.save(tmp_path / "image.png")
     named = json.dumps({task: str(folders[task]) for task in KINDS})
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), named], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert child.returncode == 0, child.stderr
+    child = run_stock(CHILD, tmp_path, named)
     assert json.loads(child.stdout.splitlines()[-1]) == KINDS
     given = {"upscaling": {"image": IMAGE}, "control": {"control_image": IMAGE}}
     for task in KINDS:

@@ -81,7 +81,7 @@ def test_a_run_that_has_become_slow_says_so_once():
 
 
 def test_a_batch_that_is_larger_than_the_set_is_told(tmp_path):
-    config = load_config(tiny.config_file(tmp_path, data={"num_pictures": 30}), ["train.batch_size=2000"])
+    config = load_config(tiny.config_file(tmp_path, data={"num_pictures": 30}), ["train.batch_size=100"])
     assert any("training images" in str(found) and "several times" in str(found) for found in examine(config))
 
 

@@ -33,7 +33,8 @@ def config_file(folder, **sections):
         content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
     if content["data"]["name"] != "shapes":
         content["data"].pop("num_pictures")
-        content["validation"].pop("num_judged")
+        if "num_judged" not in sections.get("validation", {}):
+            content["validation"].pop("num_judged")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content, allow_unicode=True))
     return path

@@ -175,6 +175,12 @@ def _keys(content, leaves: set[str], prefix: str = "") -> list[str]:
     return found
 
 
+@cache
+def _defaults(kind: Any) -> DictConfig:
+    """All settings of a config class as they are where nothing sets them; merging copies it."""
+    return OmegaConf.structured(kind())
+
+
 def _merge(layers: list, overrides: Sequence[str]) -> Config:
     """The default config under the file under the command line."""
     for layer in layers:
@@ -188,7 +194,7 @@ def _merge(layers: list, overrides: Sequence[str]) -> Config:
         if value in ("{}", "null") and isinstance(OmegaConf.select(layers[0], key), DictConfig):
             for layer in layers:  # a section of the file that is to be empty
                 OmegaConf.update(layer, key, {}, merge=False)
-    merged = OmegaConf.merge(OmegaConf.structured(config_class()), *layers)
+    merged = OmegaConf.merge(_defaults(config_class()), *layers)
     config: Any = OmegaConf.to_object(merged)
     _check_items(config)
     return config
@@ -250,4 +256,4 @@ def settings_of(config: Config) -> dict:
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, enough to repeat the run; see `settings_of`."""
-    return OmegaConf.to_yaml(OmegaConf.create(settings_of(config)))
+    return yaml.safe_dump(settings_of(config), sort_keys=False, allow_unicode=True)

@@ -94,6 +94,8 @@ def check_network(config: Config) -> None:
             check_predecessor(key, source)
     if config.init_from is not None or not needs.has_unet:
         return
+    if (same := _network_settings(config)) in _fitting:
+        return
     check_arguments(config.unet, UNet2DConditionModel, "unet")
     if depth := find_depth(config.unet, MAX_LAYERS):
         raise ValueError(f"unet: {depth}; at most {MAX_LAYERS} are built")
@@ -119,6 +121,17 @@ def check_network(config: Config) -> None:
                 raise ValueError(f"unet: it cannot draw {height} x {width_of_image} pixels: {reason}") from error
             if tuple(out.shape[2:]) != shape[2:]:
                 raise ValueError(f"unet: of latents {shape[2:]} it makes {tuple(out.shape[2:])}; sides must divide further")
+    _fitting.add(same)
+
+
+_fitting: set[str] = set()  # what `check_network` has found to fit in this process
+
+
+def _network_settings(config: Config) -> str:
+    """All that decides whether a network fits."""
+    own = TASKS[config.task].section
+    parts = (config.objective, config.text_encoder, config.vae, config.unet, config.scheduler, own and getattr(config, own))
+    return repr((config.task, config.data.size, config.data.buckets, config.data.channels, parts))
 
 
 def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
