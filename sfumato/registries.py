@@ -274,6 +274,43 @@ SOURCES: Registry[Source] = Registry(
             packages=("qm9pack", "rdkit"),
             shape=(8, 8, 13),
         ),
+        "speech": Source(
+            target=f"{_SOURCES}.speech:open_source",
+            codec=f"{_SOURCES}.speech:open_codec",
+            named=True,
+            generated=True,
+            shape=(32, 32, 4),
+        ),
+        "notes": Source(
+            target=f"{_SOURCES}.notes:open_source",
+            codec=f"{_SOURCES}.notes:open_codec",
+            named=True,
+            generated=True,
+            shape=(16, 16, 16),
+        ),
+        "spoken_pictures": Source(
+            target=f"{_SOURCES}.spoken_pictures:open_source",
+            codec=f"{_SOURCES}.spoken_pictures:open_codec",
+            named=True,
+            generated=True,
+            shape=(32, 32, 7),
+        ),
+        "names": Source(
+            target=f"{_SOURCES}.names:open_source",
+            codec=f"{_SOURCES}.names:open_codec",
+            named=True,
+            generated=True,
+            packages=("faker",),
+            shape=(8, 16, 1),
+        ),
+        "compositions": Source(
+            target=f"{_SOURCES}.compositions:open_source",
+            codec=f"{_SOURCES}.compositions:open_codec",
+            named=True,
+            generated=True,
+            packages=("matminer",),
+            shape=(8, 32, 5),
+        ),
         "webdataset": Source(
             target=f"{_SOURCES}.webdataset:open_source", claims=(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
         ),
@@ -282,6 +319,11 @@ SOURCES: Registry[Source] = Registry(
             target=f"{_SOURCES}.arrays:open_source",
             codec=f"{_SOURCES}.arrays:open_codec",
             claims=(".npy", ".npz"),
+        ),
+        "sounds": Source(
+            target=f"{_SOURCES}.sounds:open_source",
+            codec=f"{_SOURCES}.sounds:open_codec",
+            claims=(".wav", ".flac", ".ogg"),
         ),
         "folder": Source(
             target=f"{_SOURCES}.folder:open_source",
@@ -368,6 +410,13 @@ CODECS: Registry[Entry] = Registry(
         "volumes": Entry(target=f"{_CODECS}.volumes:VolumeCodec"),
         "clips": Entry(target=f"{_CODECS}.clips:ClipCodec"),
         "molecules": Entry(target=f"{_CODECS}.molecules:MoleculeCodec"),
+        "sounds": Entry(target=f"{_CODECS}.sounds:SoundCodec"),
+        "speech": Entry(target=f"{_CODECS}.sounds:SpeechCodec"),
+        "notes": Entry(target=f"{_CODECS}.sounds:NoteCodec"),
+        "spoken_pictures": Entry(target=f"{_CODECS}.sounds:SpokenPictureCodec"),
+        "texts": Entry(target=f"{_CODECS}.texts:TextCodec"),
+        "names": Entry(target=f"{_CODECS}.texts:NameCodec"),
+        "compositions": Entry(target=f"{_CODECS}.compositions:CompositionCodec"),
     },
 )
 

@@ -95,6 +95,26 @@ def track(frames: np.ndarray) -> np.ndarray:
         return np.stack([(ink.sum(1) @ places) / mass, (ink.sum(2) @ places) / mass], -1)
 
 
+def look(frame: np.ndarray, place: np.ndarray, radius: float = RADIUS) -> tuple[str | None, str | None]:
+    """Colour and shape at a place of a frame `(side, side, 3)` uint8; None where there is none like it."""
+    frame, (x, y) = frame.astype(float), place
+    core = (255 - frame.min(-1)) > 120
+    if not np.isfinite([x, y]).all() or core.sum() < 4:
+        return None, None
+    middle = np.median(frame[core], axis=0)
+    colour = min(COLOURS, key=lambda name: float(np.sum((np.array(COLOURS[name]) - middle) ** 2)))
+    axis = np.array(COLOURS[colour], float) - 255
+    mask = np.clip((frame - 255) @ axis / (axis @ axis), 0, 1)
+    mask[mask < 0.15] = 0  # faint texture is no shape
+
+    def fit(shape):
+        template = mask_of(shape, x, y, len(frame), radius=radius)
+        return np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
+
+    best = max(SHAPES, key=fit)
+    return colour, best if fit(best) > 0.7 else None
+
+
 class ClipCodec:
     """A clip is `(F, H, W, 3)` uint8; its array has the frames one after another in its channels, in RGB each."""
 
@@ -129,29 +149,10 @@ class ClipCodec:
         """Colour and shape by the best template in the middle frame, way and speed by tracking; `all` of them."""
         wanted = everything()[caption]
         path = track(thing)
-        read = (*self._look(thing, path), *_motion(path))
+        middle = self.frames // 2
+        read = (*look(thing[middle], path[middle]), *_motion(path))
         right = {name: a == b for name, a, b in zip(NAMES, read, wanted)}
         return {**right, "motion": right["way"] and right["speed"], "all": read == wanted}
-
-    def _look(self, clip, path):
-        frame, (x, y) = clip[self.frames // 2].astype(float), path[self.frames // 2]
-        if not np.isfinite([x, y]).all():
-            return None, None
-        core = (255 - frame.min(-1)) > 120
-        if core.sum() < 4:
-            return None, None
-        middle = np.median(frame[core], axis=0)
-        colour = min(COLOURS, key=lambda name: float(np.sum((np.array(COLOURS[name]) - middle) ** 2)))
-        axis = np.array(COLOURS[colour], float) - 255
-        mask = np.clip((frame - 255) @ axis / (axis @ axis), 0, 1)
-        mask[mask < 0.15] = 0  # faint texture is no shape
-
-        def fit(shape):
-            template = mask_of(shape, x, y, self.side)
-            return np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
-
-        best = max(SHAPES, key=fit)
-        return colour, best if fit(best) > 0.7 else None
 
     def picture(self, thing):
         """A strip of four of the frames."""

@@ -129,7 +129,7 @@ def _check_data(config: Config, need: Need) -> None:
     need(not pictures, "task", f"{config.task} is for pictures, of 1, 3 or 4 channels")
     need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines ask for")
     need(
-        all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and data.buckets),
+        all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and not codec and data.buckets),
         "data.buckets",
         "must be pairs [height, width] of at least 8 pixels, and is not for openmoji and shapes, which are square",
     )

@@ -1,22 +1,42 @@
 """What a model's objects are, judged by their codec: by a program, against the words of held-out captions."""
 
+from collections.abc import Iterable
+
+import numpy as np
+
+from sfumato.pipelines.codecs import Codec
+from sfumato.training.data.array_set import to_unit
 from sfumato.training.quality.drawing import draw_images
 from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.statistics import Score, mean_score
 
+MAX_TRUE = 256
+
 
 def judged(evaluation: Evaluation) -> dict[str, Score]:
-    """`plan.count` objects, spread over the held-out captions (else over those of training), word by word."""
-    captions, count = held_out_captions(evaluation), evaluation.plan.count
-    captions = [captions[i * len(captions) // count % len(captions)] for i in range(count)]
-    codec = evaluation.pipe.codec
+    """`plan.count` objects, of the captions of evenly chosen held-out records (else of those of training), word by word.
+
+    Where the judge does not find all true objects of these captions right, as their arrays are stored, its figures for them
+    stand beside: no drawing can be expected to do better.
+    """
+    dataset, count = evaluation.dataset, evaluation.plan.count
+    chosen = judged_records(evaluation)
+    chosen = [chosen[i * len(chosen) // count % len(chosen)] for i in range(count)]
+    captions, codec = [evaluation.caption(i) for i in chosen], evaluation.pipe.codec
     drawn = draw_images(evaluation.pipe, captions, evaluation.config.validation, evaluation.accelerator, batch_size=128)
-    right = [codec.judge(codec.decode(array), caption) for array, caption in zip(drawn, captions)]
+    true = [to_unit(dataset.image(i)) for i in chosen[:MAX_TRUE]]
+    scores = _scores(codec, drawn, captions)
+    best = _scores(codec, true, captions)
+    below = {f"{name} by true objects": score for name, score in best.items() if score.value < 1}
+    return scores | below
+
+
+def judged_records(evaluation: Evaluation) -> np.ndarray:
+    """The numbers of held-out records, or of all that are trained on where none is held out."""
+    held_out = evaluation.dataset.select("held_out")
+    return held_out if len(held_out) else evaluation.dataset.select("train")
+
+
+def _scores(codec: Codec, arrays: Iterable[np.ndarray], captions: list[str]) -> dict[str, Score]:
+    right = [codec.judge(codec.decode(array), caption) for array, caption in zip(arrays, captions)]
     return {name: mean_score([each[name] for each in right]) for name in right[0]}
-
-
-def held_out_captions(evaluation: Evaluation) -> list[str]:
-    """The captions of held-out records, each once; of all where none is held out."""
-    chosen = evaluation.dataset.select("held_out")
-    chosen = chosen if len(chosen) else evaluation.dataset.select("train")
-    return list(dict.fromkeys(evaluation.caption(i) for i in chosen))

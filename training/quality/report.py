@@ -10,7 +10,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.features import DEFAULT, load_extractor
-from sfumato.training.quality.judged import held_out_captions
+from sfumato.training.quality.judged import judged_records
 from sfumato.training.quality.likelihood import check_has_bound
 from sfumato.training.quality.statistics import JACKKNIFE_PARTS, Score
 
@@ -44,8 +44,9 @@ def protocol(evaluation: Evaluation) -> str:
     """How the figures came about, in some sentences."""
     if evaluation.dataset.codec is not None:
         v = evaluation.config.validation
+        captions = len({evaluation.caption(i) for i in judged_records(evaluation)})
         return (
-            f"{evaluation.plan.count} objects of the {len(held_out_captions(evaluation))} held-out captions, "
+            f"{evaluation.plan.count} objects of {captions} held-out captions, as often as the data have them, "
             f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
             f"seeds {v.seed} and on; judged by the codec's program, nothing corrected. ± is half a 95% confidence interval."
         )

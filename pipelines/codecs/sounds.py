@@ -1,0 +1,334 @@
+"""Sounds as spectrograms, blocks of whose cells lie in the channels; the wave comes back by Griffin-Lim.
+
+Decoding needs numpy alone, and so does `.wav`. Judging spoken words needs pocketsphinx, notes need librosa (extra `audio`).
+"""
+
+import re
+import wave
+from functools import cached_property
+
+import numpy as np
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PACES = ("slowly", "", "quickly")
+NOTES = ("C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A", "A sharp", "B")
+
+
+class SoundCodec:
+    """A sound is `(N,)` float32 samples in [-1, 1], `rate` of them a second; longer ones are cut, shorter ones end in silence.
+
+    Args:
+        rate: samples a second.
+        bands, steps: of pitch and of time of the spectrogram; a step is `hop` samples long.
+        window: samples that one step looks at.
+        block: how many bands and steps become the channels of one position of the array.
+        lowest: None: bands even in mel. A frequency in Hz: even in octaves from there, which tells notes apart.
+        references: what the judge compares with, from true sounds: a kind of word -> word -> numbers.
+    """
+
+    kind, version, stored = "sounds", 1, "uint8"
+    endings = (".wav", ".npy")
+    quiet, loud = -0.5, 2.0  # the ends of the scale, log10 of a band's amplitude
+
+    def __init__(self, rate=16000, bands=64, steps=64, hop=256, window=1024, block=(2, 2), lowest=None, references=None):
+        self.rate, self.bands, self.steps, self.hop, self.window = (int(n) for n in (rate, bands, steps, hop, window))
+        self.block, self.lowest, self.references = tuple(int(n) for n in block), lowest, references or {}
+        if min(self.rate, self.bands, self.steps, self.hop, self.window, *self.block) < 1 or self.window < self.hop:
+            raise ValueError("sizes must be 1 or more, and the window no shorter than a step")
+        if len(self.block) != 2 or self.bands % self.block[0] or self.steps % self.block[1]:
+            raise ValueError(f"blocks of {self.block} do not divide {self.bands} bands and {self.steps} steps")
+        self.shape = (self.bands // self.block[0], self.steps // self.block[1], self.block[0] * self.block[1])
+        self.length = self.steps * self.hop
+
+    def describe(self):
+        """See `pipelines.codecs`."""
+        names = ("rate", "bands", "steps", "hop", "window", "lowest", "references")
+        settings = {**{name: getattr(self, name) for name in names}, "block": list(self.block)}
+        return {
+            "kind": self.kind, "version": self.version, "settings": settings, "shape": list(self.shape),
+            "axes": ["pitch, low to high", "time", "cell of a block, pitch first"],
+            "units": f"0 to 1 for log10 of a band's amplitude from {self.quiet} to {self.loud}",
+        }  # fmt: skip
+
+    def encode(self, thing):
+        """Samples to the blocks of a spectrogram.
+
+        Raises:
+            ValueError: not one channel of finite numbers, or nothing but silence.
+        """
+        sound = np.asarray(thing)
+        if sound.ndim != 1 or sound.dtype.kind != "f" or not np.isfinite(sound).all():
+            raise ValueError("a sound must be one channel of finite samples in [-1, 1]")
+        if not len(sound) or np.abs(sound).max() < 1e-4:
+            raise ValueError("silence")
+        whole = np.zeros(self.length)
+        whole[: min(len(sound), self.length)] = sound[: self.length]
+        levels = np.log10(np.maximum(self._bands @ np.abs(self._spectrum(whole)), 1e-9))
+        cells = ((levels - self.quiet) / (self.loud - self.quiet)).clip(0, 1)
+        cells = cells.reshape(self.shape[0], self.block[0], self.shape[1], self.block[1])
+        return cells.transpose(0, 2, 1, 3).reshape(self.shape).astype(np.float32)
+
+    def levels(self, array):
+        """The spectrogram of an array, `(bands, steps)` in [0, 1], low pitches first."""
+        cells = np.asarray(array, np.float64).reshape(*self.shape[:2], *self.block).transpose(0, 2, 1, 3)
+        return cells.reshape(self.bands, self.steps).clip(0, 1)
+
+    def decode(self, array, rounds: int = 32):
+        """Blocks to samples: amplitudes between the bands' middles, phases by Griffin and Lim (1984) with the momentum of
+        Perraudin et al. (2013); the same each time.
+        """
+        levels = self.levels(array)
+        bands = np.where(levels > 0, 10 ** (self.quiet + levels * (self.loud - self.quiet)), 0)
+        amplitudes = np.maximum(self._inverse @ bands, 0)
+        phases = np.exp(2j * np.pi * np.random.default_rng(0).random(amplitudes.shape))
+        last = np.zeros_like(phases)
+        for _ in range(rounds):
+            found = self._spectrum(self._wave(amplitudes * phases))
+            ahead = found + 0.99 * (found - last)
+            phases, last = ahead / np.maximum(np.abs(ahead), 1e-12), found
+        return self._wave(amplitudes * phases).clip(-1, 1).astype(np.float32)
+
+    def is_silent(self, thing):
+        """Whether nothing of a sound is above the quiet end of the scale."""
+        thing = np.asarray(thing, np.float32)
+        return not len(thing) or np.abs(thing).max() < 1e-4 or not self.encode(thing).any()
+
+    def judge(self, thing, caption):
+        """Nothing is known of what a caption of any sound asks for."""
+        return {}
+
+    def picture(self, thing):
+        """The spectrogram, low pitches at the bottom; twice as large as it is."""
+        levels = (
+            np.zeros((self.bands, self.steps))
+            if self.is_silent(thing)
+            else self.levels(self.encode(np.asarray(thing, np.float32)))
+        )
+        shown = np.repeat(np.repeat(levels[::-1], 2, 0), 2, 1)[..., None]
+        black, orange, white = (np.array(colour) for colour in ((10, 5, 30), (230, 90, 40), (255, 250, 220)))
+        low = black + (orange - black) * np.minimum(shown * 2, 1)
+        return np.round(low + (white - orange) * np.maximum(shown * 2 - 1, 0)).astype(np.uint8)
+
+    def write(self, thing, path):
+        """`.wav`, 16 bits; `.npy`, the samples."""
+        path, samples = str(path), np.asarray(thing, np.float32)
+        if path.endswith(".npy"):
+            return np.save(path, samples)
+        with wave.open(path, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(self.rate)
+            file.writeframes(np.round(samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+    def features(self, thing, pitch=None):
+        """What the judge's classifier looks at while something is heard: the mean level of each band; of a note, `pitch` in
+        MIDI numbers, its first eight harmonics and its loudness in each quarter of the time.
+        """
+        levels = self.levels(self.encode(np.asarray(thing, np.float32)))
+        loudness = levels.mean(0)
+        heard = np.flatnonzero(loudness > 0.15 * loudness.max())
+        levels = levels[:, heard[0] : heard[-1] + 1]
+        if pitch is None:
+            timbre = levels.mean(1)
+            return timbre - timbre.mean()
+        lowest = self.lowest or 60
+        frequencies = 440 * 2 ** ((pitch - 69) / 12) * np.arange(1, 9)
+        places = np.log(frequencies / lowest) / np.log(self.rate / 2 / lowest) * (self.bands + 1) - 1
+        near = np.round(places).astype(int).clip(1, self.bands - 2)[:, None] + np.arange(-1, 2)
+        quarters = [part[near].max(1).mean(1) for part in np.array_split(levels, 4, axis=1) if part.size]
+        quarters += [quarters[-1]] * (4 - len(quarters))
+        return np.concatenate([*quarters, [len(heard) / len(loudness)]])
+
+    def seconds(self, thing):
+        """How long something is heard."""
+        loudness = self.levels(self.encode(np.asarray(thing, np.float32))).mean(0)
+        heard = np.flatnonzero(loudness > 0.1 * loudness.max())
+        return (heard[-1] - heard[0] + 1) * self.hop / self.rate
+
+    def classify(self, kind, features):
+        """Of the references of a kind the word that a linear classifier chooses."""
+        known = self.references[kind]
+        scores = np.append(features, 1) @ np.array(known["weights"])
+        return known["words"][int(scores.argmax())]
+
+    @cached_property
+    def _bands(self):
+        """Triangles around points even in mel or in octaves, `(bands, window / 2 + 1)`; none is narrower than a bin."""
+        top, bins = self.rate / 2, np.linspace(0, self.rate / 2, self.window // 2 + 1)
+        if self.lowest is None:
+            mel = np.linspace(2595 * np.log10(1 + 60 / 700), 2595 * np.log10(1 + top / 700), self.bands + 2)
+            edges = 700 * (10 ** (mel / 2595) - 1)
+        else:
+            edges = np.geomspace(self.lowest, top, self.bands + 2)
+        widths = np.maximum(np.diff(edges), bins[1])
+        rise = (bins - edges[1:-1, None]) / widths[:-1, None] + 1
+        fall = (edges[1:-1, None] - bins) / widths[1:, None] + 1
+        return np.minimum(rise, fall).clip(0) * 1024 / self.window
+
+    @cached_property
+    def _inverse(self):
+        """Amplitudes between the bands' middles, `(window / 2 + 1, bands)`: a pseudo-inverse would multiply small errors."""
+        return (self._bands / np.maximum(self._bands.sum(0), 1e-9) / self._bands.sum(1, keepdims=True)).T
+
+    @cached_property
+    def _taper(self):
+        return np.hanning(self.window + 1)[:-1]
+
+    def _starts(self):
+        return self.hop * np.arange(self.steps)[:, None] + np.arange(self.window)
+
+    def _spectrum(self, samples):
+        """Short-time Fourier transform, `(window / 2 + 1, steps)`; each step in the middle of its window."""
+        half = (self.window - self.hop) // 2
+        padded = np.pad(samples, (half, self.window - half))
+        return np.fft.rfft(padded[self._starts()] * self._taper, axis=-1).T
+
+    def _wave(self, spectrum):
+        """The samples whose transform is nearest to a spectrum."""
+        pieces = np.fft.irfft(spectrum.T, n=self.window, axis=-1) * self._taper
+        total, weight = np.zeros(self.length + self.window), np.zeros(self.length + self.window)
+        np.add.at(total, self._starts(), pieces)
+        np.add.at(weight, self._starts(), np.broadcast_to(self._taper**2, pieces.shape))
+        half = (self.window - self.hop) // 2
+        return (total / np.maximum(weight, 1e-3))[half : half + self.length]
+
+
+class SpeechCodec(SoundCodec):
+    """A digit that somebody says, as in `a Scottish woman says seven quickly`."""
+
+    kind = "speech"
+
+    def judge(self, thing, caption):
+        """The word by pocketsphinx with a grammar of the ten, the voice by timbre, the pace by the word's length; `all`."""
+        said = re.fullmatch(r"an? \w+ (man|woman) says (\w+) ?(\w*)", caption)
+        if said is None:
+            raise ValueError(f"no caption of this kind: {caption}")
+        voice, word, pace = said.groups()
+        if self.is_silent(thing):
+            return dict.fromkeys(("word", "voice", "pace", "all"), False)
+        lengths = self.references["pace"]
+        length = np.log(self.seconds(thing))
+        heard = min(PACES, key=lambda each: abs(length - lengths[f"{word} {each}".strip()]))
+        right = {"word": _hear(thing, self.rate) == word, "voice": self.classify("voice", self.features(thing)) == voice}
+        right["pace"] = heard == pace
+        return {**right, "all": all(right.values())}
+
+
+class NoteCodec(SoundCodec):
+    """A note that an instrument plays, as in `a piano plays C sharp 4`."""
+
+    kind = "notes"
+
+    def judge(self, thing, caption):
+        """The pitch by librosa's pYIN, half a semitone around it; the instrument by its timbre and course; `all`."""
+        said = re.fullmatch(r"an? (\w+) plays (.+) (\d)", caption)
+        if said is None:
+            raise ValueError(f"no caption of this kind: {caption}")
+        instrument, name, octave = said.groups()
+        if self.is_silent(thing):
+            return dict.fromkeys(("pitch", "instrument", "all"), False)
+        wanted = 12 * (int(octave) + 1) + NOTES.index(name)
+        found = _pitch(thing, self.rate)
+        right = {
+            "pitch": found is not None and abs(found - wanted) < 0.5,
+            "instrument": self.classify("instrument", self.features(thing, wanted)) == instrument,
+        }
+        return {**right, "all": all(right.values())}
+
+
+class SpokenPictureCodec(SoundCodec):
+    """A picture and the words that are said of it at once: `{"picture": (side, side, 3) uint8, "sound": (N,) float32}`.
+
+    The picture's channels come first, then those of the sound.
+    """
+
+    kind = "spoken_pictures"
+    endings = (".wav", ".png")
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.inner, self.shape = self.shape, (*self.shape[:2], self.shape[2] + 3)
+
+    def encode(self, thing):
+        """Both, side by side in the channels."""
+        picture = np.asarray(thing["picture"])
+        if picture.shape != (*self.shape[:2], 3) or picture.dtype != np.uint8:
+            raise ValueError(f"a picture must be {self.shape[0]} x {self.shape[1]} x 3 bytes, got {picture.shape}")
+        return np.concatenate([picture.astype(np.float32) / 255, self._sound.encode(thing["sound"])], -1)
+
+    def decode(self, array, rounds: int = 32):
+        """Both."""
+        array = np.asarray(array, np.float32).reshape(self.shape)
+        picture = np.round(array[..., :3].clip(0, 1) * 255).astype(np.uint8)
+        return {"picture": picture, "sound": self._sound.decode(array[..., 3:], rounds)}
+
+    def judge(self, thing, caption):
+        """What is seen by templates, what is said by pocketsphinx; `all`: both are what the caption asks for."""
+        from sfumato.pipelines.codecs.clips import COLOURS, SHAPES, look, track
+
+        said = re.fullmatch(r"an? (\w+) (\w+)", caption)
+        if said is None:
+            raise ValueError(f"no caption of this kind: {caption}")
+        seen = look(thing["picture"], track(thing["picture"][None])[0], RADIUS) == said.groups()
+        sound, heard = thing["sound"], None
+        if not self._sound.is_silent(sound):
+            heard = _hear(sound, self.rate, tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
+        return {"picture": seen, "sound": heard == " ".join(said.groups()), "all": seen and heard == " ".join(said.groups())}
+
+    def picture(self, thing):
+        """The picture and the spectrogram of what is said."""
+        spectrogram = self._sound.picture(thing["sound"])
+        return np.concatenate([np.kron(thing["picture"], np.ones((4, 4, 1), np.uint8)), spectrogram], 1)
+
+    def write(self, thing, path):
+        """`.wav`, what is said; `.png`, what is seen."""
+        if str(path).endswith(".png"):
+            from PIL import Image
+
+            return Image.fromarray(thing["picture"]).save(path)
+        return self._sound.write(thing["sound"], path)
+
+    @cached_property
+    def _sound(self):
+        names = ("rate", "bands", "steps", "hop", "window", "block", "lowest")
+        return SoundCodec(**{name: getattr(self, name) for name in names})
+
+
+RADIUS = 0.3  # of what is drawn, in sides of the picture
+
+
+def _hear(samples, rate, words=WORDS):
+    """The one of some words that pocketsphinx hears; levelled, with a little noise, without which it hears less."""
+    try:
+        import pocketsphinx
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("judging speech needs pocketsphinx: pip install 'sfumato[audio]'") from error
+    import tempfile
+
+    if words not in _decoders:
+        with tempfile.NamedTemporaryFile("w", suffix=".gram") as file:
+            file.write("#JSGF V1.0;\ngrammar words;\npublic <word> = " + " | ".join(words) + ";\n")
+            file.flush()
+            _decoders[words] = pocketsphinx.Decoder(jsgf=file.name, samprate=rate, loglevel="FATAL")
+    level = np.pad(0.3 * samples / np.abs(samples).max(), rate // 5)
+    level = level + 0.001 * np.random.default_rng(0).standard_normal(len(level))
+    decoder = _decoders[words]
+    decoder.start_utt()
+    decoder.process_raw(np.round(level.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return found.hypstr if found else None
+
+
+_decoders: dict = {}  # words -> what hears them, made once: it takes half a second
+
+
+def _pitch(samples, rate):
+    """The median pitch in MIDI numbers; None where there is none."""
+    try:
+        import librosa
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("judging notes needs librosa: pip install 'sfumato[audio]'") from error
+    pitches, voiced, _ = librosa.pyin(samples, fmin=110, fmax=1400, sr=rate)
+    heard = pitches[voiced & np.isfinite(pitches)]
+    return None if not len(heard) else float(69 + 12 * np.log2(np.median(heard) / 440))

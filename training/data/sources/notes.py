@@ -1,0 +1,123 @@
+"""The `notes` data set: notes of two octaves by six instruments, played by fluidsynth from a General MIDI soundfont.
+
+Needs the program and a font (Debian: `apt install --no-install-recommends fluidsynth timgm6mb-soundfont`). A fifth of the
+combinations of instrument and note are held out.
+"""
+
+import itertools
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from sfumato.pipelines.codecs.sounds import NOTES, NoteCodec
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.records import Record
+from sfumato.training.data.sources.sounds import classifier, read_sound
+
+PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, "flute": 73}  # of General MIDI
+PITCHES = range(60, 84)  # C 4 to B 5
+LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities: a take each
+COPIES = 3  # of each take, beginning at another moment
+FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
+
+
+def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
+    """A second of 16 kHz in 128 bands, 24 an octave; the judge's references are of true notes that are trained on."""
+    codec, known = NoteCodec(**SETTINGS), []
+    for (instrument, pitch), held_out in combinations():
+        if not held_out:
+            known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in range(len(LOUDNESS))]
+    return NoteCodec(**SETTINGS, references={"instrument": classifier(known)})
+
+
+SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
+
+
+def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
+    """Each note as loud as `LOUDNESS` says, `COPIES` times; of those held out one."""
+    for number, ((instrument, pitch), held_out) in enumerate(combinations()):
+        for take, copy in itertools.product(range(len(LOUDNESS)), range(COPIES)):
+            if not held_out or (take, copy) == (3, 0):
+                sound = _play(instrument, pitch, take, copy)
+                split = "held_out" if held_out else "train"
+                caption = caption_of(instrument, pitch)
+                yield Record(f"{number}-{take}-{copy}", lambda sound=sound: sound, [caption], split)
+
+
+def combinations() -> list[tuple[tuple[str, int], bool]]:
+    """Instrument and MIDI number, and whether that is held out."""
+    every = list(itertools.product(PROGRAMS, PITCHES))
+    held_out = set(np.random.default_rng(0).permutation(len(every))[: len(every) // 5].tolist())
+    return [(each, i in held_out) for i, each in enumerate(every)]
+
+
+def caption_of(instrument: str, pitch: int) -> str:
+    """Such as `a piano plays C sharp 4`."""
+    article = "an" if instrument[0] in "aeiou" else "a"
+    return f"{article} {instrument} plays {NOTES[pitch % 12]} {pitch // 12 - 1}"
+
+
+def _play(instrument: str, pitch: int, take: int, copy: int) -> np.ndarray:
+    """A note, beginning within a tenth of a second, levelled."""
+    rate, second = NoteCodec().rate, 2 * NoteCodec().rate
+    place = (pitch - PITCHES[0]) * len(LOUDNESS) + take
+    sound = _performance(instrument)[place * second : (place + 1) * second]
+    late = int(np.random.default_rng([pitch, take, copy]).integers(0, rate // 10))
+    return np.pad(0.7 * sound[: rate + rate // 20] / max(np.abs(sound).max(), 1e-6), (late, 0)).astype(np.float32)
+
+
+@lru_cache(maxsize=len(PROGRAMS))
+def _performance(instrument: str) -> np.ndarray:
+    """All notes of an instrument one after another, two seconds each of which 0.9 are held."""
+    font = next((path for path in FONTS if Path(path).is_file()), None)
+    if shutil.which("fluidsynth") is None or font is None:
+        packages = "fluidsynth timgm6mb-soundfont"
+        raise ModuleNotFoundError(f"notes are played by fluidsynth: apt install --no-install-recommends {packages}")
+    with tempfile.TemporaryDirectory() as folder:
+        score, out = Path(folder, "score.mid"), Path(folder, "played.wav")
+        score.write_bytes(_midi(PROGRAMS[instrument]))
+        command = [
+            "fluidsynth",
+            "-ni",
+            "-q",
+            "-g",
+            "0.6",
+            "-R",
+            "0",
+            "-C",
+            "0",
+            "-r",
+            "32000",
+            "-F",
+            str(out),
+            font,
+            str(score),
+        ]
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
+        return read_sound(out, NoteCodec().rate)
+
+
+def _midi(program: int) -> bytes:
+    """A Standard MIDI file: 1000 ticks a second, a note every 2 seconds."""
+    events = struct.pack(">BBB", 0, 0xC0, program)
+    silence = 0
+    for pitch, loud in itertools.product(PITCHES, LOUDNESS):
+        events += _ticks(silence) + bytes((0x90, pitch, loud)) + _ticks(900) + bytes((0x80, pitch, 0))
+        silence = 1100
+    tempo = bytes((0, 0xFF, 0x51, 3)) + (1_000_000).to_bytes(3, "big")
+    track = tempo + events + _ticks(1100) + bytes((0xFF, 0x2F, 0))
+    return b"MThd" + struct.pack(">IHHH", 6, 0, 1, 1000) + b"MTrk" + struct.pack(">I", len(track)) + track
+
+
+def _ticks(number: int) -> bytes:
+    """A length of time, seven bits a byte."""
+    parts = [number & 0x7F]
+    while number := number >> 7:
+        parts.append(number & 0x7F | 0x80)
+    return bytes(reversed(parts))
