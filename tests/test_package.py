@@ -24,7 +24,7 @@ def test_init_writes_a_commented_config_that_loads(tmp_path, capsys):
     assert main(["init", str(tmp_path / "mine")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "other"), "--preset", "nothing"]) == 2
-    assert "there is no packaged config 'nothing'; there are clips, demo" in capsys.readouterr().err
+    assert "there is no packaged config 'nothing'; there are clips, compositions, demo" in capsys.readouterr().err
 
 
 def test_an_unknown_config_names_the_packaged_ones(capsys):

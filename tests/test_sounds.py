@@ -22,8 +22,8 @@ from sfumato.training.train import main
 RATE = 16000
 
 
-def tone(frequency, seconds=0.8, loud=0.5):
-    time = np.arange(int(RATE * seconds)) / RATE
+def tone(frequency, seconds=0.8, loud=0.5, rate=RATE):
+    time = np.arange(int(rate * seconds)) / rate
     return (loud * np.sin(2 * np.pi * frequency * time) * np.minimum(1, 20 * (seconds - time))).astype(np.float32)
 
 
@@ -82,9 +82,9 @@ def sounds(tmp_path):
     folder.mkdir()
     lines = ["file_name,text"]
     for i in range(24):
-        name, sound = f"{i}.{'flac' if i % 3 else 'wav'}", tone(300 + 20 * i if i % 2 else 2000 + 40 * i)
-        rate = (RATE, 44100, 8000)[i % 3]
-        soundfile.write(folder / name, np.stack([sound] * (1 + i % 2), -1)[:: 1 if rate > RATE else RATE // rate], rate)
+        name, rate = f"{i}.{'flac' if i % 3 else 'wav'}", (RATE, 44100, 8000)[i % 3]
+        sound = tone(300 + 20 * i if i % 2 else 2000 + 40 * i, rate=rate)
+        soundfile.write(folder / name, np.stack([sound] * (1 + i % 2), -1), rate)
         lines.append(f"{name},a {'low' if i % 2 else 'high'} tone")
     soundfile.write(folder / "silent.wav", np.zeros(8000), RATE)
     soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
