@@ -18,7 +18,7 @@ from sfumato.training.config.load import load_config
 from sfumato.training.data.array_set import to_unit
 from sfumato.training.data.prepare import prepare
 
-COUNT, STEPS, RESAMPLES = 48, 25, 3
+COUNT, STEPS, RESAMPLES = 36, 25, 3
 
 
 def held_out(run: str) -> tuple[SfumatoPipeline, np.ndarray, list[str]]:
