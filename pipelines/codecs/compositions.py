@@ -4,6 +4,7 @@ Numpy alone. Judging needs smact (extra `materials`).
 """
 
 import re
+from importlib import import_module
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class CompositionCodec:
     def judge(self, thing, caption):
         """`all`: its own caption is this one; `valid`: by smact, charges can be neutral and go with electronegativities."""
         try:
-            from smact.screening import smact_validity
+            smact_validity = import_module("smact.screening").smact_validity
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("judging compositions needs smact: pip install 'sfumato[materials]'") from error
         valid = bool(thing) and len(thing) < 8 and bool(smact_validity(self.formula(thing)))
