@@ -55,10 +55,11 @@ def clips(run: str) -> dict[str, float]:
     mask[..., half:] = 1
     last, before = arrays[..., half - 3 : half], arrays[..., half - 6 : half - 3]
     line = np.concatenate([last + k * (last - before) for k in range(1, half // 3 + 1)], -1).clip(0, 1)
-    guesses = {"model": draw(pipe, arrays, captions, mask)[..., half:], "last frame": np.tile(last, half // 3), "line": line}
+    drawn = draw(pipe, arrays, captions, mask)
+    guesses = {"model": drawn[..., half:], "last frame": np.tile(last, half // 3), "line": line}
     guesses["model without words"] = draw(pipe, arrays, [""] * len(captions), mask)[..., half:]
     errors = {name: float(np.square(guess - arrays[..., half:]).mean()) for name, guess in guesses.items()}
-    judged = [pipe.codec.judge(pipe.codec.decode(a), c) for a, c in zip(draw(pipe, arrays, captions, mask), captions)]
+    judged = [pipe.codec.judge(pipe.codec.decode(a), c) for a, c in zip(drawn, captions)]
     return {**errors, "motion right": float(np.mean([each["motion"] for each in judged]))}
 
 

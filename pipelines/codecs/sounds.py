@@ -31,8 +31,14 @@ class SoundCodec:
     quiet, loud = -0.5, 2.0  # the ends of the scale, log10 of a band's amplitude
 
     def __init__(self, rate=16000, bands=64, steps=64, hop=256, window=1024, block=(2, 2), lowest=None, references=None):
-        self.rate, self.bands, self.steps, self.hop, self.window = (int(n) for n in (rate, bands, steps, hop, window))
-        self.block, self.lowest, self.references = tuple(int(n) for n in block), lowest, references or {}
+        self.rate = int(rate)
+        self.bands = int(bands)
+        self.steps = int(steps)
+        self.hop = int(hop)
+        self.window = int(window)
+        self.block = tuple(int(side) for side in block)
+        self.lowest = lowest
+        self.references = references or {}
         if min(self.rate, self.bands, self.steps, self.hop, self.window, *self.block) < 1 or self.window < self.hop:
             raise ValueError("sizes must be 1 or more, and the window no shorter than a step")
         if len(self.block) != 2 or self.bands % self.block[0] or self.steps % self.block[1]:
@@ -200,10 +206,7 @@ class SpeechCodec(SoundCodec):
 
     def judge(self, thing, caption):
         """The word by pocketsphinx with a grammar of the ten, the voice by timbre, the pace by the word's length; `all`."""
-        said = re.fullmatch(r"an? \w+ (man|woman) says (\w+) ?(\w*)", caption)
-        if said is None:
-            raise ValueError(f"no caption of this kind: {caption}")
-        voice, word, pace = said.groups()
+        voice, word, pace = _asked(r"an? \w+ (man|woman) says (\w+) ?(\w*)", caption)
         if self.is_silent(thing):
             return dict.fromkeys(("word", "voice", "pace", "all"), False)
         lengths = self.references["pace"]
@@ -221,10 +224,7 @@ class NoteCodec(SoundCodec):
 
     def judge(self, thing, caption):
         """The pitch by librosa's pYIN, half a semitone around it; the instrument by its timbre and course; `all`."""
-        said = re.fullmatch(r"an? (\w+) plays (.+) (\d)", caption)
-        if said is None:
-            raise ValueError(f"no caption of this kind: {caption}")
-        instrument, name, octave = said.groups()
+        instrument, name, octave = _asked(r"an? (\w+) plays (.+) (\d)", caption)
         if self.is_silent(thing):
             return dict.fromkeys(("pitch", "instrument", "all"), False)
         wanted = 12 * (int(octave) + 1) + NOTES.index(name)
@@ -247,7 +247,7 @@ class SpokenPictureCodec(SoundCodec):
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.inner, self.shape = self.shape, (*self.shape[:2], self.shape[2] + 3)
+        self.shape = (*self.shape[:2], self.shape[2] + 3)
 
     def encode(self, thing):
         """Both, side by side in the channels."""
@@ -266,14 +266,13 @@ class SpokenPictureCodec(SoundCodec):
         """What is seen by templates, what is said by pocketsphinx; `all`: both are what the caption asks for."""
         from sfumato.pipelines.codecs.clips import COLOURS, SHAPES, look, track
 
-        said = re.fullmatch(r"an? (\w+) (\w+)", caption)
-        if said is None:
-            raise ValueError(f"no caption of this kind: {caption}")
-        seen = look(thing["picture"], track(thing["picture"][None])[0], RADIUS) == said.groups()
+        wanted = _asked(r"an? (\w+) (\w+)", caption)
+        seen = look(thing["picture"], track(thing["picture"][None])[0], RADIUS) == wanted
         sound, heard = thing["sound"], None
         if not self._sound.is_silent(sound):
             heard = _hear(sound, self.rate, tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
-        return {"picture": seen, "sound": heard == " ".join(said.groups()), "all": seen and heard == " ".join(said.groups())}
+        said = heard == " ".join(wanted)
+        return {"picture": seen, "sound": said, "all": seen and said}
 
     def picture(self, thing):
         """The picture and the spectrogram of what is said."""
@@ -295,6 +294,14 @@ class SpokenPictureCodec(SoundCodec):
 
 
 RADIUS = 0.3  # of what is drawn, in sides of the picture
+
+
+def _asked(pattern, caption):
+    """The words of a caption that a judge looks at."""
+    found = re.fullmatch(pattern, caption)
+    if found is None:
+        raise ValueError(f"no caption of this kind: {caption}")
+    return found.groups()
 
 
 def _hear(samples, rate, words=WORDS):

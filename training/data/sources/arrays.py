@@ -1,8 +1,6 @@
 """Folders of `.npy` or `.npz` files, `(C, H, W)` each, with their captions in metadata.csv, .tsv or .jsonl."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +19,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     Raises:
         ValueError: there is no table.
     """
-    root = Path(config.name).expanduser()
-    if not any((root / table).is_file() for table in folder.TABLES):
-        raise ValueError(f"{root} has arrays but no captions; add metadata.csv or metadata.jsonl (file_name, text)")
-    others = [str(file.relative_to(root)) for file in files]
-    for record in folder.described(root.resolve(), others, config):
-        path = record.image
-        if isinstance(path, Path) and not record.fault:
-            odd = None if path.suffix.lower() in ENDINGS else "not a .npy or .npz file"
-            odd = f"larger than {MAX_FILE_BYTES // 1_000_000} MB" if path.stat().st_size > MAX_FILE_BYTES else odd
-            record = replace(record, image=partial(read_array, path), fault=odd)
-        yield record
+    return folder.described_objects(config, files, "arrays", {ending: read_array for ending in ENDINGS})
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> ArrayCodec:

@@ -2,14 +2,19 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
+
+import numpy as np
 
 from sfumato.registries import IMAGE_ENDINGS
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import (
     MAX_CAPTION_CHARACTERS,
+    MAX_FILE_BYTES,
     NAME_THEM,
     OTHER_NAMES,
     SPLIT_WORDS,
@@ -206,3 +211,29 @@ def _text_file(folder: Path, path: Path) -> str:
         return ""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read(MAX_CAPTION_CHARACTERS + 1)
+
+
+def described_objects(
+    config: DataConfig, files: list[Path], what: str, readers: Mapping[str, Callable[[Path], np.ndarray]]
+) -> Iterator[Record]:
+    """A record for each row of a folder's table whose files are no images.
+
+    Args:
+        what: the files, plural, for the error.
+        readers: ending of a file's name -> what reads it.
+
+    Raises:
+        ValueError: there is no table.
+    """
+    root = Path(config.name).expanduser()
+    if not any((root / table).is_file() for table in TABLES):
+        raise ValueError(f"{root} has {what} but no captions; add metadata.csv or metadata.jsonl (file_name, text)")
+    others = [str(file.relative_to(root)) for file in files]
+    for record in described(root.resolve(), others, config):
+        path = record.image
+        if isinstance(path, Path) and not record.fault:
+            read = readers.get(path.suffix.lower())
+            odd = None if read is not None else f"not one of {', '.join(readers)}"
+            odd = f"larger than {MAX_FILE_BYTES // 1_000_000} MB" if path.stat().st_size > MAX_FILE_BYTES else odd
+            record = replace(record, image=path if read is None else partial(read, path), fault=odd)
+        yield record

@@ -25,6 +25,7 @@ PITCHES = range(60, 84)  # C 4 to B 5
 LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities: a take each
 COPIES = 3  # of each take, beginning at another moment
 FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
+SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
@@ -34,9 +35,6 @@ def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
         if not held_out:
             known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in range(len(LOUDNESS))]
     return NoteCodec(**SETTINGS, references={"instrument": classifier(known)})
-
-
-SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:

@@ -1,10 +1,9 @@
-"""Folders of `.wav`, `.flac` and `.ogg` files with their captions in metadata.csv, .tsv or .jsonl, or in .txt beside them.
+"""Folders of `.wav`, `.flac` and `.ogg` files with their captions in metadata.csv, .tsv or .jsonl.
 
 Needs the extra `audio`. Sounds are mixed to one channel and brought to 16 kHz.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 
 from sfumato.pipelines.codecs.sounds import SoundCodec
 from sfumato.training.config.schema import DataConfig
-from sfumato.training.data.records import MAX_FILE_BYTES, Record
+from sfumato.training.data.records import Record
 from sfumato.training.data.sources import folder
 
 ENDINGS = (".wav", ".flac", ".ogg")
-BLOCKS = {channels: (side, side) for side in (1, 2, 4, 8) for channels in (side * side,)}
+BLOCKS = {side * side: (side, side) for side in (1, 2, 4, 8)}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> SoundCodec:
@@ -38,18 +37,8 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     Raises:
         ValueError: there is no table.
     """
-    root = Path(config.name).expanduser()
-    if not any((root / table).is_file() for table in folder.TABLES):
-        raise ValueError(f"{root} has sounds but no captions; add metadata.csv or metadata.jsonl (file_name, text)")
-    rate = SoundCodec().rate
-    others = [str(file.relative_to(root)) for file in files]
-    for record in folder.described(root.resolve(), others, config):
-        path = record.image
-        if isinstance(path, Path) and not record.fault:
-            odd = None if path.suffix.lower() in ENDINGS else f"not one of {', '.join(ENDINGS)}"
-            odd = f"larger than {MAX_FILE_BYTES // 1_000_000} MB" if path.stat().st_size > MAX_FILE_BYTES else odd
-            record = replace(record, image=partial(read_sound, path, rate), fault=odd)
-        yield record
+    read = partial(read_sound, rate=SoundCodec().rate)
+    return folder.described_objects(config, files, "sounds", {ending: read for ending in ENDINGS})
 
 
 def read_sound(path: Path, rate: int) -> np.ndarray:
