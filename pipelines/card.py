@@ -117,6 +117,34 @@ thing = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_i
 
 """
 
+_USE_MOTION = """## Use it
+
+diffusers draws clips by it. {doors}
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_gif
+
+pipe = DiffusionPipeline.from_pretrained("{where}")  # an AnimateDiffPipeline
+frames = pipe({call}, num_frames={frames}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
+              generator=torch.Generator().manual_seed(0)).frames[0]
+export_to_gif(frames, "clip.gif")
+```
+
+The adapter by itself is `MotionAdapter.from_pretrained("{where}", subfolder="motion_adapter")`. With `pip install sfumato`:
+
+```python
+from sfumato.pipelines import SfumatoPipeline
+
+pipe = SfumatoPipeline.from_pretrained("{where}")
+clip = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
+            output_type="decoded").images[0]
+pipe.codec.write(clip, "clip.gif")
+```
+
+"""
+
 _STOCK = "No flag and no other package than diffusers, transformers and torch is needed."
 _REMOTE = """The network reads its own last estimate beside the noise (self-conditioning), which no stock pipeline does.
 The class that does is in `pipeline.py` here, and runs only with `trust_remote_code=True`. With sfumato no flag is needed."""
@@ -304,6 +332,8 @@ def _use(pipe: SfumatoPipeline, where: str, prompt: str, advice: dict) -> str:
     if codec is None:
         return _USE.format(**_doors(pipe, where), **_call(pipe, prompt), **advice)
     shape, doors = " x ".join(map(str, codec.shape)), _doors(pipe, where)["doors"]
+    if hasattr(pipe.vae, "frames"):
+        return _USE_MOTION.format(where=where, doors=doors, frames=pipe.vae.frames, call=repr(prompt), **advice)
     return _USE_CODEC.format(
         where=where, doors=doors, shape=shape, kind=codec.kind, ending=codec.endings[0], call=repr(prompt), **advice
     )

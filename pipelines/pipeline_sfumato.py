@@ -10,7 +10,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
     UNet2DConditionModel,
+    UNetMotionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import ClassifierFreeGuidance
@@ -107,9 +108,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
+        unet: Union[UNet2DConditionModel, UNetMotionModel],  # noqa: UP007  (the form that diffusers 0.35 understands)
         scheduler: KarrasDiffusionSchedulers,
-        guider: Optional[BaseGuidance] = None,  # noqa: UP045  (the form that diffusers 0.35 understands)
+        guider: Optional[BaseGuidance] = None,  # noqa: UP045  (the same)
         safety_checker: Optional[object] = None,  # noqa: UP045
         feature_extractor: Optional[object] = None,  # noqa: UP045
         image_encoder: Optional[object] = None,  # noqa: UP045
@@ -120,6 +121,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self_conditioning: bool = False,
     ):
         super().__init__()
+        if type(unet).__name__ == "UNetMotionModel":  # clips
+            unet, vae = importlib.import_module("sfumato.pipelines.motion").as_clips(unet, vae)
         if safety_checker is not None:
             logger.warning("SfumatoPipeline does not run the safety checker that comes with this model.")
         ours = {DDPMScheduler: SfumatoDDPMScheduler, FlowMatchEulerDiscreteScheduler: SfumatoFlowScheduler}
@@ -202,6 +205,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         config = super()._dict_from_json_file(*args, **kwargs)
         if config.get("_class_name") == REMOTE_CLASS:
             config["_class_name"] = cls.__name__
+        if config.get("_class_name") == "AnimateDiffPipeline":  # whose UNet holds all of the adapter
+            config.pop("motion_adapter", None)
         return config
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
@@ -256,6 +261,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         shape = (num_images, self.vae.config.latent_channels, height // factor, width // factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            if hasattr(self.vae, "frames"):  # AnimateDiff's noise has the frames inside of the channels
+                latents = latents.unflatten(1, (-1, self.vae.frames)).transpose(1, 2).flatten(1, 2)
         return latents.to(device, dtype)
 
     def prepare_image(self, image, mask_image, size: tuple[int, int], batch: tuple[int, int], dtype) -> "SourceImage":

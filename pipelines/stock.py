@@ -34,6 +34,20 @@ def stock_pipeline(pipe) -> DiffusionPipeline:
 def stock_parts(pipe) -> DiffusionPipeline:
     """`stock_pipeline`, or for a model that no stock pipeline draws, the one that holds the same parts."""
     parts = {**pipe.components, "scheduler": stock_scheduler(pipe.scheduler)}
+    if hasattr(pipe.unet, "to_stock"):  # of clips, see `pipelines.motion`
+        unet, adapter = pipe.unet.to_stock()
+        parts |= {"vae": pipe.vae.vae, "unet": unet, "motion_adapter": adapter}
+        kept = (
+            "vae",
+            "text_encoder",
+            "tokenizer",
+            "unet",
+            "motion_adapter",
+            "scheduler",
+            "feature_extractor",
+            "image_encoder",
+        )
+        return diffusers.AnimateDiffPipeline(**{name: parts[name] for name in kept})
     parts["unet"] = getattr(pipe.unet, "unet", pipe.unet)  # of one that another runtime runs
     guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
     if pipe.reads == "low_res":

@@ -16,11 +16,13 @@ UNREAD = [f"*{suffix}" for suffix in PICKLES]  # of a repository on the Hub
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
 PARTS = (
     "vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder", "controlnet",
-    "low_res_scheduler", "guider", "tokenizer", "feature_extractor",
+    "low_res_scheduler", "guider", "tokenizer", "feature_extractor", "motion_adapter",
 )  # fmt: skip
 MODELS = {  # (library and class as model_index.json names them) -> module
     ("diffusers", "UNet2DConditionModel"): "diffusers",
     ("diffusers", "ControlNetModel"): "diffusers",
+    ("diffusers", "UNetMotionModel"): "diffusers",
+    ("diffusers", "MotionAdapter"): "diffusers",
     ("diffusers", "AutoencoderKL"): "diffusers",
     ("diffusers", "AutoencoderTiny"): "diffusers",
     ("diffusers", "AsymmetricAutoencoderKL"): "diffusers",

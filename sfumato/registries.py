@@ -68,6 +68,7 @@ class Task(Entry):
         scores: names of its own scores, by which `checkpoint.best_by` may choose the best model; where there are none, the
             metrics of drawings serve.
         lower_scores: those of them of which lower is better, where the name does not tell the metric.
+        arrays: whether it goes with arrays of any number of channels, though it is not `plain`.
         plain: whether the network reads noise and text alone, so that images of several sizes, cached latents, LoRA and
             self-conditioning go with it.
         only: keys of the config that have an effect with this task alone, beside those of its own section.
@@ -77,6 +78,7 @@ class Task(Entry):
 
     scores: tuple[str, ...] = ()
     lower_scores: tuple[str, ...] = ()
+    arrays: bool = False
     plain: bool = False
     only: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
@@ -266,6 +268,7 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             shape=(32, 32, 24),
         ),
+        "frames": Source(target=f"{_SOURCES}.clips:open_frames", named=True, generated=True, shape=(32, 32, 3)),
         "molecules": Source(
             target=f"{_SOURCES}.molecules:open_source",
             codec=f"{_SOURCES}.molecules:open_codec",
@@ -325,6 +328,12 @@ SOURCES: Registry[Source] = Registry(
             codec=f"{_SOURCES}.sounds:open_codec",
             claims=(".wav", ".flac", ".ogg"),
         ),
+        "videos": Source(
+            target=f"{_SOURCES}.videos:open_source",
+            codec=f"{_SOURCES}.videos:open_codec",
+            named=True,
+            claims=(".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"),
+        ),
         "folder": Source(
             target=f"{_SOURCES}.folder:open_source",
             claims=IMAGE_ENDINGS,
@@ -349,6 +358,13 @@ TASKS: Registry[Task] = Registry(
             target=f"{_TASKS}.control:Control",
             check=f"{_TASKS}.settings:check_control",
             scores=("F1",),
+            idle=("text_encoder.train",),
+        ),
+        "motion": Task(
+            target=f"{_TASKS}.motion:Motion",
+            settings=f"{_TASKS}.settings:MotionConfig",
+            check=f"{_TASKS}.settings:check_motion",
+            arrays=True,
             idle=("text_encoder.train",),
         ),
         "autoencoder": Task(
@@ -408,6 +424,7 @@ CODECS: Registry[Entry] = Registry(
     {
         "arrays": Entry(target=f"{_CODECS}.arrays:ArrayCodec"),
         "volumes": Entry(target=f"{_CODECS}.volumes:VolumeCodec"),
+        "videos": Entry(target=f"{_CODECS}.clips:VideoCodec"),
         "clips": Entry(target=f"{_CODECS}.clips:ClipCodec"),
         "molecules": Entry(target=f"{_CODECS}.molecules:MoleculeCodec"),
         "sounds": Entry(target=f"{_CODECS}.sounds:SoundCodec"),

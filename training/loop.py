@@ -103,7 +103,8 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
     output_dir, every_steps = Path(config.output_dir), config.checkpoint.every_steps
     checkpoint = run_on_main(accelerator, resume.find_checkpoint, config.checkpoint.resume, output_dir, every_steps)
     stored = {} if checkpoint is None else checkpoints.read_state(checkpoint)
-    if images.codec is not None and not TASKS[config.task].plain:
+    entry = TASKS[config.task]
+    if images.codec is not None and not (entry.plain or entry.arrays):
         raise ValueError(f"task={config.task} is for pictures; {config.data.name} holds none")
     _check_best_by(config, images)
     stream_version = stored.get("stream_version", 1) if stored else STREAM_VERSION

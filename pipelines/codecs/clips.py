@@ -1,4 +1,4 @@
-"""Short clips, frames side by side as channels: a shape that moves, in words that a program can check by tracking it.
+"""Short clips, their frames one after another as channels; among them a shape that moves, in words that tracking can check.
 
 Decoding needs numpy alone; `.gif` needs Pillow.
 """
@@ -115,44 +115,46 @@ def look(frame: np.ndarray, place: np.ndarray, radius: float = RADIUS) -> tuple[
     return colour, best if fit(best) > 0.7 else None
 
 
-class ClipCodec:
-    """A clip is `(F, H, W, 3)` uint8; its array has the frames one after another in its channels, in RGB each."""
+class VideoCodec:
+    """A clip is `(F, H, W, 3)` uint8; its array has the frames one after another in its channels, in RGB each.
 
-    kind, version, stored = "clips", 1, "uint8"
+    Args:
+        frames, height, width: of every clip.
+        fps: frames a second, for files.
+    """
+
+    kind, version, stored = "videos", 1, "uint8"
     endings = (".gif", ".npy")
 
-    def __init__(self, frames: int = 8, side: int = 32, fps: float = 8.0):
-        self.frames, self.side, self.fps = int(frames), int(side), float(fps)
-        self.shape = (self.side, self.side, 3 * self.frames)
+    def __init__(self, frames: int = 8, height: int = 32, width: int = 32, fps: float = 8.0):
+        self.frames, self.height, self.width, self.fps = int(frames), int(height), int(width), float(fps)
+        self.shape = (self.height, self.width, 3 * self.frames)
+
+    def _settings(self):
+        return {"frames": self.frames, "height": self.height, "width": self.width, "fps": self.fps}
 
     def describe(self):
         """See the module."""
-        settings = {"frames": self.frames, "side": self.side, "fps": self.fps}
         return {
-            "kind": self.kind, "version": self.version, "settings": settings, "shape": list(self.shape),
+            "kind": self.kind, "version": self.version, "settings": self._settings(), "shape": list(self.shape),
             "axes": ["height", "width", "frame x RGB"], "units": "sRGB",
         }  # fmt: skip
 
     def encode(self, thing):
         """Frames to channels."""
-        clip = np.asarray(thing)
-        if clip.shape != (self.frames, self.side, self.side, 3) or clip.dtype != np.uint8:
-            raise ValueError(f"a clip must be {self.frames} x {self.side} x {self.side} x 3 bytes, got {clip.shape}")
+        clip, wanted = np.asarray(thing), (self.frames, self.height, self.width, 3)
+        if clip.shape != wanted or clip.dtype != np.uint8:
+            raise ValueError(f"a clip must be {' x '.join(map(str, wanted))} bytes, got {clip.shape}")
         return clip.transpose(1, 2, 0, 3).reshape(self.shape).astype(np.float32) / 255
 
     def decode(self, array):
         """Channels to frames."""
-        values = np.asarray(array, np.float32).reshape(self.side, self.side, self.frames, 3).transpose(2, 0, 1, 3)
+        values = np.asarray(array, np.float32).reshape(self.height, self.width, self.frames, 3).transpose(2, 0, 1, 3)
         return np.round(values.clip(0, 1) * 255).astype(np.uint8)
 
     def judge(self, thing, caption):
-        """Colour and shape by the best template in the middle frame, way and speed by tracking; `all` of them."""
-        wanted = everything()[caption]
-        path = track(thing)
-        middle = self.frames // 2
-        read = (*look(thing[middle], path[middle]), *_motion(path))
-        right = {name: a == b for name, a, b in zip(NAMES, read, wanted)}
-        return {**right, "motion": right["way"] and right["speed"], "all": read == wanted}
+        """Nothing is known of what a caption of any clip asks for."""
+        return {}
 
     def picture(self, thing):
         """A strip of four of the frames."""
@@ -169,6 +171,28 @@ class ClipCodec:
 
         first, *rest = (Image.fromarray(frame) for frame in np.asarray(thing))
         return first.save(path, save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0)
+
+
+class ClipCodec(VideoCodec):
+    """Clips of `film`, square, whose captions a program can check."""
+
+    kind = "clips"
+
+    def __init__(self, frames: int = 8, side: int = 32, fps: float = 8.0):
+        super().__init__(frames, side, side, fps)
+        self.side = self.height
+
+    def _settings(self):
+        return {"frames": self.frames, "side": self.side, "fps": self.fps}
+
+    def judge(self, thing, caption):
+        """Colour and shape by the best template in the middle frame, way and speed by tracking; `all` of them."""
+        wanted = everything()[caption]
+        path = track(thing)
+        middle = self.frames // 2
+        read = (*look(thing[middle], path[middle]), *_motion(path))
+        right = {name: a == b for name, a, b in zip(NAMES, read, wanted)}
+        return {**right, "motion": right["way"] and right["speed"], "all": read == wanted}
 
 
 def _motion(path: np.ndarray) -> tuple[str | None, str | None]:

@@ -125,8 +125,13 @@ def _check_data(config: Config, need: Need) -> None:
     arrays = Path(data.name).exists()  # which may hold any number of channels
     need(bool(codec) or arrays or data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
     need(data.channels > 0, "data.channels", "must be positive")
-    pictures = config.task in TASKS and not TASKS[config.task].plain and (bool(codec) or data.channels not in (1, 3, 4))
-    need(not pictures, "task", f"{config.task} is for pictures, of 1, 3 or 4 channels")
+    task = TASKS[config.task] if config.task in TASKS else None
+    of_pictures = task is not None and not (task.plain or task.arrays)
+    need(
+        not (of_pictures and (codec or data.channels not in (1, 3, 4))),
+        "task",
+        f"{config.task} is for pictures, of 1, 3 or 4 channels",
+    )
     need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines ask for")
     need(
         all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and not codec and data.buckets),

@@ -66,6 +66,11 @@ def read_image(
         raise Unusable(str(error)) from error
     except Exception as error:  # PIL raises nearly anything on a damaged file
         raise Unusable("damaged image") from error
+    return fit(image, size, channels, resize)
+
+
+def fit(image: Image.Image, size: tuple[int, int], channels: int, resize: str) -> np.ndarray:
+    """An image of 8 bits as `(*size, channels)` uint8; arguments as for `read_image`."""
     target_size, resample = (size[1], size[0]), Image.Resampling.LANCZOS
     if resize == "stretch":
         fitted = image.resize(target_size, resample)

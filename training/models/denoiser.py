@@ -25,6 +25,7 @@ class ModelNeeds:
         components: further components and settings of the pipeline.
         widens: whether the UNet of a text-to-image model in `init_from` gets new channels.
         trains_controlnet: whether a ControlNet is trained, and the rest stays as it is.
+        motion: settings of the motion adapter that alone is trained, where one is; see `pipelines.motion.build_adapter`.
         has_unet: whether there is one at all.
     """
 
@@ -36,6 +37,7 @@ class ModelNeeds:
     components: dict[str, Any] = field(default_factory=dict)
     widens: bool = False
     trains_controlnet: bool = False
+    motion: dict[str, Any] | None = None
     has_unet: bool = True
 
 

@@ -13,6 +13,7 @@ from sfumato.training.models.autoencoder import identity_vae
 from sfumato.training.models.controlnet import build_controlnet
 from sfumato.training.models.denoiser import ModelNeeds, learns_variance, num_unet_inputs, unet_sample_size
 from sfumato.training.models.latent_space import is_identity
+from sfumato.training.models.motion import add_motion
 from sfumato.training.models.pretrained import check_predecessor
 from sfumato.training.models.stock_classes import check_divisible
 
@@ -52,6 +53,11 @@ def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
     pipe = _open(str(config.init_from))
     if pipe.config.self_conditioning != config.objective.self_conditioning:
         raise ValueError(f"objective.self_conditioning: init_from={config.init_from!r} has {pipe.config.self_conditioning}")
+    if needs.motion is not None:
+        _check_target(config, pipe)
+        check_divisible(config, pipe.vae_scale_factor)
+        add_motion(pipe, config, needs.motion)
+        return pipe
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels}
     if needs.widens and len(channels) == 1:  # a UNet of latents alone
         if is_identity(pipe.vae):
@@ -104,12 +110,17 @@ def _check_loaded(config: Config, pipe: SfumatoPipeline, needs: ModelNeeds) -> N
     if pipe.unet.config.out_channels != latents * (1 + learns_variance(pipe.scheduler)):
         outputs = f"{pipe.unet.config.out_channels} outputs for {latents} latents"
         raise ValueError(f"init_from={config.init_from!r}: {outputs} and variance_type {pipe.scheduler.config.variance_type}")
+    _check_target(config, pipe)
+    if pipe.controlnet is not None and not needs.trains_controlnet:
+        raise ValueError(f"init_from={config.init_from!r} has a ControlNet, which only task=control trains")
+
+
+def _check_target(config: Config, pipe: SfumatoPipeline) -> None:
+    """Raise ValueError for an objective that does not go with what the model predicts."""
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.min_snr_floor:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.weight == "edm":
         raise ValueError("objective.weight=edm: init_from predicts epsilon, on which it is unbounded; choose another")
-    if pipe.controlnet is not None and not needs.trains_controlnet:
-        raise ValueError(f"init_from={config.init_from!r} has a ControlNet, which only task=control trains")
 
 
 def _add_lora(config: Config, unet: UNet2DConditionModel) -> None:

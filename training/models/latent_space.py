@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from sfumato.pipelines.motion import FrameVae, join_frames, split_frames
 
-def is_identity(vae: AutoencoderKL) -> bool:
+
+def is_identity(vae: AutoencoderKL | FrameVae) -> bool:
     """Whether this VAE passes pixels through unchanged (a single level as narrow as `identity_vae` builds it)."""
+    if isinstance(vae, FrameVae):
+        return is_identity(vae.vae)
     channels = vae.config["in_channels"]
     alike = tuple(vae.config["block_out_channels"]) == (2 * channels + 2,) and vae.config["latent_channels"] in (channels, 4)
     bias: Any = vae.encoder.conv_out.bias
@@ -24,8 +28,10 @@ def to_pixel_values(images: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
+def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor) -> torch.Tensor:
     """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`."""
+    if isinstance(vae, FrameVae):
+        return join_frames(encode(vae.vae, split_frames(pixel_values, vae.vae.config.in_channels)), len(pixel_values))
     if is_identity(vae):
         return F.pad(pixel_values, (0, 0, 0, 0, 0, vae.config["latent_channels"] - pixel_values.shape[1]))
     return vae.encode(pixel_values, return_dict=False)[0].mode() * vae.config["scaling_factor"]

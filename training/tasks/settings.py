@@ -23,6 +23,15 @@ class AutoencoderConfig:
     sharpness_weight: float = 0.0  # on the error of differences between neighbouring pixels
 
 
+@dataclass
+class MotionConfig:
+    """`task: motion`: the adapter between the frames of a 2D model."""
+
+    num_attention_heads: int = 4  # must divide the width of every level of the 2D model
+    max_frames: int = 32  # of a clip, as long as one may ever be
+    mid_block: bool = True  # whether the middle of the UNet has one too
+
+
 def check_upscaling(config: Config, need) -> None:
     """Check the settings of the task; see `config.rules`."""
     settings = config.section(UpscalingConfig)
@@ -35,6 +44,14 @@ def check_upscaling(config: Config, need) -> None:
 def check_control(config: Config, need) -> None:
     """Check the settings of the task; see `config.rules`."""
     need(config.init_from is not None, "init_from", "task=control is for a trained model: name it")
+
+
+def check_motion(config: Config, need) -> None:
+    """Check the settings of the task; see `config.rules`."""
+    settings = config.section(MotionConfig)
+    need(config.init_from is not None, "init_from", "task=motion is for a trained model of pictures: name it")
+    need(settings.num_attention_heads >= 1, "motion.num_attention_heads", "must be at least 1")
+    need(settings.max_frames >= 2, "motion.max_frames", "must be at least 2")
 
 
 def check_autoencoder(config: Config, need) -> None:

@@ -1,12 +1,17 @@
 """The `clips` data set: shapes that move or bounce, eight frames each, with captions that a program can check.
 
-A fifth of the combinations of colour, shape and motion are held out.
+A fifth of the combinations of colour, shape and motion are held out. `frames`: single frames of the same clips, as pictures,
+for the 2D model that `task: motion` lets move.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sfumato.pipelines.codecs.clips import ClipCodec, everything, film
 from sfumato.training.config.schema import DataConfig
@@ -31,3 +36,14 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     rng = np.random.default_rng(0)
     for i, (name, split) in enumerate(chosen):
         yield Record(str(i), lambda name=name: film(captions[name], codec.frames, codec.side, rng), [name], split)
+
+
+def open_frames(config: DataConfig, files: list[Path]) -> Iterator[Record]:
+    """One frame of each clip, at a time that its number says, with the clip's caption."""
+    for i, record in enumerate(open_source(config, files)):
+        yield replace(record, image=partial(_one_frame, record.image, i))
+
+
+def _one_frame(clip: Any, number: int) -> Image.Image:
+    frames = clip()
+    return Image.fromarray(frames[number % len(frames)])

@@ -105,7 +105,6 @@ ADVICE = {
     ".7z": "unpack the .7z",
     ".zst": "unpack the .zst",
     ".csv": "a table must be called metadata.csv and lie beside the images",
-    ".mp4": "take images out of the videos",
 }
 
 

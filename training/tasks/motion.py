@@ -1,0 +1,28 @@
+"""A motion adapter in a frozen text-to-image model: its pictures become the frames of clips (AnimateDiff)."""
+
+from dataclasses import asdict
+
+from accelerate.utils import DistributedType
+
+from sfumato.training.config.schema import Config
+from sfumato.training.models.denoiser import ModelNeeds
+from sfumato.training.tasks.base import TaskContext
+from sfumato.training.tasks.settings import MotionConfig
+from sfumato.training.tasks.text_to_image import TextToImage
+
+
+class Motion(TextToImage):
+    """Layers between the frames of the 2D model of `init_from`, which stays as it is (Guo et al. 2023, arXiv 2307.04725).
+
+    The folder opens in diffusers' `AnimateDiffPipeline`.
+    """
+
+    @classmethod
+    def model_needs(cls, config: Config) -> ModelNeeds:
+        """Motion modules."""
+        return ModelNeeds(motion=asdict(config.section(MotionConfig)))
+
+    def __init__(self, context: TaskContext):
+        if context.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("task=motion is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        super().__init__(context)
