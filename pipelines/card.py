@@ -83,6 +83,32 @@ pipe = with_guider(SfumatoPipeline.from_pretrained("{where}"), "apg", guidance_s
 
 """
 
+_USE_FEW = """## Use it
+
+{doors} It draws in one to four steps, one pass each: the network is told `guidance_scale`, so a large one costs
+nothing, above 2.5 little changes, and negative prompts have no effect.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{where}")
+image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
+             generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+With `pip install sfumato`, faster on a CPU:
+
+```python
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.runtimes import with_runtime
+
+pipe = with_runtime(SfumatoPipeline.from_pretrained("{where}"), "onnx")
+image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
+```
+
+"""
+
 _USE_CODEC = """## Use it
 
 The model draws arrays of {shape}; `codec.py` here, with numpy alone, says what they are: {kind}. {doors}
@@ -329,6 +355,8 @@ def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
 def _use(pipe: SfumatoPipeline, where: str, prompt: str, advice: dict) -> str:
     """The section with the snippets."""
     codec = pipe.codec
+    if codec is None and pipe.unet.config.get("time_cond_proj_dim") is not None:
+        return _USE_FEW.format(where=where, call=repr(prompt), doors=_doors(pipe, where)["doors"], **advice)
     if codec is None:
         return _USE.format(**_doors(pipe, where), **_call(pipe, prompt), **advice)
     shape, doors = " x ".join(map(str, codec.shape)), _doors(pipe, where)["doors"]

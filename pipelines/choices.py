@@ -1,5 +1,7 @@
 """Samplers, guiders and runtimes by name. Importing this loads nothing heavy, so that `--help` may."""
 
+from inspect import signature
+
 from sfumato.registries import GUIDERS, SAMPLERS
 
 # name -> the package that it needs
@@ -30,6 +32,11 @@ def with_sampler(pipe, name: str):
         if not sampler.flow:
             flow = ", ".join(other for other, entry in SAMPLERS.items() if entry.flow)
             raise ValueError(f"{name} cannot draw with a model of flow matching; choose one of {flow}")
+        if name == "lcm":  # which knows no flow; this takes nearly its steps
+            from diffusers import DPMSolverMultistepScheduler
+
+            settings = {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}
+            return replace_components(pipe, scheduler=levels.to_stock(DPMSolverMultistepScheduler, **settings))
         return replace_components(pipe, scheduler=levels if name == "euler" else levels.to_stock(cls, solver_order=2))
     if name == "euler-a" and pipe.scheduler.config.prediction_type == "sample":
         raise ValueError("diffusers' euler-a cannot draw with a model that predicts the image itself; use dpm++-sde")
@@ -44,7 +51,10 @@ def with_sampler(pipe, name: str):
     if sampler.max_sigma is not None and (betas := levels.capped_betas(sampler.max_sigma)):
         notes["trained"] = {**original, **{name: config[name] for name in ("trained_betas", "rescale_betas_zero_snr")}}
         overrides |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
-    scheduler = cls.from_config({**config, **original}, **overrides)
+    config |= original
+    if not cls._compatibles:  # it would warn of settings of the others
+        config = {key: value for key, value in config.items() if key in signature(cls.__init__).parameters}
+    scheduler = cls.from_config(config, **overrides)
     scheduler.register_to_config(_sfumato=notes)
     return replace_components(pipe, scheduler=scheduler)
 
@@ -62,6 +72,8 @@ def with_guider(pipe, name: str, weak=None, **settings):
     from sfumato.pipelines.guided import build_guider
 
     entry = GUIDERS.check_name(name)
+    if name != "cfg" and pipe.unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(f"{name}: this model is told the guidance scale and draws in one pass; no guider goes with it")
     if (weak is not None) != entry.weak:
         raise ValueError("autoguidance, and no other guider, takes a weaker model beside: an earlier checkpoint of the run")
     guider = build_guider(GUIDERS.load(name), **{**_guider_defaults(pipe, name, settings), **settings})

@@ -29,6 +29,8 @@ def invert(
     """
     if pipe.reads or pipe.controlnet is not None:
         raise ValueError("inversion is for models that read nothing but noise and text")
+    if pipe.unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError("a distilled model sees the end of a path, not its direction; invert by its teacher")
     if isinstance(training_scheduler(pipe.scheduler), SfumatoFlowScheduler):
         raise ValueError("DDIM inversion is for diffusion, not for flow matching; use `image` and `strength`")
     pipe = with_sampler(pipe, "ddim")

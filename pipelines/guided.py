@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.utils import logging
 
@@ -28,12 +29,14 @@ class NetworkInputs:
         control: `(B, C, H, W)` in [0, 1], the map that a ControlNet follows.
         control_scale: how strongly it does.
         attention: `cross_attention_kwargs` of the UNet.
+        guidance: `(B, D)`, by which a distilled network is told the guidance scale; see `guidance_embedding`.
     """
 
     class_labels: torch.Tensor | None = None
     control: torch.Tensor | None = None
     control_scale: float = 1.0
     attention: dict | None = None
+    guidance: torch.Tensor | None = None
 
 
 @dataclass
@@ -117,6 +120,12 @@ def build_guider(cls: type, **settings) -> BaseGuidance:
         guider_logger.removeFilter(is_other)
 
 
+def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
+    """What a distilled network is told of guidance scales `(B,)`, `(B, width)`: diffusers' own embedding of scale - 1."""
+    embedding = StableDiffusionPipeline.get_guidance_scale_embedding
+    return embedding(None, scale.float() - 1, embedding_dim=width)  # pyright: ignore[reportArgumentType]  (it reads no self)
+
+
 def guided_prediction(
     pipe,
     guider: BaseGuidance,
@@ -185,4 +194,6 @@ def run_network(
         more |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     if inputs.attention is not None:
         more["cross_attention_kwargs"] = inputs.attention
+    if inputs.guidance is not None:
+        more["timestep_cond"] = inputs.guidance.to(latents.dtype).repeat(times, 1)
     return unet(latents, t, context, **more, return_dict=False)[0]

@@ -51,6 +51,7 @@ from sfumato.pipelines.guided import (
     Embeds,
     NetworkInputs,
     build_guider,
+    guidance_embedding,
     guided_prediction,
     one_at_a_time,
     weak_embeds,
@@ -305,6 +306,10 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
         weak = getattr(self.guider, "weak", None)
         guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
+        if self.unet.config.get("time_cond_proj_dim") is not None:  # distilled: the network is told the scale
+            if self.guider is not None and not isinstance(self.guider, ClassifierFreeGuidance):
+                raise ValueError(f"this model is told the guidance scale and takes no {type(self.guider).__name__} beside")
+            guider._enabled = False
         if guidance_scale is not None:
             setattr(guider, "guidance_scale", float(guidance_scale))  # noqa: B010  (a field of most guiders)
         return guider, weak
@@ -510,8 +515,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             condition, labels = self.prepare_low_res(image, noise_level, size, batch, generator, dtype)
         if control_image is not None:
             control = self.prepare_control(control_image, size, batch, dtype)
+        told = None
+        if (width_told := self.unet.config.get("time_cond_proj_dim")) is not None:
+            told = guidance_embedding(torch.full((len(positive),), state.guidance_scale, device=device), width_told)
+            if negative_prompt and any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt):
+                warn_once(
+                    "A negative prompt has no effect on this model: it is told the guidance scale and draws in one pass."
+                )
         inputs = NetworkInputs(
-            class_labels=labels, control=control, control_scale=controlnet_conditioning_scale, attention=cross_attention_kwargs
+            class_labels=labels,
+            control=control,
+            control_scale=controlnet_conditioning_scale,
+            attention=cross_attention_kwargs,
+            guidance=told,
         )
 
         noise = self.prepare_noise(len(positive), height, width, dtype, device, generator, latents)
@@ -533,7 +549,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             condition, estimate = torch.zeros_like(noise), x0_estimator(self.scheduler)
         state.num_timesteps = len(timesteps)
         # Deterministic samplers take no generator.
-        step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        taken = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in taken}
 
         progress: Any = self.progress_bar
         with progress(total=len(timesteps) // self.scheduler.order) as progress_bar:

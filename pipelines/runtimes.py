@@ -18,6 +18,8 @@ from diffusers.guiders.guider_utils import BaseGuidance
 from sfumato.pipelines.choices import RUNTIMES, replace_components
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
+INPUTS = ["x_t", "t", "context", "guidance"]
+
 
 class _Network(torch.nn.Module):
     """The UNet with tensors in and one tensor out, which is what the engines convert."""
@@ -26,21 +28,24 @@ class _Network(torch.nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x_t, t, context):
-        return self.unet(x_t, t, context, return_dict=False)[0]
+    def forward(self, x_t, t, context, guidance=None):
+        return self.unet(x_t, t, context, timestep_cond=guidance, return_dict=False)[0]
 
 
 def _bf16(unet, inputs: tuple) -> Callable:
     half = copy.deepcopy(unet).to(torch.bfloat16, memory_format=torch.channels_last)
-    return lambda x_t, t, context: half(x_t.bfloat16(), t, context.bfloat16(), return_dict=False)[0].float()
+
+    def run(x_t, t, context, guidance=None):
+        guidance = None if guidance is None else guidance.bfloat16()
+        return half(x_t.bfloat16(), t, context.bfloat16(), timestep_cond=guidance, return_dict=False)[0].float()
+
+    return run
 
 
 def _as_onnx(unet, inputs: tuple) -> bytes:
     file: Any = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tracing: every shape is fixed here
-        torch.onnx.export(
-            _Network(copy.deepcopy(unet).float()), inputs, file, input_names=["x_t", "t", "context"], dynamo=False
-        )
+        torch.onnx.export(_Network(copy.deepcopy(unet).float()), inputs, file, input_names=INPUTS[: len(inputs)], dynamo=False)
     return file.getvalue()
 
 
@@ -51,8 +56,8 @@ def _onnx(unet, inputs: tuple) -> Callable:
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = onnxruntime.InferenceSession(_as_onnx(unet, inputs), options, providers=["CPUExecutionProvider"])
 
-    def run(x_t, t, context):
-        feeds = {"x_t": x_t.numpy(), "t": t.numpy(), "context": context.numpy()}
+    def run(*values):
+        feeds = {name: value.numpy() for name, value in zip(INPUTS, values)}
         return torch.from_numpy(session.run(None, feeds)[0])
 
     return run
@@ -107,9 +112,10 @@ class EngineNetwork(torch.nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "engines": {}, "weights": ()}
 
-    def forward(self, x_t, t, encoder_hidden_states, return_dict: bool = False) -> tuple[torch.Tensor]:
+    def forward(self, x_t, t, encoder_hidden_states, timestep_cond=None, return_dict: bool = False) -> tuple[torch.Tensor]:
         """As of the UNet, float32 inside."""
         inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
+        inputs += () if timestep_cond is None else (timestep_cond.float().contiguous(),)
         shapes = tuple(x.shape for x in inputs)
         if (weights := weights_state(self.unet)) != self.weights:
             self.engines, self.weights = {}, weights

@@ -145,7 +145,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         config.pop("schedule_params")
         self._internal_dict = FrozenDict(config)
 
-    def _signal_and_noise(self, t: torch.Tensor | int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def signal_and_noise(self, t: torch.Tensor | int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply `like`; t = -1 is clean data."""
         t = torch.as_tensor(t, device=like.device)
         exact = torch.promote_types(like.dtype, torch.float32)
@@ -198,7 +198,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
                 raise ValueError(f"unknown prediction type {kind!r}; use one of {', '.join(PREDICTION_TYPES)}")
         if source == target:
             return output
-        signal, noise = self._signal_and_noise(t, x_t)
+        signal, noise = self.signal_and_noise(t, x_t)
         if source == "v_prediction":
             x_0, eps = signal * x_t - noise * output, noise * x_t + signal * output
         elif source == "sample":
@@ -243,8 +243,8 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         """
         if bool((torch.as_tensor(s) >= torch.as_tensor(t)).any()):
             raise ValueError(f"the posterior q(x_s | x_t, x_0) needs s < t, got s={s} and t={t}")
-        signal_t, noise_t = self._signal_and_noise(t, x_t)
-        signal_s, noise_s = self._signal_and_noise(s, x_t)
+        signal_t, noise_t = self.signal_and_noise(t, x_t)
+        signal_s, noise_s = self.signal_and_noise(s, x_t)
         alpha = (signal_t / signal_s) ** 2
         beta = 1 - alpha
         mean = signal_s * beta / noise_t**2 * x_0 + alpha.sqrt() * noise_s**2 / noise_t**2 * x_t
@@ -258,7 +258,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         2102.09672). At t = 0, where the posterior's is 0, that of t = 1 stands in.
         """
         small = self.posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
-        signal_t, signal_s = self._signal_and_noise(t, like)[0], self._signal_and_noise(t - 1, like)[0]
+        signal_t, signal_s = self.signal_and_noise(t, like)[0], self.signal_and_noise(t - 1, like)[0]
         large = (1 - (signal_t / signal_s) ** 2).log()
         kind = self.config["variance_type"]
         if kind == "learned_range":
@@ -297,7 +297,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
 
     def prior_term(self, x_0: torch.Tensor) -> torch.Tensor:
         """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits for each dimension."""
-        signal, noise = self._signal_and_noise(self.config["num_train_timesteps"] - 1, x_0)
+        signal, noise = self.signal_and_noise(self.config["num_train_timesteps"] - 1, x_0)
         nats = 0.5 * (noise**2 + (signal * x_0) ** 2 - 1 - 2 * noise.log())
         return nats.flatten(1).mean(1) / np.log(2)
 

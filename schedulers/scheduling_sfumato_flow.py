@@ -41,6 +41,11 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         t = torch.as_tensor(t, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         return (t / self.config["num_train_timesteps"]).reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
+    def signal_and_noise(self, t: torch.Tensor | float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 - sigma and sigma of timesteps `t`, shaped to multiply `like`."""
+        sigma = self._sigma(t, like)
+        return 1 - sigma, sigma
+
     def training_levels(self) -> torch.Tensor:
         """The timesteps that are trained, `(num_train_timesteps + 1,)`, from the image to noise."""
         return torch.arange(self.config["num_train_timesteps"] + 1)

@@ -112,7 +112,7 @@ class Metric(Entry):
     figures: tuple[str, ...] | None = None
     sources: tuple[str, ...] = ()
     not_sources: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("text_to_image", "inpainting")
+    tasks: tuple[str, ...] = ("text_to_image", "inpainting", "motion", "distillation")
     label: str = "{}"
     at_end: str | None = None
     option: str | None = None
@@ -367,6 +367,19 @@ TASKS: Registry[Task] = Registry(
             arrays=True,
             idle=("text_encoder.train",),
         ),
+        "distillation": Task(
+            target=f"{_TASKS}.distillation:Distillation",
+            settings=f"{_TASKS}.settings:DistilConfig",
+            section="distil",
+            check=f"{_TASKS}.settings:check_distillation",
+            plain=True,
+            idle=(
+                "text_encoder.train",
+                "objective.timesteps",
+                "objective.weight",
+                "objective.importance",
+            ),
+        ),
         "autoencoder": Task(
             target=f"{_TASKS}.autoencoder:Autoencoder",
             settings=f"{_TASKS}.settings:AutoencoderConfig",
@@ -448,6 +461,9 @@ SAMPLERS: Registry[Sampler] = Registry(
         "unipc": Sampler(target="diffusers:UniPCMultistepScheduler", flow=True),
         "deis": Sampler(target="diffusers:DEISMultistepScheduler"),
         "euler": Sampler(target="diffusers:EulerDiscreteScheduler", flow=True),
+        # Each step draws the whole image and puts noise on it again; for distilled models, and for a look after few steps.
+        "lcm": Sampler(target="diffusers:LCMScheduler", overrides={"original_inference_steps": 50}, flow=True),
+        "tcd": Sampler(target="diffusers:TCDScheduler", overrides={"original_inference_steps": 50}),
         # Its sigma_down^2 = b^2 - b^2 (a^2 - b^2) / a^2 falls below 0 by rounding where a step leads from a to a b thousands
         # of times smaller, as a cosine schedule's first one does, and its root is not a number.
         "euler-a": Sampler(target="diffusers:EulerAncestralDiscreteScheduler", max_sigma=200.0),

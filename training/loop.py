@@ -230,6 +230,7 @@ def train(run: Run) -> int:
     while done < 1 and not stopped and bad_in_a_row < config.train.max_bad_steps:
         # One optimizer step, its loss summed over the accumulated batches.
         losses = []
+        task.begin_step(done, ema)
         for _ in range(num_batches):
             batch = next(loader)
             with accelerator.accumulate(model):

@@ -16,8 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, build, train.
 
     Returns:
-        The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged, 4 no room to save, 5 done but
-        not pushed, 129, 130 or 143 stopped by a signal.
+        The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged or all images became alike, 4 no room
+        to save, 5 done but not pushed, 129, 130 or 143 stopped by a signal.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -41,6 +41,7 @@ def finish_training(run) -> int:
     """Train what `loop.prepare` gives, to its end; the exit code as of `main`."""
     from sfumato.files import CannotSave, go_on_without_readers
     from sfumato.training import loop
+    from sfumato.training.tasks.base import Collapsed
 
     go_on_without_readers()
     try:
@@ -49,6 +50,9 @@ def finish_training(run) -> int:
         except (CannotSave, OSError) as error:
             print(f"sfumato: {printable(error)}", file=sys.stderr)
             return 4
+        except Collapsed as error:
+            print(f"sfumato: {printable(error)}", file=sys.stderr)
+            return 3
         except ModuleNotFoundError as error:  # of a package that only a metric needs
             print(f"sfumato: {printable(error)}", file=sys.stderr)
             return 2

@@ -29,6 +29,10 @@ class Stream(IntEnum):
     LOW_RES_LEVEL = 8  # how noisy the small image for upscaling is
     LOW_RES_NOISE = 9  # and that noise
     LAYERS = 10  # the seed of dropout layers, of the first sample of a batch
+    STEP_KIND = 11  # of distillation, whether its time is one of the sampler's own
+    OWN_STEP = 12  # and which one
+    GUIDANCE = 13  # the guidance scale that the teacher draws with
+    LARGE_GUIDANCE = 14  # whether the student is told a larger one
 
 
 @dataclass(frozen=True, kw_only=True)

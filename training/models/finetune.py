@@ -43,6 +43,18 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
     unet.register_to_config(in_channels=in_channels, out_channels=out_channels)
 
 
+def add_guidance_input(unet: UNet2DConditionModel, width: int, seed: int) -> Any:
+    """The same network, sharing its weights, that is told the guidance scale by an embedding of `width` numbers, which at
+    first changes nothing.
+    """
+    torch.manual_seed(seed)
+    told: Any = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": width})
+    weights = dict(unet.state_dict())
+    weights["time_embedding.cond_proj.weight"] = torch.zeros_like(told.time_embedding.cond_proj.weight)
+    told.load_state_dict(weights)
+    return told.to(unet.device, unet.dtype)
+
+
 def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
     """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
 

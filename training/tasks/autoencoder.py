@@ -16,6 +16,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.loader import SampleData
 from sfumato.training.data.streams import Stream
+from sfumato.training.engine.ema import EMA
 from sfumato.training.models.autoencoder import build_autoencoder, downsampling_factor
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
@@ -53,6 +54,9 @@ class Autoencoder:
             self.module.vae.enable_gradient_checkpointing()
         if config.train.compile == "unet":
             self.module.compile()
+
+    def begin_step(self, done: float, ema: EMA) -> None:
+        """Nothing to do."""
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Reconstruction and Kullback-Leibler divergence; see `objectives.autoencoder_loss`."""

@@ -14,6 +14,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.loader import SampleData
 from sfumato.training.data.streams import Streams
+from sfumato.training.engine.ema import EMA
 from sfumato.training.models.denoiser import ModelNeeds
 
 
@@ -34,6 +35,10 @@ class TaskContext:
     accelerator: Accelerator
     streams: Streams
     checkpoint: Path | None = None
+
+
+class Collapsed(RuntimeError):
+    """The training has gone wrong in a way that the loss does not show; says how. The run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,16 @@ class TrainingHalf(Protocol):
     frozen_parts: tuple[torch.nn.Module, ...]
     data: SampleData
 
+    def begin_step(self, done: float, ema: EMA) -> None:
+        """Told before each optimizer step what share of the run is done, and the averaged weights."""
+        ...
+
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of a batch; `model` is `module` as Accelerate runs it."""
+        """The loss of a batch; `model` is `module` as Accelerate runs it.
+
+        Raises:
+            Collapsed: going on is of no use.
+        """
         ...
 
     def state(self) -> dict[str, Any]:

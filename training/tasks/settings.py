@@ -24,6 +24,16 @@ class AutoencoderConfig:
 
 
 @dataclass
+class DistilConfig:
+    """`task: distillation`: how a student learns to draw in a few steps."""
+
+    segments: int = 1  # of the way from noise to image; 1: seen as a whole, which one and two steps need
+    max_guidance_scale: float = 2.5  # the teacher draws with scales from 1 to this one; larger ones act as this one does
+    guidance_width: int = 64  # of the embedding by which the network is told the scale
+    min_spread: float = 0.2  # the run stops where images differ by less than this share of what training images do
+
+
+@dataclass
 class MotionConfig:
     """`task: motion`: the adapter between the frames of a 2D model."""
 
@@ -44,6 +54,23 @@ def check_upscaling(config: Config, need) -> None:
 def check_control(config: Config, need) -> None:
     """Check the settings of the task; see `config.rules`."""
     need(config.init_from is not None, "init_from", "task=control is for a trained model: name it")
+
+
+def check_distillation(config: Config, need) -> None:
+    """Check the settings of the task; see `config.rules`."""
+    settings = config.section(DistilConfig)
+    need(config.init_from is not None, "init_from", "task=distillation is for a trained model, the teacher: name it")
+    need(1 <= settings.segments <= 16, "distil.segments", "must be from 1 to 16")
+    need(settings.max_guidance_scale >= 1, "distil.max_guidance_scale", "must be at least 1")
+    even = settings.guidance_width >= 4 and settings.guidance_width % 2 == 0
+    need(even, "distil.guidance_width", "must be even and at least 4")
+    need(0 <= settings.min_spread < 1, "distil.min_spread", "must be in [0, 1)")
+    need(config.lora.rank == 0, "lora.rank", "is not for task=distillation")
+    need(not config.objective.self_conditioning, "objective.self_conditioning", "is not for task=distillation")
+    few = config.validation.sampler in ("lcm", "tcd")
+    need(few, "validation.sampler", "of task=distillation lcm or tcd: others take steps that the student never learned")
+    plain = config.validation.guider == "cfg" and list(config.validation.guidance_interval) == [0.0, 1.0]
+    need(plain, "validation.guider", "of task=distillation cfg at all steps: the network is told the scale and does the rest")
 
 
 def check_motion(config: Config, need) -> None:

@@ -24,6 +24,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.cached import cached_latents, cached_texts
 from sfumato.training.data.loader import SampleData
 from sfumato.training.data.streams import Stream, Streams
+from sfumato.training.engine.ema import EMA
 from sfumato.training.models.build import build_pipeline
 from sfumato.training.models.denoiser import Denoiser, ModelNeeds
 from sfumato.training.models.finetune import save_lora
@@ -137,6 +138,9 @@ class TextToImage:
             latents = cached_latents(self.images, pipe.vae, data.cache_dir)
         encoder = pipe.text_encoder if data.cache_embeddings else None
         return cached_texts(self.images, pipe.tokenizer, encoder, data.cache_dir), latents
+
+    def begin_step(self, done: float, ema: EMA) -> None:
+        """Nothing to do."""
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""

@@ -1,0 +1,181 @@
+"""A model that draws in a few steps, taught by one that needs many: consistency distillation with guidance told to it."""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.guided import NetworkInputs, guidance_embedding
+from sfumato.schedulers import SfumatoDDPMScheduler
+from sfumato.training.data.streams import Stream, Streams
+from sfumato.training.engine.ema import EMA
+from sfumato.training.models.finetune import add_guidance_input
+from sfumato.training.quality.drawing import sampling_pipeline
+from sfumato.training.tasks.base import Collapsed, TaskContext
+from sfumato.training.tasks.settings import DistilConfig
+from sfumato.training.tasks.text_to_image import TextToImage
+
+HUBER = 0.03  # below this an error counts by its square, above by its size
+CLEAN = 0.1  # with one segment, times below this share of all count as clean
+JUMPS = (4, 8, 16)  # of the teacher's path from noise to image, how many; one after another, each for a third of the run
+OWN_STEPS = 0.35  # share of the samples at the very times that the student will be asked at
+LARGE = 0.15  # share of those told a larger scale than they are drawn with, so that a careless one does no harm
+WATCHED = 64  # outputs of pure noise over which their spread is measured
+
+
+class Distillation(TextToImage):
+    """A student of the model of `init_from`, which learns to see the end of the teacher's path from anywhere on it.
+
+    Consistency distillation (Song et al. 2023, arXiv 2303.01469) in segments (Heek et al. 2024, arXiv 2403.06807), of guided
+    predictions whose scale the network is told, as in latent consistency models (Luo et al. 2023, arXiv 2310.04378). The
+    folder is a stock one, drawn by `LCMScheduler`; it needs one pass a step at any scale.
+    """
+
+    def __init__(self, context: TaskContext):
+        if context.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("task=distillation is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        self.settings = context.config.section(DistilConfig)
+        super().__init__(context)
+        device = self.accelerator.device
+        self.teacher.to(device)
+        self.target = copy.deepcopy(self.pipe.unet).requires_grad_(False).eval().to(device)
+        self.frozen_parts = (*self.frozen_parts, self.teacher)
+        ids = self.pipe.tokenizer([""], padding="max_length", max_length=self.pipe.tokenizer.model_max_length)
+        self.no_text = torch.tensor(ids["input_ids"], device=device)
+        self.jumps = JUMPS[0]
+        self.num_levels = len(self.levels)
+        self.own_steps = torch.tensor(self._own_steps())
+        self.watched: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _build(self, checkpoint) -> SfumatoPipeline:
+        """The teacher's pipeline with the student as its UNet."""
+        pipe = super()._build(checkpoint)
+        if pipe.unet.config["time_cond_proj_dim"] is not None:
+            raise ValueError(f"init_from={self.config.init_from!r} draws in few steps already; name its teacher")
+        if pipe.reads is not None or pipe.controlnet is not None:
+            raise ValueError(f"init_from={self.config.init_from!r} reads more than noise and text, which is not distilled")
+        pipe.text_encoder.requires_grad_(False).eval()
+        self.teacher: Any = copy.deepcopy(pipe.unet).requires_grad_(False).eval()
+        self.teacher_scheduler = pipe.scheduler
+        student = add_guidance_input(pipe.unet, self.settings.guidance_width, self.config.seed)
+        pipe.register_modules(unet=student.requires_grad_(True).train())
+        if isinstance(pipe.scheduler, SfumatoDDPMScheduler) and pipe.scheduler.prediction_type == "epsilon":
+            # eps says nothing of the image where there is only noise, which is where the student begins.
+            scheduler = SfumatoDDPMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+            pipe.register_modules(scheduler=scheduler)
+        return pipe
+
+    def _own_steps(self) -> list[int]:
+        """The times at which the student is asked when it draws in one to four steps, or as `validation` says."""
+        sampler, times = copy.deepcopy(sampling_pipeline(self.pipe, self.config.validation).scheduler), set()
+        for count in {1, 2, 3, 4, self.config.validation.num_inference_steps}:
+            sampler.set_timesteps(count)
+            times |= {min(round(float(t)), self.num_levels - 1) for t in sampler.timesteps}
+        return sorted(times - {0})
+
+    def begin_step(self, done: float, ema: EMA) -> None:
+        """Longer jumps first; the network that gives targets is the average."""
+        self.jumps = JUMPS[min(int(len(JUMPS) * done), len(JUMPS) - 1)]
+        with torch.no_grad():
+            for parameter, average in zip(self.target.parameters(), ema.shadow_params, strict=True):
+                parameter.copy_(average)
+
+    def network_input(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams) -> Any:
+        """Beside noise and text the guidance scale of `validation`."""
+        scale = torch.full((len(x_t),), self.config.validation.guidance_scale, device=x_t.device)
+        return x_t, NetworkInputs(guidance=guidance_embedding(scale, self.settings.guidance_width))
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How far the student's end of the path from x_t is from where its average sees it, one jump of the teacher later."""
+        torch.manual_seed(self.streams.torch_seed(int(batch["sample_key"][0])))
+        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        keys, scheduler = batch["sample_key"], self.pipe.scheduler
+        t = self._times(batch["timestep_u"], keys)
+        x_0 = self.x_0(batch)
+        x_t = scheduler.add_noise(x_0, self.noise(keys, x_0), t)
+        scale, told = self._scales(keys)
+        inputs = NetworkInputs(guidance=guidance_embedding(told, self.settings.guidance_width))
+        with torch.no_grad():
+            text = batch["text"]
+            text = text if text.is_floating_point() else self.pipe.text_encoder(text)[0]
+            target = self._target(x_t, t, text, inputs, scale)
+        estimate = scheduler.denoised(model(x_t, t, text, inputs).float(), x_t, t)
+        self._watch(estimate, x_0, t)
+        return ((estimate - target).square() + HUBER**2).sqrt().sub(HUBER).mean()
+
+    def _times(self, u: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Timesteps `(B,)`: spread evenly, and some of them those that the sampler asks at."""
+        own = self.own_steps.to(u.device)
+        picked = own[(self.streams.uniform(keys, Stream.OWN_STEP) * len(own)).long()]
+        even = (u * self.num_levels).long().clamp(1, self.num_levels - 1)
+        return torch.where(self.streams.uniform(keys, Stream.STEP_KIND) < OWN_STEPS, picked, even)
+
+    def _scales(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The guidance scales `(B,)` that the teacher draws with, and those that the student is told."""
+        most = self.settings.max_guidance_scale
+        u = self.streams.uniform(keys, Stream.GUIDANCE)
+        scale = 1 + (most - 1) * u
+        large = self.streams.uniform(keys, Stream.LARGE_GUIDANCE) < LARGE
+        return torch.where(large, most, scale), torch.where(large, most + max(10 - most, 0) * u, scale)
+
+    def _guided(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """x_0 as the guided teacher sees it."""
+        nothing = self.pipe.text_encoder(self.no_text)[0].expand_as(text)
+        output = self.teacher(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, nothing]), return_dict=False)[0]
+        with_text, without = output.float().chunk(2)
+        output = without + scale.reshape(-1, 1, 1, 1) * (with_text - without)
+        return self._clip(self.teacher_scheduler.denoised(output, x_t, t))
+
+    def _target(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, inputs: NetworkInputs, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """What the student should see from x_t: the end of the segment as it is seen from one jump further down."""
+        count, segments = self.num_levels, self.settings.segments
+        guided = self._guided(x_t, t, text, scale)
+        end = (t * segments // count) * count // segments  # where the segment of t ends; 0: at the image
+        r = torch.maximum(t - count // self.jumps, end)
+        arrived = torch.where(end == 0, r < CLEAN * count if segments == 1 else r <= 0, r == end)
+        a_t, s_t = self._signal_and_noise(t, x_t)
+        a_r, s_r = self._signal_and_noise(r, x_t)
+        x_r = a_r * guided + s_r * (x_t - a_t * guided) / s_t
+        seen = self.target(x_r, r, text, timestep_cond=inputs.guidance, return_dict=False)[0]
+        seen = self._clip(self.pipe.scheduler.denoised(seen.float(), x_r, r))
+        if segments > 1:  # go on to the segment's end, and find the x_0 whose one step from x_t leads there too
+            a_e, s_e = self._signal_and_noise(end, x_t)
+            z = a_e * seen + s_e * (x_r - a_r * seen) / s_r.clamp(min=1e-6)
+            ratio = s_e / s_t
+            direct = (z - ratio * x_t) / (a_e - ratio * a_t).clamp(min=1e-6)
+            seen = torch.where((end == 0).reshape(-1, 1, 1, 1), seen, direct)
+        return torch.where(arrived.reshape(-1, 1, 1, 1), guided, seen)
+
+    def _signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares of image and noise in x_t, shaped to multiply `like`; at 0 the image itself."""
+        signal, noise = self.pipe.scheduler.signal_and_noise(t, like)
+        clean = (t == 0).reshape(-1, *[1] * (like.ndim - 1))
+        return torch.where(clean, 1.0, signal), torch.where(clean, 0.0, noise)
+
+    def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
+        config = self.teacher_scheduler.config
+        return x_0.clamp(-1, 1) if config.get("thresholding") or config.get("clip_sample") else x_0
+
+    @torch.no_grad()
+    def _watch(self, estimate: torch.Tensor, x_0: torch.Tensor, t: torch.Tensor) -> None:
+        """Stop where all images have become alike, which the loss takes for success.
+
+        Raises:
+            Collapsed: the images that the student sees in pure noise differ by less than `distil.min_spread` of what the
+                training images do.
+        """
+        self.watched += list(zip(estimate[t == self.num_levels - 1].detach(), x_0[t == self.num_levels - 1]))
+        if len(self.watched) < WATCHED:
+            return
+        seen, true = (torch.stack(column).std(0).mean() for column in zip(*self.watched))
+        self.watched = []
+        if float(seen) < self.settings.min_spread * float(true):
+            raise Collapsed(
+                f"all images have become alike: from pure noise they differ by {float(seen / true):.0%} of what training "
+                "images do. The checkpoints before may be good. "
+                f"Lower optim.lr (now {self.config.optim.lr}), or see that the teacher draws well"
+            )
