@@ -420,6 +420,16 @@ def recommended_settings(source: str) -> dict:
     return settings_
 
 
+def sample_prompts(folder: Path) -> list[str]:
+    """The prompts of the samples in the card of a folder."""
+    try:
+        widget = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict().get("widget")
+    except (OSError, ValueError, YAMLError):
+        return []
+    samples = widget if isinstance(widget, list) else []
+    return [each["text"] for each in samples if isinstance(each, dict) and isinstance(each.get("text"), str)]
+
+
 def _tell(facts: dict, curve: str | None, settings: bool) -> str:
     """The section on training; empty where nothing is known of it."""
     if not facts:

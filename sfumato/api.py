@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sfumato.pipelines import SfumatoPipeline
+    from sfumato.pipelines.tune import Trial
     from sfumato.training.config.schema import Config, DataConfig
     from sfumato.training.data.array_set import ArraySet
     from sfumato.training.doctor import Finding
     from sfumato.training.quality.command import Report
 
-__all__ = ["build_pipeline", "doctor", "evaluate", "load_config", "prepare_data", "read_image", "train"]
+__all__ = ["build_pipeline", "doctor", "evaluate", "load_config", "prepare_data", "read_image", "train", "tune"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -118,6 +119,51 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
     from sfumato.training.quality.command import EvaluateOptions, evaluate
 
     return evaluate(locate_pipeline(str(model)), EvaluateOptions(data=data, **options))
+
+
+def tune(
+    model: str | Path,
+    *,
+    steps: int = 8,
+    guidance_scale: float | None = None,
+    prompts: Sequence[str] | None = None,
+    out: str | Path | None = None,
+) -> tuple[list[Trial], Path]:
+    """Find the sampler that comes nearest to many steps in a few, and keep it in the model's folder.
+
+    Args:
+        model: a run folder or an exported folder.
+        steps: how few it is to do with.
+        guidance_scale: None: as the card says.
+        prompts: what is drawn while trying; None: those of the card's samples.
+        out: a new folder for the model with that sampler, in place of its own.
+
+    Returns:
+        What was tried, the best first, and the folder.
+
+    Raises:
+        ValueError: no such folder, or a model whose sampler is not free.
+    """
+    from sfumato.pipelines import SfumatoPipeline
+    from sfumato.pipelines.card import recommended_settings, sample_prompts
+    from sfumato.pipelines.locate import locate_pipeline, shipped_model
+    from sfumato.pipelines.tune import keep
+    from sfumato.pipelines.tune import tune as try_all
+
+    source = Path(locate_pipeline(str(model)))
+    if not source.is_dir():
+        raise ValueError(f"{model} is on the Hub; download it, or name a folder")
+    if out is None and source.resolve() == shipped_model().resolve():
+        raise ValueError("this model belongs to the package; name a folder for yours with --out")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: must be at least 1")
+    prompts = list(prompts or sample_prompts(source))
+    if not prompts:
+        raise ValueError(f"the card of {source} has no samples; say what to draw with --prompts")
+    scale = recommended_settings(str(source))["guidance_scale"] if guidance_scale is None else guidance_scale
+    pipe = SfumatoPipeline.from_pretrained(source)
+    trials = try_all(pipe, prompts, steps, scale)
+    return trials, keep(pipe, trials[0], source, Path(out) if out else source, steps, scale)
 
 
 def doctor(config: Config, *, verify: bool = False) -> list[Finding]:

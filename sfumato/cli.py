@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"sfumato {__version__}")
     _add_completion(top)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_train, _add_init, _add_sample, _add_evaluate, _add_ema, _add_export, _add_push, _add_doctor):
+    for add in VERBS:
         add(verbs)
     return top
 
@@ -162,6 +162,22 @@ def _add_doctor(verbs) -> None:
     doctor.set_defaults(run=_doctor)
 
 
+def _add_tune(verbs) -> None:
+    tune = verbs.add_parser("tune", help="find the sampler that draws best in a few steps, and keep it in the model's folder")
+    tune.add_argument("--model", required=True, help="a run folder or an exported folder")
+    tune.add_argument("--steps", type=int, default=8, help="how few steps it is to do with (default: %(default)s)")
+    tune.add_argument("--guidance-scale", type=float, help="(default: what the model's card names, else 3)")
+    tune.add_argument("--prompts", nargs="+", help="what to draw while trying (default: captions of the card's samples)")
+    tune.add_argument("--out", help="a new folder for the model with that sampler, in place of its own")
+    tune.set_defaults(run=_tune)
+
+
+VERBS = (
+    *(_add_train, _add_init, _add_sample, _add_evaluate, _add_tune),
+    *(_add_ema, _add_export, _add_push, _add_doctor),
+)
+
+
 def _train(options: argparse.Namespace) -> int:
     from sfumato.training.train import main as train
 
@@ -201,6 +217,22 @@ def _evaluate(options: argparse.Namespace) -> int:
         print("The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out")
     else:
         print(f"wrote evaluation.json{' and the card' if options.out is None else ''} of {report.folder}")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from sfumato import api
+
+    trials, folder = api.tune(
+        options.model,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        prompts=options.prompts,
+        out=options.out,
+    )
+    print("difference to many steps, the best first:")
+    print("\n".join(map(str, trials[:5])))
+    print(f"wrote {folder}, which draws by the first of these in {options.steps} steps")
     return 0
 
 

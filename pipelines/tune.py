@@ -1,0 +1,124 @@
+"""Which sampler of diffusers comes nearest to the end of a model's path in a few steps, tried on the model in hand."""
+
+import inspect
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+from tqdm.auto import tqdm
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.card import recommended_settings
+from sfumato.pipelines.choices import replace_components, with_sampler
+from sfumato.pipelines.export import export_pipeline
+from sfumato.registries import SAMPLERS
+from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
+
+TRIED = ("dpm++", "unipc", "deis", "ddim", "euler")  # deterministic, one pass a step
+CHOICES: dict[str, tuple] = {  # of their settings, each where the class has it
+    "timestep_spacing": ("trailing", "linspace", "leading"),
+    "solver_order": (2, 3),
+    "sigmas": (None, "use_karras_sigmas", "use_exponential_sigmas"),
+}
+REFERENCE_STEPS = 100
+BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A sampler that was tried.
+
+    Attributes:
+        sampler: its name in `registries.SAMPLERS`.
+        settings: of its class, beside what that name sets.
+        error: root mean square difference of its images, in [0, 1], to those of many steps from the same noise.
+        scheduler: itself.
+    """
+
+    sampler: str
+    settings: dict[str, Any]
+    error: float
+    scheduler: Any
+
+    def __str__(self):
+        more = ", ".join(f"{key}={value}" for key, value in self.settings.items())
+        return f"{self.error:.4f}  {self.sampler}{f' ({more})' if more else ''}"
+
+
+def tune(pipe: SfumatoPipeline, prompts: list[str], num_inference_steps: int, guidance_scale: float) -> list[Trial]:
+    """Draw with each sampler, spacing, order and kind of noise levels that a stock folder can name; the best first.
+
+    Args:
+        prompts: an image is drawn for each, from seeds 0, 1, ...
+        num_inference_steps: how few steps it is to do with.
+
+    Raises:
+        ValueError: a model that its sampler belongs to: distilled, or one that reads more than noise and text.
+    """
+    if pipe.unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError("this model is distilled: its sampler and its steps are what it was taught")
+    if pipe.reads is not None or pipe.controlnet is not None:
+        raise ValueError("samplers are tuned for models that read noise and text alone")
+    reference = _draw(with_sampler(pipe, "dpm++"), prompts, REFERENCE_STEPS, guidance_scale)
+    trials = []
+    for name, settings, scheduler in tqdm(list(_candidates(pipe)), desc="samplers", unit=""):
+        try:
+            images = _draw(replace_components(pipe, scheduler=scheduler), prompts, num_inference_steps, guidance_scale)
+        except (ValueError, IndexError, RuntimeError, AssertionError):  # settings that do not go together, which each class finds out itself
+            continue
+        error = float(np.sqrt(np.square(images - reference).mean()))
+        if np.isfinite(error):
+            trials.append(Trial(sampler=name, settings=settings, error=error, scheduler=scheduler))
+    return sorted(trials, key=lambda trial: trial.error)
+
+
+def _candidates(pipe: SfumatoPipeline):
+    """Name, settings and scheduler of all that is tried."""
+    flow = isinstance(training_scheduler(pipe.scheduler), SfumatoFlowScheduler)
+    for name in TRIED:
+        if flow and not SAMPLERS[name].flow:
+            continue
+        scheduler: Any = with_sampler(pipe, name).scheduler
+        known = inspect.signature(type(scheduler).__init__).parameters
+        open_choices = {
+            key: values
+            for key, values in CHOICES.items()
+            if key in known or key == "sigmas" and values[1] in known and not flow
+        }
+        for values in itertools.product(*open_choices.values()):
+            settings = dict(zip(open_choices, values))
+            sigmas = settings.pop("sigmas", None)
+            if sigmas is not None:
+                if settings.get("timestep_spacing") != "trailing":  # the levels say all
+                    continue
+                settings[sigmas] = True
+            yield name, settings, type(scheduler).from_config(scheduler.config, **settings)
+
+
+def _draw(pipe: SfumatoPipeline, prompts: list[str], steps: int, scale: float) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        call = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
+        images.append(pipe(part, generator=generators, **call).images)
+    return np.concatenate(images)
+
+
+def keep(pipe: SfumatoPipeline, trial: Trial, source: Path, folder: Path, steps: int, scale: float) -> Path:
+    """Write the model of the exported folder `source` with a trial's sampler; card and snippets say the steps."""
+    before = recommended_settings(str(source))["num_inference_steps"]
+    export_pipeline(replace_components(pipe, scheduler=trial.scheduler), folder, source=source)
+    path = folder / "README.md"
+    if path.is_file():
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        data: Any = card.data
+        data.inference = {"parameters": {"num_inference_steps": steps, "guidance_scale": scale}}
+        card.text = card.text.replace(f"num_inference_steps={before}", f"num_inference_steps={steps}")
+        card.save(path)
+    return folder
