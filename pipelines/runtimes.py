@@ -5,19 +5,27 @@ shape that the network is given, at its first call.
 """
 
 import copy
+import hashlib
 import importlib.util
 import io
+import json
+import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 
 from sfumato.pipelines.choices import RUNTIMES, replace_components
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
+ENGINES = "~/.cache/sfumato/engines"
+MAX_ENGINES = 16  # the oldest go
 INPUTS = ["x_t", "t", "context", "guidance"]
 
 
@@ -42,7 +50,35 @@ def _bf16(unet, inputs: tuple) -> Callable:
     return run
 
 
+def engine_file(unet, inputs: tuple) -> Path:
+    """Where the network is kept in ONNX's form, after a hash of it; named by weights, config, shapes and versions."""
+    digest = hashlib.sha256(repr((torch.__version__, diffusers.__version__, [x.shape for x in inputs])).encode())
+    digest.update(json.dumps(dict(unet.config), sort_keys=True, default=str).encode())
+    digest.update(weights_state(unet)[1].encode())
+    for name, tensor in unet.state_dict().items():
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return Path(ENGINES).expanduser() / f"{digest.hexdigest()[:24]}.engine"
+
+
 def _as_onnx(unet, inputs: tuple) -> bytes:
+    """The network in ONNX's form: made once and kept, since that takes seconds and starting from it does not."""
+    path = engine_file(unet, inputs)
+    with suppress(OSError):  # none yet, or one that cannot be read
+        stored = path.read_bytes()
+        if hashlib.sha256(stored[32:]).digest() == stored[:32]:
+            return stored[32:]
+    content = _to_onnx(unet, inputs)
+    with suppress(OSError):  # no room, or a cache that is read-only: it is made again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_bytes(hashlib.sha256(content).digest() + content)
+        new.replace(path)
+        for old in sorted(path.parent.glob("*.engine"), key=lambda file: file.stat().st_mtime)[:-MAX_ENGINES]:
+            old.unlink(missing_ok=True)
+    return content
+
+
+def _to_onnx(unet, inputs: tuple) -> bytes:
     file: Any = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tracing: every shape is fixed here
         torch.onnx.export(_Network(copy.deepcopy(unet).float()), inputs, file, input_names=INPUTS[: len(inputs)], dynamo=False)

@@ -68,7 +68,12 @@ def tune(pipe: SfumatoPipeline, prompts: list[str], num_inference_steps: int, gu
     for name, settings, scheduler in tqdm(list(_candidates(pipe)), desc="samplers", unit=""):
         try:
             images = _draw(replace_components(pipe, scheduler=scheduler), prompts, num_inference_steps, guidance_scale)
-        except (ValueError, IndexError, RuntimeError, AssertionError):  # settings that do not go together, which each class finds out itself
+        except (
+            ValueError,
+            IndexError,
+            RuntimeError,
+            AssertionError,
+        ):  # settings that do not go together, which each class finds out itself
             continue
         error = float(np.sqrt(np.square(images - reference).mean()))
         if np.isfinite(error):

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sfumato.pipelines import SfumatoPipeline
+    from sfumato.pipelines.drawer import Drawer
     from sfumato.pipelines.tune import Trial
     from sfumato.training.config.schema import Config, DataConfig
     from sfumato.training.data.array_set import ArraySet
     from sfumato.training.doctor import Finding
     from sfumato.training.quality.command import Report
 
-__all__ = ["build_pipeline", "doctor", "evaluate", "load_config", "prepare_data", "read_image", "train", "tune"]
+__all__ = ["build_pipeline", "doctor", "drawer", "evaluate", "load_config", "prepare_data", "read_image", "train", "tune"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -119,6 +120,17 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
     from sfumato.training.quality.command import EvaluateOptions, evaluate
 
     return evaluate(locate_pipeline(str(model)), EvaluateOptions(data=data, **options))
+
+
+def drawer(model: str = "openmoji", **settings) -> Drawer:
+    """A model that stays open and warm: `drawer(model).draw("red heart")`, or `.follow(prompts)` while somebody types.
+
+    Args:
+        settings: `runtime`, `num_inference_steps`, `guidance_scale`; see `pipelines.drawer.Drawer`.
+    """
+    from sfumato.pipelines.drawer import Drawer
+
+    return Drawer(model, **settings)
 
 
 def tune(

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.locate import SHIPPED, shipped_model
 from sfumato.schedulers import training_scheduler
 from sfumato.training.config.schema import Config
 from sfumato.training.models.autoencoder import identity_vae
@@ -96,8 +97,12 @@ def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
 
 
 def _open(source: str) -> SfumatoPipeline:
-    """The model in a folder, a run folder or a repository, with the noise schedule that it was trained with."""
+    """The model in a folder, a run folder or a repository, or the one that comes along, with the noise schedule that it was
+    trained with.
+    """
     check_predecessor("init_from", source)
+    if source == SHIPPED and not Path(source).exists():
+        source = str(shipped_model())
     inside = Path(source) / "pipeline"  # of a run folder
     try:
         pipe = SfumatoPipeline.from_pretrained(
