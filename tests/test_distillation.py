@@ -8,7 +8,10 @@ import pytest
 import tiny
 import torch
 import yaml
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
 from stock_process import run_stock
+from test_autoencoder import vae_config
 from test_flow import config as flow_config
 
 from sfumato.cli import main as cli
@@ -82,7 +85,7 @@ def test_where_the_path_ends_in_one_image_that_image_is_the_target(tmp_path, tea
     inputs = task.network_input(x_t, {}, task.streams)[1]
     for task.jumps in distillation.JUMPS:
         with torch.no_grad():
-            target = task._target(x_t, t, text, inputs, scale)
+            target = task._target(x_t, t, text, inputs, scale, {})
         assert (target - x_0).abs().max() < 2e-3, (segments, task.jumps)
 
 
@@ -230,3 +233,46 @@ def test_samplers_of_few_steps_draw_any_model(teacher, name):
     call = {"num_inference_steps": 4, "output_type": "np", "guidance_scale": 7.5}
     other = stock("a red circle", generator=torch.Generator().manual_seed(0), **call).images
     assert np.abs(ours - other).max() <= 1e-5
+
+
+def test_a_teacher_that_inpaints_in_the_stock_pipeline_too(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    scheduler = {"beta_schedule": "cosine", "prediction_type": "sample"}
+    assert (
+        main([str(tiny.config_file(tmp_path / "teacher", task="inpainting", scheduler=scheduler, train={"max_steps": 1}))])
+        == 0
+    )
+    assert main([config(tmp_path, tmp_path / "teacher" / "run", distil={"guidance_width": 8, "masks": True})]) == 0
+    pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(stock).__name__ == "StableDiffusionInpaintPipeline" and pipe.reads == "masks"
+    image, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    call = {"image": image, "mask_image": mask, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+    images = []
+    for each in (pipe, stock):
+        each.set_progress_bar_config(disable=True)
+        # Stock inpainting draws numbers while it encodes, so a sampler that draws its own would get others.
+        each.scheduler = DDIMScheduler.from_config(each.scheduler.config)
+        generator = torch.Generator().manual_seed(0)
+        images.append(each("a red circle", height=16, width=16, strength=1.0, generator=generator, **call).images)
+    assert np.abs(images[0] - images[1]).max() <= 1e-5
+
+
+def test_a_teacher_that_works_on_latents(tmp_path):
+    for name in ("vae", "latent", "few"):
+        (tmp_path / name).mkdir()
+    assert main([vae_config(tmp_path / "vae")]) == 0
+    scheduler = {"beta_schedule": "cosine", "prediction_type": "sample"}
+    latent = {"vae": {"pretrained": str(tmp_path / "vae" / "run")}, "scheduler": scheduler, "train": {"max_steps": 1}}
+    assert main([str(tiny.config_file(tmp_path / "latent", **latent))]) == 0
+    assert main([config(tmp_path / "few", tmp_path / "latent" / "run", train={"max_steps": 1})]) == 0
+    pipe = SfumatoPipeline.from_pretrained(tmp_path / "few" / "run" / "pipeline")
+    assert pipe.vae_scale_factor == 2 and pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_evaluate_and_doctor_know_it(student, tmp_path, capsys):
+    out = str(tmp_path / "figures")
+    assert cli(["evaluate", "--model", str(student), "--images", "8", "--out", out]) == 0
+    assert "4 steps" in capsys.readouterr().out
+    assert cli(["doctor", str(student.parent / "tiny.yaml")]) in (0, 1)
+    assert "error" not in capsys.readouterr().out.lower().split("samples")[0]

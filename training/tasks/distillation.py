@@ -1,19 +1,24 @@
 """A model that draws in a few steps, taught by one that needs many: consistency distillation with guidance told to it."""
 
 import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
+from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import NetworkInputs, guidance_embedding
 from sfumato.schedulers import SfumatoDDPMScheduler
+from sfumato.training.config.schema import Config
 from sfumato.training.data.streams import Stream, Streams
 from sfumato.training.engine.ema import EMA
+from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.finetune import add_guidance_input
 from sfumato.training.quality.drawing import sampling_pipeline
 from sfumato.training.tasks.base import Collapsed, TaskContext
+from sfumato.training.tasks.inpainting import Inpainting
 from sfumato.training.tasks.settings import DistilConfig
 from sfumato.training.tasks.text_to_image import TextToImage
 
@@ -33,10 +38,18 @@ class Distillation(TextToImage):
     folder is a stock one, drawn by `LCMScheduler`; it needs one pass a step at any scale.
     """
 
+    @classmethod
+    def model_needs(cls, config: Config) -> ModelNeeds:
+        """Of a teacher that inpaints, its further channels."""
+        needs = Inpainting.model_needs(config)
+        return replace(needs, widens=False) if config.section(DistilConfig).masks else ModelNeeds()
+
     def __init__(self, context: TaskContext):
         if context.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("task=distillation is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
         self.settings = context.config.section(DistilConfig)
+        if self.settings.masks:
+            self.extra_arrays = Inpainting.extra_arrays
         super().__init__(context)
         device = self.accelerator.device
         self.teacher.to(device)
@@ -54,8 +67,8 @@ class Distillation(TextToImage):
         pipe = super()._build(checkpoint)
         if pipe.unet.config["time_cond_proj_dim"] is not None:
             raise ValueError(f"init_from={self.config.init_from!r} draws in few steps already; name its teacher")
-        if pipe.reads is not None or pipe.controlnet is not None:
-            raise ValueError(f"init_from={self.config.init_from!r} reads more than noise and text, which is not distilled")
+        if pipe.reads != ("masks" if self.settings.masks else None):
+            raise ValueError(f"init_from={self.config.init_from!r} reads {pipe.reads or 'no mask'} beside noise and text")
         pipe.text_encoder.requires_grad_(False).eval()
         self.teacher: Any = copy.deepcopy(pipe.unet).requires_grad_(False).eval()
         self.teacher_scheduler = pipe.scheduler
@@ -83,9 +96,17 @@ class Distillation(TextToImage):
                 parameter.copy_(average)
 
     def network_input(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams) -> Any:
-        """Beside noise and text the guidance scale of `validation`."""
+        """Beside noise and text the guidance scale of `validation`; of a model that inpaints, mask and image too."""
         scale = torch.full((len(x_t),), self.config.validation.guidance_scale, device=x_t.device)
-        return x_t, NetworkInputs(guidance=guidance_embedding(scale, self.settings.guidance_width))
+        return self._seen(x_t, batch), NetworkInputs(guidance=guidance_embedding(scale, self.settings.guidance_width))
+
+    def _seen(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the networks get: noisy latents, and of a model that inpaints the mask and the image around it."""
+        return Inpainting.network_input(cast(Inpainting, self), x_t, batch, self.streams)[0] if self.settings.masks else x_t
+
+    def samples(self) -> tuple[list[str], list[Image.Image]]:
+        """As of the teacher's task."""
+        return Inpainting.samples(cast(Inpainting, self)) if self.settings.masks else super().samples()
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """How far the student's end of the path from x_t is from where its average sees it, one jump of the teacher later."""
@@ -100,8 +121,8 @@ class Distillation(TextToImage):
         with torch.no_grad():
             text = batch["text"]
             text = text if text.is_floating_point() else self.pipe.text_encoder(text)[0]
-            target = self._target(x_t, t, text, inputs, scale)
-        estimate = scheduler.denoised(model(x_t, t, text, inputs).float(), x_t, t)
+            target = self._target(x_t, t, text, inputs, scale, batch)
+        estimate = scheduler.denoised(model(self._seen(x_t, batch), t, text, inputs).float(), x_t, t)
         self._watch(estimate, x_0, t)
         return ((estimate - target).square() + HUBER**2).sqrt().sub(HUBER).mean()
 
@@ -120,27 +141,37 @@ class Distillation(TextToImage):
         large = self.streams.uniform(keys, Stream.LARGE_GUIDANCE) < LARGE
         return torch.where(large, most, scale), torch.where(large, most + max(10 - most, 0) * u, scale)
 
-    def _guided(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _guided(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, batch: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """x_0 as the guided teacher sees it."""
         nothing = self.pipe.text_encoder(self.no_text)[0].expand_as(text)
-        output = self.teacher(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, nothing]), return_dict=False)[0]
+        output = self.teacher(
+            self._seen(x_t, batch).repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, nothing]), return_dict=False
+        )[0]
         with_text, without = output.float().chunk(2)
         output = without + scale.reshape(-1, 1, 1, 1) * (with_text - without)
         return self._clip(self.teacher_scheduler.denoised(output, x_t, t))
 
     def _target(
-        self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, inputs: NetworkInputs, scale: torch.Tensor
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        inputs: NetworkInputs,
+        scale: torch.Tensor,
+        batch: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """What the student should see from x_t: the end of the segment as it is seen from one jump further down."""
         count, segments = self.num_levels, self.settings.segments
-        guided = self._guided(x_t, t, text, scale)
+        guided = self._guided(x_t, t, text, scale, batch)
         end = (t * segments // count) * count // segments  # where the segment of t ends; 0: at the image
         r = torch.maximum(t - count // self.jumps, end)
         arrived = torch.where(end == 0, r < CLEAN * count if segments == 1 else r <= 0, r == end)
         a_t, s_t = self._signal_and_noise(t, x_t)
         a_r, s_r = self._signal_and_noise(r, x_t)
         x_r = a_r * guided + s_r * (x_t - a_t * guided) / s_t
-        seen = self.target(x_r, r, text, timestep_cond=inputs.guidance, return_dict=False)[0]
+        seen = self.target(self._seen(x_r, batch), r, text, timestep_cond=inputs.guidance, return_dict=False)[0]
         seen = self._clip(self.pipe.scheduler.denoised(seen.float(), x_r, r))
         if segments > 1:  # go on to the segment's end, and find the x_0 whose one step from x_t leads there too
             a_e, s_e = self._signal_and_noise(end, x_t)

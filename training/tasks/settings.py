@@ -30,6 +30,7 @@ class DistilConfig:
     segments: int = 1  # of the way from noise to image; 1: seen as a whole, which one and two steps need
     max_guidance_scale: float = 2.5  # the teacher draws with scales from 1 to this one; larger ones act as this one does
     guidance_width: int = 64  # of the embedding by which the network is told the scale
+    masks: bool = False  # the teacher inpaints: the student reads a mask and the image around it too
     min_spread: float = 0.2  # the run stops where images differ by less than this share of what training images do
 
 

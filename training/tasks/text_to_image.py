@@ -81,7 +81,7 @@ class TextToImage:
             texts=texts,
             latents=latents,
             streams=self.streams,
-            extra_arrays=type(self).extra_arrays,
+            extra_arrays=self.extra_arrays,
         )
         self.moments = LossMoments() if config.objective.importance else None
         self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
