@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def engine_file(unet, inputs: tuple) -> Path:
     """Where the network is kept in ONNX's form, after a hash of it; named by weights, config, shapes and versions."""
     digest = hashlib.sha256(repr((torch.__version__, diffusers.__version__, [x.shape for x in inputs])).encode())
     digest.update(json.dumps(dict(unet.config), sort_keys=True, default=str).encode())
-    digest.update(weights_state(unet)[1].encode())
+    digest.update(WeightsWatch(unet).state()[1].encode())
     for name, tensor in unet.state_dict().items():
         digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return Path(ENGINES).expanduser() / f"{digest.hexdigest()[:24]}.engine"
@@ -112,11 +111,32 @@ def _openvino(unet, inputs: tuple) -> Callable:
 BUILDERS = {"bf16": _bf16, "onnx": _onnx, "openvino": _openvino}
 
 
-def weights_state(network: torch.nn.Module) -> tuple:
-    """What is another where the weights, or the LoRA layers beside them, are others. Reads no weight."""
-    tensors = tuple((t.data_ptr(), t._version) for t in chain(network.parameters(), network.buffers()))
-    layers = [module for module in network.modules() if hasattr(module, "active_adapters") and hasattr(module, "scaling")]
-    return tensors, str([(m.active_adapters, m.disable_adapters, m.merged_adapters, m.scaling) for m in layers])
+class WeightsWatch:
+    """Tells whether a network's weights, or the LoRA layers beside them, are others than before. Reads no weight.
+
+    It is asked at every pass, so the tree of modules is walked only where something in it was put in, out or exchanged.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = network
+        self.parts: tuple[int, ...] = ()
+
+    def state(self) -> tuple:
+        """Another value where anything is another."""
+        if not self.parts or self.parts != self._ids():
+            modules = list(self.network.modules())
+            self.tables: list[dict] = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+            self.tensors = [*self.network.parameters(), *self.network.buffers()]
+            self.layers: list[Any] = [m for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
+            self.parts = self._ids()
+        return tuple((t.data_ptr(), t._version) for t in self.tensors), self.adapters()
+
+    def _ids(self) -> tuple[int, ...]:
+        return tuple(id(part) for table in self.tables for part in table.values())
+
+    def adapters(self) -> str:
+        """Which LoRA layers there are, and how strong; of the last `state`."""
+        return str([(m.active_adapters, m.disable_adapters, m.merged_adapters, m.scaling) for m in self.layers])
 
 
 class EngineNetwork(torch.nn.Module):
@@ -138,6 +158,7 @@ class EngineNetwork(torch.nn.Module):
         self.runtime = runtime
         self.engines: dict[tuple, Callable] = {}
         self.weights: tuple = ()
+        self.watch = WeightsWatch(unet)
 
     def __getattr__(self, name: str):
         try:
@@ -146,14 +167,16 @@ class EngineNetwork(torch.nn.Module):
             return getattr(super().__getattr__("unet"), name)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "engines": {}, "weights": ()}
+        return {**self.__dict__, "engines": {}, "weights": (), "watch": None}
 
     def forward(self, x_t, t, encoder_hidden_states, timestep_cond=None, return_dict: bool = False) -> tuple[torch.Tensor]:
         """As of the UNet, float32 inside."""
         inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
         inputs += () if timestep_cond is None else (timestep_cond.float().contiguous(),)
         shapes = tuple(x.shape for x in inputs)
-        if (weights := weights_state(self.unet)) != self.weights:
+        if self.watch is None or self.watch.network is not self.unet:  # a copy, or one that went through pickle
+            self.watch = WeightsWatch(self.unet)
+        if (weights := self.watch.state()) != self.weights:
             self.engines, self.weights = {}, weights
         if shapes not in self.engines:
             self.engines[shapes] = BUILDERS[self.runtime](self.unet, inputs)

@@ -47,29 +47,31 @@ def main() -> None:
     parser.add_argument("--teacher", default="runs/two_shapes")
     parser.add_argument("--students", nargs="*", default=["runs/two_shapes_few"])
     parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--add", action="store_true", help="keep the rows of an earlier run and add those of the students")
     parser.add_argument("--out", default="benchmarks/results/few_steps.json")
     options = parser.parse_args()
     scenes = shapes.scenes(held_out=True, count=options.captions, num_figures=2)
+    out = Path(options.out)
     trained = [scene.caption for scene in shapes.scenes(held_out=False, count=16, num_figures=2)]
     teacher = SfumatoPipeline.from_pretrained(locate_pipeline(options.teacher))
-    table: dict[str, list[dict]] = {}
+    table: dict[str, list[dict]] = json.loads(out.read_text())["table"] if options.add else {}
 
     def note(name: str, row: dict) -> None:
         table.setdefault(name, []).append(row)
         print(name, row, flush=True)
 
-    note("teacher, its own sampler", measure(teacher, scenes, 30))
-    for steps in (1, 2, 4, 8):
-        best = tune(teacher, trained, steps, SCALE)[0]
-        row = measure(replace_components(teacher, scheduler=best.scheduler), scenes, steps)
-        note("teacher, tuned", {**row, "sampler": best.sampler, "settings": best.settings})
-    for steps in (1, 2, 4, 8):
-        note("teacher, lcm", measure(with_sampler(teacher, "lcm"), scenes, steps))
+    if not options.add:
+        note("teacher, its own sampler", measure(teacher, scenes, 30))
+        for steps in (1, 2, 4, 8):
+            best = tune(teacher, trained, steps, SCALE)[0]
+            row = measure(replace_components(teacher, scheduler=best.scheduler), scenes, steps)
+            note("teacher, tuned", {**row, "sampler": best.sampler, "settings": best.settings})
+        for steps in (1, 2, 4, 8):
+            note("teacher, lcm", measure(with_sampler(teacher, "lcm"), scenes, steps))
     for student in options.students:
         pipe = SfumatoPipeline.from_pretrained(locate_pipeline(student))
         for steps in (1, 2, 3, 4, 8):
             note(f"student {Path(student).name}", measure(pipe, scenes, steps))
-    out = Path(options.out)
     content = {"captions": len(scenes), "guidance_scale": SCALE, "threads": torch.get_num_threads(), "table": table}
     out.write_text(json.dumps(content, indent=1) + "\n")
     curves = {name: [(row["passes"], row["right"]) for row in rows] for name, rows in table.items()}

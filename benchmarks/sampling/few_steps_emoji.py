@@ -1,0 +1,87 @@
+"""The packaged model of emoji and its student: how near their images come to true ones, and how long one takes.
+
+    python -m benchmarks.sampling.few_steps_emoji --student runs/openmoji_few [--images 256] [--out FILE.json]
+
+FD, recall and coverage in the features of EfficientNet-Lite0, of training captions against the whole set, as `sfumato
+evaluate` has them; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from sfumato.figures import grid
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.drawer import Drawer
+from sfumato.pipelines.locate import locate_pipeline
+from sfumato.registries import METRICS
+from sfumato.training.config.load import load_config
+from sfumato.training.data.prepare import prepare
+from sfumato.training.quality.evaluation import Evaluation, Plan
+
+PROMPTS = ("red heart", "grinning face", "rocket", "soccer ball", "blue book", "woman firefighter dark skin tone")
+SCALE = 1.5
+
+
+def measure(pipe: SfumatoPipeline, steps: int, images, count: int) -> dict[str, float]:
+    """Figures of what a model draws in so many steps."""
+    config = load_config("openmoji_32", [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={SCALE}"])
+    plan = Plan(count=count, parts=("train",), intervals=False)
+    evaluation = Evaluation(pipe, config, images, Accelerator(cpu=True), plan)
+    scores = {**METRICS["distances"].compute(evaluation), **METRICS["manifold"].compute(evaluation)}
+    return {"steps": steps, "passes": pipe.num_passes, **{name: round(score.value, 4) for name, score in scores.items()}}
+
+
+def seconds(drawer: Drawer, count: int = 50) -> dict[str, float]:
+    """Median and least seconds for one image."""
+    times = []
+    for i in range(count):
+        start = time.perf_counter()
+        drawer.draw(PROMPTS[i % len(PROMPTS)], seed=i)
+        times.append(time.perf_counter() - start)
+    return {"median": round(float(np.median(times)), 4), "least": round(min(times), 4)}
+
+
+def main() -> None:
+    """Run the benchmark; see above."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", default="runs/openmoji_few")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--time-only", action="store_true", help="leave the figures of an earlier run as they are")
+    parser.add_argument("--out", default="benchmarks/results/few_steps_emoji.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    out = Path(options.out)
+    result = json.loads(out.read_text()) if options.time_only else {"images": options.images, "guidance_scale": SCALE}
+    start = time.perf_counter()
+    drawers = {"teacher, 60 passes": Drawer("openmoji", num_inference_steps=30, guidance_scale=SCALE)}
+    for steps in (1, 2, 4):
+        drawers[f"student, {steps} passes"] = Drawer(options.student, num_inference_steps=steps, guidance_scale=SCALE)
+    result["seconds to open four models"] = round(time.perf_counter() - start, 2)
+    result["seconds an image, one thread, onnx"] = {name: seconds(drawer) for name, drawer in drawers.items()}
+    print(json.dumps(result, indent=1), flush=True)
+    if not options.time_only:
+        images = prepare(load_config("openmoji_32").data)
+        student = SfumatoPipeline.from_pretrained(locate_pipeline(options.student))
+        teacher = SfumatoPipeline.from_pretrained(locate_pipeline("openmoji"))
+        rows = {f"student, {steps} passes": measure(student, steps, images, options.images) for steps in (1, 2, 4, 8)}
+        result["figures"] = {**rows, "teacher, 60 passes": measure(teacher, 30, images, options.images)}
+        titles, cells = [], []
+        for name, drawer in drawers.items():
+            titles += [f"{name}: {prompt}" for prompt in PROMPTS]
+            cells += [
+                drawer.draw(prompt, seed=i).resize((96, 96), Image.Resampling.NEAREST) for i, prompt in enumerate(PROMPTS)
+            ]
+        grid(cells, titles).save(out.with_suffix(".png"))
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
