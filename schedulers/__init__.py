@@ -1,3 +1,4 @@
+from inspect import signature
 from typing import cast
 
 from sfumato.schedulers.scheduling_sfumato_ddpm import SfumatoDDPMScheduler
@@ -16,4 +17,6 @@ def training_scheduler(scheduler) -> SfumatoDDPMScheduler | SfumatoFlowScheduler
         return SfumatoFlowScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
     trained = (config.get("_sfumato") or {}).get("trained", {})  # a sampler may draw with other levels than were trained
     levels = {name: trained[name] for name in ("trained_betas", "rescale_betas_zero_snr") if name in trained}
-    return cast(SfumatoDDPMScheduler, SfumatoDDPMScheduler.from_config({**config, **levels}))
+    known = signature(SfumatoDDPMScheduler.__init__).parameters  # not what a sampler has of its own
+    config = {key: value for key, value in {**config, **levels}.items() if key in known or key.startswith("_")}
+    return cast(SfumatoDDPMScheduler, SfumatoDDPMScheduler.from_config(config))
