@@ -124,7 +124,8 @@ class WeightsWatch:
     def state(self) -> tuple:
         """Another value where anything is another."""
         if not self.parts or self.parts != self._ids():
-            modules = list(self.network.modules())
+            # They are held, or one that is put in could get the number of one that went.
+            self.modules = modules = list(self.network.modules())
             self.tables: list[dict] = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
             self.tensors = [*self.network.parameters(), *self.network.buffers()]
             self.layers: list[Any] = [m for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]

@@ -130,7 +130,7 @@ def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_pa
         ("autoencoder.kl_weight=-1", "must not be negative"),
         ("hub.push=true", "which task=autoencoder does not make"),
         ("init_from=somewhere", "is not for task=autoencoder"),
-        ("task=magic", "choose one of text_to_image, inpainting, upscaling, control, autoencoder"),
+        ("task=magic", "choose one of text_to_image, inpainting, upscaling, control, motion, distillation, autoencoder"),
     ],
 )
 def test_what_cannot_be_is_told(tmp_path, capsys, change, message):

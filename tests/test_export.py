@@ -319,6 +319,7 @@ def test_card_is_valid_complete_and_every_snippet_runs(exported, tmp_path):
 
     def run():
         os.chdir(folder.parent)
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that a fork begins find OpenMP's pool invalid
         exec(code, {})
 
     assert str(folder.parent) not in card.content  # no path of this machine travels

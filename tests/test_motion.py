@@ -158,7 +158,8 @@ def test_the_command_draws_and_evaluates_it(run, tmp_path, capsys):
     )
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == FRAMES
-    card = (run / "pipeline" / "README.md").read_text()
+    card, settings = ((run / "pipeline" / name).read_text() for name in ("README.md", "training_args.yaml"))
+    assert "name: videos:clips" in settings and "/" not in settings.split("name: videos:")[1].split()[0]
     assert "AnimateDiffPipeline" in card and "export_to_gif" in card
 
 

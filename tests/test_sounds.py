@@ -130,7 +130,7 @@ def test_a_folder_of_sounds_is_found_used_or_named(tmp_path, sounds):
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_a_model_of_sounds_is_trained_heard_and_opened_by_stock_classes(tmp_path, sounds):
-    assert main([config_of(tmp_path, sounds)]) == 0
+    assert main([config_of(tmp_path, sounds), "validation.prompts=[a low tone]"]) == 0
     folder = tmp_path / "run" / "pipeline"
     out = tmp_path / "drawn.wav"
     assert sfumato(["sample", "a low tone", "--model", str(folder), "--steps", "2", "--out", str(out)]) == 0
@@ -164,8 +164,8 @@ def test_a_model_of_sounds_is_trained_heard_and_opened_by_stock_classes(tmp_path
 
 def test_frames_of_a_clip_are_given_and_the_rest_is_drawn(tmp_path):
     """A mask with as many channels as the array: prediction is inpainting over frames."""
-    assert main([str(tiny.config_file(tmp_path, data={"name": "clips", "resolution": 32, "channels": 24},
-                                      validation={"num_judged": 2}))]) == 0  # fmt: skip
+    assert main([str(tiny.config_file(tmp_path, validation={"num_judged": 2}, data={
+        "name": "clips", "resolution": 32, "channels": 24, "max_records": 32}))]) == 0  # fmt: skip
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     clip = film(("red", "circle", "right", "slowly"), 8, 32, np.random.default_rng(0))
     mask = np.zeros((32, 32, 24), np.float32)

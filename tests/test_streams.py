@@ -118,5 +118,6 @@ def test_old_runs_keep_their_streams_and_new_ones_have_version_2():
 def test_stream_numbers_never_change():
     assert {stream.name: stream.value for stream in Stream} == {
         "CAPTION": 0, "DROPOUT": 1, "FLIP": 2, "LEVEL": 3, "NOISE": 4, "OFFSET": 5, "MASK": 6, "ESTIMATE": 7,
-        "LOW_RES_LEVEL": 8, "LOW_RES_NOISE": 9, "LAYERS": 10,
+        "LOW_RES_LEVEL": 8, "LOW_RES_NOISE": 9, "LAYERS": 10, "STEP_KIND": 11, "OWN_STEP": 12, "GUIDANCE": 13,
+        "LARGE_GUIDANCE": 14,
     }  # fmt: skip

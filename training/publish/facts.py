@@ -20,8 +20,9 @@ from sfumato.training.data.array_set import ArraySet
 
 def public_name(source: str) -> str:
     """A Hub id or a word as it is; of a path of this machine, the last part."""
-    if source in SOURCES and SOURCES[source].named:
-        return source
+    named, colon, place = source.partition(":")
+    if named in SOURCES and SOURCES[named].named:
+        return f"{named}:{Path(place).name}" if colon else source
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists():
         return source
     name = Path(source).name

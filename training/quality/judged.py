@@ -23,6 +23,8 @@ def judged(evaluation: Evaluation) -> dict[str, Score]:
     chosen = judged_records(evaluation)
     chosen = [chosen[i * len(chosen) // count % len(chosen)] for i in range(count)]
     captions, codec = [evaluation.caption(i) for i in chosen], evaluation.pipe.codec
+    if not _scores(codec, [to_unit(dataset.image(chosen[0]))], captions[:1]):  # nothing is known of what captions ask for
+        return {}
     drawn = draw_images(evaluation.pipe, captions, evaluation.config.validation, evaluation.accelerator, batch_size=128)
     true = [to_unit(dataset.image(i)) for i in chosen[:MAX_TRUE]]
     scores = _scores(codec, drawn, captions)

@@ -118,7 +118,7 @@ class Distillation(TextToImage):
         x_t = scheduler.add_noise(x_0, self.noise(keys, x_0), t)
         scale, told = self._scales(keys)
         inputs = NetworkInputs(guidance=guidance_embedding(told, self.settings.guidance_width))
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             text = batch["text"]
             text = text if text.is_floating_point() else self.pipe.text_encoder(text)[0]
             target = self._target(x_t, t, text, inputs, scale, batch)

@@ -254,7 +254,10 @@ class TextToImage:
             named_source(self.config), self.config.task, objects=self.images.codec is not None
         ).items():
             if self._is_wanted(name, metric):
-                scores |= {figure: score.value for figure, score in metric.compute(evaluation).items()}
+                figures = metric.compute(evaluation)
+                if not figures:
+                    continue
+                scores |= {figure: score.value for figure, score in figures.items()}
                 held_out = min(count, len(self.images.select("held_out")))
                 labels.append(
                     (metric.at_end or f"{min(count, len(self.images.select('train')))} training captions drawn").format(
