@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
 from sfumato import __version__
+from sfumato.pipelines.guided import guidance_width
 from sfumato.pipelines.images import MODES
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
@@ -93,7 +94,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{where}")
-image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
+{given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps},
              generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
@@ -104,7 +105,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.runtimes import with_runtime
 
 pipe = with_runtime(SfumatoPipeline.from_pretrained("{where}"), "onnx")
-image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
+{given}image = pipe({ours}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
 """
@@ -355,8 +356,8 @@ def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
 def _use(pipe: SfumatoPipeline, where: str, prompt: str, advice: dict) -> str:
     """The section with the snippets."""
     codec = pipe.codec
-    if codec is None and pipe.unet.config.get("time_cond_proj_dim") is not None:
-        return _USE_FEW.format(where=where, call=repr(prompt), doors=_doors(pipe, where)["doors"], **advice)
+    if codec is None and guidance_width(pipe.unet) is not None:
+        return _USE_FEW.format(**_doors(pipe, where), **_call(pipe, prompt), **advice)
     if codec is None:
         return _USE.format(**_doors(pipe, where), **_call(pipe, prompt), **advice)
     shape, doors = " x ".join(map(str, codec.shape)), _doors(pipe, where)["doors"]

@@ -69,10 +69,10 @@ def with_guider(pipe, name: str, weak=None, **settings):
     Raises:
         ValueError: no such guider, or one that does not go with this model.
     """
-    from sfumato.pipelines.guided import build_guider
+    from sfumato.pipelines.guided import build_guider, guidance_width
 
     entry = GUIDERS.check_name(name)
-    if name != "cfg" and pipe.unet.config.get("time_cond_proj_dim") is not None:
+    if name != "cfg" and guidance_width(pipe.unet) is not None:
         raise ValueError(f"{name}: this model is told the guidance scale and draws in one pass; no guider goes with it")
     if (weak is not None) != entry.weak:
         raise ValueError("autoguidance, and no other guider, takes a weaker model beside: an earlier checkpoint of the run")

@@ -6,6 +6,7 @@ SDEdit (Meng et al. 2022), which begins with fresh noise, is `pipe(prompt, image
 import torch
 
 from sfumato.pipelines.choices import with_sampler
+from sfumato.pipelines.guided import guidance_width
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 
@@ -29,7 +30,7 @@ def invert(
     """
     if pipe.reads or pipe.controlnet is not None:
         raise ValueError("inversion is for models that read nothing but noise and text")
-    if pipe.unet.config.get("time_cond_proj_dim") is not None:
+    if guidance_width(pipe.unet) is not None:
         raise ValueError("a distilled model sees the end of a path, not its direction; invert by its teacher")
     if isinstance(training_scheduler(pipe.scheduler), SfumatoFlowScheduler):
         raise ValueError("DDIM inversion is for diffusion, not for flow matching; use `image` and `strength`")

@@ -120,6 +120,11 @@ def build_guider(cls: type, **settings) -> BaseGuidance:
         guider_logger.removeFilter(is_other)
 
 
+def guidance_width(unet) -> int | None:
+    """How wide an embedding of the guidance scale a distilled network reads; None of any other."""
+    return unet.config.get("time_cond_proj_dim")
+
+
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
     """What a distilled network is told of guidance scales `(B,)`, `(B, width)`: diffusers' own embedding of scale - 1."""
     embedding = StableDiffusionPipeline.get_guidance_scale_embedding

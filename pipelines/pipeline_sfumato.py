@@ -52,6 +52,7 @@ from sfumato.pipelines.guided import (
     NetworkInputs,
     build_guider,
     guidance_embedding,
+    guidance_width,
     guided_prediction,
     one_at_a_time,
     weak_embeds,
@@ -306,7 +307,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
         weak = getattr(self.guider, "weak", None)
         guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
-        if self.unet.config.get("time_cond_proj_dim") is not None:  # distilled: the network is told the scale
+        if guidance_width(self.unet) is not None:  # distilled: the network is told the scale
             if self.guider is not None and not isinstance(self.guider, ClassifierFreeGuidance):
                 raise ValueError(f"this model is told the guidance scale and takes no {type(self.guider).__name__} beside")
             guider._enabled = False
@@ -516,7 +517,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if control_image is not None:
             control = self.prepare_control(control_image, size, batch, dtype)
         told = None
-        if (width_told := self.unet.config.get("time_cond_proj_dim")) is not None:
+        if (width_told := guidance_width(self.unet)) is not None:
             told = guidance_embedding(torch.full((len(positive),), state.guidance_scale, device=device), width_told)
             if negative_prompt and any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt):
                 warn_once(

@@ -15,6 +15,7 @@ from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.choices import replace_components, with_sampler
 from sfumato.pipelines.export import export_pipeline
+from sfumato.pipelines.guided import guidance_width
 from sfumato.registries import SAMPLERS
 from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 
@@ -59,7 +60,7 @@ def tune(pipe: SfumatoPipeline, prompts: list[str], num_inference_steps: int, gu
     Raises:
         ValueError: a model that its sampler belongs to: distilled, or one that reads more than noise and text.
     """
-    if pipe.unet.config.get("time_cond_proj_dim") is not None:
+    if guidance_width(pipe.unet) is not None:
         raise ValueError("this model is distilled: its sampler and its steps are what it was taught")
     if pipe.reads is not None or pipe.controlnet is not None:
         raise ValueError("samplers are tuned for models that read noise and text alone")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from sfumato.figures import to_pil
@@ -23,7 +22,7 @@ from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
 from sfumato.training.quality.drawing import sample_indices
 from sfumato.training.quality.fidelity import image_quality
-from sfumato.training.tasks.base import Outcome, TaskContext
+from sfumato.training.tasks.base import Outcome, TaskContext, check_not_sharded
 from sfumato.training.tasks.settings import AutoencoderConfig
 
 
@@ -43,8 +42,7 @@ class Autoencoder:
         self.images = context.images
         self.accelerator = context.accelerator
         self.streams = context.streams
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("task=autoencoder is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        check_not_sharded(context)
         self.settings = config.section(AutoencoderConfig)
         self.module = build_autoencoder(config, self.settings.model).to(self.accelerator.device)
         self.frozen_parts = (self.module.vae,)

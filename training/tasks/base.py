@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 
 from sfumato.training.config.schema import Config
@@ -133,6 +134,12 @@ class Task(TrainingHalf, ResultsHalf, Protocol):
     def model_needs(cls, config: Config) -> ModelNeeds:
         """What its model has beside a UNet of text and noise; see `models.build.build_pipeline`."""
         ...
+
+
+def check_not_sharded(context: TaskContext) -> None:
+    """Raise ValueError where the weights would be spread over processes, which not every task can have."""
+    if context.accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(f"task={context.config.task} is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
 
 
 def captioned_images(images: ArraySet, numbers: list[int]) -> tuple[list[str], list[np.ndarray]]:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from sfumato.figures import to_pil
@@ -13,7 +12,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.streams import Streams
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.quality.drawing import sample_indices
-from sfumato.training.tasks.base import TaskContext, captioned_images
+from sfumato.training.tasks.base import TaskContext, captioned_images, check_not_sharded
 from sfumato.training.tasks.text_to_image import TextToImage
 
 
@@ -26,8 +25,7 @@ class Control(TextToImage):
         return ModelNeeds(trains_controlnet=True)
 
     def __init__(self, context: TaskContext):
-        if context.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("task=control is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        check_not_sharded(context)
         super().__init__(context)
 
     @staticmethod

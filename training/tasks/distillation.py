@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.guided import NetworkInputs, guidance_embedding
+from sfumato.pipelines.guided import NetworkInputs, guidance_embedding, guidance_width
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.config.schema import Config
 from sfumato.training.data.streams import Stream, Streams
@@ -17,7 +16,7 @@ from sfumato.training.engine.ema import EMA
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.finetune import add_guidance_input
 from sfumato.training.quality.drawing import sampling_pipeline
-from sfumato.training.tasks.base import Collapsed, TaskContext
+from sfumato.training.tasks.base import Collapsed, TaskContext, check_not_sharded
 from sfumato.training.tasks.inpainting import Inpainting
 from sfumato.training.tasks.settings import DistilConfig
 from sfumato.training.tasks.text_to_image import TextToImage
@@ -45,8 +44,7 @@ class Distillation(TextToImage):
         return replace(needs, widens=False) if config.section(DistilConfig).masks else ModelNeeds()
 
     def __init__(self, context: TaskContext):
-        if context.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("task=distillation is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        check_not_sharded(context)
         self.settings = context.config.section(DistilConfig)
         if self.settings.masks:
             self.extra_arrays = Inpainting.extra_arrays
@@ -65,7 +63,7 @@ class Distillation(TextToImage):
     def _build(self, checkpoint) -> SfumatoPipeline:
         """The teacher's pipeline with the student as its UNet."""
         pipe = super()._build(checkpoint)
-        if pipe.unet.config["time_cond_proj_dim"] is not None:
+        if guidance_width(pipe.unet) is not None:
             raise ValueError(f"init_from={self.config.init_from!r} draws in few steps already; name its teacher")
         if pipe.reads != ("masks" if self.settings.masks else None):
             raise ValueError(f"init_from={self.config.init_from!r} reads {pipe.reads or 'no mask'} beside noise and text")

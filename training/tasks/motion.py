@@ -2,11 +2,9 @@
 
 from dataclasses import asdict
 
-from accelerate.utils import DistributedType
-
 from sfumato.training.config.schema import Config
 from sfumato.training.models.denoiser import ModelNeeds
-from sfumato.training.tasks.base import TaskContext
+from sfumato.training.tasks.base import TaskContext, check_not_sharded
 from sfumato.training.tasks.settings import MotionConfig
 from sfumato.training.tasks.text_to_image import TextToImage
 
@@ -23,6 +21,5 @@ class Motion(TextToImage):
         return ModelNeeds(motion=asdict(config.section(MotionConfig)))
 
     def __init__(self, context: TaskContext):
-        if context.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("task=motion is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        check_not_sharded(context)
         super().__init__(context)
