@@ -4,6 +4,7 @@ Self-contained on purpose (torch and diffusers only): this file travels inside s
 """
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import StableDiffusionPipeline
+import torch.nn.functional as F
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.utils import logging
 
@@ -126,9 +127,13 @@ def guidance_width(unet) -> int | None:
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """What a distilled network is told of guidance scales `(B,)`, `(B, width)`: diffusers' own embedding of scale - 1."""
-    embedding = StableDiffusionPipeline.get_guidance_scale_embedding
-    return embedding(None, scale.float() - 1, embedding_dim=width)  # pyright: ignore[reportArgumentType]  (it reads no self)
+    """What a distilled network is told of guidance scales `(B,)`, `(B, width)`: sines and cosines of 1000 (scale - 1).
+
+    As `StableDiffusionPipeline.get_guidance_scale_embedding`, which works on the CPU alone.
+    """
+    frequencies = torch.exp(torch.arange(width // 2, device=scale.device) * (-math.log(10000.0) / (width // 2 - 1)))
+    angles = 1000.0 * (scale.float() - 1)[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def guided_prediction(

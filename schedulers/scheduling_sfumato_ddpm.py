@@ -140,6 +140,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             "rescale_betas_zero_snr": rescale_betas_zero_snr,
         }
         super().__init__(**stock_arguments)
+        self._ends_in_noise = float(self.alphas_cumprod[-1]) == 0  # known to the host
         # An empty _use_default_values makes an in-memory swap carry every value, as a swap through disk does.
         config = {**self.config, "trained_betas": trained_betas, "_use_default_values": [], "_sfumato": notes}
         config.pop("schedule_params")
@@ -204,7 +205,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         elif source == "sample":
             x_0, eps = output, (x_t - signal * output) / noise
         else:
-            if (signal == 0).any():
+            if self._ends_in_noise and (signal == 0).any():
                 raise ValueError("x_0 cannot be recovered from eps where the SNR is zero; use v_prediction or sample")
             x_0, eps = (x_t - noise * output) / signal, output
         return {"sample": x_0, "epsilon": eps, "v_prediction": signal * eps - noise * x_0}[target]
@@ -243,6 +244,12 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         """
         if bool((torch.as_tensor(s) >= torch.as_tensor(t)).any()):
             raise ValueError(f"the posterior q(x_s | x_t, x_0) needs s < t, got s={s} and t={t}")
+        return self._posterior(x_0, x_t, s, t)
+
+    def _posterior(
+        self, x_0: torch.Tensor, x_t: torch.Tensor, s: torch.Tensor | int, t: torch.Tensor | int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`posterior` of timesteps that are known to be in order, which on a GPU could only be asked by waiting for it."""
         signal_t, noise_t = self.signal_and_noise(t, x_t)
         signal_s, noise_s = self.signal_and_noise(s, x_t)
         alpha = (signal_t / signal_s) ** 2
@@ -257,7 +264,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         as `learned`, the second half of the network's output, goes from -1 to 1 (Nichol and Dhariwal 2021, equation 15, arXiv
         2102.09672). At t = 0, where the posterior's is 0, that of t = 1 stands in.
         """
-        small = self.posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
+        small = self._posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
         signal_t, signal_s = self.signal_and_noise(t, like)[0], self.signal_and_noise(t - 1, like)[0]
         large = (1 - (signal_t / signal_s) ** 2).log()
         kind = self.config["variance_type"]
@@ -286,8 +293,8 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         guess = self.denoised(output, x_t, t)
         if self.config["thresholding"] or self.config["clip_sample"]:
             guess = guess.clamp(-1, 1)
-        true_mean, true_variance = self.posterior(x_0, x_t, t - 1, t)
-        mean, log_variance = self.posterior(guess, x_t, t - 1, t)[0], self.log_variance(t, x_t, learned)
+        true_mean, true_variance = self._posterior(x_0, x_t, t - 1, t)
+        mean, log_variance = self._posterior(guess, x_t, t - 1, t)[0], self.log_variance(t, x_t, learned)
         true_log = true_variance.clamp(min=1e-30).log()
         apart = (true_mean - mean).square() / log_variance.exp()
         divergence = 0.5 * (log_variance - true_log + (true_log - log_variance).exp() - 1 + apart)

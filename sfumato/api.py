@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from sfumato.training.doctor import Finding
     from sfumato.training.quality.command import Report
 
-__all__ = ["build_pipeline", "doctor", "drawer", "evaluate", "load_config", "prepare_data", "read_image", "train", "tune"]
+__all__ = [
+    "build_pipeline",
+    "doctor",
+    "drawer",
+    "evaluate",
+    "load_config",
+    "plan",
+    "prepare_data",
+    "read_image",
+    "train",
+    "tune",
+]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -176,6 +187,22 @@ def tune(
     pipe = SfumatoPipeline.from_pretrained(source)
     trials = try_all(pipe, prompts, steps, scale)
     return trials, keep(pipe, trials[0], source, Path(out) if out else source, steps, scale)
+
+
+def plan(config: Config, *, gpu: str, gpus: int = 1, images: float | None = None) -> list[Finding]:
+    """What a run needs of devices that are not here: memory, time, data and money; see `training.planner`.
+
+    Args:
+        gpu: the kind of device, such as `h100`; see `training.planner.DEVICES`.
+        gpus: how many of it.
+        images: how many the run is to see; by default those of `train.max_steps`.
+
+    Raises:
+        ValueError: the data or the settings cannot be used at all, or nothing is known of the device.
+    """
+    from sfumato.training import planner
+
+    return planner.examine(config, gpu=gpu, gpus=gpus, images=images)
 
 
 def doctor(config: Config, *, verify: bool = False) -> list[Finding]:

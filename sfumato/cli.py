@@ -159,6 +159,10 @@ def _add_doctor(verbs) -> None:
     doctor.add_argument("config", help=CONFIG)
     doctor.add_argument("overrides", **OVERRIDES)
     doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and compare their hash")
+    plan = "say instead what the run needs of such a GPU, without having one: h200, h100, a100, rtx4090, l4 or mps"
+    doctor.add_argument("--gpu", help=plan)
+    doctor.add_argument("--gpus", type=int, default=1, help="how many of them (default: %(default)s)")
+    doctor.add_argument("--images", type=float, help="how many images the run is to see, for its hours and its price")
     doctor.set_defaults(run=_doctor)
 
 
@@ -282,7 +286,11 @@ def _push(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from sfumato import api
 
-    findings = api.doctor(api.load_config(options.config, options.overrides), verify=options.verify)
+    config = api.load_config(options.config, options.overrides)
+    if options.gpu is not None:
+        findings = api.plan(config, gpu=options.gpu, gpus=options.gpus, images=options.images)
+    else:
+        findings = api.doctor(config, verify=options.verify)
     print("\n".join(map(str, findings)))
     return 1 if any(finding.severity == "error" for finding in findings) else 0
 

@@ -215,7 +215,7 @@ def test_8_bit_adam_without_its_package_is_told(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["unet", "regional"])
+@pytest.mark.parametrize("how", ["unet", "regional", "loss", "graphs"])
 def test_compiled_training_follows_eager(tmp_path, how):
     import json
     import shutil

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from sfumato.training.config.schema import OptimConfig
-from sfumato.training.engine.optimizers import MuonAdamW, build_optimizer, orthogonal
+from sfumato.training.engine.ema import EMA
+from sfumato.training.engine.optimizers import MuonAdamW, build_optimizer, orthogonal, take_step
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 20), (16, 100), (100, 16), (1, 8)])
@@ -16,8 +19,8 @@ def test_orthogonal_is_five_steps_of_newton_schulz(shape):
     y = x / x.norm()
     for _ in range(5):
         y = 3.4445 * y - 4.7750 * y @ y.T @ y + 2.0315 * y @ y.T @ y @ y.T @ y
-    torch.testing.assert_close(orthogonal(x), y, rtol=0, atol=1e-3)
-    values = torch.linalg.svdvals(orthogonal(torch.linalg.qr(torch.randn(shape))[0] if min(shape) > 1 else x))
+    torch.testing.assert_close(orthogonal(x[None])[0], y, rtol=0, atol=1e-3)
+    values = torch.linalg.svdvals(orthogonal((torch.linalg.qr(torch.randn(shape))[0] if min(shape) > 1 else x)[None]))
     assert ((values > 0.65) & (values < 1.25)).all()
 
 
@@ -71,3 +74,64 @@ def test_matrices_alone_as_of_a_lora_are_trained_by_adamw():
     with pytest.warns(UserWarning, match="trained by adamw"):
         optimizer = build_optimizer(OptimConfig(name="muon"), [torch.nn.Parameter(torch.zeros(3, 3))])
     assert type(optimizer) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_one_after_it_goes_on(name, bad):
+    """To the bit: as if that step had not been."""
+    accelerator = Accelerator(cpu=True)
+
+    def run(gradients: list[float]) -> tuple[list[torch.Tensor], dict]:
+        rng = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in ((6, 9), (6, 9), (4, 3, 2, 2), (7,))]
+        optimizer = accelerator.prepare(build_optimizer(OptimConfig(name=name), parameters))
+        ema = EMA(parameters, 0.9, post_hoc=True)
+        finite = []
+        for scale in gradients:
+            for k, p in enumerate(parameters):
+                p.grad = torch.sin(torch.arange(p.numel()) * 0.7 + k).view(p.shape)
+            parameters[2].grad.view(-1)[3] *= scale
+            _, is_finite = take_step(accelerator, optimizer, parameters, 1.0)
+            ema.step(parameters, is_finite)
+            finite.append(bool(is_finite))
+        state = [value for p in parameters for _, value in sorted(optimizer.state[p].items())]
+        averages = [*ema.shadow_params, *(value for track in ema.tracks.values() for value in track)]
+        return [*(p.detach() for p in parameters), *state, *averages], {"finite": finite, "count": ema.optimization_step}
+
+    expected, _ = run([1.0, 2.0, 3.0])
+    found, told = run([1.0, 2.0, bad, bad, 3.0])
+    assert told == {"finite": [True, True, False, False, True], "count": 3}
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    first, told = run([bad, 1.0])
+    assert told["count"] == 1 and all(torch.equal(a, b) for a, b in zip(first, run([1.0])[0], strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_large_gradient_is_scaled_down_within_the_step(name):
+    accelerator = Accelerator(cpu=True)
+    moved = []
+    for clip in (None, 0.5):
+        parameters = [torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(4))]
+        for k, p in enumerate(parameters):
+            p.grad = torch.cos(torch.arange(p.numel()) * 1.3 + k).view(p.shape)
+        if clip is None:
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer = accelerator.prepare(build_optimizer(OptimConfig(name=name, eps=0.1), parameters))
+        norm, _ = take_step(accelerator, optimizer, parameters, clip or 1e9)
+        moved.append((norm, [p.detach() for p in parameters]))
+    assert moved[0][0] == pytest.approx(0.5, rel=1e-4) and moved[1][0] > 2
+    torch.testing.assert_close(moved[0][1], moved[1][1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_is_that_of_diffusers():
+    """With the decay that rises by the number of steps; on the device, but the same to the bit."""
+    parameters = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(2))]
+    mine, theirs = EMA(parameters, 0.8), EMAModel(parameters, decay=0.8, foreach=True)
+    for step in range(30):
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(torch.sin(p + step))
+        mine.step(parameters)
+        theirs.step(parameters)
+    torch.testing.assert_close(mine.shadow_params, theirs.shadow_params, rtol=1e-6, atol=1e-6)

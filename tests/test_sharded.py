@@ -14,7 +14,7 @@ from sfumato.pipelines import export_pipeline
 from sfumato.training.config.schema import OptimConfig
 from sfumato.training.engine import checkpoints
 from sfumato.training.engine.ema import EMA, averaged_weights
-from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.engine.optimizers import build_optimizer, orthogonal, orthogonal_by_all
 from sfumato.training.models.denoiser import Denoiser
 from sfumato.training.models.parameters import is_sharded, plain_pipeline, trained_parameters
 
@@ -50,6 +50,8 @@ def test_sharded_state_equals_whole_state(tmp_path):
 
     def task(rank):
         torch.distributed.init_process_group("gloo")
+        matrices = torch.randn(5, 6, 11, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(orthogonal_by_all(matrices), orthogonal(matrices))  # 3 by one, 2 by the other
         for kind in ("muon",):  # which has AdamW inside, for what is no matrix
             check(tmp_path / kind, rank, kind)
         torch.distributed.destroy_process_group()

@@ -205,6 +205,7 @@ def test_notes_are_heard_through_the_codec():
     assert judged_share(notes, codec, "pitch", 24) > 0.7 and judged_share(notes, codec, "instrument", 24) > 0.7
 
 
+@pytest.mark.slow  # librosa compiles its search for pitches first, for 20 seconds
 def test_the_judge_of_notes_reads_pitch_and_not_another():
     """On tones, whose pitch is known without any program that plays."""
     codec = NoteCodec(**notes.SETTINGS, references={"instrument": {"words": ["flute"], "weights": [[0.0]] * 34}})

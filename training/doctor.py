@@ -54,16 +54,11 @@ def examine(config: Config, *, verify: bool = False) -> list[Finding]:
     Raises:
         ValueError: the data or the settings cannot be used at all.
     """
-    images, gpu = prepare(config.data), torch.accelerator.is_available()
+    images = prepare(config.data)
     if verify and not images.verify():
         cure = "remove this folder, and it is prepared again"
         raise ValueError(f"the prepared set {images.folder} does not hold the bytes that were prepared; {cure}")
-    if not gpu:
-        torch.set_num_threads(num_threads(config))
-    accelerator = Accelerator(cpu=not gpu, mixed_precision=config.train.mixed_precision)
-    streams = streams_of(STREAM_VERSION, config.seed)
-    context = TaskContext(config=config, images=images, accelerator=accelerator, streams=streams)
-    task: Task = TASKS.load(config.task)(context)
+    task = build_task(config, images, cpu=not torch.accelerator.is_available())
     findings = _data(config, images)
     pipe: SfumatoPipeline | None = getattr(task, "pipe", None)
     if pipe is not None:
@@ -73,6 +68,15 @@ def examine(config: Config, *, verify: bool = False) -> list[Finding]:
     if (folder / "pipeline" / "model_index.json").is_file():
         findings += _result(config, folder, images)
     return findings
+
+
+def build_task(config: Config, images: ArraySet, *, cpu: bool) -> Task:
+    """The task of a config on this process alone."""
+    if cpu:
+        torch.set_num_threads(num_threads(config))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=config.train.mixed_precision)
+    streams = streams_of(STREAM_VERSION, config.seed)
+    return TASKS.load(config.task)(TaskContext(config=config, images=images, accelerator=accelerator, streams=streams))
 
 
 def contact_sheet(images: ArraySet, count: int = 64) -> Image.Image:

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
@@ -20,17 +22,18 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.loader import batches
 from sfumato.training.data.prepare import prepare as prepare_data
+from sfumato.training.data.stream import Stream
 from sfumato.training.data.streams import STREAM_VERSION, streams_of
 from sfumato.training.engine import best, checkpoints, resume
 from sfumato.training.engine.ema import EMA, averaged_weights, forget_snapshots, save_snapshot
-from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.engine.optimizers import build_optimizer, take_step
 from sfumato.training.engine.processes import (
     StopSignal,
     claim_folder,
-    clip_gradients,
     run_on_main,
     start_accelerator,
 )
+from sfumato.training.engine.pulse import Pulse
 from sfumato.training.engine.tracking import Log
 from sfumato.training.models.build import check_network
 from sfumato.training.models.parameters import is_sharded, trained_parameters
@@ -55,13 +58,14 @@ class Run:
         best: the best score by `checkpoint.best_by` so far.
         pushes: of checkpoints, to the Hub.
         lock: held by the first process: one trainer writes to a folder.
+        stream: of the data, where they are read while training.
     """
 
     config: Config
     accelerator: Accelerator
     task: Task
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     ema: EMA
     state: dict[str, Any]
     origin: dict[str, Any]
@@ -70,6 +74,7 @@ class Run:
     finished: bool
     pushes: hub.BackgroundPush
     lock: FileLock
+    stream: Stream | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -144,6 +149,15 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
     )
     if checkpoint is not None:
         go_on(run, stored)
+    if config.data.stream:
+        run.stream = Stream(
+            task.data,
+            config,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            start=run.state["images_seen"],
+            state=stored.get("stream", {}),
+        )
     run_on_main(accelerator, forget_snapshots, output_dir, run.state["step"])
     run.best = run_on_main(accelerator, best.load_best, output_dir, config.checkpoint.best_by, run.state["step"])
     return run
@@ -211,26 +225,30 @@ def train(run: Run) -> int:
     task = run.task
     state = run.state
     ema = run.ema
-    device, parameters = accelerator.device, trained_parameters(task.module)
+    parameters = trained_parameters(task.module)
     model, optimizer = run.model, run.optimizer
-    rank, world = accelerator.process_index, accelerator.num_processes
-    loader = batches(task.data, config, rank=rank, num_processes=world, start=state["images_seen"])
+    world = accelerator.num_processes
+    loader = open_batches(run)
     log = Log(config, accelerator, state["step"])
     stop = StopSignal()
-    pushes = run.pushes
     num_batches = config.train.gradient_accumulation_steps
+    read_every = config.train.log_every_steps or (1 if accelerator.device.type == "cpu" else 10)
+    pulse = Pulse(accelerator, state["seconds"])
     bad_in_a_row = 0
+    diverged = False
     save_due = False
     push_due = False
-    started = time.monotonic() - state["seconds"]
     done = fraction_done(config, state)
     stopped = 0
 
     make_up_for(run, log)
-    while done < 1 and not stopped and bad_in_a_row < config.train.max_bad_steps:
-        # One optimizer step, its loss summed over the accumulated batches.
+    while done < 1 and not stopped and not diverged:
+        # One optimizer step, its loss summed over the accumulated batches. Nothing in it waits for the device.
         losses = []
         task.begin_step(done, ema)
+        lr = config.optim.lr * lr_scale(state["step"], done, config.optim.lr_warmup_steps, config.optim.lr_decay)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         for _ in range(num_batches):
             batch = next(loader)
             with accelerator.accumulate(model):
@@ -238,43 +256,47 @@ def train(run: Run) -> int:
                 accelerator.backward(loss)
                 losses.append(loss.detach())
                 if accelerator.sync_gradients:
-                    lr = config.optim.lr * lr_scale(state["step"], done, config.optim.lr_warmup_steps, config.optim.lr_decay)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    grad_norm = clip_gradients(accelerator, parameters, config.optim.max_grad_norm)
-                    # A gradient that is not finite never reaches the weights. (fp16's scaler skips such steps itself.)
-                    finite = bool(torch.isfinite(grad_norm))
-                    if finite or accelerator.scaler is not None:
-                        optimizer.step()
+                    grad_norm, is_finite = take_step(accelerator, optimizer, parameters, config.optim.max_grad_norm)
                 optimizer.zero_grad()
-        if finite:
-            ema.step(parameters)
-        bad_in_a_row = 0 if finite else bad_in_a_row + 1
+        ema.step(parameters, is_finite)
 
-        # All processes agree on loss, time and whether to stop.
-        pulse = torch.tensor([torch.stack(losses).mean(), time.monotonic() - started, stop.number], device=device)
-        pulse = accelerator.gather(pulse[None])
         state["step"] += 1
         state["images_seen"] += config.train.batch_size * num_batches * world
-        state["seconds"] = pulse[:, 1].max().item()
-        state["skipped_steps"] += not finite
-        done, stopped = fraction_done(config, state), int(pulse[:, 2].max())
-        loss_and_rate = {"loss": pulse[:, 0].mean().item(), "lr": lr, "grad_norm": float(grad_norm)}
-        log.write({**progress(state), **loss_and_rate, "done": round(done, 5)})
-
-        if is_due(config.ema.snapshot_steps, state) or (config.ema.snapshot_steps and done >= 1):
-            save_snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
+        entry = {"step": state["step"], "images_seen": state["images_seen"], "lr": lr}
+        pulse.note(entry, torch.stack(losses).mean(), grad_norm, is_finite)
+        state["seconds"] = pulse.seconds
+        done = fraction_done(config, state)
         save_due = save_due or is_due(config.checkpoint.every_steps, state)
+        show_due = is_due(config.validation.every_steps, state)
+        snapshot_due = is_due(config.ema.snapshot_steps, state)
         push_due = push_due or is_due(config.hub.every_steps, state)
-        if (save_due and finite) or stopped or done >= 1:
+        if len(pulse) < read_every and done < 1 and not (save_due or show_due or snapshot_due or push_due):
+            continue
+
+        # All processes agree on loss, time and whether to stop.
+        entries, stopped = pulse.read(stop.number)
+        state["seconds"] = pulse.seconds
+        for entry in entries:
+            is_good = entry.pop("is_finite")
+            bad_in_a_row = 0 if is_good else bad_in_a_row + 1
+            diverged = diverged or bad_in_a_row >= config.train.max_bad_steps
+            state["skipped_steps"] += not is_good
+            entry["skipped_steps"] = state["skipped_steps"]
+            log.write({**entry, "done": round(fraction_done(config, entry), 5)})
+        task.check()
+        done = fraction_done(config, state)
+
+        if snapshot_due or (config.ema.snapshot_steps and done >= 1):
+            save_snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
+        if (save_due and bad_in_a_row == 0) or stopped or done >= 1:
             log.sync()
             run.checkpoint = save(run) or run.checkpoint
             if push_due and not stopped and done < 1:
                 push_checkpoint(run)
             save_due = push_due = False
-        for line in pushes.new_messages():
+        for line in new_messages(run):
             log.say(line)
-        if is_due(config.validation.every_steps, state) and done < 1 and not stopped:
+        if show_due and done < 1 and not stopped:
             show_and_validate(run, log)
 
     stop.release()
@@ -283,13 +305,26 @@ def train(run: Run) -> int:
         return 128 + stopped
     if done < 1:
         log.close(
-            f"stopped: {bad_in_a_row} steps in a row had a gradient that is not finite; none reached the weights."
-            f" The checkpoints are good. Lower optim.lr (now {config.optim.lr}) and go on with checkpoint.resume=auto"
+            f"stopped: {config.train.max_bad_steps} steps in a row had a gradient that is not finite; none reached the"
+            f" weights. The checkpoints are good. Lower optim.lr (now {config.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
     with averaged_weights(ema, task.module):
         finish(run, log)
     return 0
+
+
+def open_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of this process, from where the run is."""
+    if run.stream is not None:
+        return iter(run.stream)
+    place = {"rank": run.accelerator.process_index, "num_processes": run.accelerator.num_processes}
+    return batches(run.task.data, run.config, **place, start=run.state["images_seen"])
+
+
+def new_messages(run: Run) -> list[str]:
+    """What pushes in the background and the reading of a stream have to say since the last call."""
+    return [*run.pushes.new_messages(), *(run.stream.new_messages() if run.stream is not None else [])]
 
 
 def make_up_for(run: Run, log: Log) -> None:
@@ -383,8 +418,9 @@ def fraction_done(config: Config, state: dict) -> float:
 
 
 def save(run: Run) -> Path | None:
-    """Write a checkpoint, from the first process; the others take part where the weights are sharded."""
+    """Write a checkpoint, from the first process; the others take part where weights are sharded, or data a stream."""
     main = run.accelerator.is_main_process
+    stream = {} if run.stream is None else whole_state(run.accelerator, run.stream)
     if not main and not is_sharded(run.task.module):
         return None
     scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.task.module, run.optimizer, run.ema)
@@ -393,6 +429,7 @@ def save(run: Run) -> Path | None:
         "ema_step": run.ema.optimization_step,
         "task": run.task.state(),
         "scaler": scaler.state_dict() if scaler is not None else None,
+        **({"stream": stream} if stream else {}),
         **run.origin,
     }
     with averaged_weights(run.ema, run.task.module):
@@ -400,6 +437,12 @@ def save(run: Run) -> Path | None:
         if not main:
             return None
         return checkpoints.save(run.output_dir, tensors, write, stored, run.config.checkpoint.keep)
+
+
+def whole_state(accelerator: Accelerator, stream: Stream) -> dict[str, Any]:
+    """Where the lanes of all processes are, in their order; all must call."""
+    states = [state for each in gather_object([stream.state()]) for state in each["states"].values()]
+    return {**stream.state(), "states": states}
 
 
 def push_checkpoint(run: Run) -> None:

@@ -78,22 +78,27 @@ class LossMoments:
     Attributes:
         moments: running mean of the squared loss in each bin, over about its last ten samples, `(num_bins,)` float64.
         seen: samples of each bin so far.
+        device: where both are; on a GPU nothing here waits for it.
     """
 
-    def __init__(self, num_bins: int = 64, warm: int = 10, uniform_share: float = 0.01):
-        self.warm, self.uniform_share = warm, uniform_share
-        self.moments, self.seen = torch.zeros(num_bins, dtype=torch.float64), torch.zeros(num_bins, dtype=torch.int64)
+    def __init__(self, num_bins: int = 64, warm: int = 10, uniform_share: float = 0.01, device: torch.device | str = "cpu"):
+        self.warm = warm
+        self.uniform_share = uniform_share
+        self.device = torch.device(device)
+        self.moments = torch.zeros(num_bins, dtype=torch.float64, device=device)
+        self.seen = torch.zeros(num_bins, dtype=torch.int64, device=device)
 
     def density(self) -> torch.Tensor:
         """How much more often than without each bin is drawn, `(num_bins,)`, mean 1; all 1 until each has been seen enough."""
-        if (self.seen < self.warm).any() or not self.moments.any():
-            return torch.ones_like(self.moments)
         root = self.moments.sqrt()
-        return (1 - self.uniform_share) * root / root.mean() + self.uniform_share
+        density = (1 - self.uniform_share) * root / root.mean() + self.uniform_share
+        return torch.where((self.seen >= self.warm).all() & self.moments.any(), density, 1.0)
 
     def warp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uniform numbers `(B,)` to those of the density, and the weights 1 / density that leave the mean loss as it is."""
-        density, count = self.density().to(u.device), len(self.moments)
+        """Uniform numbers `(B,)`, on `device`, to those of the density, and the weights 1 / density, by which the mean loss
+        stays what it is.
+        """
+        density, count = self.density(), len(self.moments)
         edges = torch.cat([density.new_zeros(1), density.cumsum(0) / count])
         bins = (torch.searchsorted(edges, u.double(), right=True) - 1).clamp(0, count - 1)
         inside = ((u - edges[bins]) / (density[bins] / count)).clamp(0, 1 - 1e-6)
@@ -101,12 +106,16 @@ class LossMoments:
 
     def update(self, u: torch.Tensor, losses: torch.Tensor) -> None:
         """Note the losses `(B,)` of samples drawn at `u`, before they are weighted by 1 / density."""
-        for bin, loss in zip((u * len(self.moments)).long().tolist(), losses.tolist()):
-            bin = min(bin, len(self.moments) - 1)  # in float32 the largest u is 1
-            if math.isfinite(loss):
-                share = max(0.1, 1 / (int(self.seen[bin]) + 1))
-                self.moments[bin] += share * (loss**2 - self.moments[bin])
-                self.seen[bin] += 1
+        u, losses = u.to(self.device), losses.to(self.device).double()
+        count = len(self.moments)
+        bins = (u * count).long().clamp(max=count - 1)  # in float32 the largest u is 1
+        is_good = losses.isfinite()
+        belongs = ((bins[:, None] == torch.arange(count, device=self.device)) & is_good[:, None]).double()
+        number = belongs.sum(0)
+        mean = torch.where(is_good, losses.square(), 0.0) @ belongs / number.clamp(min=1)
+        self.seen += number.long()
+        share = torch.maximum(1 - 0.9**number, number / self.seen.clamp(min=1))
+        self.moments += share * (mean - self.moments)
 
     def state(self) -> dict:
         """As JSON, for a checkpoint."""
@@ -114,8 +123,8 @@ class LossMoments:
 
     def restore(self, state: dict) -> None:
         """Go on from `state`."""
-        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
-        self.seen = torch.tensor(state["seen"], dtype=torch.int64)
+        self.moments = torch.tensor(state["moments"], dtype=torch.float64, device=self.device)
+        self.seen = torch.tensor(state["seen"], dtype=torch.int64, device=self.device)
 
 
 def add_offset(noise: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,14 @@ def _check_data(config: Config, need: Need) -> None:
     data, name = config.data, named_source(config)
     generated = name is not None and SOURCES[name].generated
     need(0 <= data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
+    if data.stream:
+        need(name is None, "data.stream", f"is for files of records; {data.name} draws its own")
+        need(not data.buckets, "data.buckets", "a stream has images of one size; set data.resolution")
+        need(data.max_records is None, "data.max_records", "does not go with data.stream, which has no end")
+        need(not data.cache_latents and not data.cache_embeddings, "data.cache_latents", "a stream keeps nothing")
+        need(
+            data.stream_buffer > 0 and data.stream_sample > 0, "data.stream_buffer", "and data.stream_sample must be positive"
+        )
     codec = name is not None and SOURCES[name].codec
     shape = SOURCES[name].shape if name is not None else None
     if shape is not None:

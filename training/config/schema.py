@@ -31,6 +31,11 @@ class DataConfig:
     words: list[str] = field(default_factory=list)  # openmoji: only images with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
     num_figures: int = 1  # shapes: in each image, 1 or 2
+    # Read .tar or .parquet shards while training and store nothing: here, at https://, s3:// or hf:// addresses with `*` or
+    # `{000..127}` in them, or of a Hub data set
+    stream: bool = False
+    stream_buffer: int = 4096  # stream: records in the memory of all processes together, among which the order is drawn
+    stream_sample: int = 2048  # stream: records prepared beforehand, for the tokenizer, the grids and the scores
     max_bad_share: float = 0.01  # a source with a larger share of unusable images stops the run
     cache_latents: bool = False  # encode all images by the VAE once, before training, and keep the result on disk
     cache_embeddings: bool = False  # the same for captions and a frozen text encoder
@@ -125,10 +130,13 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: the setting of `accelerate launch`
     gradient_checkpointing: bool = False  # less memory, a second forward pass
-    compile: Literal["no", "unet", "regional"] = "no"  # torch.compile of the UNet, whole or block by block
+    # torch.compile: of the UNet, whole or block by block; of the whole loss, noise and text encoder with it; or that as
+    # CUDA graphs, which spares small networks the time between kernels
+    compile: Literal["no", "unet", "regional", "loss", "graphs"] = "no"
     num_workers: int = 0  # processes that prepare batches
     num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores that the run may use
     trackers: list[str] | None = None  # such as tensorboard, wandb; null: tensorboard where it is installed
+    log_every_steps: int | None = None  # how many steps between two looks at the device; null: 1 on a CPU, else 10
     max_bad_steps: int = 20  # so many steps in a row with a loss or gradient that is not finite end the run
 
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class SampleData:
         streams: what is random about a sample.
         latents: from `cached.cached_latents`, if they were made.
         extra_arrays: what else the task makes of an image `(H, W, C)` uint8, a key and the streams, by name.
+        tokenizer: of captions that are read as a stream, where the task reads captions.
     """
 
     images: ArraySet
@@ -54,6 +55,7 @@ class SampleData:
     streams: Streams
     latents: np.ndarray | None = None
     extra_arrays: Callable[[np.ndarray, int, Streams], dict[str, np.ndarray]] | None = None
+    tokenizer: Any = None
 
 
 class TrainingSamples(Dataset):
@@ -79,7 +81,6 @@ class TrainingSamples(Dataset):
         self.length = sum(-(-len(part) // block) * block for part in self.parts) if several else len(train)
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
-        self._first_level = np.random.default_rng(config.seed).random()
 
     def order(self, epoch: int) -> np.ndarray:
         """The records of an epoch in the order they are read, `(length,)`."""
@@ -109,12 +110,15 @@ class TrainingSamples(Dataset):
         choices = self.streams.choices(np.array(epochs), np.array(indices), rows["num_captions"], self.random_flip)
         captions = rows["first_caption"].astype(np.int64) + choices.caption
         captions[choices.dropout < self.caption_dropout] = len(self.images.captions)
-        # Golden-ratio steps spread the noise levels evenly over any run of positions, hence over every batch.
-        spread = (self._first_level + np.array(positions) * GOLDEN_RATIO) % 1.0
-        levels = spread if self.low_discrepancy else choices.level
+        levels = spread_levels(self.seed, positions) if self.low_discrepancy else choices.level
         flips = choices.flip < 0.5 if self.random_flip else np.zeros(len(positions), bool)
         columns = (indices, flips.tolist(), captions.tolist(), levels.tolist(), choices.key.tolist())
         return [Sample(*row) for row in zip(*columns)]
+
+
+def spread_levels(seed: int, positions: list[int]) -> np.ndarray:
+    """Noise levels in [0, 1): golden-ratio steps spread them evenly over any run of positions, hence over every batch."""
+    return (np.random.default_rng(seed).random() + np.array(positions) * GOLDEN_RATIO) % 1.0
 
 
 class Positions(Sampler):
@@ -147,11 +151,16 @@ def collate(samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
     for sample in samples:
         image = data.images.image(sample.index)
         images.append(image[:, ::-1] if sample.flip else image)
-    batch["pixel_values"] = to_pixel_values(np.stack(images))
+    return batch | image_tensors(images, [sample.key for sample in samples], data)
+
+
+def image_tensors(images: list[np.ndarray], keys: list[int], data: SampleData) -> dict[str, torch.Tensor]:
+    """`pixel_values` of images `(H, W, C)`, and what the task makes of them beside."""
+    tensors = {"pixel_values": to_pixel_values(np.stack(images))}
     if data.extra_arrays is not None:
-        rows = [data.extra_arrays(image, sample.key, data.streams) for image, sample in zip(images, samples)]
-        batch |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    return batch
+        rows = [data.extra_arrays(image, key, data.streams) for image, key in zip(images, keys)]
+        tensors |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    return tensors
 
 
 def batches(
@@ -172,13 +181,23 @@ def batches(
             collate_fn=partial(collate, data=data),
             num_workers=config.train.num_workers,
             multiprocessing_context="fork" if config.train.num_workers else None,  # workers share the mapped files
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
     )
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on the device, by copies that wait for nothing."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def seed_layers(streams: Streams, batch: dict[str, torch.Tensor]) -> None:
+    """Seed torch's own generator, from which dropout layers draw, by the first sample of a batch from the loader."""
+    torch.manual_seed(streams.torch_seed(int(batch["sample_key"].numpy()[0])))
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C and SIGTERM reach every process of a group; the trainer still needs its workers to end the step under way."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

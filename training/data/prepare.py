@@ -23,12 +23,15 @@ from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_conte
 from sfumato.training.data.images import read_image, read_shape
 from sfumato.training.data.records import Record, Unusable, hash_fraction
 from sfumato.training.data.sources.registry import open_codec, open_source, source_name
+from sfumato.training.data.stream import sample_of
 
 # Raise this by hand with every change of code that changes a prepared byte: tests/test_identity.py has golden hashes.
 FORMAT_VERSION = 2
 HELD_OUT_SHARE = 0.02
 # Settings that change no prepared image.
-NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings")
+NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings", "stream_buffer")
+# Settings that decide the images of a set that is read as a stream, and of no other.
+OF_STREAMS = ("stream", "stream_sample")
 
 
 def cache_key(config: DataConfig) -> str:
@@ -37,8 +40,9 @@ def cache_key(config: DataConfig) -> str:
     It names a folder in the cache and says only where to look. What a set *is* says `ArraySet.fingerprint`.
     """
     parts = {key: value for key, value in asdict(config).items() if key not in NOT_IN_KEY}
+    parts = {key: value for key, value in parts.items() if config.stream or key not in OF_STREAMS}
     parts["format"] = FORMAT_VERSION
-    for package in ("pillow", *SOURCES[source_name(config.name)].packages):
+    for package in ("pillow", *(() if config.stream else SOURCES[source_name(config.name)].packages)):
         try:
             parts[package] = version(package)
         except PackageNotFoundError:
@@ -62,7 +66,7 @@ def prepare(config: DataConfig) -> ArraySet:
         ValueError: no such source, no captions, or too many unusable images; each is named.
         ModuleNotFoundError: the source needs a package; the message names it.
     """
-    records = open_source(config)
+    records = sample_of(config) if config.stream else open_source(config)
     root = Path(config.cache_dir).expanduser()
     folder = root / f"{Path(config.name).name}-{config.resolution}-{cache_key(config)}"
     if not (folder / "report.json").is_file():  # a ready set may lie where nobody may write
@@ -138,7 +142,7 @@ class _Writer:
 
 def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
     buckets = [(size[0], size[1]) for size in config.buckets] or [(config.resolution, config.resolution)]
-    codec = open_codec(config)
+    codec = None if config.stream else open_codec(config)
     if codec is None and config.channels not in (1, 3, 4):
         raise ValueError(f"data.channels={config.channels}: images have 1, 3 or 4")
     writer, num_records = _Writer(folder, buckets), 0

@@ -232,8 +232,8 @@ class PhiloxStreams:
 
     def torch_seed(self, key: int) -> int:
         """See `Streams`."""
-        (words,) = self.words(torch.tensor([key]), Stream.LAYERS).tolist()
-        return (words[0][0] << 31) ^ words[0][1]
+        first, second, *_ = self.words(torch.tensor([key]), Stream.LAYERS).numpy().ravel()
+        return (int(first) << 31) ^ int(second)
 
 
 def _to_unit(words: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from sfumato.files import CannotSave
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.card import remove_figures
 from sfumato.pipelines.locate import locate_pipeline
-from sfumato.training.models.parameters import trained_names, trained_parameters, whole_tensor
+from sfumato.training.models.parameters import local_part, trained_names, trained_parameters, whole_tensor
 
 TRACKS = (0.05, 0.1)  # lengths, as the standard deviation of their profile in shares of the run
 
@@ -33,27 +33,49 @@ class EMA(EMAModel):
         post_hoc: keep two more averages, of the power functions of `TRACKS` (Karras et al. 2024, arXiv 2312.02696).
 
     Attributes:
+        num_steps: how many optimizer steps were averaged in, on the device, so that counting them waits for nothing.
         tracks: the two averages by the exponent of their profile; empty without `post_hoc`.
     """
+
+    num_steps: torch.Tensor
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float, offload: bool = False, post_hoc: bool = False):
         parameters = list(parameters)
         super().__init__(parameters, decay=decay, foreach=True)
         self.offload = offload
+        device = torch.device("cpu") if offload or not parameters else parameters[0].device
+        self.num_steps = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
         self.tracks = {exponent_of(s): [p.detach().clone() for p in parameters] for s in TRACKS} if post_hoc else {}
         if offload:
             self.to("cpu")
             self.tracks = {gamma: [p.cpu() for p in track] for gamma, track in self.tracks.items()}
 
+    @property
+    def optimization_step(self) -> int:
+        """`num_steps` on the host, which has to wait for the device."""
+        return int(self.num_steps)
+
+    @optimization_step.setter
+    def optimization_step(self, value: int) -> None:
+        self.num_steps = torch.full_like(self.num_steps, value) if hasattr(self, "num_steps") else torch.tensor(value)
+
     @torch.no_grad()
-    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Average in the parameters after an optimizer step."""
-        self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
-        values: list[torch.Tensor] = [p.to("cpu") if self.offload else p for p in parameters]
-        torch._foreach_lerp_(self.shadow_params, values, 1 - self.cur_decay_value)
+    def step(self, parameters: Iterable[torch.nn.Parameter], is_finite: torch.Tensor | None = None) -> None:
+        """Average in the parameters after an optimizer step; one that was not finite, `is_finite` (), counts for nothing."""
+        values = [local_part(p.to(self.num_steps.device) if self.offload else p) for p in parameters]
+        counts = torch.ones_like(self.num_steps) if is_finite is None else is_finite.to(self.num_steps)
+        self.num_steps += counts
+        before = self.num_steps - 1  # diffusers' `get_decay`, on the device
+        decay = torch.where(before <= 0, 0.0, ((1 + before) / (10 + before)).clamp(max=self.decay))
+        self._move(self.shadow_params, values, (1 - decay) * counts)
         for gamma, track in self.tracks.items():  # Karras et al. 2024, equation 2
-            torch._foreach_lerp_(track, values, 1 - (1 - 1 / self.optimization_step) ** (gamma + 1))
+            self._move(track, values, (1 - (1 - 1 / self.num_steps.clamp(min=1)) ** (gamma + 1)) * counts)
+
+    @staticmethod
+    def _move(averages: list[torch.Tensor], values: list[torch.Tensor], share: torch.Tensor) -> None:
+        """Move averages towards values by a share, (), of the way."""
+        shares = [share.float()] * len(values)
+        torch._foreach_lerp_([local_part(average) for average in averages], values, shares)
 
 
 def exponent_of(length: float) -> float:

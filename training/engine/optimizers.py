@@ -1,42 +1,66 @@
-"""The optimizer that a config asks for."""
+"""The optimizer that a config asks for, and the step it takes."""
 
 import warnings
+from collections import defaultdict
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sfumato.training.config.schema import OptimConfig
+from sfumato.training.models.parameters import local_part
 
 
 def _factor(square: torch.Tensor) -> torch.Tensor:
     """a + b s + c s^2, of Jordan's coefficients, which take all but the smallest singular values to between 0.7 and 1.2."""
-    factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-    factor.diagonal().add_(3.4445)
+    factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+    factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)
     return factor
 
 
 def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix of `(M, N)`, roughly: five steps of Newton-Schulz, y <- (a + b yy' + c (yy')^2) y.
+    """The nearest semi-orthogonal matrices of `(n, M, N)`, roughly: five steps of Newton-Schulz each,
+    y <- (a + b yy' + c (yy')^2) y.
 
-    A matrix wider than 1.5 of its height takes the steps on yy' alone and applies them at the end, which is the same for fewer
+    Matrices wider than 1.5 of their height take the steps on yy' alone and apply them at the end, which is the same for fewer
     products (17 of M x M and 2 of M x N; the plain form 5 and 10). In float32, as yy' needs it (torch's Muon is in bfloat16,
     which a CPU is slower in on matrices as small as ours).
     """
-    wide = x.shape[0] <= x.shape[1]
-    y = (x if wide else x.T).float()
-    y = y / (y.norm() + 1e-7)
-    if 2 * y.shape[1] < 3 * y.shape[0]:
+    wide = x.shape[1] <= x.shape[2]
+    y = (x if wide else x.mT).float()
+    y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-7)
+    if 2 * y.shape[2] < 3 * y.shape[1]:
         for _ in range(steps):
-            y = _factor(y @ y.T) @ y
+            y = _factor(y @ y.mT) @ y
     else:
-        square, whole = y @ y.T, torch.eye(len(y), dtype=y.dtype, device=y.device)
-        for step in range(steps):
+        square = y @ y.mT
+        whole = factor = _factor(square)
+        for _ in range(steps - 1):
+            square = factor @ square @ factor
             factor = _factor(square)
-            whole = factor if step == 0 else factor @ whole
-            if step < steps - 1:
-                square = factor @ square @ factor
+            whole = factor @ whole
         y = whole @ y
-    return (y if wide else y.T).to(x.dtype)
+    return (y if wide else y.mT).to(x.dtype)
+
+
+def orthogonal_by_all(x: torch.Tensor) -> torch.Tensor:
+    """`orthogonal` of matrices `(n, M, N)` that all processes hold, each taking its share of them."""
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    if world == 1 or len(x) == 1:
+        return orthogonal(x)
+    count = -(-len(x) // world)
+    rank = distributed.get_rank()
+    own = x[rank * count : (rank + 1) * count]
+    mine = x.new_zeros(count, *x.shape[1:])
+    if len(own):
+        mine[: len(own)] = orthogonal(own)
+    everyones = x.new_empty(world * count, *x.shape[1:])
+    distributed.all_gather_into_tensor(everyones, mine)
+    return everyones[: len(x)]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -44,15 +68,21 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) makes the momentum of each matrix orthogonal; its updates
     are scaled to AdamW's size, so both follow one learning rate. A kernel `(O, I, H, W)` is taken as a matrix `(O, I H W)`.
-    (torch's Muon takes matrices only.)
+    Matrices of one shape go through it together, and processes share them out. (torch's Muon takes matrices only.)
+
+    Attributes:
+        grad_scale, found_inf: as of torch's fused optimizers, for a step that waits for nothing: tensors (), what the
+            gradients are divided by, and 1 where they are not finite and nothing may change.
     """
 
     momentum = 0.95
+    _step_supports_amp_scaling = True  # torch's scaler for float16 then sets the two itself
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, betas, eps: float, weight_decay: float):
         matrices = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim < 2]
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.grad_scale = self.found_inf = None
+        self.adamw: Any = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         super().__init__(
             [{"params": matrices, "lr": lr, "weight_decay": weight_decay}, {**self.adamw.param_groups[0], "params": others}],
             {},
@@ -61,23 +91,91 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One step of both."""
-        group = self.param_groups[0]
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-            average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
-            update = p.grad.lerp(average, self.momentum)
-            sharded = isinstance(update, DTensor)
-            whole = update.full_tensor() if sharded else update  # each process orthogonalises the whole matrix
-            size = 0.2 * max(whole.flatten(1).shape) ** 0.5  # the root mean square of AdamW's updates
-            update = orthogonal(whole.flatten(1)).view_as(whole)
-            if sharded:
-                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)  # has it already
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))  # the scaler deletes them
+        alike = defaultdict(list)
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                alike[p.flatten(1).shape].append(p)
+        for parameters in alike.values():
+            self._step_matrices(parameters, grad_scale, found_inf)
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]  # loading a state replaces both
+        self.adamw.grad_scale, self.adamw.found_inf = grad_scale, found_inf
         self.adamw.step()
+
+    def _step_matrices(
+        self, parameters: list[torch.nn.Parameter], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> None:
+        """One step of parameters that are matrices of one shape."""
+        lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        whole_grads: list[Any] = [p.grad for p in parameters]
+        for p, grad in zip(parameters, whole_grads):
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
+        grads = [local_part(grad) for grad in whole_grads]
+        averages = [local_part(self.state[p]["momentum_buffer"]) for p in parameters]
+        values = [local_part(p) for p in parameters]
+        keep = torch.ones((), device=grads[0].device) if found_inf is None else 1 - found_inf
+        if grad_scale is not None:
+            torch._foreach_div_(grads, grad_scale)
+        if found_inf is not None:
+            for grad in grads:
+                grad.masked_fill_(found_inf > 0, 0.0)
+        torch._foreach_lerp_(averages, grads, [(1 - self.momentum) * keep] * len(grads))
+        updates = torch._foreach_lerp(grads, averages, self.momentum)
+        whole = torch.stack([_whole(update, p).flatten(1) for update, p in zip(updates, parameters)])
+        size = 0.2 * max(whole.shape[1:]) ** 0.5  # the root mean square of AdamW's updates
+        whole = orthogonal_by_all(whole) * (-lr * size * keep)
+        torch._foreach_mul_(values, 1 - lr * weight_decay * keep)
+        torch._foreach_add_(values, [_part(update.view(p.shape), p) for update, p in zip(whole, parameters)])
+
+
+def _whole(part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+    """All of a tensor of which this process holds the part that it holds of `like`."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def _part(whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+    """The part of a tensor, which all processes hold, that this one holds of `like`."""
+    if not isinstance(like, DTensor):
+        return whole
+    return local_part(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
+
+
+def take_step(
+    accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step by gradients scaled down to `max_norm` where their norm is larger.
+
+    A gradient that is not finite changes nothing. Nothing waits for the device, but for float16's scaler and for optimizers
+    that know no `found_inf`, such as that with 8-bit state.
+
+    Returns:
+        The norm before, and whether it is finite, (), on the device.
+    """
+    accelerator.unscale_gradients()
+    plain: Any = optimizer.optimizer
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        norm: Any = accelerator.clip_grad_norm_(parameters, max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    else:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    is_finite = norm.isfinite()
+    if accelerator.scaler is None and getattr(plain, "_step_supports_amp_scaling", False):
+        plain.found_inf = 1 - is_finite.float()
+        plain.grad_scale = None if sharded else (norm / max_norm).clamp(min=1.0)  # within the step, so no pass more
+        optimizer.step()
+        return norm, is_finite
+    if not sharded:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if accelerator.scaler is not None or bool(is_finite):
+        optimizer.step()
+    return norm, is_finite
 
 
 def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -127,21 +127,6 @@ def run_on_main(accelerator: Accelerator, function: Callable[..., T], *arguments
     return result
 
 
-def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to `max_norm` where their norm is larger; returns the norm before.
-
-    Gradients within the limit, the usual case, are read once and not written: `clip_grad_norm_` multiplies them by 1.
-    """
-    if accelerator.distributed_type == DistributedType.FSDP:
-        norm: Any = accelerator.clip_grad_norm_(parameters, max_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    accelerator.unscale_gradients()
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
-    if norm > max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
 class StopSignal:
     """Notes Ctrl-C, SIGTERM and a closed terminal, so that the loop can save and leave after the step under way.
 

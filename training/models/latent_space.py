@@ -28,10 +28,16 @@ def to_pixel_values(images: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor) -> torch.Tensor:
-    """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`."""
+def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor, *, is_pixel_model: bool | None = None) -> torch.Tensor:
+    """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`.
+
+    Args:
+        is_pixel_model: what `is_identity` says, which reads a weight; for callers that ask often.
+    """
+    is_pixel_model = is_identity(vae) if is_pixel_model is None else is_pixel_model
     if isinstance(vae, FrameVae):
-        return join_frames(encode(vae.vae, split_frames(pixel_values, vae.vae.config.in_channels)), len(pixel_values))
-    if is_identity(vae):
+        frames = split_frames(pixel_values, vae.vae.config.in_channels)
+        return join_frames(encode(vae.vae, frames, is_pixel_model=is_pixel_model), len(pixel_values))
+    if is_pixel_model:
         return F.pad(pixel_values, (0, 0, 0, 0, 0, vae.config["latent_channels"] - pixel_values.shape[1]))
     return vae.encode(pixel_values, return_dict=False)[0].mode() * vae.config["scaling_factor"]

@@ -13,7 +13,7 @@ from sfumato.figures import to_pil
 from sfumato.files import replace_folder
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import evenly_spaced
-from sfumato.training.data.loader import SampleData
+from sfumato.training.data.loader import SampleData, to_device
 from sfumato.training.data.streams import Stream
 from sfumato.training.engine.ema import EMA
 from sfumato.training.models.autoencoder import build_autoencoder, downsampling_factor
@@ -59,13 +59,17 @@ class Autoencoder:
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Reconstruction and Kullback-Leibler divergence; see `objectives.autoencoder_loss`."""
         device, vae = self.accelerator.device, self.module.vae
-        pixels = batch["pixel_values"].to(device)
+        batch = to_device(batch, device)
+        pixels = batch["pixel_values"]
         size = [side // downsampling_factor(vae) for side in pixels.shape[-2:]]
         shape = (vae.config["latent_channels"], *size)
-        noise = self.streams.normal(batch["sample_key"].to(device), Stream.NOISE, shape)
+        noise = self.streams.normal(batch["sample_key"], Stream.NOISE, shape)
         rebuilt, mean, logvar = model(pixels, noise)
         kl_weight, sharpness = self.settings.kl_weight, self.settings.sharpness_weight
         return autoencoder_loss(rebuilt, mean, logvar, pixels, kl_weight=kl_weight, sharpness=sharpness)
+
+    def check(self) -> None:
+        """Nothing to look at."""
 
     def state(self) -> dict[str, Any]:
         """Nothing beside the weights."""

@@ -77,7 +77,11 @@ class TrainingHalf(Protocol):
         ...
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of a batch; `model` is `module` as Accelerate runs it.
+        """The loss of a batch, (); `model` is `module` as Accelerate runs it. Nothing in it waits for the device."""
+        ...
+
+    def check(self) -> None:
+        """Look at what the steps left on the device; called by all processes, when losses are read.
 
         Raises:
             Collapsed: going on is of no use.

@@ -5,12 +5,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import NetworkInputs, guidance_embedding, guidance_width
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.config.schema import Config
+from sfumato.training.data.loader import seed_layers, to_device
 from sfumato.training.data.streams import Stream, Streams
 from sfumato.training.engine.ema import EMA
 from sfumato.training.models.denoiser import ModelNeeds
@@ -57,8 +59,8 @@ class Distillation(TextToImage):
         self.no_text = torch.tensor(ids["input_ids"], device=device)
         self.jumps = JUMPS[0]
         self.num_levels = len(self.levels)
-        self.own_steps = torch.tensor(self._own_steps())
-        self.watched: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.own_steps = torch.tensor(self._own_steps(), device=device)
+        self.spread = Spread()
 
     def _build(self, checkpoint) -> SfumatoPipeline:
         """The teacher's pipeline with the student as its UNet."""
@@ -108,8 +110,8 @@ class Distillation(TextToImage):
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """How far the student's end of the path from x_t is from where its average sees it, one jump of the teacher later."""
-        torch.manual_seed(self.streams.torch_seed(int(batch["sample_key"][0])))
-        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        seed_layers(self.streams, batch)
+        batch = to_device(batch, self.accelerator.device)
         keys, scheduler = batch["sample_key"], self.pipe.scheduler
         t = self._times(batch["timestep_u"], keys)
         x_0 = self.x_0(batch)
@@ -121,12 +123,12 @@ class Distillation(TextToImage):
             text = text if text.is_floating_point() else self.pipe.text_encoder(text)[0]
             target = self._target(x_t, t, text, inputs, scale, batch)
         estimate = scheduler.denoised(model(self._seen(x_t, batch), t, text, inputs).float(), x_t, t)
-        self._watch(estimate, x_0, t)
+        self.spread.add(estimate.detach(), x_0, t == self.num_levels - 1)
         return ((estimate - target).square() + HUBER**2).sqrt().sub(HUBER).mean()
 
     def _times(self, u: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Timesteps `(B,)`: spread evenly, and some of them those that the sampler asks at."""
-        own = self.own_steps.to(u.device)
+        own = self.own_steps
         picked = own[(self.streams.uniform(keys, Stream.OWN_STEP) * len(own)).long()]
         even = (u * self.num_levels).long().clamp(1, self.num_levels - 1)
         return torch.where(self.streams.uniform(keys, Stream.STEP_KIND) < OWN_STEPS, picked, even)
@@ -189,22 +191,46 @@ class Distillation(TextToImage):
         config = self.teacher_scheduler.config
         return x_0.clamp(-1, 1) if config.get("thresholding") or config.get("clip_sample") else x_0
 
-    @torch.no_grad()
-    def _watch(self, estimate: torch.Tensor, x_0: torch.Tensor, t: torch.Tensor) -> None:
+    def check(self) -> None:
         """Stop where all images have become alike, which the loss takes for success.
 
         Raises:
             Collapsed: the images that the student sees in pure noise differ by less than `distil.min_spread` of what the
                 training images do.
         """
-        self.watched += list(zip(estimate[t == self.num_levels - 1].detach(), x_0[t == self.num_levels - 1]))
-        if len(self.watched) < WATCHED:
-            return
-        seen, true = (torch.stack(column).std(0).mean() for column in zip(*self.watched))
-        self.watched = []
-        if float(seen) < self.settings.min_spread * float(true):
+        spread = self.spread.read(self.accelerator)
+        if spread is not None and spread < self.settings.min_spread:
             raise Collapsed(
-                f"all images have become alike: from pure noise they differ by {float(seen / true):.0%} of what training "
+                f"all images have become alike: from pure noise they differ by {spread:.0%} of what training "
                 "images do. The checkpoints before may be good. "
                 f"Lower optim.lr (now {self.config.optim.lr}), or see that the teacher draws well"
             )
+
+
+class Spread:
+    """How much images differ from one another, against how much others do; gathered on the device."""
+
+    def __init__(self):
+        self.sums: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, estimate: torch.Tensor, x_0: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Count in images `(B, C, h, w)` of both kinds, those that are `chosen` `(B,)`."""
+        weight = chosen.float()
+        columns = [torch.ones_like(estimate), estimate, estimate.square(), x_0, x_0.square()]
+        sums = torch.stack([torch.einsum("b,bchw->chw", weight, column.float()) for column in columns])
+        self.sums = sums if self.sums is None or self.sums.shape != sums.shape else self.sums + sums
+
+    def read(self, accelerator: Accelerator) -> float | None:
+        """The ratio of the mean standard deviations, once `WATCHED` images were counted; then it begins again."""
+        if self.sums is None:
+            return None
+        count, seen, seen_squares, true, true_squares = cast(torch.Tensor, accelerator.reduce(self.sums)).double()
+        if float(count.max()) < WATCHED:
+            return None
+        self.sums = None
+        spreads = [
+            ((squares - total.square() / count).clamp(min=0) / (count - 1)).sqrt().mean()
+            for total, squares in ((seen, seen_squares), (true, true_squares))
+        ]
+        return float(spreads[0] / spreads[1])

@@ -89,5 +89,5 @@ def check_autoencoder(config: Config, need) -> None:
     need(settings.sharpness_weight >= 0, "autoencoder.sharpness_weight", "must not be negative")
     need(config.init_from is None, "init_from", "is not for task=autoencoder")
     need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")
-    need(config.train.compile != "regional", "train.compile", "choose no or unet for task=autoencoder")
+    need(config.train.compile in ("no", "unet"), "train.compile", "choose no or unet for task=autoencoder")
     need(not config.ema.snapshot_steps, "ema.snapshot_steps", "is not for task=autoencoder")

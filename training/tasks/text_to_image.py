@@ -22,7 +22,7 @@ from sfumato.registries import Metric, figures_of, metrics_for
 from sfumato.training.config.rules import named_source
 from sfumato.training.config.schema import Config
 from sfumato.training.data.cached import cached_latents, cached_texts
-from sfumato.training.data.loader import SampleData
+from sfumato.training.data.loader import SampleData, seed_layers, to_device
 from sfumato.training.data.streams import Stream, Streams
 from sfumato.training.engine.ema import EMA
 from sfumato.training.models.build import build_pipeline
@@ -51,7 +51,8 @@ class TextToImage:
 
     Attributes as of `base.Task`; beside them:
         pipe: the model.
-        levels: the signal-to-noise ratio of every timestep, on the CPU; `snr` on the device.
+        levels: the signal-to-noise ratio of every timestep, on the CPU; `snr` on the device; `drawn_levels` where timesteps
+            are drawn, which is the CPU, since MPS has no quantiles, or where the losses' moments are.
         prompts: those of the sample grids.
     """
 
@@ -72,6 +73,7 @@ class TextToImage:
         self.pipe = pipe = self._build(context.checkpoint)
         set_codec(pipe.unet, self.images.codec)
         pipe.vae.to(device)
+        self.is_pixel_model = is_identity(pipe.vae)
         self.module: torch.nn.Module = Denoiser(pipe.unet, pipe.text_encoder, pipe.controlnet).to(device)
         self.frozen_parts = (pipe.unet, pipe.text_encoder, pipe.vae)
         self._speed_up()
@@ -82,10 +84,12 @@ class TextToImage:
             latents=latents,
             streams=self.streams,
             extra_arrays=self.extra_arrays,
+            tokenizer=pipe.tokenizer,
         )
-        self.moments = LossMoments() if config.objective.importance else None
+        self.moments = LossMoments(device="cpu" if device.type == "mps" else device) if config.objective.importance else None
         self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
         self.snr = self.levels.to(device)
+        self.drawn_levels = self.levels if self.moments is None else self.levels.to(self.moments.device)
         o = config.objective
         self.weight = partial(
             loss_weight,
@@ -117,6 +121,7 @@ class TextToImage:
 
     def _speed_up(self) -> None:
         """Gradient checkpointing and `torch.compile`, as the config says."""
+        self.losses = self._losses
         if self.config.train.gradient_checkpointing:
             for network in filter(None, (self.pipe.unet, self.pipe.controlnet)):
                 network.enable_gradient_checkpointing()
@@ -124,13 +129,17 @@ class TextToImage:
             self.pipe.unet.compile()
         elif self.config.train.compile == "regional":
             self.pipe.unet.compile_repeated_blocks()
+        elif self.config.train.compile == "loss":
+            self.losses = torch.compile(self._losses)
+        elif self.config.train.compile == "graphs":
+            self.losses = torch.compile(self._losses, mode="reduce-overhead")
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Token ids or embeddings of every caption, and latents of every image where they are kept."""
         data = self.config.data
         pipe = self.pipe
         latents = None
-        if data.cache_latents and is_identity(pipe.vae):
+        if data.cache_latents and self.is_pixel_model:
             raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
         if data.cache_embeddings and any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
             raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
@@ -142,16 +151,27 @@ class TextToImage:
     def begin_step(self, done: float, ema: EMA) -> None:
         """Nothing to do."""
 
+    def check(self) -> None:
+        """Nothing to look at."""
+
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Draw x_0, eps and t, noise, predict, compare (Ho et al. 2020, equation 14, weighted)."""
-        o, scheduler = self.config.objective, self.pipe.scheduler
-        torch.manual_seed(self.streams.torch_seed(int(batch["sample_key"][0])))  # for dropout layers, if the model has any
-        u, share = batch["timestep_u"], torch.ones(())
+        """Draw t on the host, or where the losses' moments are, and all the rest on the device."""
+        o = self.config.objective
+        seed_layers(self.streams, batch)
+        u, share = batch["timestep_u"], None
         if self.moments is not None:
-            u, share = self.moments.warp(u)
-        t = sample_timesteps(u, self.levels, o.timesteps, o.log_snr_mean, o.log_snr_std)  # on the CPU: MPS has no quantiles
-        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-        u, share, t = (value.to(self.accelerator.device) for value in (u, share, t))
+            u, share = self.moments.warp(u.to(self.moments.device, non_blocking=True))
+        t = sample_timesteps(u, self.drawn_levels, o.timesteps, o.log_snr_mean, o.log_snr_std)
+        losses = self.losses(model, to_device({**batch, "t": t}, self.accelerator.device))
+        if self.moments is not None:
+            pairs = cast(torch.Tensor, self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)))
+            self.moments.update(*pairs.T)
+            losses = cast(torch.Tensor, share).to(losses.device) * losses
+        return losses.mean()
+
+    def _losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Draw x_0 and eps, noise, predict, compare (Ho et al. 2020, equation 14, weighted): `(B,)`, of timesteps `t`."""
+        o, scheduler, t = self.config.objective, self.pipe.scheduler, batch["t"]
         x_0 = self.x_0(batch)
         noise = self.noise(batch["sample_key"], x_0)
         x_t = scheduler.add_noise(x_0, noise, t)
@@ -161,14 +181,13 @@ class TextToImage:
         if output.shape[1] > x_0.shape[1]:  # the hybrid loss: the bound teaches the variance and leaves the mean alone
             halves = torch.cat([prediction.detach(), output[:, x_0.shape[1] :]], dim=1).float()
             losses = losses + o.vlb_weight * len(self.snr) * scheduler.bound_term(halves, x_0, x_t, t)
-        if self.moments is not None:
-            pairs = cast(torch.Tensor, self.accelerator.gather(torch.stack([u.float(), losses.detach()], dim=1)))
-            self.moments.update(*pairs.T.cpu())
-        return (share * losses).mean()
+        return losses
 
     def x_0(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Clean latents or pixels, `(B, C, h, w)`."""
-        return batch["x_0"] if "x_0" in batch else encode(self.pipe.vae, batch["pixel_values"])
+        if "x_0" in batch:
+            return batch["x_0"]
+        return encode(self.pipe.vae, batch["pixel_values"], is_pixel_model=self.is_pixel_model)
 
     def noise(self, keys: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
         """The noise to train with, `(B, C, h, w)`; of each sample by its own key."""

@@ -53,6 +53,8 @@ def _find(name: str) -> tuple[str, list[Path]]:
     named = name.partition(":")[0]
     if named in SOURCES and SOURCES[named].named:
         return named, []
+    if "://" in name:
+        raise ValueError(f"data.name={name!r} is an address: read it as a stream, data.stream=true")
     path = Path(name).expanduser()
     if path.exists():
         return _find_files(path)

@@ -1,0 +1,147 @@
+"""The planner's counts against those of a real step, at a batch that it has not seen."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfumato import api, cli
+from sfumato.training import planner
+from sfumato.training.config.load import load_config
+from sfumato.training.data.loader import batches
+from sfumato.training.data.prepare import prepare
+from sfumato.training.doctor import build_task
+from sfumato.training.engine.ema import EMA
+from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.models.parameters import trained_parameters
+
+# At widths at which the network's own storages are more than what a step makes beside.
+WIDE = {"block_out_channels": [32, 64], "norm_num_groups": 8}
+KINDS = {
+    "adamw": {},
+    "muon": {"optim": {"name": "muon"}},
+    "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "averages": {"ema": {"snapshot_steps": 100}},
+    "long captions": {"text_encoder": {"max_length": 64, "num_hidden_layers": 3}},
+    "two layers": {"unet": {"layers_per_block": 2}},
+    "larger": {"data": {"resolution": 32}},
+    "hybrid loss": {"scheduler": {"variance_type": "learned_range", "prediction_type": "epsilon"}},
+    "inpainting": {"task": "inpainting"},
+    "upscaling": {"task": "upscaling"},
+    "autoencoder": {"task": "autoencoder"},
+}
+BATCH = 16
+
+
+def measure(task, config, batch_size: int) -> tuple[float, float]:
+    """Operations of one step, and bytes in use at the most beyond those before it, by torch's own counters."""
+    parameters = trained_parameters(task.module)
+    optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, 0.9, post_hoc=bool(config.ema.snapshot_steps))
+    loader = batches(task.data, replace(config, train=replace(config.train, batch_size=batch_size)))
+
+    def step(batch):
+        loss = task.loss(task.module, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+
+    step(next(loader))
+    with FlopCounterMode(display=False) as flops:
+        step(next(loader))
+    batch = next(loader)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(batch)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    in_use = torch.tensor([event.nbytes() for event in events if event.name() == "[memory]"]).cumsum(0)
+    return flops.get_total_flops(), float(in_use.max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_those_of_a_real_step(tmp_path, kind):
+    sections = {"unet": WIDE, **KINDS[kind]}
+    sections["unet"] = {**WIDE, **sections["unet"]}
+    config = load_config(tiny.config_file(tmp_path, **sections))
+    images = prepare(config.data)
+    one, two = (planner.count_step(build_task(config, images, cpu=True), config, batch_size) for batch_size in planner.COUNTED)
+    expected = planner.extend(one, two, BATCH)
+    flops, in_use = measure(build_task(config, images, cpu=True), config, BATCH)
+    assert expected.flops == pytest.approx(flops, rel=0.02)
+    assert expected.peak == pytest.approx(expected.lasting + in_use, rel=0.1)
+
+
+def test_what_stays_is_counted_by_its_parts(tmp_path):
+    config = load_config(tiny.config_file(tmp_path, ema={"snapshot_steps": 100}))
+    task = build_task(config, prepare(config.data), cpu=True)
+    counts = planner.count_step(task, config, 1)
+    trained = 4 * sum(p.numel() for p in trained_parameters(task.module))
+    assert counts.gradients == trained and counts.averages == 3 * trained
+    assert counts.moments == pytest.approx(2 * trained, rel=0.01)  # and the numbers of steps
+    offloaded = replace(config, ema=replace(config.ema, offload=True))
+    assert planner.count_step(task, offloaded, 1).averages == 0
+
+
+def counts(**more) -> planner.Counts:
+    each = {
+        "flops": 1e12,
+        "traffic": 1e9,
+        "weights": 1e9,
+        "gradients": 1e9,
+        "averages": 1e9,
+        "moments": 2e9,
+        "learning": 6e9,
+        "stepping": 5e9,
+    }
+    return planner.Counts(**{**each, **more})
+
+
+def test_a_plan_is_arithmetic(tmp_path):
+    """A batch of 10 of 1 TFLOP an image on 100 TFLOP/s takes 100 ms at the peak; 1 GB of gradients go round twice."""
+    device = planner.Device(flops=(1e14, 2e14), bandwidth=1e15, memory=10e9 / planner.SPARE, link=1e10, dollars=3.0)
+    train = {"batch_size": 10, "max_steps": 1000, "gradient_accumulation_steps": 2}
+    config = load_config(tiny.config_file(tmp_path, train=train))
+    one, two = counts(flops=2e12, traffic=2e9), counts(flops=4e12, traffic=4e9, learning=7e9)
+    p = planner.plan(one, two, config, device, 4)
+    assert p.roofline == pytest.approx(0.1)
+    assert p.largest_batch == 10  # 6 + 8 * 0.5 = 10
+    assert planner.largest_batch(counts(stepping=11e9), two, 10e9) == 0
+    assert p.exchange == pytest.approx(2 * 3 / 4 * 1e9 / 1e10)
+    likely = 0.1 / planner.SHARE
+    assert p.step == pytest.approx(2 * likely)  # the exchange is hidden
+    assert p.images_a_step == 80
+    assert p.hours(80e3) == pytest.approx(1000 * 2 * likely / 3600)
+    assert p.dollars(80e3) == pytest.approx(p.hours(80e3) * 4 * 3.0)
+    half = planner.plan(one, two, replace(config, train=replace(config.train, mixed_precision="bf16")), device, 1)
+    assert half.roofline == pytest.approx(0.05) and half.exchange == 0
+    slow = planner.plan(one, two, config, replace(device, bandwidth=1e10), 1)
+    assert slow.roofline == pytest.approx(1.0)
+
+
+def test_what_does_not_fit_is_told_with_what_would(tmp_path):
+    config = load_config(tiny.config_file(tmp_path, train={"batch_size": 16}))
+    device = planner.Device(flops=(1e14, 2e14), bandwidth=1e15, memory=10e9 / planner.SPARE, link=1e10, dollars=3.0)
+    said = str(planner._memory(planner.plan(counts(), counts(learning=7e9), config, device, 1), config, "toy"))
+    assert said.startswith("error") and "train.batch_size=8 train.gradient_accumulation_steps=2" in said
+    said = str(planner._memory(planner.plan(counts(learning=11e9), counts(learning=12e9), config, device, 1), config, "toy"))
+    assert said.startswith("error") and "Not even one image" in said and "fsdp2.yaml" in said
+
+
+def test_the_command_plans(tmp_path, capsys):
+    path = tiny.config_file(tmp_path)
+    assert cli.main(["doctor", str(path), "--gpu", "h100", "--gpus", "8", "--images", "1e6"]) == 0
+    out = capsys.readouterr().out
+    for said in (
+        "GB on each h100",
+        "ms at the least",
+        "images/s on 8 h100",
+        "1,000,000 images",
+        "dollars",
+        "gradients go round",
+    ):
+        assert said in out
+    assert cli.main(["doctor", str(path), "--gpu", "voodoo"]) == 2
+    assert "known are h200, h100" in capsys.readouterr().err
+    assert len(api.plan(load_config(path), gpu="l4")) == 5

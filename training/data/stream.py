@@ -1,0 +1,420 @@
+"""Records read from shards while training: for data that fit no disk. `data.stream: true`.
+
+The shards of an epoch are dealt out to lanes, and the lanes to the processes and their workers. Each lane shuffles its own
+records by windows, and each batch takes its share from every lane; so what a run sees is decided by the seed and the number
+of lanes, on one process or many, and a run goes on in the middle of a shard from six numbers a lane.
+"""
+
+import re
+import shutil
+import tempfile
+import time
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from sfumato.registries import SOURCES
+from sfumato.training.config.schema import Config, DataConfig
+from sfumato.training.data.images import read_image
+from sfumato.training.data.loader import SampleData, image_tensors, leave_signals_to_the_trainer, spread_levels
+from sfumato.training.data.records import Record, Unusable, hash_fraction, splits_to_leave_out
+
+HELD_OUT_SHARE = 0.02
+MAX_LANES = 64
+TRIES = 4  # at a shard on another machine
+SECONDS_BETWEEN = 2.0  # the first time; twice as long each time
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of records.
+
+    Attributes:
+        address: a path or a URL.
+        source: the name in `SOURCES` of what reads it.
+    """
+
+    address: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the address, which the names of its records begin with."""
+        return self.address.rstrip("/").rpartition("/")[2]
+
+
+def expand(address: str) -> list[str]:
+    """Addresses of a pattern with a range of numbers, such as `shard-{000..127}.tar`; itself where there is none."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", address)
+    if found is None:
+        return [address]
+    first, last = found.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [each for number in numbers for each in expand(address[: found.start()] + number + address[found.end() :])]
+
+
+def list_shards(config: DataConfig) -> list[Shard]:
+    """The shards of `data.name`: a folder or file here, a URL with `{000..127}` or `*` in it, or a Hub id.
+
+    Raises:
+        ValueError: there are none, or they cannot be listed; says why.
+    """
+    name = config.name
+    try:
+        if "://" in name:
+            addresses = [each for pattern in expand(name) for each in _glob(pattern)]
+        elif (path := Path(name).expanduser()).exists():
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            addresses = [str(file) for file in files if not file.name.startswith(".")]
+        else:
+            revision = f"@{config.revision}" if config.revision else ""
+            addresses = _glob(f"hf://datasets/{name}{revision}/**")
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"data.name={name!r} cannot be listed: {error}") from error
+    shards = [Shard(address, source) for address in addresses if (source := _source_of(address)) is not None]
+    left = splits_to_leave_out([shard.address for shard in shards], config.split)
+    shards = [shard for shard in shards if shard.address not in left]
+    if not shards:
+        raise ValueError(f"data.name={name!r}: found no .tar or .parquet to read as a stream")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError(f"data.name={name!r}: two shards have the same name, by which records are told apart")
+    return shards
+
+
+def _glob(pattern: str) -> list[str]:
+    if "*" not in pattern:
+        return [pattern]
+    system, path = fsspec.core.url_to_fs(pattern)
+    return [str(system.unstrip_protocol(found)) for found in sorted(system.glob(path))]
+
+
+def _source_of(address: str) -> str | None:
+    streamed = ("webdataset", "parquet")
+    return next((name for name in streamed if address.lower().endswith(SOURCES[name].claims)), None)
+
+
+@contextmanager
+def local_copy(address: str, folder: Path) -> Iterator[Path]:
+    """A shard as a file on this machine; one from elsewhere is fetched, and is gone afterwards.
+
+    Raises:
+        OSError: it cannot be had, after `TRIES`.
+    """
+    if "://" not in address:
+        yield Path(address)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="shard-", dir=folder) as place:
+        path = Path(place) / address.rpartition("/")[2]
+        for attempt in range(TRIES):
+            try:
+                with _open(address) as source, open(path, "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                break
+            except OSError:
+                if attempt == TRIES - 1:
+                    raise
+                time.sleep(SECONDS_BETWEEN * 2**attempt)
+        yield path
+
+
+def _open(address: str) -> Any:
+    """A file elsewhere, to be read once; of fsspec's own, that for the web needs a package more."""
+    if address.startswith(("http://", "https://")):
+        return urllib.request.urlopen(address, timeout=60)
+    return fsspec.open(address, "rb")
+
+
+def records_of(shard: Shard, config: DataConfig) -> Iterator[Record]:
+    """The records of a shard in its order, by the source that reads such files; their names begin with the shard's."""
+    try:
+        with local_copy(shard.address, Path(config.cache_dir).expanduser() / "stream") as path:
+            for record in SOURCES.load(shard.source)(config, [path]):
+                own = record.name.startswith(shard.name)
+                yield record if own else replace(record, name=f"{shard.name}/{record.name}")
+    except OSError as error:
+        yield Record(shard.name, fault=f"shard that cannot be had ({type(error).__name__}: {error})")
+
+
+def sample_of(config: DataConfig) -> Iterator[Record]:
+    """The first records of some shards, evenly spread: what is prepared beforehand of a set that is read as a stream."""
+    shards = list_shards(config)
+    chosen = shards[:: max(1, len(shards) // 8)][:8]
+    share = -(-config.stream_sample // len(chosen))
+    for shard in chosen:
+        for number, record in enumerate(records_of(shard, config)):
+            if number == share:
+                break
+            yield record
+
+
+@dataclass
+class LaneState:
+    """Where a lane is.
+
+    Attributes:
+        epoch: times that it has been through its shards.
+        shard, record: of its shards in this epoch, and of the records there, those where the window begins.
+        window: how many windows of this epoch were before.
+        place: how many records of the window, in its shuffled order, were taken.
+        seen, bad: records that were used, and those that could not be, since the run began.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    record: int = 0
+    window: int = 0
+    place: int = 0
+    seen: int = 0
+    bad: int = 0
+
+
+class Lane:
+    """One reader of a share of the shards, endlessly: each epoch in another order.
+
+    Args:
+        number, count: which of how many.
+        state: where to go on.
+    """
+
+    def __init__(self, shards: list[Shard], config: Config, number: int, count: int, state: LaneState):
+        self.shards = shards
+        self.config = config
+        self.number = number
+        self.count = count
+        self.state = replace(state)
+        self.reasons: Counter[str] = Counter()
+        self._size = max(1, config.data.stream_buffer // count)
+        self._window: list[Record] = []
+        self._next: tuple[int, int] | None = None  # where the next window begins
+        self._open: tuple[int, int, Iterator[Record]] | None = None  # shard, record and what comes there
+
+    def own_shards(self) -> list[Shard]:
+        """Its shards of this epoch. Where there are fewer shards than lanes, several lanes share one; see `_is_own`."""
+        order = np.random.default_rng((self.config.seed, self.state.epoch)).permutation(len(self.shards))
+        if len(self.shards) >= self.count:
+            order = order[self.number :: self.count]
+        else:
+            order = order[self.number % len(self.shards) :][:1]
+        return [self.shards[i] for i in order]
+
+    def _is_own(self, record: int) -> bool:
+        """Whether a record of a shard that several lanes share is this lane's."""
+        alike = len(range(self.number % len(self.shards), self.count, len(self.shards)))
+        return record % alike == self.number // len(self.shards) if len(self.shards) < self.count else True
+
+    def take(self) -> tuple[int, Record, np.ndarray]:
+        """The epoch, the next record that can be used, and its image `(H, W, C)`.
+
+        Raises:
+            ValueError: a whole epoch has none, or too many cannot be used.
+        """
+        empty = 0
+        data = self.config.data
+        while True:
+            if self.state.place >= len(self._window):
+                empty = 0 if self._window else empty + 1
+                if empty > 3:
+                    raise ValueError(f"lane {self.number} of {data.name} has no usable record: {dict(self.reasons)}")
+                self._fill(again=not self._window and self._next is None)
+                continue
+            record = self._window[self.state.place]
+            self.state.place += 1
+            try:
+                if record.fault:
+                    raise Unusable(record.fault)
+                assert isinstance(record.image, (bytes, Path))
+                image = read_image(record.image, data.size, data.channels, data.resize)
+            except Unusable as error:
+                self._note_bad(record, error.reason)
+                continue
+            self.state.seen += 1
+            return self.state.epoch, record, image
+
+    def _note_bad(self, record: Record, reason: str) -> None:
+        self.state.bad += 1
+        self.reasons[f"{reason} ({record.name})" if not self.reasons else reason] += 1
+        total, data = self.state.seen + self.state.bad, self.config.data
+        if total >= 1000 and self.state.bad > data.max_bad_share * total:
+            raise ValueError(
+                f"{self.state.bad} of the first {total} records of lane {self.number} of {data.name} cannot be used: "
+                f"{dict(self.reasons)}. Repair or remove them, or allow more: data.max_bad_share (now {data.max_bad_share})"
+            )
+
+    def _fill(self, again: bool) -> None:
+        """Read the next window, or `again` the one that the state is in, and shuffle it."""
+        s = self.state
+        if not again:
+            assert self._next is not None
+            s.shard, s.record = self._next
+            s.window, s.place = s.window + 1, 0
+            if s.shard >= len(self.own_shards()):
+                s.epoch, s.shard, s.record, s.window = s.epoch + 1, 0, 0, 0
+                self._open = None
+        window: list[Record] = []
+        shards, shard, record = self.own_shards(), s.shard, s.record
+        while len(window) < self._size and shard < len(shards):
+            if self._open is None or self._open[:2] != (shard, record):
+                stream = records_of(shards[shard], self.config.data)
+                for _ in range(record):  # read and passed over, not decoded
+                    next(stream, None)
+            else:
+                stream = self._open[2]
+            for found in stream:
+                record += 1
+                held_out = found.split == "held_out" or hash_fraction(found.name) < HELD_OUT_SHARE
+                if self._is_own(record - 1) and found.left_out is None and (found.fault or not held_out):
+                    window.append(found)
+                    if len(window) == self._size:
+                        break
+            else:
+                shard, record, stream = shard + 1, 0, iter(())
+            self._open = (shard, record, stream) if record else None
+        self._next = (shard, record)
+        order = np.random.default_rng((self.config.seed, s.epoch, self.number, s.window)).permutation(len(window))
+        self._window = [window[i] for i in order]
+
+
+def count_lanes(config: Config, num_shards: int, num_processes: int) -> int:
+    """How many lanes a new run has: the most that divide a batch of all processes evenly, up to `MAX_LANES` and, if that can
+    be, no more than there are shards.
+    """
+    block = config.train.batch_size * num_processes
+    fitting = [count for count in range(num_processes, block + 1, num_processes) if block % count == 0]
+    most = max(num_processes, min(MAX_LANES, num_shards))
+    return max(count for count in fitting if count <= most)
+
+
+def collate_stream(
+    rows: list[tuple[int, Record, np.ndarray]], positions: list[int], data: SampleData, config: Config
+) -> dict[str, torch.Tensor]:
+    """A batch of records with their epochs and images, which are at these positions of the run; see `loader.batches`."""
+    epochs, records, images = zip(*rows)
+    index = np.array([zlib.crc32(record.name.encode("utf-8", "replace")) for record in records], np.int64)
+    counts = np.array([len(record.captions) for record in records])
+    choices = data.streams.choices(np.array(epochs), index, counts, config.data.random_flip)
+    dropped = choices.dropout < config.objective.caption_dropout
+    captions = ["" if drop else record.captions[k] for record, k, drop in zip(records, choices.caption, dropped)]
+    levels = spread_levels(config.seed, positions) if config.objective.low_discrepancy else choices.level
+    flips = choices.flip < 0.5 if config.data.random_flip else np.zeros(len(rows), bool)
+    if data.tokenizer is None:
+        text = torch.zeros(len(rows), 1, dtype=torch.int64)
+    else:
+        text = data.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    turned = [image[:, ::-1] if flip else image for image, flip in zip(images, flips)]
+    return {
+        "timestep_u": torch.from_numpy(np.float32(levels)),
+        "sample_key": torch.from_numpy(choices.key),
+        "text": text,
+        **image_tensors(turned, choices.key.tolist(), data),
+    }
+
+
+class _Parts(IterableDataset):
+    """Each worker's part of each batch: what its lanes give, and where they are then."""
+
+    def __init__(self, stream: "Stream"):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, count = (info.id, info.num_workers) if info is not None else (0, 1)
+        yield from self.stream.parts(worker, count)
+
+
+class Stream:
+    """Batches of one process from a stream, endlessly.
+
+    Yields `batches`' tensors; each sample's key is its epoch and the CRC-32 of its name.
+
+    Args:
+        data: what makes tensors of samples, with a `tokenizer`.
+        state: of a checkpoint, of all processes; `{}` for a new run.
+        start: images seen by all processes.
+
+    Raises:
+        ValueError: the number of processes does not go with the lanes of the run.
+    """
+
+    def __init__(self, data: SampleData, config: Config, *, rank: int, num_processes: int, start: int, state: dict[str, Any]):
+        self.data = data
+        self.config = config
+        self.start = start
+        self.rank, self.num_processes = rank, num_processes
+        self.shards = list_shards(config.data)
+        names = zlib.crc32("\n".join(shard.name for shard in self.shards).encode())
+        if state and state["shards"] != names:
+            raise ValueError(f"the shards of {config.data.name} are no more those that the run began with")
+        self.names = names
+        self.num_lanes = state["lanes"] if state else count_lanes(config, len(self.shards), num_processes)
+        batch = config.train.batch_size
+        if self.num_lanes % num_processes or batch * num_processes % self.num_lanes:
+            raise ValueError(
+                f"the run reads its data by {self.num_lanes} lanes; go on with a number of processes and a train.batch_size "
+                f"whose product they divide evenly (now {num_processes} x {batch}), and with no more processes than lanes"
+            )
+        every = [LaneState(**lane) for lane in state["states"]] if state else [LaneState() for _ in range(self.num_lanes)]
+        own = self.num_lanes // num_processes
+        self.numbers = list(range(rank * own, (rank + 1) * own))
+        self.states = {number: every[number] for number in self.numbers}
+        self.skipped: Counter[str] = Counter()
+
+    def parts(self, worker: int, count: int) -> Iterator[dict[str, Any]]:
+        """A worker's part of each batch."""
+        own = np.array_split(self.numbers, count)[worker].tolist()
+        lanes = [Lane(self.shards, self.config, number, self.num_lanes, self.states[number]) for number in own]
+        batch_size = self.config.train.batch_size
+        each = batch_size // len(self.numbers)
+        block = batch_size * self.num_processes
+        first = self.start
+        while own:
+            rows, positions = [], []
+            for lane in lanes:
+                for k in range(each):
+                    rows.append(lane.take())
+                    positions.append(first + lane.number * each + k)
+            part = collate_stream(rows, positions, self.data, self.config)
+            states = {lane.number: asdict(lane.state) for lane in lanes}
+            yield {"batch": part, "states": states, "skipped": sum((lane.reasons for lane in lanes), Counter())}
+            for lane in lanes:
+                lane.reasons.clear()
+            first += block
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        workers = min(self.config.train.num_workers, len(self.numbers))
+        loader = iter(
+            DataLoader(
+                _Parts(self),
+                batch_size=None,
+                num_workers=workers,
+                multiprocessing_context="fork" if workers else None,
+                worker_init_fn=leave_signals_to_the_trainer,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+        while True:
+            parts = [next(loader) for _ in range(max(workers, 1))]
+            for part in parts:
+                self.states |= {number: LaneState(**state) for number, state in part["states"].items()}
+                self.skipped += part["skipped"]
+            yield {name: torch.cat([part["batch"][name] for part in parts]) for name in parts[0]["batch"]}
+
+    def new_messages(self) -> list[str]:
+        """What could not be used since the last call, by reason."""
+        lines = [f"skipped {count}: {reason}" for reason, count in self.skipped.items()]
+        self.skipped.clear()
+        return lines
+
+    def state(self) -> dict[str, Any]:
+        """Where this process's lanes are, as of the last batch that was yielded."""
+        return {"lanes": self.num_lanes, "shards": self.names, "states": {n: asdict(s) for n, s in self.states.items()}}

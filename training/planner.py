@@ -1,0 +1,328 @@
+"""`sfumato doctor CONFIG --gpu NAME`: what a run needs of a device that is not here: memory, time, data, money.
+
+One optimizer step is taken here at two small batches, whose operations and storages are counted; both grow in proportion to
+the batch, so those of any batch follow.
+"""
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfumato.training.config.schema import Config
+from sfumato.training.data.loader import batches
+from sfumato.training.data.prepare import prepare
+from sfumato.training.doctor import Finding, build_task
+from sfumato.training.engine.ema import EMA
+from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.models.parameters import trained_parameters
+from sfumato.training.tasks.base import Task
+
+COUNTED = (2, 4)  # batch sizes; a batch of one takes other ways through some operations
+SHARE = 0.4  # of the peak that a well-fed UNet usually reaches
+SPARE = 0.9  # of the memory that can be filled; the rest is the driver's, the libraries' and what lies between blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a device can do, by its maker's data sheet (dense, without sparsity).
+
+    Attributes:
+        flops: operations a second in float32 and in bfloat16.
+        bandwidth: bytes a second from its memory.
+        memory: bytes.
+        link: bytes a second to each of its neighbours in a machine.
+        dollars: an hour to rent, roughly, in 2026; 0 where nobody rents them.
+    """
+
+    flops: tuple[float, float]
+    bandwidth: float
+    memory: float
+    link: float
+    dollars: float
+
+
+DEVICES = {
+    "h200": Device(flops=(67e12, 989e12), bandwidth=4.8e12, memory=141e9, link=450e9, dollars=3.5),
+    "h100": Device(flops=(67e12, 989e12), bandwidth=3.35e12, memory=80e9, link=450e9, dollars=2.5),
+    "a100": Device(flops=(19.5e12, 312e12), bandwidth=2.04e12, memory=80e9, link=300e9, dollars=1.5),
+    "rtx4090": Device(flops=(82.6e12, 165e12), bandwidth=1.008e12, memory=24e9, link=32e9, dollars=0.4),
+    "l4": Device(flops=(30.3e12, 121e12), bandwidth=0.3e12, memory=24e9, link=32e9, dollars=0.7),
+    "mps": Device(flops=(14e12, 14e12), bandwidth=0.4e12, memory=36e9, link=math.inf, dollars=0.0),  # an M3 Max
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one optimizer step of one process takes.
+
+    Attributes:
+        flops: operations of products of matrices and of convolutions; an addition and a multiplication are two.
+        traffic: bytes that all operations read and write, each for itself.
+        weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept beside the trained ones.
+        learning: bytes that are in use at the most while the loss and its gradients are computed, those included.
+        stepping: the same while the optimizer takes its step.
+    """
+
+    flops: float
+    traffic: float
+    weights: float
+    gradients: float
+    averages: float
+    moments: float
+    learning: float
+    stepping: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes in use at the most."""
+        return max(self.learning, self.stepping)
+
+    @property
+    def lasting(self) -> float:
+        """Bytes that stay from step to step."""
+        return self.weights + self.averages + self.moments
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes that operations read and write, and those in use at the most, of the storages that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.traffic = 0
+        self.in_use = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage as in use until nobody has it any more."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.in_use += size
+        self.peak = max(self.peak, self.in_use)
+        weakref.finalize(storage, self._release, key, size).atexit = False
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.in_use -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for tensor in made:
+            self.hold(tensor)
+        if not func.is_view:
+            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.traffic += sum(tensor.nbytes for tensor in read + made)
+        return result
+
+
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of all of them."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def tensors_of(states: Iterable[dict]) -> list[torch.Tensor]:
+    """The tensors of an optimizer's states."""
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def count_step(task: Task, config: Config, batch_size: int) -> Counts:
+    """What one step at a batch size takes, by taking two of them here, the first of which makes the optimizer's moments.
+
+    It changes the weights of the task.
+    """
+    parameters = trained_parameters(task.module)
+    modules = {task.module, *task.frozen_parts}
+    weights = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    optimizer = build_optimizer(config.optim, parameters)
+    ema = EMA(parameters, config.ema.decay, post_hoc=bool(config.ema.snapshot_steps))
+    averages = [] if config.ema.offload else [*ema.shadow_params, *chain.from_iterable(ema.tracks.values())]
+    small = replace(config, train=replace(config.train, batch_size=batch_size, num_workers=0))
+    loader = batches(task.data, small)
+    meter, flops = Meter(), FlopCounterMode(display=False)
+    learning = 0
+    for counter in (flops, meter):  # not at once: the one would keep alive what the other counts
+        batch = next(loader)
+        if counter is meter:
+            for tensor in (*weights.values(), *averages, *tensors_of(optimizer.state.values())):
+                meter.hold(tensor)
+        with counter:
+            with task.accelerator.autocast():
+                loss = task.loss(task.module, batch)
+            loss.backward()
+            learning, meter.peak = meter.peak, meter.in_use
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(parameters)
+        del loss
+    return Counts(
+        flops=flops.get_total_flops(),
+        traffic=meter.traffic,
+        weights=nbytes(weights.values()),
+        gradients=nbytes(parameters),
+        averages=nbytes(averages),
+        moments=nbytes(tensors_of(optimizer.state.values())),
+        learning=learning,
+        stepping=meter.peak,
+    )
+
+
+def extend(one: Counts, two: Counts, batch_size: float) -> Counts:
+    """The counts of any batch size from those of the two batch sizes of `COUNTED`."""
+    more = (batch_size - COUNTED[0]) / (COUNTED[1] - COUNTED[0])
+    grown = {
+        name: getattr(one, name) + more * (getattr(two, name) - getattr(one, name))
+        for name in ("flops", "traffic", "learning")
+    }
+    return replace(one, **grown)
+
+
+def largest_batch(one: Counts, two: Counts, memory: float) -> int:
+    """How many images fit into so many bytes; 0 where not even one does."""
+    if memory < one.stepping:
+        return 0
+    growth = (two.learning - one.learning) / (COUNTED[1] - COUNTED[0])
+    return max(0, int((memory - one.learning) / growth + COUNTED[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run of a config on some devices of a kind.
+
+    Attributes:
+        counts: of one pass over a batch, on each.
+        device, count: what, and how many of it.
+        largest_batch: that fits on one.
+        roofline: seconds that a step takes at the least: those of its operations at the peak, or of its bytes.
+        exchange: seconds in which the gradients go round, where nothing of it is hidden behind the backward pass.
+        step: seconds that a step is likely to take, all accumulated batches and the exchange with it.
+        images_a_step: of all devices.
+        steps: of the run, 0 where the config says minutes alone.
+    """
+
+    counts: Counts
+    device: Device
+    count: int
+    largest_batch: int
+    roofline: float
+    exchange: float
+    step: float
+    images_a_step: int
+    steps: int
+
+    @property
+    def images_a_second(self) -> float:
+        """Of all devices."""
+        return self.images_a_step / self.step
+
+    def hours(self, images: float) -> float:
+        """To see so many images."""
+        return images / self.images_a_second / 3600
+
+    def dollars(self, images: float) -> float:
+        """For all devices, to see so many images."""
+        return self.hours(images) * self.count * self.device.dollars
+
+
+def plan(one: Counts, two: Counts, config: Config, device: Device, count: int) -> Plan:
+    """The plan from the counts of the batch sizes of `COUNTED`."""
+    accumulated = config.train.gradient_accumulation_steps
+    counts = extend(one, two, config.train.batch_size)
+    half = config.train.mixed_precision in ("bf16", "fp16")
+    peak = device.flops[1 if half else 0]
+    compiled = config.train.compile != "no"  # elementwise work is then fused into what is beside it
+    by_operations = counts.flops / peak
+    by_bytes = counts.traffic / device.bandwidth * (0.5 if compiled else 1.0)
+    exchange = 2 * (count - 1) / count * counts.gradients / device.link
+    likely = max(by_operations / SHARE, by_bytes)
+    return Plan(
+        counts=counts,
+        device=device,
+        count=count,
+        largest_batch=largest_batch(one, two, SPARE * device.memory),
+        roofline=max(by_operations, by_bytes),
+        exchange=exchange,
+        step=accumulated * likely + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
+        images_a_step=config.train.batch_size * accumulated * count,
+        steps=config.train.max_steps or 0,
+    )
+
+
+def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = None) -> list[Finding]:
+    """What a run of `config` needs on `gpus` devices of the kind `gpu`, of `DEVICES`.
+
+    Args:
+        images: how many the run is to see, for its hours and its price; by default those of `train.max_steps`.
+
+    Raises:
+        ValueError: the data or the settings cannot be used at all, or nothing is known of the device.
+    """
+    if gpu not in DEVICES:
+        raise ValueError(f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}")
+    task = build_task(config, prepare(config.data), cpu=True)
+    one, two = (count_step(task, config, batch_size) for batch_size in COUNTED)
+    p = plan(one, two, config, DEVICES[gpu], gpus)
+    return [_memory(p, config, gpu), *_speed(p, gpu), *_run(p, images)]
+
+
+def _memory(p: Plan, config: Config, gpu: str) -> Finding:
+    """Whether the batch fits, and what to do where it does not."""
+    c = p.counts
+    kept = f"weights {c.weights / 1e9:.2f}, gradients {c.gradients / 1e9:.2f}, optimizer {c.moments / 1e9:.2f}"
+    rest = c.peak - c.lasting - c.gradients
+    kept += f", averages {c.averages / 1e9:.2f}, activations and the rest {rest / 1e9:.2f}"
+    what = f"{c.peak / 1e9:.2f} GB on each {gpu}: {kept}"
+    batch_size = config.train.batch_size
+    if p.largest_batch >= batch_size:
+        return Finding("fine", f"{what}; train.batch_size={p.largest_batch} would just fit")
+    if p.largest_batch > 0:
+        times = -(-batch_size // p.largest_batch)
+        while batch_size % times:
+            times += 1
+        cure = f"Set train.batch_size={batch_size // times} train.gradient_accumulation_steps="
+        cure += f"{times * config.train.gradient_accumulation_steps}, which trains the same."
+        other = "" if config.train.gradient_checkpointing else " Or train.gradient_checkpointing=true, for a third more time."
+        return Finding("error", what, f"It has {p.device.memory / 1e9:.0f} GB.", cure + other)
+    cure = "Share the weights out (configs/accelerate/fsdp2.yaml), set ema.offload=true or optim.name=adamw_8bit."
+    return Finding("error", what, f"Not even one image fits into {p.device.memory / 1e9:.0f} GB.", cure)
+
+
+def _speed(p: Plan, gpu: str) -> list[Finding]:
+    c = p.counts
+    bound = "operations" if c.flops / p.roofline > 0.99 * max(p.device.flops) else "memory"
+    intensity = f"{c.flops / c.traffic:.0f} operations a byte"
+    findings = [
+        Finding(
+            "fine", f"a pass over a batch: {c.flops / 1e12:.2f} TFLOP, {c.traffic / 1e9:.1f} GB read and written ({intensity})"
+        ),
+        Finding(
+            "fine",
+            f"a step takes {1000 * p.roofline:.1f} ms at the least, bound by {bound}, and likely {1000 * p.step:.0f} ms: "
+            f"{p.images_a_second:,.0f} images/s on {p.count} {gpu}",
+        ),
+        Finding("fine", f"the loader has to prepare {p.images_a_second / p.count:,.0f} images/s for each device"),
+    ]
+    if p.count > 1:
+        findings.append(
+            Finding("fine", f"gradients go round in {1000 * p.exchange:.1f} ms, most of it beside the backward pass")
+        )
+    return findings
+
+
+def _run(p: Plan, images: float | None) -> list[Finding]:
+    total = images or p.steps * p.images_a_step
+    if not total:
+        return [Finding("note", "no price without train.max_steps or --images")]
+    price = f", {p.dollars(total):,.0f} dollars" if p.device.dollars else ""
+    return [Finding("fine", f"{total:,.0f} images are seen in {p.hours(total):,.1f} hours{price}")]
