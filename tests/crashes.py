@@ -39,10 +39,10 @@ class Moments:
         self.seen, self.saves, self.inside = [], 0, False
         real_save, real_write = checkpoints.save, safetensors.torch.serialize_file
 
-        def save(*arguments):
+        def save(*arguments, **named):
             self.saves += 1
             self.inside = self.saves == self.nth
-            result = real_save(*arguments)
+            result = real_save(*arguments, **named)
             if self.inside:
                 self._touch("end", None)
             self.inside = False

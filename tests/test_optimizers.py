@@ -108,7 +108,7 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_one_after_it_goes_on
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_large_gradient_is_scaled_down_within_the_step(name):
+def test_a_large_gradient_is_scaled_down(name):
     accelerator = Accelerator(cpu=True)
     moved = []
     for clip in (None, 0.5):

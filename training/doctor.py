@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 
 from sfumato.figures import grid, to_pil
 from sfumato.files import read_lines
@@ -27,6 +26,7 @@ from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.engine.processes import num_threads
 from sfumato.training.models.parameters import trained_parameters
+from sfumato.training.models.state_files import StateFiles
 from sfumato.training.tasks.base import Task, TaskContext
 
 
@@ -272,10 +272,13 @@ def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:
     findings, newest = [], reversed(checkpoints.list_checkpoints(folder))
     whole = next((saved for saved in newest if checkpoints.find_damage(saved) is None), None)
     if whole is not None:
-        tensors = load_file(whole / "state.safetensors")
-        names = [name.removeprefix("ema.") for name in tensors if name.startswith("ema.")]
-        distance = sum(float((tensors[f"ema.{n}"] - tensors[f"raw.{n}"]).square().sum()) for n in names)
-        distance = (distance / sum(float(tensors[f"raw.{n}"].square().sum()) for n in names)) ** 0.5
+        distance = norm = 0.0
+        with StateFiles(whole) as files:
+            for name in (name for name in files if name.startswith("raw.")):
+                raw = files.read(name)
+                distance += float((files.read(name.replace("raw.", "ema.", 1)) - raw).square().sum())
+                norm += float(raw.square().sum())
+        distance = (distance / norm) ** 0.5
         findings.append(
             Finding("fine", f"averaged weights are {distance:.1%} away from the last ones")
             if distance < 0.3

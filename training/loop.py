@@ -149,6 +149,8 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
     )
     if checkpoint is not None:
         go_on(run, stored)
+    if is_sharded(task.module) and config.hub.every_steps:
+        raise ValueError("hub.every_steps: checkpoints of sharded weights hold no model yet; push the result with hub.push")
     if config.data.stream:
         run.stream = Stream(
             task.data,
@@ -419,11 +421,12 @@ def fraction_done(config: Config, state: dict) -> float:
 
 def save(run: Run) -> Path | None:
     """Write a checkpoint, from the first process; the others take part where weights are sharded, or data a stream."""
-    main = run.accelerator.is_main_process
-    stream = {} if run.stream is None else whole_state(run.accelerator, run.stream)
-    if not main and not is_sharded(run.task.module):
+    accelerator = run.accelerator
+    main, sharded = accelerator.is_main_process, is_sharded(run.task.module)
+    stream = {} if run.stream is None else whole_state(accelerator, run.stream)
+    if not main and not sharded:
         return None
-    scaler, tensors = run.accelerator.scaler, checkpoints.collect(run.task.module, run.optimizer, run.ema)
+    scaler = accelerator.scaler
     stored = {
         **run.state,
         "ema_step": run.ema.optimization_step,
@@ -432,11 +435,23 @@ def save(run: Run) -> Path | None:
         **({"stream": stream} if stream else {}),
         **run.origin,
     }
-    with averaged_weights(run.ema, run.task.module):
-        write = run.task.checkpoint_writer(run.state)
-        if not main:
-            return None
-        return checkpoints.save(run.output_dir, tensors, write, stored, run.config.checkpoint.keep)
+
+    def write(new: Path, folder: Path) -> None:
+        if sharded:  # no process ever holds the whole: the model is put together at the end
+            run.task.write_what_is_whole(new)
+            return
+        with averaged_weights(run.ema, run.task.module):
+            run.task.checkpoint_writer(run.state)(new, folder)
+
+    return checkpoints.save(
+        run.output_dir,
+        checkpoints.collect(run.task.module, run.optimizer, run.ema),
+        write,
+        stored,
+        run.config.checkpoint.keep,
+        rank=accelerator.process_index if sharded else 0,
+        world=accelerator.num_processes if sharded else 1,
+    )
 
 
 def whole_state(accelerator: Accelerator, stream: Stream) -> dict[str, Any]:

@@ -7,36 +7,47 @@ the SHA-256 of every other file, so a torn or damaged folder is recognised. Old 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import distributed
 
 from sfumato.files import CannotSave, sync, sync_entry
 from sfumato.training.engine.ema import EMA, TRACKS
-from sfumato.training.models.parameters import fill_tensor, trained_names, trained_parameters, whole_tensor
+from sfumato.training.models.parameters import trained_names, trained_parameters
+from sfumato.training.models.state_files import StateFiles, write_state
 
 
 def collect(denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, torch.Tensor]:
-    """Raw weights, averaged weights and optimizer state by name, on the CPU; all processes must call."""
+    """Raw weights, averaged weights and optimizer state by name: themselves, not copies; sharded where they are so."""
     names, parameters = trained_names(denoiser), trained_parameters(denoiser)
-    tensors = {f"raw.{name}": whole_tensor(parameter) for name, parameter in zip(names, parameters)}
-    tensors |= {f"ema.{name}": whole_tensor(shadow) for name, shadow in zip(names, ema.shadow_params)}
+    tensors: dict[str, torch.Tensor] = {f"raw.{name}": parameter for name, parameter in zip(names, parameters)}
+    tensors |= {f"ema.{name}": shadow for name, shadow in zip(names, ema.shadow_params)}
     for length, track in zip(TRACKS, ema.tracks.values()):
-        tensors |= {f"track.{length}|{name}": whole_tensor(value) for name, value in zip(names, track)}
+        tensors |= {f"track.{length}|{name}": value for name, value in zip(names, track)}
     for name, parameter in zip(names, parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}|{key}"] = whole_tensor(torch.as_tensor(value))
-    return tensors
+            tensors[f"optimizer.{name}|{key}"] = torch.as_tensor(value)
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def save(
-    output_dir: Path, tensors: dict[str, torch.Tensor], write: Callable[[Path, Path], object], state: dict, keep: int
+    output_dir: Path,
+    tensors: dict[str, torch.Tensor],
+    write: Callable[[Path, Path], object],
+    state: dict,
+    keep: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> Path:
     """Write one checkpoint, then remove all but the `keep` newest.
+
+    Where the tensors are sharded all processes must call, with their `rank` of `world`: each writes what it holds, and none
+    ever holds the whole. Else the first one alone calls.
 
     Args:
         output_dir: the run folder.
@@ -50,29 +61,59 @@ def save(
     """
     folder = output_dir / "checkpoints" / f"step-{state['step']:08d}"
     new = folder.with_name(f".{folder.name}.new")
+    main = rank == 0
     try:
-        _clear(folder.parent)
-        new.mkdir(parents=True)
-        save_file(tensors, new / "state.safetensors")
-        write(new, folder)
-        files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
-        body = json.dumps({**state, "files": files})
-        (new / "state.json").write_text(json.dumps({**json.loads(body), "sha256": _sha256_of(body)}))
-        sync(new)
-        if folder.exists():  # damaged, or it would have been resumed from
-            _remove(folder)
-        new.rename(folder)
-        sync_entry(folder.parent)
+        with _all_or_none(world):
+            if main:
+                _clear(folder.parent)
+                new.mkdir(parents=True)
+        with _all_or_none(world):
+            write_state(new, tensors, rank=rank, world=world)
+        with _all_or_none(world):
+            if main:
+                _finish(new, folder, write, state)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
+        if main:
+            shutil.rmtree(new, ignore_errors=True)
         raise CannotSave(
             f"could not save {folder}: {error}. The checkpoints before it are untouched; "
             "make room and go on with checkpoint.resume=auto"
         ) from error
-    newer = [path for path in list_checkpoints(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
-    for old in newer + [path for path in list_checkpoints(output_dir) if path.name <= folder.name][:-keep]:
-        _remove(old)
+    if main:
+        newer = [path for path in list_checkpoints(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
+        for old in newer + [path for path in list_checkpoints(output_dir) if path.name <= folder.name][:-keep]:
+            _remove(old)
     return folder
+
+
+@contextmanager
+def _all_or_none(world: int) -> Iterator[None]:
+    """Wait for the other processes at the end, and fail in all of them where one has failed."""
+    if world == 1:
+        yield
+        return
+    failed: Exception | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failed = error
+    reasons: list[str | None] = [None] * world
+    distributed.all_gather_object(reasons, None if failed is None else str(failed))
+    if any(reasons):
+        raise failed or OSError(next(reason for reason in reasons if reason))
+
+
+def _finish(new: Path, folder: Path, write: Callable[[Path, Path], object], state: dict) -> None:
+    """Add the model and the hashes of all files, and put the folder into its place."""
+    write(new, folder)
+    files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
+    body = json.dumps({**state, "files": files})
+    (new / "state.json").write_text(json.dumps({**json.loads(body), "sha256": _sha256_of(body)}))
+    sync(new)
+    if folder.exists():  # damaged, or it would have been resumed from
+        _remove(folder)
+    new.rename(folder)
+    sync_entry(folder.parent)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -134,30 +175,34 @@ def restore(
 ) -> None:
     """Put a checkpoint's tensors back; the optimizer's not where another optimizer goes on.
 
+    Each process reads what it holds, however many wrote.
+
     Raises:
         ValueError: the checkpoint is of a model with other parameters.
     """
-    tensors = load_file(folder / "state.safetensors")
     names, parameters = trained_names(denoiser), trained_parameters(denoiser)
-    if ema.tracks and not any(key.startswith("track.") for key in tensors):
-        raise ValueError(f"{folder} has no tracks for ema.snapshot_steps, which must be set from the first step on")
-    expected = {f"raw.{name}": parameter.shape for name, parameter in zip(names, parameters)}
-    stored = {key: value.shape for key, value in tensors.items() if key.startswith("raw.")}
-    if expected != stored:
-        odd = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
-        raise ValueError(f"{folder} is of another model: {len(odd)} parameters differ, such as {', '.join(odd[:3])}")
-    moments = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer.") and with_moments:
-            name, entry = key.removeprefix("optimizer.").split("|")
-            moments.setdefault(name, {})[entry] = value
-    with torch.no_grad():
-        for name, parameter, shadow in zip(names, parameters, ema.shadow_params):
-            fill_tensor(parameter, tensors[f"raw.{name}"])
-            fill_tensor(shadow, tensors[f"ema.{name}"])
+    with StateFiles(folder) as files, torch.no_grad():
+        if ema.tracks and not any(key.startswith("track.") for key in files):
+            raise ValueError(f"{folder} has no tracks for ema.snapshot_steps, which must be set from the first step on")
+        expected = {f"raw.{name}": list(parameter.shape) for name, parameter in zip(names, parameters)}
+        stored = {key: shape for key, shape in files.shapes.items() if key.startswith("raw.")}
+        if expected != stored:
+            odd = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
+            raise ValueError(f"{folder} is of another model: {len(odd)} parameters differ, such as {', '.join(odd[:3])}")
+        moments: dict[str, list[str]] = {}
+        for key in files:
+            if key.startswith("optimizer.") and with_moments:
+                name, entry = key.removeprefix("optimizer.").split("|")
+                moments.setdefault(name, []).append(entry)
+        for number, (name, parameter, shadow) in enumerate(zip(names, parameters, ema.shadow_params)):
+            files.fill(parameter, f"raw.{name}")
+            files.fill(shadow, f"ema.{name}")
             for length, track in zip(TRACKS, ema.tracks.values()):
-                fill_tensor(track[names.index(name)], tensors[f"track.{length}|{name}"])
-            for entry, value in moments.get(name, {}).items():
-                if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-                    value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-                optimizer.state[parameter][entry] = value.to(parameter.device)
+                files.fill(track[number], f"track.{length}|{name}")
+            for entry in moments.get(name, []):
+                key = f"optimizer.{name}|{entry}"
+                if files.shapes[key] == list(parameter.shape):
+                    optimizer.state[parameter][entry] = torch.empty_like(parameter)
+                    files.fill(optimizer.state[parameter][entry], key)
+                else:
+                    optimizer.state[parameter][entry] = files.read(key).to(parameter.device)

@@ -71,17 +71,17 @@ class MuonAdamW(torch.optim.Optimizer):
     Matrices of one shape go through it together, and processes share them out. (torch's Muon takes matrices only.)
 
     Attributes:
-        grad_scale, found_inf: as of torch's fused optimizers, for a step that waits for nothing: tensors (), what the
-            gradients are divided by, and 1 where they are not finite and nothing may change.
+        found_inf: as of torch's fused optimizers, for a step that waits for nothing: a tensor (), 1 where gradients are not
+            finite and nothing may change.
     """
 
     momentum = 0.95
-    _step_supports_amp_scaling = True  # torch's scaler for float16 then sets the two itself
+    _step_supports_amp_scaling = True  # torch's scaler for float16 then sets `found_inf` itself, of unscaled gradients
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, betas, eps: float, weight_decay: float):
         matrices = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim < 2]
-        self.grad_scale = self.found_inf = None
+        self.found_inf = None
         self.adamw: Any = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         super().__init__(
             [{"params": matrices, "lr": lr, "weight_decay": weight_decay}, {**self.adamw.param_groups[0], "params": others}],
@@ -91,20 +91,18 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One step of both."""
-        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))  # the scaler deletes them
+        found_inf = getattr(self, "found_inf", None)  # torch's scaler deletes it
         alike = defaultdict(list)
         for p in self.param_groups[0]["params"]:
             if p.grad is not None:
                 alike[p.flatten(1).shape].append(p)
         for parameters in alike.values():
-            self._step_matrices(parameters, grad_scale, found_inf)
+            self._step_matrices(parameters, found_inf)
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]  # loading a state replaces both
-        self.adamw.grad_scale, self.adamw.found_inf = grad_scale, found_inf
+        self.adamw.found_inf = found_inf
         self.adamw.step()
 
-    def _step_matrices(
-        self, parameters: list[torch.nn.Parameter], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
-    ) -> None:
+    def _step_matrices(self, parameters: list[torch.nn.Parameter], found_inf: torch.Tensor | None) -> None:
         """One step of parameters that are matrices of one shape."""
         lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         whole_grads: list[Any] = [p.grad for p in parameters]
@@ -115,8 +113,6 @@ class MuonAdamW(torch.optim.Optimizer):
         averages = [local_part(self.state[p]["momentum_buffer"]) for p in parameters]
         values = [local_part(p) for p in parameters]
         keep = torch.ones((), device=grads[0].device) if found_inf is None else 1 - found_inf
-        if grad_scale is not None:
-            torch._foreach_div_(grads, grad_scale)
         if found_inf is not None:
             for grad in grads:
                 grad.masked_fill_(found_inf > 0, 0.0)
@@ -165,14 +161,13 @@ def take_step(
     else:
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        # As `clip_grads_with_norm_`, but gradients within the limit are multiplied by exactly 1.
+        torch._foreach_mul_(grads, torch.where(norm > max_norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0))
     is_finite = norm.isfinite()
     if accelerator.scaler is None and getattr(plain, "_step_supports_amp_scaling", False):
         plain.found_inf = 1 - is_finite.float()
-        plain.grad_scale = None if sharded else (norm / max_norm).clamp(min=1.0)  # within the step, so no pass more
         optimizer.step()
         return norm, is_finite
-    if not sharded:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     if accelerator.scaler is not None or bool(is_finite):
         optimizer.step()
     return norm, is_finite

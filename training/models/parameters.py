@@ -1,13 +1,11 @@
 """The trained parameters of a module by name, whole where they are sharded over processes (FSDP2)."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import CLIPTextModel
 
 from sfumato.pipelines import SfumatoPipeline
@@ -31,12 +29,6 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds; writing to it writes to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def fill_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    target.copy_(value)
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
@@ -66,9 +58,3 @@ def plain_pipeline(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoP
     else:
         return pipe
     return replace_components(pipe, **parts)
-
-
-def raw_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights before averaging, by name, of a checkpoint."""
-    tensors = load_file(folder / "state.safetensors")
-    return {name.removeprefix("raw."): value for name, value in tensors.items() if name.startswith("raw.")}

@@ -9,7 +9,7 @@ from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.cascade import UPSCALER
 from sfumato.pipelines.export import CARRIED_FILES, WeightFiles
 from sfumato.pipelines.trust import UNREAD
-from sfumato.training.models.parameters import raw_weights
+from sfumato.training.models.state_files import has_state, raw_weights
 
 
 def reexport(
@@ -33,6 +33,6 @@ def reexport(
     if "raw" in variants:
         run = Path(model).parent
         near = [run, *sorted((run / "checkpoints").glob("step-*"), reverse=True)]
-        raw = next((raw_weights(path) for path in near if (path / "state.safetensors").is_file()), None)
+        raw = next((raw_weights(path) for path in near if has_state(path)), None)
     weights = WeightFiles(variants=variants, raw=raw, max_shard_size=max_shard_size, half=half)
     return export_pipeline(SfumatoPipeline.from_pretrained(model), folder, weights=weights, source=source, upscaler=upscaler)

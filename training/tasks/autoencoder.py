@@ -112,6 +112,9 @@ class Autoencoder:
         self._set_scale(64)
         return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
 
+    def write_what_is_whole(self, folder: Path) -> None:
+        """Nothing: it is never sharded."""
+
     def _set_scale(self, count: int) -> np.ndarray:
         """Set the scaling factor, so that latents have variance 1; returns those of `count` training images."""
         train = self.images.select("train")

@@ -116,6 +116,10 @@ class ResultsHalf(Protocol):
         """A function that writes the model into a checkpoint, given its folder now and its name later."""
         ...
 
+    def write_what_is_whole(self, folder: Path) -> None:
+        """Write into a checkpoint of sharded weights, from the first process, what a run that goes on needs beside them."""
+        ...
+
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
         """Write the result; returns what to say, at last how to use it."""
         ...

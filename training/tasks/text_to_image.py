@@ -29,7 +29,8 @@ from sfumato.training.models.build import build_pipeline
 from sfumato.training.models.denoiser import Denoiser, ModelNeeds
 from sfumato.training.models.finetune import save_lora
 from sfumato.training.models.latent_space import encode, is_identity
-from sfumato.training.models.parameters import plain_pipeline, raw_weights
+from sfumato.training.models.parameters import plain_pipeline
+from sfumato.training.models.state_files import raw_weights
 from sfumato.training.models.text import warn_of_long_captions
 from sfumato.training.objectives import (
     LossMoments,
@@ -309,6 +310,10 @@ class TextToImage:
             export_pipeline(pipe, new / "pipeline", card_facts, run=run, where=str(folder / "pipeline"))
 
         return write
+
+    def write_what_is_whole(self, folder: Path) -> None:
+        """The tokenizer, whose words stay."""
+        self.pipe.tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
 
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
         """Write the scores, the exported folder and, with LoRA, the adapter by itself."""

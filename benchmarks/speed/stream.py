@@ -1,0 +1,144 @@
+"""Reading a stream of shards: how fast beside bare Pillow, and how much memory over many records.
+
+    python -m benchmarks.speed.stream [records, 200000] [out.json]
+
+Speed: photograph-like JPEGs of 256 pixels to 64, in processor seconds of one core; ours from .tar to batches, captions to
+tokens with them; Pillow opens, decodes and resizes the same bytes, which lie in memory. Memory: pictures of 8 pixels from a
+web server that makes each shard when it is asked for, none stored.
+"""
+
+import http.server
+import io
+import json
+import re
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sfumato.training.config.load import default_config
+from sfumato.training.data.loader import SampleData
+from sfumato.training.data.stream import Stream
+from sfumato.training.data.streams import STREAM_VERSION, streams_of
+from sfumato.training.models.text import train_tokenizer
+
+RECORDS_A_SHARD = 1000
+ROUNDS = 5
+
+
+def write_shard(file, contents: list[tuple[str, bytes, str]]) -> None:
+    """A tar of images with captions."""
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, image, caption in contents:
+            for ending, body in ((".jpg", image), (".txt", caption.encode())):
+                member = tarfile.TarInfo(name + ending)
+                member.size = len(body)
+                archive.addfile(member, io.BytesIO(body))
+
+
+def jpeg(seed: int, side: int) -> bytes:
+    """Smooth noise, which compresses as photographs do."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (max(side // 8, 1), max(side // 8, 1), 3), np.uint8))
+    pixels = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.int16)
+    file = io.BytesIO()
+    Image.fromarray(np.uint8((pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255))).save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+def open_stream(name: str, resolution: int, batch_size: int, cache: str) -> Stream:
+    """The stream of a run with a tokenizer."""
+    config = default_config()
+    data = replace(config.data, name=name, resolution=resolution, stream=True, cache_dir=cache)
+    config = replace(config, data=data, train=replace(config.train, batch_size=batch_size))
+    captions = ["a picture of a number of things", "number 12 of many"]
+    tokenizer = train_tokenizer(captions, 300, 32)
+    data = SampleData(images=None, texts=None, streams=streams_of(STREAM_VERSION, 0), tokenizer=tokenizer)  # pyright: ignore
+    return Stream(data, config, rank=0, num_processes=1, start=0, state={})
+
+
+def speed(folder: Path) -> dict[str, float]:
+    """Records a second of processor time: ours and Pillow's, one after the other, the median of rounds."""
+    images = [jpeg(seed, 256) for seed in range(64)]
+    for shard in range(8):
+        contents = [(f"{shard}-{i:04d}", images[i % 64], f"number {i} of many") for i in range(RECORDS_A_SHARD)]
+        with open(folder / f"shard-{shard}.tar", "wb") as file:
+            write_shard(file, contents)
+    batches = iter(open_stream(str(folder), 64, 64, str(folder / "cache")))
+    next(batches)
+    ours, bare = [], []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        for _ in range(12):
+            next(batches)
+        ours.append(12 * 64 / (time.process_time() - start))
+        start = time.process_time()
+        for i in range(12 * 64):
+            image = Image.open(io.BytesIO(images[i % 64]))
+            np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS))
+        bare.append(12 * 64 / (time.process_time() - start))
+    return {"records a second and core": float(np.median(ours)), "Pillow alone": float(np.median(bare))}
+
+
+class Shards(http.server.BaseHTTPRequestHandler):
+    """Makes shards when they are asked for."""
+
+    pictures = [jpeg(seed, 8) for seed in range(64)]
+
+    def do_GET(self) -> None:
+        """The shard of the number in the path."""
+        number = int(re.findall(r"\d+", self.path)[0])
+        first = number * RECORDS_A_SHARD
+        file = io.BytesIO()
+        write_shard(file, [(f"{first + i:09d}", self.pictures[i % 64], f"number {i}") for i in range(RECORDS_A_SHARD)])
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(file.getvalue())
+
+    def log_message(self, *arguments) -> None:
+        """Nothing."""
+
+
+def resident() -> float:
+    """Megabytes of this process."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3  # pyright: ignore
+
+
+def memory(cache: str, records: int) -> dict[str, float]:
+    """Megabytes of the process after so many records, in ten steps."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shards)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    last = max(records * 2 // RECORDS_A_SHARD, 64) - 1
+    batches = iter(open_stream(f"http://127.0.0.1:{server.server_port}/shard-{{00000..{last:05d}}}.tar", 8, 256, cache))
+    seen, found = 0, {}
+    marks = [round(10_000 * (records / 10_000) ** (k / 4)) for k in range(5)] if records > 10_000 else [records]
+    for mark in marks:
+        while seen < mark:
+            next(batches)
+            seen += 256
+        found[f"{seen:,}"] = resident()
+        print(f"{seen:,} records: {found[f'{seen:,}']:.0f} MB", flush=True)
+    server.shutdown()
+    return found
+
+
+def main() -> None:
+    """See the module."""
+    records = int(next((item for item in sys.argv[1:] if item.isdigit()), 200_000))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "shards").mkdir()
+        result = {"speed": speed(Path(folder) / "shards"), "megabytes after so many records": memory(folder, records)}
+    text = json.dumps(result, indent=1)
+    print(text)
+    for out in (item for item in sys.argv[1:] if item.endswith(".json")):
+        Path(out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
