@@ -66,8 +66,8 @@ def test_counts_are_those_of_a_real_step(tmp_path, kind):
     sections["unet"] = {**WIDE, **sections["unet"]}
     config = load_config(tiny.config_file(tmp_path, **sections))
     images = prepare(config.data)
-    one, two = (planner.count_step(build_task(config, images, cpu=True), config, batch_size) for batch_size in planner.COUNTED)
-    expected = planner.extend(one, two, BATCH)
+    config.train.batch_size = BATCH
+    expected = planner.count_step(build_task(config, images, cpu=True), config)
     flops, in_use = measure(build_task(config, images, cpu=True), config, BATCH)
     assert expected.flops == pytest.approx(flops, rel=0.02)
     assert expected.peak == pytest.approx(expected.lasting + in_use, rel=0.1)
@@ -76,26 +76,20 @@ def test_counts_are_those_of_a_real_step(tmp_path, kind):
 def test_what_stays_is_counted_by_its_parts(tmp_path):
     config = load_config(tiny.config_file(tmp_path, ema={"snapshot_steps": 100}))
     task = build_task(config, prepare(config.data), cpu=True)
-    counts = planner.count_step(task, config, 1)
+    counts = planner.count_step(task, config)
     trained = 4 * sum(p.numel() for p in trained_parameters(task.module))
     assert counts.gradients == trained and counts.averages == 3 * trained
     assert counts.moments == pytest.approx(2 * trained, rel=0.01)  # and the numbers of steps
     offloaded = replace(config, ema=replace(config.ema, offload=True))
-    assert planner.count_step(task, offloaded, 1).averages == 0
+    assert planner.count_step(task, offloaded).averages == 0
 
 
 def counts(**more) -> planner.Counts:
-    each = {
-        "flops": 1e12,
-        "traffic": 1e9,
-        "weights": 1e9,
-        "gradients": 1e9,
-        "averages": 1e9,
-        "moments": 2e9,
-        "learning": 6e9,
-        "stepping": 5e9,
-    }
-    return planner.Counts(**{**each, **more})
+    """Of a batch of 10."""
+    stays = {"weights": 1e9, "gradients": 1e9, "averages": 1e9, "moments": 2e9}
+    return planner.Counts(
+        **{**stays, "flops": 1e13, "traffic": 1e10, "learning": 11e9, "stepping": 5e9, "batch_size": 10, **more}
+    )
 
 
 def test_a_plan_is_arithmetic(tmp_path):
@@ -103,29 +97,28 @@ def test_a_plan_is_arithmetic(tmp_path):
     device = planner.Device(flops=(1e14, 2e14), bandwidth=1e15, memory=10e9 / planner.SPARE, link=1e10, dollars=3.0)
     train = {"batch_size": 10, "max_steps": 1000, "gradient_accumulation_steps": 2}
     config = load_config(tiny.config_file(tmp_path, train=train))
-    one, two = counts(flops=2e12, traffic=2e9), counts(flops=4e12, traffic=4e9, learning=7e9)
-    p = planner.plan(one, two, config, device, 4)
+    p = planner.plan(counts(), config, device, 4)
     assert p.roofline == pytest.approx(0.1)
-    assert p.largest_batch == 10  # 6 + 8 * 0.5 = 10
-    assert planner.largest_batch(counts(stepping=11e9), two, 10e9) == 0
+    assert p.largest_batch == 8  # 5 GB stay, an image takes 0.6
+    assert planner.largest_batch(counts(stepping=11e9), 10e9) == 0
     assert p.exchange == pytest.approx(2 * 3 / 4 * 1e9 / 1e10)
     likely = 0.1 / planner.SHARE
     assert p.step == pytest.approx(2 * likely)  # the exchange is hidden
     assert p.images_a_step == 80
     assert p.hours(80e3) == pytest.approx(1000 * 2 * likely / 3600)
     assert p.dollars(80e3) == pytest.approx(p.hours(80e3) * 4 * 3.0)
-    half = planner.plan(one, two, replace(config, train=replace(config.train, mixed_precision="bf16")), device, 1)
+    half = planner.plan(counts(), replace(config, train=replace(config.train, mixed_precision="bf16")), device, 1)
     assert half.roofline == pytest.approx(0.05) and half.exchange == 0
-    slow = planner.plan(one, two, config, replace(device, bandwidth=1e10), 1)
+    slow = planner.plan(counts(), config, replace(device, bandwidth=1e10), 1)
     assert slow.roofline == pytest.approx(1.0)
 
 
 def test_what_does_not_fit_is_told_with_what_would(tmp_path):
     config = load_config(tiny.config_file(tmp_path, train={"batch_size": 16}))
     device = planner.Device(flops=(1e14, 2e14), bandwidth=1e15, memory=10e9 / planner.SPARE, link=1e10, dollars=3.0)
-    said = str(planner._memory(planner.plan(counts(), counts(learning=7e9), config, device, 1), config, "toy"))
+    said = str(planner._memory(planner.plan(counts(learning=13e9, batch_size=16), config, device, 1), config, "toy"))
     assert said.startswith("error") and "train.batch_size=8 train.gradient_accumulation_steps=2" in said
-    said = str(planner._memory(planner.plan(counts(learning=11e9), counts(learning=12e9), config, device, 1), config, "toy"))
+    said = str(planner._memory(planner.plan(counts(weights=9e9), config, device, 1), config, "toy"))
     assert said.startswith("error") and "Not even one image" in said and "fsdp2.yaml" in said
 
 

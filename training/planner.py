@@ -1,16 +1,18 @@
 """`sfumato doctor CONFIG --gpu NAME`: what a run needs of a device that is not here: memory, time, data, money.
 
-One optimizer step is taken here at two small batches, whose operations and storages are counted; both grow in proportion to
-the batch, so those of any batch follow.
+One step is taken here on tensors that have shapes and no content; its operations and its storages are counted.
 """
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +26,6 @@ from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.tasks.base import Task
 
-COUNTED = (2, 4)  # batch sizes; a batch of one takes other ways through some operations
 SHARE = 0.4  # of the peak that a well-fed UNet usually reaches
 SPARE = 0.9  # of the memory that can be filled; the rest is the driver's, the libraries' and what lies between blocks
 
@@ -68,6 +69,7 @@ class Counts:
         weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept beside the trained ones.
         learning: bytes that are in use at the most while the loss and its gradients are computed, those included.
         stepping: the same while the optimizer takes its step.
+        batch_size: images of the batch.
     """
 
     flops: float
@@ -78,6 +80,7 @@ class Counts:
     moments: float
     learning: float
     stepping: float
+    batch_size: int
 
     @property
     def peak(self) -> float:
@@ -137,10 +140,10 @@ def tensors_of(states: Iterable[dict]) -> list[torch.Tensor]:
     return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-def count_step(task: Task, config: Config, batch_size: int) -> Counts:
-    """What one step at a batch size takes, by taking two of them here, the first of which makes the optimizer's moments.
+def count_step(task: Task, config: Config) -> Counts:
+    """What one step takes. Loss and gradients are computed on tensors without content; the optimizer takes a step of zeros.
 
-    It changes the weights of the task.
+    The step can be taken so because nothing in it asks for a value. It moves the averages and, by its decay, the weights.
     """
     parameters = trained_parameters(task.module)
     modules = {task.module, *task.frozen_parts}
@@ -148,52 +151,51 @@ def count_step(task: Task, config: Config, batch_size: int) -> Counts:
     optimizer = build_optimizer(config.optim, parameters)
     ema = EMA(parameters, config.ema.decay, post_hoc=bool(config.ema.snapshot_steps))
     averages = [] if config.ema.offload else [*ema.shadow_params, *chain.from_iterable(ema.tracks.values())]
-    small = replace(config, train=replace(config.train, batch_size=batch_size, num_workers=0))
-    loader = batches(task.data, small)
-    meter, flops = Meter(), FlopCounterMode(display=False)
-    learning = 0
-    for counter in (flops, meter):  # not at once: the one would keep alive what the other counts
-        batch = next(loader)
-        if counter is meter:
-            for tensor in (*weights.values(), *averages, *tensors_of(optimizer.state.values())):
-                meter.hold(tensor)
-        with counter:
-            with task.accelerator.autocast():
-                loss = task.loss(task.module, batch)
-            loss.backward()
-            learning, meter.peak = meter.peak, meter.in_use
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.step(parameters)
-        del loss
+    batch = next(batches(task.data, replace(config, train=replace(config.train, num_workers=0))))
+
+    def compute_gradients() -> None:
+        with task.accelerator.autocast(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of the batch's keys, from which dropout layers are seeded
+            loss = task.loss(task.module, batch)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    meter, flops, stepping_flops = Meter(), FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), flops:  # not with the meter: it would keep alive what that one counts
+        compute_gradients()
+    with FakeTensorMode(allow_non_fake_inputs=True), meter:
+        compute_gradients()
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # the first one makes the moments
+    stepping = Meter()
+    for tensor in (*weights.values(), *averages, *tensors_of(optimizer.state.values()), *(p.grad for p in parameters)):
+        stepping.hold(cast(torch.Tensor, tensor))
+    with stepping_flops, stepping:
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+    moments = nbytes(tensors_of(optimizer.state.values()))
+    lasting = nbytes(weights.values()) + nbytes(averages) + moments
     return Counts(
-        flops=flops.get_total_flops(),
-        traffic=meter.traffic,
+        flops=flops.get_total_flops() + stepping_flops.get_total_flops(),
+        traffic=meter.traffic + stepping.traffic,
         weights=nbytes(weights.values()),
         gradients=nbytes(parameters),
         averages=nbytes(averages),
-        moments=nbytes(tensors_of(optimizer.state.values())),
-        learning=learning,
-        stepping=meter.peak,
+        moments=moments,
+        learning=lasting + meter.peak,
+        stepping=stepping.peak,
+        batch_size=config.train.batch_size,
     )
 
 
-def extend(one: Counts, two: Counts, batch_size: float) -> Counts:
-    """The counts of any batch size from those of the two batch sizes of `COUNTED`."""
-    more = (batch_size - COUNTED[0]) / (COUNTED[1] - COUNTED[0])
-    grown = {
-        name: getattr(one, name) + more * (getattr(two, name) - getattr(one, name))
-        for name in ("flops", "traffic", "learning")
-    }
-    return replace(one, **grown)
-
-
-def largest_batch(one: Counts, two: Counts, memory: float) -> int:
-    """How many images fit into so many bytes; 0 where not even one does."""
-    if memory < one.stepping:
+def largest_batch(counts: Counts, memory: float) -> int:
+    """About how many images fit into so many bytes; 0 where not even one does."""
+    fixed = counts.lasting + counts.gradients
+    an_image = (counts.learning - fixed) / counts.batch_size
+    if memory < counts.stepping or memory < fixed + an_image:
         return 0
-    growth = (two.learning - one.learning) / (COUNTED[1] - COUNTED[0])
-    return max(0, int((memory - one.learning) / growth + COUNTED[0]))
+    return int((memory - fixed) / an_image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +237,9 @@ class Plan:
         return self.hours(images) * self.count * self.device.dollars
 
 
-def plan(one: Counts, two: Counts, config: Config, device: Device, count: int) -> Plan:
-    """The plan from the counts of the batch sizes of `COUNTED`."""
+def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
+    """The plan of a run whose steps take so much."""
     accumulated = config.train.gradient_accumulation_steps
-    counts = extend(one, two, config.train.batch_size)
     half = config.train.mixed_precision in ("bf16", "fp16")
     peak = device.flops[1 if half else 0]
     compiled = config.train.compile != "no"  # elementwise work is then fused into what is beside it
@@ -250,7 +251,7 @@ def plan(one: Counts, two: Counts, config: Config, device: Device, count: int) -
         counts=counts,
         device=device,
         count=count,
-        largest_batch=largest_batch(one, two, SPARE * device.memory),
+        largest_batch=largest_batch(counts, SPARE * device.memory),
         roofline=max(by_operations, by_bytes),
         exchange=exchange,
         step=accumulated * likely + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
@@ -271,8 +272,7 @@ def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = N
     if gpu not in DEVICES:
         raise ValueError(f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}")
     task = build_task(config, prepare(config.data), cpu=True)
-    one, two = (count_step(task, config, batch_size) for batch_size in COUNTED)
-    p = plan(one, two, config, DEVICES[gpu], gpus)
+    p = plan(count_step(task, config), config, DEVICES[gpu], gpus)
     return [_memory(p, config, gpu), *_speed(p, gpu), *_run(p, images)]
 
 
@@ -324,5 +324,5 @@ def _run(p: Plan, images: float | None) -> list[Finding]:
     total = images or p.steps * p.images_a_step
     if not total:
         return [Finding("note", "no price without train.max_steps or --images")]
-    price = f", {p.dollars(total):,.0f} dollars" if p.device.dollars else ""
+    price = f", {p.dollars(total):,.2f} dollars" if p.device.dollars else ""
     return [Finding("fine", f"{total:,.0f} images are seen in {p.hours(total):,.1f} hours{price}")]

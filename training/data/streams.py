@@ -7,7 +7,7 @@ resume, and the same sample gets the same caption, noise and noise level on any 
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -152,14 +152,17 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int], rounds: int = 10) -> tuple[torch.Tensor, ...]:
+Words = TypeVar("Words", torch.Tensor, int)
+
+
+def philox(counter: tuple[Words, ...], key: tuple[int, int], rounds: int = 10) -> tuple[Words, ...]:
     """Four words of 32 random bits for each counter, by Philox4x32.
 
     Integer operations of torch alone, so the bits are the same on every device; and a counter by itself, so they are the
     same whatever else is drawn beside.
 
     Args:
-        counter: four tensors of any common shape, int64 in [0, 2^32).
+        counter: four tensors of any common shape, int64 in [0, 2^32); or four numbers, for four numbers.
         key: two numbers in [0, 2^32).
 
     Returns:
@@ -232,8 +235,8 @@ class PhiloxStreams:
 
     def torch_seed(self, key: int) -> int:
         """See `Streams`."""
-        first, second, *_ = self.words(torch.tensor([key]), Stream.LAYERS).numpy().ravel()
-        return (int(first) << 31) ^ int(second)
+        first, second, *_ = philox((0, int(Stream.LAYERS), key & _WORD, key >> 32), self._key)
+        return (first << 31) ^ second
 
 
 def _to_unit(words: torch.Tensor) -> torch.Tensor:
