@@ -15,7 +15,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "hybrid loss" else pytest.mark.slow) for k in KINDS])
 def test_the_loss_has_no_graph_break(tmp_path, kind):
     config = load_config(tiny.config_file(tmp_path, **KINDS[kind]))
     images = prepare(config.data)

@@ -60,7 +60,10 @@ def measure(task, config, batch_size: int) -> tuple[float, float]:
     return flops.get_total_flops(), float(in_use.max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("adamw", "muon", "checkpointing", "hybrid loss", "inpainting")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in KINDS])
 def test_counts_are_those_of_a_real_step(tmp_path, kind):
     sections = {"unet": WIDE, **KINDS[kind]}
     sections["unet"] = {**WIDE, **sections["unet"]}
@@ -111,6 +114,7 @@ def test_a_plan_is_arithmetic(tmp_path):
     assert half.roofline == pytest.approx(0.05) and half.exchange == 0
     slow = planner.plan(counts(), config, replace(device, bandwidth=1e10), 1)
     assert slow.roofline == pytest.approx(1.0)
+    assert (p.bound_by, half.bound_by, slow.bound_by) == ("operations", "operations", "memory")
 
 
 def test_what_does_not_fit_is_told_with_what_would(tmp_path):
@@ -137,4 +141,5 @@ def test_the_command_plans(tmp_path, capsys):
         assert said in out
     assert cli.main(["doctor", str(path), "--gpu", "voodoo"]) == 2
     assert "known are h200, h100" in capsys.readouterr().err
+    assert cli.main(["doctor", str(path), "--gpu", "h100", "--gpus", "0"]) == 2
     assert len(api.plan(load_config(path), gpu="l4")) == 5

@@ -21,7 +21,7 @@ from sfumato.training.config.load import load_config
 from sfumato.training.data import stream
 from sfumato.training.data.loader import SampleData
 from sfumato.training.data.prepare import prepare
-from sfumato.training.data.records import hash_fraction
+from sfumato.training.data.records import HELD_OUT_SHARE, hash_fraction
 from sfumato.training.data.stream import LaneState, Stream
 from sfumato.training.data.streams import STREAM_VERSION, streams_of
 from sfumato.training.train import main
@@ -95,7 +95,7 @@ def training_numbers(shards) -> set[int]:
     names = {}
     for shard in stream.list_shards(tiny_data(shards)):
         names |= {record.name: int(record.captions[0].split()[1]) for record in stream.records_of(shard, tiny_data(shards))}
-    return {number for name, number in names.items() if hash_fraction(name) >= stream.HELD_OUT_SHARE}
+    return {number for name, number in names.items() if hash_fraction(name) >= HELD_OUT_SHARE}
 
 
 def tiny_data(shards):
@@ -180,6 +180,8 @@ def test_processes_that_do_not_go_with_the_lanes_are_told(config):
         open_stream(config, 0, 3, state=state)
     with pytest.raises(ValueError, match="by 8 lanes"):
         open_stream(config, 0, 1, batch=12, state=state)
+    with pytest.raises(ValueError, match="data.stream_buffer was 64"):
+        open_stream(config, state=state, stream_buffer=128)
 
 
 def test_other_shards_are_told(config, shards, tmp_path):
@@ -216,11 +218,18 @@ def test_a_set_without_any_is_told(config, tmp_path):
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     failures = 0
+    cuts = 0
 
     def do_GET(self):
         if Quiet.failures:
             Quiet.failures -= 1
             self.send_error(503)
+        elif Quiet.cuts:
+            Quiet.cuts -= 1
+            self.send_response(200)
+            self.send_header("Content-Length", "10240")
+            self.end_headers()
+            self.wfile.write(b"cut off")
         else:
             super().do_GET()
 
@@ -239,9 +248,9 @@ def address(shards):
 def test_a_web_server_gives_the_same_and_nothing_stays(config, address, monkeypatch, tmp_path):
     expected = read([open_stream(config)], 30)
     monkeypatch.setattr(stream, "SECONDS_BETWEEN", 0.01)
-    Quiet.failures = 2
+    Quiet.failures, Quiet.cuts = 1, 2
     remote = open_stream(config, name=address)
-    assert read([remote], 30) == expected and Quiet.failures == 0
+    assert read([remote], 30) == expected and Quiet.failures == Quiet.cuts == 0
     del remote
     left = [path for path in (tmp_path / "cache" / "stream").rglob("*.tar")]
     assert len(left) <= 10

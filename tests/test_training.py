@@ -186,8 +186,10 @@ def test_a_fault_in_the_middle_is_not_told_as_a_wrong_setting(tmp_path, monkeypa
         raise ValueError("a fault of the code")
 
     monkeypatch.setattr(text_to_image, "weighted_mse", broken)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(ValueError, match="a fault of the code"):
         main([str(tiny.config_file(tmp_path))])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):

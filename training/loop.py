@@ -222,6 +222,15 @@ def train(run: Run) -> int:
     Returns:
         0 done, 3 diverged, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the end of its terminal.
     """
+    stop = StopSignal()
+    try:
+        return train_until(run, stop)
+    finally:
+        stop.release()  # or, after an error, this process would no longer end by a signal
+
+
+def train_until(run: Run, stop: StopSignal) -> int:
+    """See `train`; `stop` says when to leave."""
     config = run.config
     accelerator = run.accelerator
     task = run.task
@@ -232,7 +241,6 @@ def train(run: Run) -> int:
     world = accelerator.num_processes
     loader = open_batches(run)
     log = Log(config, accelerator, state["step"])
-    stop = StopSignal()
     num_batches = config.train.gradient_accumulation_steps
     read_every = config.train.log_every_steps or (1 if accelerator.device.type == "cpu" else 10)
     pulse = Pulse(accelerator, state["seconds"])

@@ -206,7 +206,8 @@ class Plan:
         counts: of one pass over a batch, on each.
         device, count: what, and how many of it.
         largest_batch: that fits on one.
-        roofline: seconds that a step takes at the least: those of its operations at the peak, or of its bytes.
+        roofline: seconds that a pass takes at the least: those of its operations at the peak, or of its bytes.
+        bound_by: which of the two, `operations` or `memory`.
         exchange: seconds in which the gradients go round, where nothing of it is hidden behind the backward pass.
         step: seconds that a step is likely to take, all accumulated batches and the exchange with it.
         images_a_step: of all devices.
@@ -218,6 +219,7 @@ class Plan:
     count: int
     largest_batch: int
     roofline: float
+    bound_by: str
     exchange: float
     step: float
     images_a_step: int
@@ -253,6 +255,7 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
         count=count,
         largest_batch=largest_batch(counts, SPARE * device.memory),
         roofline=max(by_operations, by_bytes),
+        bound_by="operations" if by_operations > by_bytes else "memory",
         exchange=exchange,
         step=accumulated * likely + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
         images_a_step=config.train.batch_size * accumulated * count,
@@ -270,7 +273,11 @@ def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = N
         ValueError: the data or the settings cannot be used at all, or nothing is known of the device.
     """
     if gpu not in DEVICES:
-        raise ValueError(f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}")
+        raise ValueError(
+            f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}. Of this machine the doctor tells without --gpu"
+        )
+    if gpus < 1:
+        raise ValueError(f"--gpus {gpus}: there must be at least one")
     task = build_task(config, prepare(config.data), cpu=True)
     p = plan(count_step(task, config), config, DEVICES[gpu], gpus)
     return [_memory(p, config, gpu), *_speed(p, gpu), *_run(p, images)]
@@ -300,7 +307,6 @@ def _memory(p: Plan, config: Config, gpu: str) -> Finding:
 
 def _speed(p: Plan, gpu: str) -> list[Finding]:
     c = p.counts
-    bound = "operations" if c.flops / p.roofline > 0.99 * max(p.device.flops) else "memory"
     intensity = f"{c.flops / c.traffic:.0f} operations a byte"
     findings = [
         Finding(
@@ -308,7 +314,7 @@ def _speed(p: Plan, gpu: str) -> list[Finding]:
         ),
         Finding(
             "fine",
-            f"a step takes {1000 * p.roofline:.1f} ms at the least, bound by {bound}, and likely {1000 * p.step:.0f} ms: "
+            f"a step takes {1000 * p.roofline:.1f} ms at the least, bound by {p.bound_by}, and likely {1000 * p.step:.0f} ms: "
             f"{p.images_a_second:,.0f} images/s on {p.count} {gpu}",
         ),
         Finding("fine", f"the loader has to prepare {p.images_a_second / p.count:,.0f} images/s for each device"),

@@ -21,13 +21,12 @@ from sfumato.registries import SOURCES
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
 from sfumato.training.data.images import read_image, read_shape
-from sfumato.training.data.records import Record, Unusable, hash_fraction
+from sfumato.training.data.records import HELD_OUT_SHARE, Record, Unusable, hash_fraction
 from sfumato.training.data.sources.registry import open_codec, open_source, source_name
 from sfumato.training.data.stream import sample_of
 
 # Raise this by hand with every change of code that changes a prepared byte: tests/test_identity.py has golden hashes.
 FORMAT_VERSION = 2
-HELD_OUT_SHARE = 0.02
 # Settings that change no prepared image.
 NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings", "stream_buffer")
 # Settings that decide the images of a set that is read as a stream, and of no other.

@@ -12,6 +12,7 @@ from typing import Any
 
 from sfumato.registries import IMAGE_ENDINGS
 
+HELD_OUT_SHARE = 0.02  # of a set without splits of its own; by the records' names
 MAX_FILE_BYTES = 256_000_000
 MAX_GROWTH = 200  # a compressed archive may unpack to so many times its own size; images hardly shrink
 ALWAYS_ALLOWED = 1_000_000_000  # bytes that any archive may unpack to

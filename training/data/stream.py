@@ -27,9 +27,8 @@ from sfumato.registries import SOURCES
 from sfumato.training.config.schema import Config, DataConfig
 from sfumato.training.data.images import read_image
 from sfumato.training.data.loader import SampleData, image_tensors, leave_signals_to_the_trainer, spread_levels
-from sfumato.training.data.records import Record, Unusable, hash_fraction, splits_to_leave_out
+from sfumato.training.data.records import HELD_OUT_SHARE, Record, Unusable, hash_fraction, splits_to_leave_out
 
-HELD_OUT_SHARE = 0.02
 MAX_LANES = 64
 TRIES = 4  # at a shard on another machine
 SECONDS_BETWEEN = 2.0  # the first time; twice as long each time
@@ -120,6 +119,9 @@ def local_copy(address: str, folder: Path) -> Iterator[Path]:
             try:
                 with _open(address) as source, open(path, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
+                    size = getattr(source, "headers", {}).get("Content-Length")
+                    if size is not None and target.tell() != int(size):
+                        raise OSError(f"{target.tell():,} of {int(size):,} bytes came")
                 break
             except OSError:
                 if attempt == TRIES - 1:
@@ -355,6 +357,10 @@ class Stream:
         names = zlib.crc32("\n".join(shard.name for shard in self.shards).encode())
         if state and state["shards"] != names:
             raise ValueError(f"the shards of {config.data.name} are no more those that the run began with")
+        if state and state["buffer"] != config.data.stream_buffer:
+            raise ValueError(
+                f"data.stream_buffer was {state['buffer']} when the run began, and decides the order; leave it so"
+            )
         self.names = names
         self.num_lanes = state["lanes"] if state else count_lanes(config, len(self.shards), num_processes)
         batch = config.train.batch_size
@@ -417,4 +423,5 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """Where this process's lanes are, as of the last batch that was yielded."""
-        return {"lanes": self.num_lanes, "shards": self.names, "states": {n: asdict(s) for n, s in self.states.items()}}
+        states = {number: asdict(state) for number, state in self.states.items()}
+        return {"lanes": self.num_lanes, "shards": self.names, "buffer": self.config.data.stream_buffer, "states": states}
