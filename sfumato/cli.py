@@ -159,7 +159,7 @@ def _add_doctor(verbs) -> None:
     doctor.add_argument("config", help=CONFIG)
     doctor.add_argument("overrides", **OVERRIDES)
     doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and compare their hash")
-    plan = "say instead what the run needs of such a GPU, without having one: h200, h100, a100, rtx4090, l4 or mps"
+    plan = "say instead what the run needs of such a GPU, without having one, such as h100 or rtx4090"
     doctor.add_argument("--gpu", help=plan)
     doctor.add_argument("--gpus", type=int, default=1, help="how many of them (default: %(default)s)")
     doctor.add_argument("--images", type=float, help="how many images the run is to see, for its hours and its price")

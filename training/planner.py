@@ -159,7 +159,9 @@ def count_step(task: Task, config: Config) -> Counts:
             loss = task.loss(task.module, batch)
         torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    meter, flops, stepping_flops = Meter(), FlopCounterMode(display=False), FlopCounterMode(display=False)
+    meter = Meter()
+    flops = FlopCounterMode(display=False)
+    stepping_flops = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), flops:  # not with the meter: it would keep alive what that one counts
         compute_gradients()
     with FakeTensorMode(allow_non_fake_inputs=True), meter:

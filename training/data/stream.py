@@ -261,10 +261,12 @@ class Lane:
             s.shard, s.record = self._next
             s.window, s.place = s.window + 1, 0
             if s.shard >= len(self.own_shards()):
-                s.epoch, s.shard, s.record, s.window = s.epoch + 1, 0, 0, 0
+                s.epoch += 1
+                s.shard = s.record = s.window = 0
                 self._open = None
         window: list[Record] = []
-        shards, shard, record = self.own_shards(), s.shard, s.record
+        shards = self.own_shards()
+        shard, record = s.shard, s.record
         while len(window) < self._size and shard < len(shards):
             if self._open is None or self._open[:2] != (shard, record):
                 stream = records_of(shards[shard], self.config.data)
@@ -280,7 +282,8 @@ class Lane:
                     if len(window) == self._size:
                         break
             else:
-                shard, record, stream = shard + 1, 0, iter(())
+                shard, record = shard + 1, 0
+                stream = iter(())
             self._open = (shard, record, stream) if record else None
         self._next = (shard, record)
         order = np.random.default_rng((self.config.seed, s.epoch, self.number, s.window)).permutation(len(window))
@@ -352,7 +355,7 @@ class Stream:
         self.data = data
         self.config = config
         self.start = start
-        self.rank, self.num_processes = rank, num_processes
+        self.num_processes = num_processes
         self.shards = list_shards(config.data)
         names = zlib.crc32("\n".join(shard.name for shard in self.shards).encode())
         if state and state["shards"] != names:

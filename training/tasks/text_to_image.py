@@ -172,7 +172,8 @@ class TextToImage:
 
     def _losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Draw x_0 and eps, noise, predict, compare (Ho et al. 2020, equation 14, weighted): `(B,)`, of timesteps `t`."""
-        o, scheduler, t = self.config.objective, self.pipe.scheduler, batch["t"]
+        o, scheduler = self.config.objective, self.pipe.scheduler
+        t = batch["t"]
         x_0 = self.x_0(batch)
         noise = self.noise(batch["sample_key"], x_0)
         x_t = scheduler.add_noise(x_0, noise, t)
