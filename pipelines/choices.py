@@ -73,7 +73,7 @@ def with_guider(pipe, name: str, weak=None, **settings):
 
     entry = GUIDERS.check_name(name)
     if name != "cfg" and guidance_width(pipe.unet) is not None:
-        raise ValueError(f"{name}: this model is told the guidance scale and draws in one pass; no guider goes with it")
+        raise ValueError(f"{name}: the guidance scale is an input of this model, which takes no guider")
     if (weak is not None) != entry.weak:
         raise ValueError("autoguidance, and no other guider, takes a weaker model beside: an earlier checkpoint of the run")
     guider = build_guider(GUIDERS.load(name), **{**_guider_defaults(pipe, name, settings), **settings})

@@ -307,9 +307,9 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
         weak = getattr(self.guider, "weak", None)
         guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
-        if guidance_width(self.unet) is not None:  # distilled: the network is told the scale
+        if guidance_width(self.unet) is not None:  # distilled: the scale is an input of the network
             if self.guider is not None and not isinstance(self.guider, ClassifierFreeGuidance):
-                raise ValueError(f"this model is told the guidance scale and takes no {type(self.guider).__name__} beside")
+                raise ValueError(f"the guidance scale is an input of this model, which takes no {type(self.guider).__name__}")
             guider._enabled = False
         if guidance_scale is not None:
             setattr(guider, "guidance_scale", float(guidance_scale))  # noqa: B010  (a field of most guiders)
@@ -520,9 +520,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if (width_told := guidance_width(self.unet)) is not None:
             told = guidance_embedding(torch.full((len(positive),), state.guidance_scale, device=device), width_told)
             if negative_prompt and any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt):
-                warn_once(
-                    "A negative prompt has no effect on this model: it is told the guidance scale and draws in one pass."
-                )
+                warn_once("A negative prompt has no effect on this model, whose guidance scale is an input of the network.")
         inputs = NetworkInputs(
             class_labels=labels,
             control=control,

@@ -62,7 +62,7 @@ class Source(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Entry):
-    """A task: a class that follows the protocol `tasks.base.Task`.
+    """A task: a class that follows the protocol `tasks.protocol.Task`.
 
     Attributes:
         scores: names of its own scores, by which `checkpoint.best_by` may choose the best model; where there are none, the

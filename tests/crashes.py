@@ -115,13 +115,17 @@ def wait(children: list[int], patience: float = 90) -> list[int]:
     return [codes[child] for child in children]
 
 
-def train(path, *overrides, world: int = 1, moments: tuple | None = None) -> list[int]:
-    """Run the trainer in `world` forked processes, the first of them killed as `moments` (arguments of Moments) says."""
+def train(path, *overrides, world: int = 1, moments: tuple | None = None, before=lambda rank: None) -> list[int]:
+    """Run the trainer in `world` forked processes, the first of them killed as `moments` (arguments of Moments) says.
+
+    `before(rank)` is called in each of them at first.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def task(rank):
+        before(rank)
         if moments and rank == 0:
             Moments(*moments)
         return main([str(path), *overrides])

@@ -157,7 +157,7 @@ def test_what_knows_a_model_knows_a_few_step_one(student, tmp_path, caplog):
     image = pipe("a red circle", num_inference_steps=2).images[0]
     with pytest.raises(ValueError, match="its teacher"):
         invert(pipe, image, "a red circle")
-    with pytest.raises(ValueError, match="told the guidance scale"):
+    with pytest.raises(ValueError, match="guidance scale is an input"):
         with_guider(pipe, "apg")
     pipe("a red circle", negative_prompt="blue", num_inference_steps=1)
     assert "negative prompt has no effect" in caplog.text
@@ -207,7 +207,7 @@ def test_a_student_whose_images_are_all_alike_is_stopped(tmp_path, teacher, caps
     ("changes", "said"),
     [
         (["validation.sampler=ddpm"], "lcm or tcd"),
-        (["validation.guider=apg"], "told the scale"),
+        (["validation.guider=apg"], "scale is an input"),
         (["init_from=null"], "the teacher"),
         (["distil.segments=0"], "distil.segments"),
         (["distil.guidance_width=7"], "distil.guidance_width"),
@@ -216,6 +216,18 @@ def test_a_student_whose_images_are_all_alike_is_stopped(tmp_path, teacher, caps
 def test_settings_that_cannot_be_are_told(tmp_path, teacher, capsys, changes, said):
     assert main([config(tmp_path, teacher), *changes]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_student_begins_from_another(tmp_path, teacher, student, capsys):
+    """After one step that moves nothing to speak of it is still that student."""
+    distil = {"guidance_width": 8, "student": str(student)}
+    path = config(tmp_path, teacher, distil=distil, optim={"lr": 1e-12, "weight_decay": 0.0}, train={"max_steps": 1})
+    assert main([path]) == 0
+    found, expected = (SfumatoPipeline.from_pretrained(run / "pipeline").unet for run in (tmp_path / "run", student))
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], value, rtol=0, atol=1e-9)
+    assert main([path, f"distil.student={teacher}", f"output_dir={tmp_path / 'other'}"]) == 2
+    assert "no student of this teacher" in capsys.readouterr().err
 
 
 def test_a_student_is_no_teacher(tmp_path, student, capsys):

@@ -1,7 +1,11 @@
 """What frozen models make of the data is computed once, is what they would say again, and trains the same."""
 
 import json
+import os
+import signal
+import time
 
+import crashes
 import numpy as np
 import pytest
 import tiny
@@ -64,6 +68,48 @@ def test_keys_follow_the_content(tmp_path, base):
         vae.encoder.conv_in.bias += 1
     cached.cached_latents(images, vae, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("latents-*.npy"))) == 2
+
+
+def squares(log, die_after=None):
+    """Computes the squares of some numbers and notes which; ends the process after so many batches."""
+    done = []
+
+    def compute(numbers):
+        if die_after is not None and len(done) > die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        done.append(numbers)
+        with open(log, "a") as file:
+            file.write(f"{numbers.start} {numbers.stop}\n")
+        return np.array(numbers)[:, None] ** 2
+
+    return compute
+
+
+def noted(log) -> list[str]:
+    """What was computed, without the look at one record that says how large they are."""
+    return [line for line in log.read_text().splitlines() if line != "0 1"]
+
+
+def test_processes_share_what_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cached, "BATCHES_A_PART", 2)
+    path, logs = tmp_path / "squares.npy", [tmp_path / "a", tmp_path / "b"]
+    work = [lambda log=log: cached.cached_array(path, 77, squares(log), "squares", 4) is None for log in logs]
+    assert crashes.wait([crashes.fork(each, quiet=False) for each in work]) == [0, 0]
+    assert (np.load(path)[:, 0] == np.arange(77) ** 2).all()
+    parts = [noted(log) for log in logs]
+    assert all(len(part) > 4 for part in parts)
+    assert sorted(sum(parts, [])) == sorted(f"{start} {min(start + 4, 77)}" for start in range(0, 77, 4))
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["a", "b", "squares.npy", "squares.npy.lock"]
+
+
+def test_what_was_computed_before_a_crash_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(cached, "BATCHES_A_PART", 2)
+    path, first, second = (tmp_path / name for name in ("squares.npy", "first", "second"))
+    killed = crashes.fork(lambda: cached.cached_array(path, 40, squares(first, die_after=5), "squares", 4) is None)
+    assert crashes.wait([killed]) == [-signal.SIGKILL] and not path.exists()
+    assert (cached.cached_array(path, 40, squares(second), "squares", 4)[:, 0] == np.arange(40) ** 2).all()
+    assert noted(first) == ["0 4", "4 8", "8 12", "12 16", "16 20"] and noted(second)[0] == "16 20"
 
 
 def test_what_cannot_be_cached_is_told(tmp_path, capsys):

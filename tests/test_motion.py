@@ -11,6 +11,7 @@ import yaml
 from diffusers import AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline
 from PIL import Image
 from stock_process import run_stock
+from test_waits import Waits
 
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
@@ -97,6 +98,13 @@ def test_only_the_adapter_is_trained(run, base):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     moved = [name for name, value in after.items() if ".proj_out." in name and "motion_modules" in name and value.any()]
     assert moved and len(moved) == sum(".proj_out." in name and "motion_modules" in name for name in after)
+
+
+def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch, base, clips):
+    path = config(tmp_path, base, clips, checkpoint={"every_steps": None})
+    with monkeypatch.context() as patch, Waits(patch, steps=5) as waits:
+        assert main([path, "train.max_steps=5", "train.log_every_steps=100"]) == 0
+    assert waits.seen and not +waits.during
 
 
 DRAW = """

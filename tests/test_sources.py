@@ -303,7 +303,8 @@ def test_a_caption_is_drawn_from_the_list_on_each_visit(tmp_path, parquet):
             folder_config(tmp_path, parquet, image_column="photo", caption_column="says", max_bad_share=0.5)
         )
     stream = tiny.samples(prepared, caption_dropout=0.0)
-    assert {prepared.captions[stream[i][2]] for i in range(40)} == {"one", "eins", "three"}
+    drawn = [stream[i] for i in range(40)]
+    assert {prepared[sample.index]["captions"][sample.caption] for sample in drawn} == {"one", "eins", "three"}
 
 
 @pytest.mark.parametrize("channels, colour", [(1, (76,)), (3, (255, 0, 0)), (4, (255, 0, 0, 128))])

@@ -4,12 +4,14 @@ import functools
 import http.server
 import io
 import shutil
+import signal
 import tarfile
 import threading
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import islice
 
+import crashes
 import numpy as np
 import pytest
 import tiny
@@ -87,8 +89,8 @@ def read(streams, count: int) -> tuple[list[int], list[float]]:
 
 def whole(streams) -> dict:
     """What a checkpoint keeps of several processes' streams."""
-    states = [state for each in streams for state in each.state()["states"].values()]
-    return {**streams[0].state(), "states": states}
+    states = [state for each in streams for state in each.state(list)["states"]]
+    return {**streams[0].state(list), "states": states}
 
 
 def training_numbers(shards) -> set[int]:
@@ -132,9 +134,9 @@ def test_it_goes_on_in_the_middle_of_a_shard(config, batches):
     iterator = iter(first)
     for _ in range(batches):
         next(iterator)
-    state = first.state()
+    state = first.state(list)
     expected = [numbers_of(next(iterator)) for _ in range(20)]
-    again = iter(open_stream(config, state={**state, "states": list(state["states"].values())}, start=8 * batches))
+    again = iter(open_stream(config, state=state, start=8 * batches))
     assert [numbers_of(next(again)) for _ in range(20)] == expected
 
 
@@ -174,8 +176,7 @@ def test_workers_change_nothing(config):
 
 
 def test_processes_that_do_not_go_with_the_lanes_are_told(config):
-    state = open_stream(config, batch=8).state()
-    state = {**state, "states": list(state["states"].values())}
+    state = open_stream(config, batch=8).state(list)
     with pytest.raises(ValueError, match="by 8 lanes"):
         open_stream(config, 0, 3, state=state)
     with pytest.raises(ValueError, match="by 8 lanes"):
@@ -185,7 +186,7 @@ def test_processes_that_do_not_go_with_the_lanes_are_told(config):
 
 
 def test_other_shards_are_told(config, shards, tmp_path):
-    state = open_stream(config).state()
+    state = open_stream(config).state(list)
     write_shard(tmp_path / "other.tar", range(64))
     with pytest.raises(ValueError, match="no more those"):
         open_stream(config, name=str(tmp_path), state={**state, "states": [asdict(LaneState())] * 8})
@@ -288,6 +289,64 @@ def test_a_run_learns_from_a_stream_and_goes_on_bit_for_bit(tmp_path, shards):
         shutil.rmtree(tmp_path / "whole" / "run" / "checkpoints" / f"step-{step:08d}")
     found = weights(tmp_path / "whole", "checkpoint.resume=auto")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def train_and_note(path, seen, world: int, *overrides, moments=None) -> list[int]:
+    """Exit codes of a run on so many processes, which write the numbers of every batch into a file of the folder `seen`."""
+    seen.mkdir()
+
+    def note(rank):
+        real = Stream.__iter__
+
+        def noted(self):
+            for batch in real(self):
+                with open(seen / str(rank), "a") as file:
+                    file.write(" ".join(map(str, numbers_of(batch))) + "\n")
+                yield batch
+
+        Stream.__iter__ = noted
+
+    return crashes.train(path, *overrides, world=world, moments=moments, before=note)
+
+
+def noted_batches(seen, world: int) -> list[list[int]]:
+    """The numbers of every batch of all processes, in their order."""
+    parts = [[list(map(int, line.split())) for line in (seen / str(rank)).read_text().splitlines()] for rank in range(world)]
+    return [sum(rows, []) for rows in zip(*parts)]
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(1, 1), pytest.param(2, 2, marks=slow), pytest.param(4, 4, marks=slow), pytest.param(4, 1, marks=slow)],
+)
+def test_a_killed_run_sees_each_record_as_if_it_had_not_been(tmp_path, shards, first, then):
+    """Killed while it saves in the middle of shards, and taken up again on as many processes or on others."""
+
+    def config_for(name, world):
+        data = {"name": str(shards), "resolution": 8, "stream": True, "stream_buffer": 64, "stream_sample": 200}
+        (tmp_path / name).mkdir(exist_ok=True)
+        return tiny.config_file(
+            tmp_path / name,
+            data=data,
+            unet={"block_out_channels": [8, 16]},
+            train={"max_steps": 12, "batch_size": 8 // world},
+            checkpoint={"every_steps": 5},
+        )
+
+    seen = {name: tmp_path / f"seen-{name}" for name in ("whole", "killed", "resumed")}
+    assert train_and_note(config_for("whole", first), seen["whole"], first) == [0] * first
+    expected = noted_batches(seen["whole"], first)
+    codes = train_and_note(config_for("killed", first), seen["killed"], first, moments=(2, 4, False))
+    assert codes[0] == -signal.SIGKILL
+    again = config_for("killed", then)
+    assert train_and_note(again, seen["resumed"], then, "checkpoint.resume=auto") == [0] * then
+    found = noted_batches(seen["killed"], first)[:5] + noted_batches(seen["resumed"], then)
+    assert found == expected and len(found) == 12
+    if first == then:
+        assert crashes.result(tmp_path / "killed" / "run") == crashes.result(tmp_path / "whole" / "run")
 
 
 @pytest.mark.parametrize(

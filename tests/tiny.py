@@ -74,7 +74,7 @@ def task(config, images=None, **context):
     from sfumato.registries import TASKS
     from sfumato.training.data.prepare import prepare
     from sfumato.training.data.streams import STREAM_VERSION, streams_of
-    from sfumato.training.tasks.base import TaskContext
+    from sfumato.training.tasks.protocol import TaskContext
 
     settings = {
         "images": prepare(config.data) if images is None else images,

@@ -6,10 +6,12 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 
 from sfumato.figures import grid, to_pil
@@ -23,11 +25,11 @@ from sfumato.training.data.prepare import prepare
 from sfumato.training.data.streams import STREAM_VERSION, streams_of
 from sfumato.training.engine import checkpoints
 from sfumato.training.engine.ema import EMA
-from sfumato.training.engine.optimizers import build_optimizer
+from sfumato.training.engine.optimizers import build_optimizer, take_step
 from sfumato.training.engine.processes import num_threads
 from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.models.state_files import StateFiles
-from sfumato.training.tasks.base import Task, TaskContext
+from sfumato.training.tasks.protocol import Task, TaskContext
 
 
 @dataclass
@@ -200,17 +202,18 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
 def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
     """Batch arithmetic, and memory, time and disk by three real steps on one process of this machine."""
     device, parameters = task.accelerator.device.type, trained_parameters(task.module)
-    optimizer, ema = build_optimizer(config.optim, parameters), EMA(parameters, config.ema.decay)
+    optimizer = cast(AcceleratedOptimizer, task.accelerator.prepare(build_optimizer(config.optim, parameters)))
+    ema = EMA(parameters, config.ema.decay)
     loader = batches(task.data, config)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
         with task.accelerator.autocast():
             loss = task.loss(task.module, next(loader))
-        loss.backward()
-        optimizer.step()
+        task.accelerator.backward(loss)
+        _, is_finite = take_step(task.accelerator, optimizer, parameters, config.optim.max_grad_norm)
         optimizer.zero_grad()
-        ema.step(parameters)
+        ema.step(parameters, is_finite)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -40,7 +40,7 @@ from sfumato.training.models.parameters import is_sharded, trained_parameters
 from sfumato.training.objectives import lr_scale
 from sfumato.training.publish import hub
 from sfumato.training.quality.features import DEFAULT, reference_features
-from sfumato.training.tasks.base import Outcome, Task, TaskContext
+from sfumato.training.tasks.protocol import Outcome, Task, TaskContext
 
 DIVERGED = 3
 NOT_PUSHED = 5
@@ -431,7 +431,7 @@ def save(run: Run) -> Path | None:
     """Write a checkpoint, from the first process; the others take part where weights are sharded, or data a stream."""
     accelerator = run.accelerator
     main, sharded = accelerator.is_main_process, is_sharded(run.task.module)
-    stream = {} if run.stream is None else whole_state(accelerator, run.stream)
+    stream = {} if run.stream is None else run.stream.state(gather_object)
     if not main and not sharded:
         return None
     scaler = accelerator.scaler
@@ -460,12 +460,6 @@ def save(run: Run) -> Path | None:
         rank=accelerator.process_index if sharded else 0,
         world=accelerator.num_processes if sharded else 1,
     )
-
-
-def whole_state(accelerator: Accelerator, stream: Stream) -> dict[str, Any]:
-    """Where the lanes of all processes are, in their order; all must call."""
-    states = [state for each in gather_object([stream.state()]) for state in each["states"].values()]
-    return {**stream.state(), "states": states}
 
 
 def push_checkpoint(run: Run) -> None:

@@ -4,9 +4,11 @@ One step is taken here on tensors that have shapes and no content; its operation
 """
 
 import math
+import os
+import time
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
@@ -24,7 +26,7 @@ from sfumato.training.doctor import Finding, build_task
 from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.models.parameters import trained_parameters
-from sfumato.training.tasks.base import Task
+from sfumato.training.tasks.protocol import Task
 
 SHARE = 0.4  # of the peak that a well-fed UNet usually reaches
 SPARE = 0.9  # of the memory that can be filled; the rest is the driver's, the libraries' and what lies between blocks
@@ -57,6 +59,30 @@ DEVICES = {
     "l4": Device(flops=(30.3e12, 121e12), bandwidth=0.3e12, memory=24e9, link=32e9, dollars=0.7),
     "mps": Device(flops=(14e12, 14e12), bandwidth=0.4e12, memory=36e9, link=math.inf, dollars=0.0),  # an M3 Max
 }
+HERE = "cpu"  # this machine, which is measured
+
+
+def measure_cpu(seconds: float = 0.2) -> Device:
+    """This machine: products of large matrices and copies of more than its caches hold, the fastest of those in `seconds`."""
+
+    def fastest(work: Callable[[], object]) -> float:
+        work()
+        times = []
+        while sum(times) < seconds:
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    side, count = 512, 2**25
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(side, side, dtype=dtype)
+        rates.append(2 * side**3 / fastest(lambda a=a: a @ a))
+    source, target = torch.zeros(2, count)
+    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(flops=(rates[0], rates[1]), bandwidth=bandwidth, memory=memory, link=bandwidth, dollars=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +292,7 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
 
 
 def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = None) -> list[Finding]:
-    """What a run of `config` needs on `gpus` devices of the kind `gpu`, of `DEVICES`.
+    """What a run of `config` needs on `gpus` devices of the kind `gpu`, of `DEVICES` or `HERE`.
 
     Args:
         images: how many the run is to see, for its hours and its price; by default those of `train.max_steps`.
@@ -274,14 +300,13 @@ def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = N
     Raises:
         ValueError: the data or the settings cannot be used at all, or nothing is known of the device.
     """
-    if gpu not in DEVICES:
-        raise ValueError(
-            f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}. Of this machine the doctor tells without --gpu"
-        )
+    if gpu not in (*DEVICES, HERE):
+        raise ValueError(f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}, and {HERE}: this machine, measured")
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: there must be at least one")
     task = build_task(config, prepare(config.data), cpu=True)
-    p = plan(count_step(task, config), config, DEVICES[gpu], gpus)
+    device = measure_cpu() if gpu == HERE else DEVICES[gpu]
+    p = plan(count_step(task, config), config, device, gpus)
     return [_memory(p, config, gpu), *_speed(p, gpu), *_run(p, images)]
 
 

@@ -41,7 +41,7 @@ def finish_training(run) -> int:
     """Train what `loop.prepare` gives, to its end; the exit code as of `main`."""
     from sfumato.files import CannotSave, go_on_without_readers
     from sfumato.training import loop
-    from sfumato.training.tasks.base import Collapsed
+    from sfumato.training.tasks.protocol import Collapsed
 
     go_on_without_readers()
     try:

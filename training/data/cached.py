@@ -2,19 +2,22 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
 from sfumato.files import sync
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.models.latent_space import encode, to_pixel_values
+
+BATCHES_A_PART = 16  # of what several processes compute together
 
 
 def content_hash(*parts) -> str:
@@ -31,10 +34,13 @@ def content_hash(*parts) -> str:
 def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
     """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
 
-    Several processes may call at once: one computes, the others wait.
+    Several processes may call at once, on several machines too, and then share the work.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     if not path.is_file():  # a ready one may lie where nobody may write
-        _compute_into(path, count, compute, what, batch)
+        _compute_together(path, count, compute, what, batch)
     try:
         found = np.load(path, mmap_mode="r")
         if len(found) != count:
@@ -44,20 +50,51 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
     return found
 
 
-def _compute_into(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int) -> None:
+def _compute_together(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int) -> None:
+    """Part by part: each process takes what no other is at, then what one that was killed has left.
+
+    A part that is done has a mark, so what was computed before a crash stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    new, marks = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.parts")
+    parts = [range(start, min(start + BATCHES_A_PART * batch, count)) for start in range(0, count, BATCHES_A_PART * batch)]
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            return
+        if not (marks.is_dir() and new.is_file()):
+            shutil.rmtree(marks, ignore_errors=True)
+            first = compute(range(1))
+            open_memmap(new, "w+", first.dtype, (count, *first.shape[1:])).flush()
+            marks.mkdir()
+    array = np.load(new, mmap_mode="r+")
+    progress = tqdm(total=count, desc=what, unit="record")
+    for patience in (0, -1):  # seconds to wait for a part that another process is at; at last, as long as it takes
+        for part in parts:
+            mark = marks / str(part.start)
+            claim = _claim(mark, patience)
+            if claim is None:
+                continue
+            with claim:
+                if not mark.exists() and not path.is_file():
+                    for start in range(part.start, part.stop, batch):
+                        array[start : min(start + batch, part.stop)] = compute(range(start, min(start + batch, part.stop)))
+                        progress.update(min(batch, part.stop - start))
+                    array.flush()
+                    mark.touch()
+    progress.close()
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            new, array = path.with_name(f".{path.name}.new"), None
-            for start in tqdm(range(0, count, batch), desc=what, unit="batch"):
-                rows = compute(range(start, min(start + batch, count)))
-                if array is None:
-                    array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
-                array[start : start + len(rows)] = rows
-            if array is not None:
-                array.flush()
             sync(new)
             os.replace(new, path)
+        shutil.rmtree(marks, ignore_errors=True)
+
+
+def _claim(mark: Path, patience: float) -> AcquireReturnProxy | None:
+    """The right to compute a part; None where another process has it, or where all is done and tidied up."""
+    try:
+        return FileLock(f"{mark}.lock").acquire(timeout=patience)
+    except (Timeout, FileNotFoundError):
+        return None
 
 
 @torch.no_grad()

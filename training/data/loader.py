@@ -25,7 +25,7 @@ class Sample(NamedTuple):
     Attributes:
         index: number of the image in the set.
         flip: whether it is mirrored.
-        caption: number of the caption; the one past the last is the empty caption.
+        caption: which of its own captions; -1 is the empty one.
         level: of the noise, in [0, 1).
         key: of its random streams.
     """
@@ -67,12 +67,9 @@ class TrainingSamples(Dataset):
 
     def __init__(self, images: ArraySet, config: Config, *, block: int = 1, streams: Streams | None = None):
         self.images = images
-        self.seed = config.seed
+        self.config = config
         self.block = block
         self.streams = streams or streams_of(STREAM_VERSION, config.seed)
-        self.low_discrepancy = config.objective.low_discrepancy
-        self.caption_dropout = config.objective.caption_dropout
-        self.random_flip = config.data.random_flip
         train = images.select("train")
         buckets = images.table["bucket"][train]
         parts = [train[buckets == k] for k in range(len(images.buckets))]
@@ -84,7 +81,7 @@ class TrainingSamples(Dataset):
 
     def order(self, epoch: int) -> np.ndarray:
         """The records of an epoch in the order they are read, `(length,)`."""
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = np.random.default_rng((self.config.seed, epoch))
         if len(self.parts) == 1:
             return self.parts[0][rng.permutation(len(self.parts[0]))]
         blocks = []
@@ -106,14 +103,21 @@ class TrainingSamples(Dataset):
                 self._epoch, self._order = epoch, self.order(epoch)
             epochs.append(epoch)
             indices.append(int(self._order[place]))
-        rows = self.images.table[indices]
-        choices = self.streams.choices(np.array(epochs), np.array(indices), rows["num_captions"], self.random_flip)
-        captions = rows["first_caption"].astype(np.int64) + choices.caption
-        captions[choices.dropout < self.caption_dropout] = len(self.images.captions)
-        levels = spread_levels(self.seed, positions) if self.low_discrepancy else choices.level
-        flips = choices.flip < 0.5 if self.random_flip else np.zeros(len(positions), bool)
-        columns = (indices, flips.tolist(), captions.tolist(), levels.tolist(), choices.key.tolist())
-        return [Sample(*row) for row in zip(*columns)]
+        counts = self.images.table["num_captions"][indices]
+        return decide(self.config, self.streams, epochs, indices, counts, positions)
+
+
+def decide(
+    config: Config, streams: Streams, epochs: list[int], indices: list[int], num_captions: np.ndarray, positions: list[int]
+) -> list[Sample]:
+    """What is decided about the records `indices`, in these epochs and at these positions of the run."""
+    random_flip = config.data.random_flip
+    choices = streams.choices(np.array(epochs), np.array(indices), num_captions, random_flip)
+    captions = np.where(choices.dropout < config.objective.caption_dropout, -1, choices.caption)
+    levels = spread_levels(config.seed, positions) if config.objective.low_discrepancy else choices.level
+    flips = choices.flip < 0.5 if random_flip else np.zeros(len(positions), bool)
+    columns = (indices, flips.tolist(), captions.tolist(), levels.tolist(), choices.key.tolist())
+    return [Sample(*row) for row in zip(*columns)]
 
 
 def spread_levels(seed: int, positions: list[int]) -> np.ndarray:
@@ -139,26 +143,30 @@ class Positions(Sampler):
 
 def collate(samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
     """One batch; see `batches`."""
-    batch = {
+    first, empty = data.images.table["first_caption"], len(data.images.captions)
+    captions = [empty if sample.caption < 0 else int(first[sample.index]) + sample.caption for sample in samples]
+    text = torch.from_numpy(data.texts[captions])
+    if data.latents is not None:
+        x_0 = torch.from_numpy(data.latents[[sample.index for sample in samples]])
+        return {"x_0": x_0, "text": text, **level_and_key(samples)}
+    images = [data.images.image(sample.index) for sample in samples]
+    return {"text": text, **level_and_key(samples), **image_tensors(images, samples, data)}
+
+
+def level_and_key(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """`timestep_u` and `sample_key`."""
+    return {
         "timestep_u": torch.tensor([sample.level for sample in samples]),
         "sample_key": torch.tensor([sample.key for sample in samples]),
-        "text": torch.from_numpy(data.texts[[sample.caption for sample in samples]]),
     }
-    if data.latents is not None:
-        batch["x_0"] = torch.from_numpy(data.latents[[sample.index for sample in samples]])
-        return batch
-    images = []
-    for sample in samples:
-        image = data.images.image(sample.index)
-        images.append(image[:, ::-1] if sample.flip else image)
-    return batch | image_tensors(images, [sample.key for sample in samples], data)
 
 
-def image_tensors(images: list[np.ndarray], keys: list[int], data: SampleData) -> dict[str, torch.Tensor]:
-    """`pixel_values` of images `(H, W, C)`, and what the task makes of them beside."""
+def image_tensors(images: list[np.ndarray], samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
+    """`pixel_values` of images `(H, W, C)`, mirrored where that was decided, and what the task makes of them beside."""
+    images = [image[:, ::-1] if sample.flip else image for image, sample in zip(images, samples)]
     tensors = {"pixel_values": to_pixel_values(np.stack(images))}
     if data.extra_arrays is not None:
-        rows = [data.extra_arrays(image, key, data.streams) for image, key in zip(images, keys)]
+        rows = [data.extra_arrays(image, sample.key, data.streams) for image, sample in zip(images, samples)]
         tensors |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     return tensors
 

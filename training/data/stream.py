@@ -12,7 +12,7 @@ import time
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sfumato.registries import SOURCES
 from sfumato.training.config.schema import Config, DataConfig
 from sfumato.training.data.images import read_image
-from sfumato.training.data.loader import SampleData, image_tensors, leave_signals_to_the_trainer, spread_levels
+from sfumato.training.data.loader import SampleData, decide, image_tensors, leave_signals_to_the_trainer, level_and_key
 from sfumato.training.data.records import HELD_OUT_SHARE, Record, Unusable, hash_fraction, splits_to_leave_out
 
 MAX_LANES = 64
@@ -305,24 +305,15 @@ def collate_stream(
 ) -> dict[str, torch.Tensor]:
     """A batch of records with their epochs and images, which are at these positions of the run; see `loader.batches`."""
     epochs, records, images = zip(*rows)
-    index = np.array([zlib.crc32(record.name.encode("utf-8", "replace")) for record in records], np.int64)
+    names = [zlib.crc32(record.name.encode("utf-8", "replace")) for record in records]
     counts = np.array([len(record.captions) for record in records])
-    choices = data.streams.choices(np.array(epochs), index, counts, config.data.random_flip)
-    dropped = choices.dropout < config.objective.caption_dropout
-    captions = ["" if drop else record.captions[k] for record, k, drop in zip(records, choices.caption, dropped)]
-    levels = spread_levels(config.seed, positions) if config.objective.low_discrepancy else choices.level
-    flips = choices.flip < 0.5 if config.data.random_flip else np.zeros(len(rows), bool)
+    samples = decide(config, data.streams, list(epochs), names, counts, positions)
+    captions = ["" if sample.caption < 0 else record.captions[sample.caption] for sample, record in zip(samples, records)]
     if data.tokenizer is None:
         text = torch.zeros(len(rows), 1, dtype=torch.int64)
     else:
         text = data.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    turned = [image[:, ::-1] if flip else image for image, flip in zip(images, flips)]
-    return {
-        "timestep_u": torch.from_numpy(np.float32(levels)),
-        "sample_key": torch.from_numpy(choices.key),
-        "text": text,
-        **image_tensors(turned, choices.key.tolist(), data),
-    }
+    return {"text": text, **level_and_key(samples), **image_tensors(list(images), samples, data)}
 
 
 class _Parts(IterableDataset):
@@ -424,7 +415,11 @@ class Stream:
         self.skipped.clear()
         return lines
 
-    def state(self) -> dict[str, Any]:
-        """Where this process's lanes are, as of the last batch that was yielded."""
-        states = {number: asdict(state) for number, state in self.states.items()}
+    def state(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
+        """Where the lanes of all processes are, as of the last batch that was yielded.
+
+        Args:
+            gather: makes one list of the lists of all processes, in their order, such as `accelerate.utils.gather_object`.
+        """
+        states = gather([asdict(self.states[number]) for number in self.numbers])
         return {"lanes": self.num_lanes, "shards": self.names, "buffer": self.config.data.stream_buffer, "states": states}

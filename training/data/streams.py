@@ -32,7 +32,7 @@ class Stream(IntEnum):
     STEP_KIND = 11  # of distillation, whether its time is one of the sampler's own
     OWN_STEP = 12  # and which one
     GUIDANCE = 13  # the guidance scale that the teacher draws with
-    LARGE_GUIDANCE = 14  # whether the student is told a larger one
+    LARGE_GUIDANCE = 14  # whether the student's is a larger one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
 
 
 def add_guidance_input(unet: UNet2DConditionModel, width: int, seed: int) -> Any:
-    """The same network, sharing its weights, that is told the guidance scale by an embedding of `width` numbers, which at
+    """The same network, sharing its weights, that takes the guidance scale by an embedding of `width` numbers, which at
     first changes nothing.
     """
     torch.manual_seed(seed)

@@ -22,14 +22,14 @@ from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
 from sfumato.training.quality.drawing import sample_indices
 from sfumato.training.quality.fidelity import image_quality
-from sfumato.training.tasks.base import Outcome, TaskContext, check_not_sharded
+from sfumato.training.tasks.protocol import Outcome, TaskContext, check_not_sharded
 from sfumato.training.tasks.settings import AutoencoderConfig
 
 
 class Autoencoder:
     """A VAE that makes images smaller, for latent models: `vae.pretrained` of their config names this run's folder.
 
-    Attributes as of `base.Task`.
+    Attributes as of `protocol.Task`.
     """
 
     @classmethod
@@ -108,7 +108,7 @@ class Autoencoder:
         return {name: float(np.square(error).mean())}
 
     def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
-        """See `base.ResultsHalf`: a checkpoint holds the stock folder `vae/`."""
+        """See `protocol.ResultsHalf`: a checkpoint holds the stock folder `vae/`."""
         self._set_scale(64)
         return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
 

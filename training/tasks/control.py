@@ -12,7 +12,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.streams import Streams
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.quality.drawing import sample_indices
-from sfumato.training.tasks.base import TaskContext, captioned_images, check_not_sharded
+from sfumato.training.tasks.protocol import TaskContext, captioned_images, check_not_sharded
 from sfumato.training.tasks.text_to_image import TextToImage
 
 

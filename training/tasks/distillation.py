@@ -1,4 +1,4 @@
-"""A model that draws in a few steps, taught by one that needs many: consistency distillation with guidance told to it."""
+"""A model that draws in a few steps, taught by one that needs many: consistency distillation, guidance included."""
 
 import copy
 from dataclasses import replace
@@ -10,6 +10,7 @@ from PIL import Image
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.guided import NetworkInputs, guidance_embedding, guidance_width
+from sfumato.pipelines.locate import locate_pipeline
 from sfumato.schedulers import SfumatoDDPMScheduler
 from sfumato.training.config.schema import Config
 from sfumato.training.data.loader import seed_layers, to_device
@@ -18,8 +19,8 @@ from sfumato.training.engine.ema import EMA
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.finetune import add_guidance_input
 from sfumato.training.quality.drawing import sampling_pipeline
-from sfumato.training.tasks.base import Collapsed, TaskContext, check_not_sharded
 from sfumato.training.tasks.inpainting import Inpainting
+from sfumato.training.tasks.protocol import Collapsed, TaskContext, check_not_sharded
 from sfumato.training.tasks.settings import DistilConfig
 from sfumato.training.tasks.text_to_image import TextToImage
 
@@ -35,8 +36,8 @@ class Distillation(TextToImage):
     """A student of the model of `init_from`, which learns to see the end of the teacher's path from anywhere on it.
 
     Consistency distillation (Song et al. 2023, arXiv 2303.01469) in segments (Heek et al. 2024, arXiv 2403.06807), of guided
-    predictions whose scale the network is told, as in latent consistency models (Luo et al. 2023, arXiv 2310.04378). The
-    folder is a stock one, drawn by `LCMScheduler`; it needs one pass a step at any scale.
+    predictions whose scale is an input of the network, as in latent consistency models (Luo et al. 2023, arXiv 2310.04378).
+    The folder is a stock one, drawn by `LCMScheduler`; it needs one pass a step at any scale.
     """
 
     @classmethod
@@ -73,12 +74,23 @@ class Distillation(TextToImage):
         self.teacher: Any = copy.deepcopy(pipe.unet).requires_grad_(False).eval()
         self.teacher_scheduler = pipe.scheduler
         student = add_guidance_input(pipe.unet, self.settings.guidance_width, self.config.seed)
+        if self.settings.student is not None and checkpoint is None:
+            self._begin_from(student, self.settings.student)
         pipe.register_modules(unet=student.requires_grad_(True).train())
         if isinstance(pipe.scheduler, SfumatoDDPMScheduler) and pipe.scheduler.prediction_type == "epsilon":
             # eps says nothing of the image where there is only noise, which is where the student begins.
             scheduler = SfumatoDDPMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
             pipe.register_modules(scheduler=scheduler)
         return pipe
+
+    @staticmethod
+    def _begin_from(student: torch.nn.Module, source: str) -> None:
+        """Give a student the weights of an earlier one."""
+        try:
+            earlier = SfumatoPipeline.from_pretrained(locate_pipeline(source)).unet
+            student.load_state_dict(earlier.state_dict())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"distil.student={source!r} is no student of this teacher: {error}") from error
 
     def _own_steps(self) -> list[int]:
         """The times at which the student is asked when it draws in one to four steps, or as `validation` says."""
@@ -134,7 +146,7 @@ class Distillation(TextToImage):
         return torch.where(self.streams.uniform(keys, Stream.STEP_KIND) < OWN_STEPS, picked, even)
 
     def _scales(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The guidance scales `(B,)` that the teacher draws with, and those that the student is told."""
+        """The guidance scales `(B,)` that the teacher draws with, and those that are the student's input."""
         most = self.settings.max_guidance_scale
         u = self.streams.uniform(keys, Stream.GUIDANCE)
         scale = 1 + (most - 1) * u

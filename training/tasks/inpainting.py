@@ -9,7 +9,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.streams import Stream, Streams
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.quality.drawing import sample_indices
-from sfumato.training.tasks.base import captioned_images
+from sfumato.training.tasks.protocol import captioned_images
 from sfumato.training.tasks.text_to_image import TextToImage
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from sfumato.training.config.schema import Config
 from sfumato.training.models.denoiser import ModelNeeds
-from sfumato.training.tasks.base import TaskContext, check_not_sharded
+from sfumato.training.tasks.protocol import TaskContext, check_not_sharded
 from sfumato.training.tasks.settings import MotionConfig
 from sfumato.training.tasks.text_to_image import TextToImage
 

@@ -29,8 +29,11 @@ class DistilConfig:
 
     segments: int = 1  # of the way from noise to image; 1: seen as a whole, which one and two steps need
     max_guidance_scale: float = 2.5  # the teacher draws with scales from 1 to this one; larger ones act as this one does
-    guidance_width: int = 64  # of the embedding by which the network is told the scale
+    guidance_width: int = 64  # of the embedding by which the scale enters the network
     masks: bool = False  # the teacher inpaints: the student reads a mask and the image around it too
+    student: str | None = (
+        None  # begin from this student of the same teacher, such as one of more segments, not from its weights
+    )
     min_spread: float = 0.2  # the run stops where images differ by less than this share of what training images do
 
 
@@ -71,7 +74,7 @@ def check_distillation(config: Config, need) -> None:
     few = config.validation.sampler in ("lcm", "tcd")
     need(few, "validation.sampler", "of task=distillation lcm or tcd: others take steps that the student never learned")
     plain = config.validation.guider == "cfg" and list(config.validation.guidance_interval) == [0.0, 1.0]
-    need(plain, "validation.guider", "of task=distillation cfg at all steps: the network is told the scale and does the rest")
+    need(plain, "validation.guider", "of task=distillation cfg at all steps: the scale is an input of the network")
 
 
 def check_motion(config: Config, need) -> None:

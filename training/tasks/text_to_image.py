@@ -44,13 +44,13 @@ from sfumato.training.publish import facts
 from sfumato.training.quality.drawing import draw_images, sample_captions, sampling_pipeline
 from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.held_out import held_out_loss
-from sfumato.training.tasks.base import Outcome, TaskContext
+from sfumato.training.tasks.protocol import Outcome, TaskContext
 
 
 class TextToImage:
     """A text encoder and a UNet that predicts eps, x_0, v or a flow's velocity from a noisy image and its caption.
 
-    Attributes as of `base.Task`; beside them:
+    Attributes as of `protocol.Task`; beside them:
         pipe: the model.
         levels: the signal-to-noise ratio of every timestep, on the CPU; `snr` on the device; `drawn_levels` where timesteps
             are drawn, which is the CPU, since MPS has no quantiles, or where the losses' moments are.
@@ -303,7 +303,7 @@ class TextToImage:
         return facts.public_settings(self.config)
 
     def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
-        """See `base.ResultsHalf`: a checkpoint holds the whole `pipeline/`."""
+        """See `protocol.ResultsHalf`: a checkpoint holds the whole `pipeline/`."""
         pipe, (card_facts, metadata, settings) = self.export_pipe(), self._export_record(state)
         run = RunRecord(metadata=metadata, settings=settings)
 

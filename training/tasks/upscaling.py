@@ -17,7 +17,7 @@ from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.quality.drawing import sample_indices
 from sfumato.training.quality.fidelity import feature_distances, image_quality
-from sfumato.training.tasks.base import captioned_images
+from sfumato.training.tasks.protocol import captioned_images
 from sfumato.training.tasks.settings import UpscalingConfig
 from sfumato.training.tasks.text_to_image import TextToImage
 
