@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import crashes
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from sfumato.files import CannotSave
 from sfumato.pipelines import export_pipeline
 from sfumato.training.config.schema import OptimConfig
 from sfumato.training.engine import checkpoints
@@ -168,6 +170,47 @@ def test_four_processes_are_killed_while_saving_and_two_go_on(tmp_path, monkeypa
     checkpoints.restore(tmp_path / "run" / "checkpoints" / "step-00000006", denoiser, optimizer, ema)
     assert close(whole(checkpoints.collect(denoiser, optimizer, ema)), expected)
     assert set(state_files.raw_weights(saved)) == {name.removeprefix("raw.") for name in expected if name.startswith("raw.")}
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    """Of the weights as they were; a disk that is full is told of where the next one would be begun."""
+
+    def task(rank):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        _, denoiser, optimizer, ema = build(folder, True, KIND)
+        saver = checkpoints.BackgroundSaver()
+        may_write = threading.Event()
+        real = checkpoints.write_state
+        monkeypatch.setattr(checkpoints, "write_state", lambda *a, **named: (may_write.wait(), real(*a, **named)))
+
+        def save(step):
+            tensors = checkpoints.collect(denoiser, optimizer, ema)
+            arguments = (lambda new, folder: None, {"step": step}, 2)
+            return checkpoints.save(tmp_path / "run", tensors, *arguments, rank=rank, world=2, saver=saver)
+
+        steps(denoiser, optimizer, ema, 1)
+        expected = whole(checkpoints.collect(denoiser, optimizer, ema))
+        saved = save(1)
+        steps(denoiser, optimizer, ema, 1, done=1)
+        assert not saved.exists()
+        may_write.set()
+        saver.wait()
+        assert checkpoints.find_damage(saved) is None
+        with state_files.StateFiles(saved) as files:
+            assert all(torch.equal(files.read(name), value.reshape(files.shapes[name])) for name, value in expected.items())
+
+        def full(*arguments, **named):
+            if rank == 1:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoints, "write_state", full)
+        save(2)
+        with pytest.raises(CannotSave, match="No space left"):
+            save(3)
+        assert checkpoints.list_checkpoints(tmp_path / "run") == [saved]
+
+    assert run_ranks(task, 2) == [0, 0]
 
 
 def peak_memory() -> int:

@@ -59,6 +59,7 @@ class Run:
         pushes: of checkpoints, to the Hub.
         lock: held by the first process: one trainer writes to a folder.
         stream: of the data, where they are read while training.
+        saver: of checkpoints, where weights are sharded over GPUs: it writes while training goes on.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class Run:
     pushes: hub.BackgroundPush
     lock: FileLock
     stream: Stream | None = None
+    saver: checkpoints.BackgroundSaver | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -151,6 +153,8 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
         go_on(run, stored)
     if is_sharded(task.module) and config.hub.every_steps:
         raise ValueError("hub.every_steps: checkpoints of sharded weights hold no model yet; push the result with hub.push")
+    if is_sharded(task.module) and accelerator.device.type != "cpu":  # a copy on the host takes none of their memory
+        run.saver = checkpoints.BackgroundSaver()
     if config.data.stream:
         run.stream = Stream(
             task.data,
@@ -300,7 +304,7 @@ def train_until(run: Run, stop: StopSignal) -> int:
             save_snapshot(run.output_dir, state["step"], task.module, ema, accelerator.is_main_process)
         if (save_due and bad_in_a_row == 0) or stopped or done >= 1:
             log.sync()
-            run.checkpoint = save(run) or run.checkpoint
+            run.checkpoint = save(run, last=bool(stopped) or done >= 1) or run.checkpoint
             if push_due and not stopped and done < 1:
                 push_checkpoint(run)
             save_due = push_due = False
@@ -427,8 +431,11 @@ def fraction_done(config: Config, state: dict) -> float:
     return max(by_steps, by_time)
 
 
-def save(run: Run) -> Path | None:
-    """Write a checkpoint, from the first process; the others take part where weights are sharded, or data a stream."""
+def save(run: Run, last: bool) -> Path | None:
+    """Write a checkpoint, from the first process; the others take part where weights are sharded, or data a stream.
+
+    The `last` one is whole when this returns.
+    """
     accelerator = run.accelerator
     main, sharded = accelerator.is_main_process, is_sharded(run.task.module)
     stream = {} if run.stream is None else run.stream.state(gather_object)
@@ -451,7 +458,7 @@ def save(run: Run) -> Path | None:
         with averaged_weights(run.ema, run.task.module):
             run.task.checkpoint_writer(run.state)(new, folder)
 
-    return checkpoints.save(
+    folder = checkpoints.save(
         run.output_dir,
         checkpoints.collect(run.task.module, run.optimizer, run.ema),
         write,
@@ -459,7 +466,11 @@ def save(run: Run) -> Path | None:
         run.config.checkpoint.keep,
         rank=accelerator.process_index if sharded else 0,
         world=accelerator.num_processes if sharded else 1,
+        saver=run.saver,
     )
+    if run.saver is not None and last:
+        run.saver.wait()
+    return folder
 
 
 def push_checkpoint(run: Run) -> None:

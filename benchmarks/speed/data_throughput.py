@@ -135,7 +135,7 @@ print(json.dumps({"records": len(images), "prepare_seconds": seconds, "before_mb
         next(stream)
         times.append(time.perf_counter() - start)
     loop.finish = lambda run, log: log.close("")
-    loop.save = lambda run: None
+    loop.save = lambda run, last: None
     start = time.perf_counter()
     loop.train(run)
     step = (time.perf_counter() - start) / 40

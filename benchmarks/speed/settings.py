@@ -37,7 +37,7 @@ times, write = [], loop.Log.write
 def note(log, entry):
     times.append(time.perf_counter())
     write(log, entry)
-loop.Log.write, loop.save, loop.finish = note, lambda run: None, lambda run, log: log.close("")
+loop.Log.write, loop.save, loop.finish = note, lambda run, last: None, lambda run, log: log.close("")
 run = loop.prepare(config)
 if torch.cuda.is_available():
     torch.cuda.reset_peak_memory_stats()

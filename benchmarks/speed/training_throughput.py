@@ -85,7 +85,7 @@ def main() -> None:
 
     loop.Log.write = interleave
     loop.finish = lambda run, log: log.close("")
-    loop.save = lambda run: None
+    loop.save = lambda run, last: None
     mark[0] = time.perf_counter()
     assert loop.train(run) == 0
 

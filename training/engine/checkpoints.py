@@ -7,9 +7,11 @@ the SHA-256 of every other file, so a torn or damaged folder is recognised. Old 
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +20,7 @@ from torch import distributed
 from sfumato.files import CannotSave, sync, sync_entry
 from sfumato.training.engine.ema import EMA, TRACKS
 from sfumato.training.models.parameters import trained_names, trained_parameters
-from sfumato.training.models.state_files import StateFiles, write_state
+from sfumato.training.models.state_files import Held, StateFiles, held_by_this_process, write_state
 
 
 def collect(denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, torch.Tensor]:
@@ -43,11 +45,12 @@ def save(
     *,
     rank: int = 0,
     world: int = 1,
+    saver: "BackgroundSaver | None" = None,
 ) -> Path:
     """Write one checkpoint, then remove all but the `keep` newest.
 
     Where the tensors are sharded all processes must call, with their `rank` of `world`: each writes what it holds, and none
-    ever holds the whole. Else the first one alone calls.
+    ever holds the whole; with a `saver` it writes from a copy, while training goes on. Else the first one alone calls.
 
     Args:
         output_dir: the run folder.
@@ -57,19 +60,86 @@ def save(
         keep: how many checkpoints to keep.
 
     Raises:
-        CannotSave: the disk is full or not writable; nothing half-written stays, older checkpoints are as they were.
+        CannotSave: the disk is full or not writable; nothing half-written stays, older checkpoints are as they were. With a
+            `saver`, of the checkpoint before.
     """
-    folder = output_dir / "checkpoints" / f"step-{state['step']:08d}"
+    place = {"rank": rank, "world": world}
+    held = held_by_this_process(tensors)
+    if saver is None:
+        _save(output_dir, held, write, state, keep, **place)
+    else:
+        held = {name: each._replace(part=each.part.to("cpu", copy=True)) for name, each in held.items()}
+        saver.start(lambda group: _save(output_dir, held, write, state, keep, **place, group=group))
+    return _folder_of(output_dir, state)
+
+
+def _folder_of(output_dir: Path, state: dict) -> Path:
+    return output_dir / "checkpoints" / f"step-{state['step']:08d}"
+
+
+class BackgroundSaver:
+    """A thread that writes checkpoints of sharded weights; one for each process, made by all at once.
+
+    The processes agree through a group of their own, so that what training exchanges meanwhile is not in the way.
+    """
+
+    def __init__(self):
+        self._group = distributed.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[Any], object]) -> None:
+        """Begin, once the checkpoint before is written.
+
+        Raises:
+            CannotSave: that could not be written.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="saver", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[Any], object]) -> None:
+        try:
+            work(self._group)
+        except BaseException as error:  # noqa: BLE001  (it is raised again where it is waited for)
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is written.
+
+        Raises:
+            CannotSave: it could not be.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+
+def _save(
+    output_dir: Path,
+    held: dict[str, Held],
+    write: Callable[[Path, Path], object],
+    state: dict,
+    keep: int,
+    *,
+    rank: int,
+    world: int,
+    group: Any = None,
+) -> None:
+    """See `save`."""
+    folder = _folder_of(output_dir, state)
     new = folder.with_name(f".{folder.name}.new")
     main = rank == 0
     try:
-        with _all_or_none(world):
+        with _all_or_none(world, group):
             if main:
                 _clear(folder.parent)
                 new.mkdir(parents=True)
-        with _all_or_none(world):
-            write_state(new, tensors, rank=rank, world=world)
-        with _all_or_none(world):
+        with _all_or_none(world, group):
+            write_state(new, held, rank=rank, world=world)
+        with _all_or_none(world, group):
             if main:
                 _finish(new, folder, write, state)
     except (OSError, SafetensorError) as error:
@@ -83,11 +153,10 @@ def save(
         newer = [path for path in list_checkpoints(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
         for old in newer + [path for path in list_checkpoints(output_dir) if path.name <= folder.name][:-keep]:
             _remove(old)
-    return folder
 
 
 @contextmanager
-def _all_or_none(world: int) -> Iterator[None]:
+def _all_or_none(world: int, group: Any) -> Iterator[None]:
     """Wait for the other processes at the end, and fail in all of them where one has failed."""
     if world == 1:
         yield
@@ -98,7 +167,7 @@ def _all_or_none(world: int) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         failed = error
     reasons: list[str | None] = [None] * world
-    distributed.all_gather_object(reasons, None if failed is None else str(failed))
+    distributed.all_gather_object(reasons, None if failed is None else str(failed), group=group)
     if any(reasons):
         raise failed or OSError(next(reason for reason in reasons if reason))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -39,10 +40,35 @@ def first_row(tensor: torch.Tensor) -> tuple[int, bool]:
     return first, is_first
 
 
-def write_state(folder: Path, tensors: dict[str, torch.Tensor], *, rank: int = 0, world: int = 1) -> None:
-    """Write what this process holds of the tensors, in one file where there is one process, else in pieces of `PIECE`."""
+class Held(NamedTuple):
+    """What this process holds of a tensor.
+
+    Attributes:
+        part: its rows.
+        first: where they begin in the whole.
+        shape: of the whole.
+    """
+
+    part: torch.Tensor
+    first: int
+    shape: list[int]
+
+
+def held_by_this_process(tensors: dict[str, torch.Tensor]) -> dict[str, Held]:
+    """What this process is to write of some tensors: rows that several hold are written by the first of them."""
+    held = {}
+    for name, tensor in tensors.items():
+        first, is_first = first_row(tensor)
+        part = local_part(tensor)
+        if is_first and part.numel():
+            held[name] = Held(part, first, list(tensor.shape))
+    return held
+
+
+def write_state(folder: Path, held: dict[str, Held], *, rank: int = 0, world: int = 1) -> None:
+    """Write what this process holds, in one file where there is one process, else in pieces of `PIECE`."""
     if world == 1:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+        save_file({name: each.part.contiguous() for name, each in held.items()}, folder / "state.safetensors")
         return
     piece: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[int, list[int]]] = {}
@@ -54,16 +80,12 @@ def write_state(folder: Path, tensors: dict[str, torch.Tensor], *, rank: int = 0
         piece.clear()
         rows.clear()
 
-    for name, tensor in tensors.items():
-        first, is_first = first_row(tensor)
-        part = local_part(tensor)
-        if not is_first or not part.numel():
-            continue
+    for name, (part, first, shape) in held.items():
         if piece and sum(each.nbytes for each in piece.values()) + part.nbytes > PIECE:
             finish()
             number += 1
         piece[name] = part.contiguous()
-        rows[name] = (first, list(tensor.shape))
+        rows[name] = (first, shape)
     finish()
 
 
