@@ -245,7 +245,7 @@ SOURCES: Registry[Source] = Registry(
             license="cc-by-sa-4.0",
             attribution="All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. "
             "License: CC BY-SA 4.0",
-            only=("languages", "skin_tones", "colours", "words"),
+            only=("languages", "skin_tones", "colours", "recolours", "words"),
         ),
         "shapes": Source(
             target=f"{_SOURCES}.shapes:open_source",
@@ -419,6 +419,7 @@ METRICS: Registry[Metric] = Registry(
         ),
         "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, figures=(), not_sources=("shapes",)),
         "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, figures=(), sources=("openmoji",)),
+        "pairs": Metric(target=f"{_QUALITY}.attributes:pairs", needs=_FEATURES, figures=(), sources=("openmoji",)),
         "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES, figures=()),
         "memorisation": Metric(
             target=f"{_QUALITY}.memorisation:memorisation_scores", better="lower", needs=_FEATURES, figures=()

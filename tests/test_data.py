@@ -288,6 +288,34 @@ def test_the_main_colour_leaves_ground_and_lines_out():
     assert openmoji.main_colour(image) is None  # grey is read and not named
 
 
+def test_an_image_is_recoloured_and_says_so(tmp_path):
+    """In the colours that its caption names, pairs of colour and thing held out, and of nothing that is held out already."""
+    settings = {"languages": ["en"], "skin_tones": False, "words": ["book", "heart", "apple"], "cache_dir": str(tmp_path)}
+    plain, told = (prepare.prepare(schema.DataConfig(**settings, recolours=count)) for count in (0, 8))
+    records = [told[i] for i in range(len(told))]
+    captions = [record["captions"][0] for record in records]
+    assert [record["id"] for record in records[: len(plain)]] == [plain[i]["id"] for i in range(len(plain))]
+    new = range(len(plain), len(told))
+    assert len(new) > 50 and len(set(captions)) == len(captions)
+    assert "purple beating heart" in captions and not any("blue orange" in caption for caption in captions)
+    for i in new:
+        colour, thing = openmoji.split_colour(captions[i])
+        assert thing and openmoji.main_colour(told.image(i)) == colour
+    held_out = {captions[i] for i in new if records[i]["split"] == "held_out_pair"}
+    assert 0 < len(held_out) < 0.3 * len(new)
+    assert captions.count("green book") == 1 and records[captions.index("green book")]["split"] == "held_out"
+    fewer = prepare.prepare(schema.DataConfig(**settings, recolours=2))
+    assert len(plain) < len(fewer) < len(told)
+
+
+def test_a_colour_takes_anothers_place_shade_by_shade():
+    svg = '<path fill="#92d3f5"/><path fill="#1E50A0"/><path fill="#fcea2b"/>'
+    assert openmoji.recolour(svg, "blue", "green") == '<path fill="#B1CC33"/><path fill="#5C9E31"/><path fill="#fcea2b"/>'
+    assert openmoji.recolour(svg, "yellow", "red").endswith('<path fill="#EA5A47"/>')
+    assert openmoji.split_colour("green soccer ball") == ("green", "soccer ball")
+    assert openmoji.split_colour("green") == (None, "green") and openmoji.split_colour("pig face") == (None, "pig face")
+
+
 def test_openmoji_is_drawn_on_white():
     heart = next(r for r in openmoji.records(["en"], False) if r["captions"][0] == "red heart")
     drawn = openmoji.rasterise(heart["svg"], 32)

@@ -101,20 +101,25 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/gpu.json")
     options, settings = parser.parse_known_args()
     available = torch.accelerator.is_available()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator() or "cpu")
-    result: dict = {"device": device, "torch": torch.__version__, "config": options.config, "settings": settings}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
+    result: dict = {
+        "device": name if available else "cpu",
+        "torch": torch.__version__,
+        "config": options.config,
+        "settings": settings,
+    }
     rows = result["steps"] = {}
     for precision, compiling in VARIANTS:
-        name = f"{precision}-{compiling}"
-        if options.variants and name not in options.variants:
+        variant = f"{precision}-{compiling}"
+        if options.variants and variant not in options.variants:
             continue
         changes = [f"train.mixed_precision={precision}", f"train.compile={compiling}"]
         config = load_config(options.config, [*settings, *changes])
         torch.compiler.reset()
         if available:
             torch.accelerator.empty_cache()
-        rows[name] = measure(config, prepare(config.data), options.steps)
-        print(name, rows[name], flush=True)
+        rows[variant] = measure(config, prepare(config.data), options.steps)
+        print(variant, rows[variant], flush=True)
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
 
 

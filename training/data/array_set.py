@@ -13,7 +13,7 @@ import numpy as np
 
 from sfumato.pipelines.codecs import open_codec
 
-SPLITS = ("train", "held_out", "held_out_combination")
+SPLITS = ("train", "held_out", "held_out_combination", "held_out_pair")
 
 
 RECORD = np.dtype([("bucket", "u2"), ("row", "u4"), ("split", "u1"), ("first_caption", "u8"), ("num_captions", "u4")])
@@ -125,7 +125,7 @@ class ArraySet(Sequence):
         return self._maps[row["bucket"]][row["row"]]
 
     def select(self, split: str) -> np.ndarray:
-        """Indices of the records of `train`, `held_out` or `held_out_combination`, `(N,)` int64."""
+        """Indices of the records of one of `SPLITS`, `(N,)` int64."""
         return np.flatnonzero(self.table["split"] == SPLITS.index(split))
 
     def training_captions(self, limit: int = 200_000) -> list[str]:

@@ -31,6 +31,8 @@ FORMAT_VERSION = 2
 NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings", "stream_buffer")
 # Settings that decide the images of a set that is read as a stream, and of no other.
 OF_STREAMS = ("stream", "stream_sample")
+# Settings that came later, with the value at which a set is what it was before.
+LATER = {"recolours": 0}
 
 
 def cache_key(config: DataConfig) -> str:
@@ -40,6 +42,7 @@ def cache_key(config: DataConfig) -> str:
     """
     parts = {key: value for key, value in asdict(config).items() if key not in NOT_IN_KEY}
     parts = {key: value for key, value in parts.items() if config.stream or key not in OF_STREAMS}
+    parts = {key: value for key, value in parts.items() if key not in LATER or value != LATER[key]}
     parts["format"] = FORMAT_VERSION
     for package in ("pillow", *(() if config.stream else SOURCES[source_name(config.name)].packages)):
         try:

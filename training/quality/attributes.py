@@ -1,8 +1,8 @@
-"""OpenMoji's held-out combinations of profession, skin tone and gender."""
+"""OpenMoji's held-out combinations: of profession, skin tone and gender, and of colour and thing."""
 
 import numpy as np
 
-from sfumato.training.data.sources.openmoji import GENDERS, read_tone, split_tone
+from sfumato.training.data.sources.openmoji import GENDERS, main_colour, read_tone, split_colour, split_tone
 from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.statistics import Score, mean_score
 
@@ -33,4 +33,29 @@ def attributes(evaluation: Evaluation) -> dict[str, Score]:
         scores[f"skin tone of held-out combinations{ending}"] = mean_score(tone_right)
         scores[f"profession and gender of held-out combinations{ending}"] = mean_score(rest_right)
         scores[f"held-out combinations wholly right{ending}"] = mean_score(np.array(tone_right) & np.array(rest_right))
+    return scores
+
+
+def pairs(evaluation: Evaluation) -> dict[str, Score]:
+    """Colour by pixels; the thing by the judge among all captions that begin with that colour."""
+    numbers = evaluation.parts["pair"]
+    if not len(numbers):
+        return {}
+    captions = [evaluation.caption(i) for i in range(len(evaluation.dataset))]
+    of_colour: dict[str | None, list[int]] = {}
+    for k, caption in enumerate(captions):
+        of_colour.setdefault(split_colour(caption)[0], []).append(k)
+    by_ending = evaluation.judge_scores("pair", captions)
+    images = {"": evaluation.of("pair", evaluation.drawings), " by true images": evaluation.real(numbers)}
+    scores: dict[str, Score] = {}
+    for ending, part_images in images.items():
+        colour_right, thing_right = [], []
+        for image, row, i in zip(part_images, by_ending[ending], numbers):
+            colour = split_colour(evaluation.caption(i))[0]
+            nearest = of_colour[colour][int(row[of_colour[colour]].argmax())]
+            colour_right.append(main_colour(image, reach=60.0) == colour)
+            thing_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])
+        scores[f"colour of held-out pairs{ending}"] = mean_score(colour_right)
+        scores[f"thing of held-out pairs{ending}"] = mean_score(thing_right)
+        scores[f"held-out pairs wholly right{ending}"] = mean_score(np.array(colour_right) & np.array(thing_right))
     return scores

@@ -17,7 +17,7 @@ from sfumato.training.quality.drawing import draw_images
 from sfumato.training.quality.features import DEFAULT, compute_features, reference_features
 from sfumato.training.quality.judge import Judge, first_duplicates, train_judge
 
-PARTS = ("train", "held_out", "combination")
+PARTS = ("train", "held_out", "combination", "pair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Evaluation:
         if part == "combination":
             combined = [i for i in self.unseen("held_out_combination") if is_combination(self.caption(i))]
             return np.array(combined, np.int64)
-        numbers = self.dataset.select("train") if part == "train" else self.unseen("held_out")
+        numbers = self.dataset.select("train") if part == "train" else self.unseen({"pair": "held_out_pair"}.get(part, part))
         return numbers[evenly_spaced(len(numbers), self.plan.count)]
 
     @cached_property

@@ -51,17 +51,18 @@ def protocol(evaluation: Evaluation) -> str:
             f"seeds {v.seed} and on; judged by the codec's program, nothing corrected. ± is half a 95% confidence interval."
         )
     v, counts = evaluation.config.validation, {name: len(part) for name, part in evaluation.parts.items()}
-    held_out = ("held_out", "held_out_combination")
+    held_out = ("held_out", "held_out_combination", "held_out_pair")
     left_out = sum(len(evaluation.dataset.select(split)) - len(evaluation.unseen(split)) for split in held_out)
     guider = "" if v.guider == "cfg" else f" ({v.guider})"
     guider += "" if v.guidance_interval == [0.0, 1.0] else " in {:g} to {:g} of the steps".format(*v.guidance_interval)
-    drawn = ", ".join(f"{n} of {name.replace('_', '-')}" for name, n in counts.items() if n)
+    words = {"held_out": "held-out", "combination": "held-out-combination", "pair": "held-out-pair"}
+    drawn = ", ".join(f"{n} of {words.get(name, name)}" for name, n in counts.items() if n)
     bits = (
         " Bits per dimension are an upper bound over all noise levels; a plain copy takes 8, and a model whose levels are "
         "chosen for what the eye sees needs more, since it leaves the finest ones untrained."
     )
     return (
-        f"One image for each of the first captions of {drawn.replace('combination', 'held-out-combination')} images, "
+        f"One image for each of the first captions of {drawn} images, "
         f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}{guider}, "
         f"seeds {v.seed} and on. "
         "Captions whose images are the same count as one, and held-out images that are trained under another caption "

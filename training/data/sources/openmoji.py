@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -84,10 +85,13 @@ def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -
 
 
 def rasterise(svg: str, resolution: int) -> np.ndarray:
-    """Draw one SVG on a white ground: `(resolution, resolution, 3)` uint8, antialiased by drawing four times as large."""
+    """Draw one SVG, a path or its text, on a white ground: `(resolution, resolution, 3)` uint8, antialiased by drawing four
+    times as large.
+    """
     import resvg_py
 
-    png = bytes(resvg_py.svg_to_bytes(svg_path=svg, width=resolution * 4, height=resolution * 4, background="#ffffff"))
+    source = {"svg_string": svg} if svg.lstrip().startswith("<") else {"svg_path": svg}
+    png = bytes(resvg_py.svg_to_bytes(**source, width=resolution * 4, height=resolution * 4, background="#ffffff"))
     image = Image.open(io.BytesIO(png)).convert("RGB")
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX))
 
@@ -122,6 +126,48 @@ def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> s
     shares = {name: found.count(name) / max(1, len(found)) for name in COLOURS}
     colour = max(shares, key=lambda name: shares[name])
     return colour if colour != "grey" and shares[colour] >= 0.5 and len(found) >= least * image[..., 0].size else None
+
+
+# By these shades a colour is put in another's place, light ones for light ones. Yellow's shadow is orange's light.
+SHADES = {**COLOURS, "yellow": ("FCEA2B", "F1B31C")}
+_UNCOLOURED = {"black", "white", "tone", "flag", "man", "woman", "person", "men", "women", "people", "boy", "girl", "skin"}
+
+
+def recolour(svg: str, colour: str, other: str) -> str:
+    """The text of an SVG with the shades of one colour of the palette in those of another."""
+    shades, others = SHADES[colour], SHADES[other]
+    at = np.linspace(0, len(others) - 1, len(shades)).round().astype(int) if len(shades) > 1 else [len(others) // 2]
+    new = {shade.lower(): others[k] for shade, k in zip(shades, at)}
+    return re.sub("#([0-9a-fA-F]{6})", lambda found: f"#{new.get(found[1].lower(), found[1])}", svg)
+
+
+def split_colour(caption: str) -> tuple[str | None, str]:
+    """The colour that a caption begins with, and the rest; None where it begins with none."""
+    first, _, rest = caption.partition(" ")
+    return (first, rest) if first.lower() in COLOURS and rest else (None, caption)
+
+
+def recoloured(record: dict, count: int, taken: set[str]) -> Iterator[dict]:
+    """An image of one main colour in up to `count` others, as `records` has them, with the colour before its name.
+
+    One in ten pairs of colour and thing is held out whole. None whose caption is one of `taken`, to which each adds its own;
+    none of images that are held out, of people and of flags; none where the colour is not seen in the result.
+    """
+    caption = record["captions"][0]
+    words = set(caption.lower().split())
+    colour = None if words & _UNCOLOURED or record["split"] != "train" else main_colour(rasterise(record["svg"], 32))
+    if colour is None or words & set(COLOURS) - {colour}:
+        return
+    thing = " ".join(word for word in caption.split() if word.lower() != colour)
+    others = sorted(set(COLOURS) - {colour, "grey"}, key=lambda other: hash_fraction(f"order {other} {thing}"))
+    svg = Path(record["svg"]).read_text(encoding="utf-8")
+    for other in others[:count]:
+        new, text = f"{other} {thing}", recolour(svg, colour, other)
+        if not thing or new.lower() in taken or main_colour(rasterise(text, 32)) != other:
+            continue
+        taken.add(new.lower())
+        split = "held_out_pair" if hash_fraction(f"pair {new}") < 0.1 else "train"
+        yield {"id": f"{record['id']}-{other}", "captions": [new], "split": split, "svg": text}
 
 
 def add_main_colour(caption: str, image: np.ndarray) -> list[str]:
@@ -162,6 +208,9 @@ def read_tone(image: np.ndarray, reach: float = 24.0, least: float = 0.005) -> s
 
 def check(config, need) -> None:
     """Check the settings of this source; see `config.rules`."""
+    need(0 <= config.data.recolours <= 8, "data.recolours", "must be from 0 to 8")
+    english = not config.data.recolours or "en" in config.data.languages
+    need(english, "data.recolours", "are said in English: data.languages=[en]")
     need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
 
 
@@ -184,7 +233,12 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
             return record["captions"]
         return record["captions"] + add_main_colour(record["captions"][0], rasterise(record["svg"], 32))
 
-    return (Record(r["id"], draw(r["svg"]), captions(r), r["split"]) for r in found)
+    taken = {caption.lower() for record in found for caption in record["captions"]}
+    for record in found:
+        yield Record(record["id"], draw(record["svg"]), captions(record), record["split"])
+    for record in found if config.recolours else []:
+        for new in recoloured(record, config.recolours, taken):
+            yield Record(new["id"], draw(new["svg"]), new["captions"], new["split"])
 
 
 GENDERS = ("man", "woman", "person")
