@@ -15,7 +15,7 @@ def gaussian(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets `(N, D)` (Heusel et al. 2017, arXiv 1706.08500).
+    """`|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))` of two sets `(N, D)` (Heusel et al. 2017, arXiv 1706.08500).
 
     A set that is compared often may be given as what `gaussian` makes of it.
     """

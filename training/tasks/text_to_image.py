@@ -50,7 +50,9 @@ from sfumato.training.tasks.protocol import Outcome, TaskContext
 class TextToImage:
     """A text encoder and a UNet that predicts eps, x_0, v or a flow's velocity from a noisy image and its caption.
 
-    Attributes as of `protocol.Task`; beside them:
+    It has the attributes of `protocol.Task`, and more.
+
+    Attributes:
         pipe: the model.
         levels: the signal-to-noise ratio of every timestep, on the CPU; `snr` on the device; `drawn_levels` where timesteps
             are drawn, which is the CPU, since MPS has no quantiles, or where the losses' moments are.
