@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from sfumato.training.config.schema import OptimConfig
+from sfumato.training.engine import optimizers
 from sfumato.training.engine.ema import EMA
 from sfumato.training.engine.optimizers import MuonAdamW, build_optimizer, orthogonal, take_step
 
@@ -78,8 +79,8 @@ def test_matrices_alone_as_of_a_lora_are_trained_by_adamw():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_one_after_it_goes_on(name, bad):
-    """To the bit: as if that step had not been."""
+def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_one_after_it_goes_on(name, bad, monkeypatch):
+    """To the bit: as if that step had not been, whether the host looks or the device decides."""
     accelerator = Accelerator(cpu=True)
 
     def run(gradients: list[float]) -> tuple[list[torch.Tensor], dict]:
@@ -105,6 +106,10 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_one_after_it_goes_on
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     first, told = run([bad, 1.0])
     assert told["count"] == 1 and all(torch.equal(a, b) for a, b in zip(first, run([1.0])[0], strict=True))
+    monkeypatch.setattr(optimizers, "HOST_DEVICES", set())
+    without_a_look, told = run([1.0, 2.0, bad, bad, 3.0])
+    assert told == {"finite": [True, True, False, False, True], "count": 3}
+    assert all(torch.equal(a, b) for a, b in zip(without_a_look, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

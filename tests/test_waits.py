@@ -13,6 +13,7 @@ from test_distillation import config as distillation_config
 from test_distillation import without
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfumato.training.engine import optimizers
 from sfumato.training.engine.pulse import Pulse
 from sfumato.training.train import main
 
@@ -42,6 +43,7 @@ class Waits(TorchDispatchMode):
         for name in ("cpu", "tolist"):  # which a CPU tensor does without a dispatch
             real = getattr(torch.Tensor, name)
             monkeypatch.setattr(torch.Tensor, name, lambda tensor, *more, real=real: (self.note(), real(tensor, *more))[1])
+        monkeypatch.setattr(optimizers, "HOST_DEVICES", set())  # as if this were none
         note = Pulse.note
         monkeypatch.setattr(Pulse, "note", lambda *arguments: (note(*arguments), noted.append(1)))
 

@@ -152,7 +152,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-Words = TypeVar("Words", torch.Tensor, int)
+Words = TypeVar("Words", torch.Tensor, np.ndarray, int)
 
 
 def philox(counter: tuple[Words, ...], key: tuple[int, int], rounds: int = 10) -> tuple[Words, ...]:
@@ -162,7 +162,7 @@ def philox(counter: tuple[Words, ...], key: tuple[int, int], rounds: int = 10) -
     same whatever else is drawn beside.
 
     Args:
-        counter: four tensors of any common shape, int64 in [0, 2^32); or four numbers, for four numbers.
+        counter: four tensors or arrays of any common shape, int64 in [0, 2^32); or four numbers, for four numbers.
         key: two numbers in [0, 2^32).
 
     Returns:
@@ -207,8 +207,11 @@ class PhiloxStreams:
         """See `Streams`."""
         keys = (epoch.astype(np.int64) << 32) | index.astype(np.int64)
         drawn = (Stream.CAPTION, Stream.DROPOUT, Stream.FLIP, Stream.LEVEL)
-        words = self.words(torch.from_numpy(keys), torch.tensor(drawn), len(drawn))[..., 0]
-        caption, dropout, flip, level = _to_unit(words).numpy().astype(np.float64).T
+        # In numpy, as the loader's few numbers cost more to hand to torch than to draw.
+        stream = np.array(drawn, np.int64)[:, None]
+        counter = np.broadcast_arrays(np.zeros((1, 1), np.int64), stream, keys & _WORD, keys >> 32)
+        words = philox(tuple(counter), self._key)[0]
+        caption, dropout, flip, level = (np.float32(words >> 8) * np.float32(2.0**-24)).astype(np.float64)
         number = np.minimum((caption * num_captions).astype(np.int64), num_captions.astype(np.int64) - 1)
         return Choices(key=keys, caption=number, dropout=dropout, flip=flip, level=level)
 

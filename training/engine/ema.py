@@ -74,8 +74,8 @@ class EMA(EMAModel):
     @staticmethod
     def _move(averages: list[torch.Tensor], values: list[torch.Tensor], share: torch.Tensor) -> None:
         """Move averages towards values by a share, (), of the way."""
-        shares = [share.float()] * len(values)
-        torch._foreach_lerp_([local_part(average) for average in averages], values, shares)
+        parts = [local_part(average) for average in averages]
+        torch._foreach_lerp_(parts, values, [share.float()] * len(values))
 
 
 def exponent_of(length: float) -> float:

@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sfumato.training.config.schema import OptimConfig
 from sfumato.training.models.parameters import local_part
 
+# Devices whose numbers the host may read at once, since they are its own.
+HOST_DEVICES = {"cpu"}
+
 
 def _factor(square: torch.Tensor) -> torch.Tensor:
     """a + b s + c s^2, of Jordan's coefficients, which take all but the smallest singular values to between 0.7 and 1.2."""
@@ -146,8 +149,9 @@ def take_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step by gradients scaled down to `max_norm` where their norm is larger.
 
-    A gradient that is not finite changes nothing. Nothing waits for the device, but for float16's scaler and for optimizers
-    that know no `found_inf`, such as that with 8-bit state.
+    A gradient that is not finite changes nothing. Nothing waits for a GPU, but for float16's scaler and for optimizers
+    that know no `found_inf`, such as that with 8-bit state; on a CPU, where asking is free, no work is done that would change
+    nothing.
 
     Returns:
         The norm before, and whether it is finite, (), on the device.
@@ -162,9 +166,11 @@ def take_step(
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         # As `clip_grads_with_norm_`, but gradients within the limit are multiplied by exactly 1.
-        torch._foreach_mul_(grads, torch.where(norm > max_norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0))
+        if norm.device.type not in HOST_DEVICES or norm > max_norm:
+            torch._foreach_mul_(grads, torch.where(norm > max_norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0))
     is_finite = norm.isfinite()
-    if accelerator.scaler is None and getattr(plain, "_step_supports_amp_scaling", False):
+    on_device = norm.device.type not in HOST_DEVICES
+    if on_device and accelerator.scaler is None and getattr(plain, "_step_supports_amp_scaling", False):
         plain.found_inf = 1 - is_finite.float()
         optimizer.step()
         return norm, is_finite
