@@ -65,13 +65,13 @@ class Explanation:
         return sheet.crop((0, 0, sheet.width, sheet.height - (22 - text) + 6))
 
 
-class _Recorder(SfumatoPipeline):
+class Recorder(SfumatoPipeline):
     """The same pipeline, which keeps the image that the network expected at each step."""
 
     expected: list[np.ndarray]
 
     @classmethod
-    def of(cls, pipe: SfumatoPipeline) -> "_Recorder":
+    def of(cls, pipe: SfumatoPipeline) -> "Recorder":
         """One that shares all parts of `pipe`."""
         settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level", "self_conditioning")}
         recorder = cls(**pipe.components, **settings)
@@ -118,7 +118,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
             maps.append(_attention(*seen))
 
     hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
-    recorder = _Recorder.of(pipe)
+    recorder = Recorder.of(pipe)
     kind = "pil" if pipe.codec is None else "np"
     try:
         image = _flat(recorder(prompt, generator=generator, output_type=kind, return_dict=False, **call)[0][0])

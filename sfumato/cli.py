@@ -176,10 +176,29 @@ def _add_tune(verbs) -> None:
     tune.set_defaults(run=_tune)
 
 
+def _add_app(verbs) -> None:
+    app = verbs.add_parser("app", help="draw, redraw, ask why and watch runs in a browser (extra app)")
+    app.add_argument("model", nargs="?", default="openmoji", help="a run, a folder or a Hub id (default: ours, of emoji)")
+    app.add_argument("--runs", default="runs", help="a folder of run folders to watch (default: %(default)s)")
+    app.add_argument("--host", default="127.0.0.1", help="another one needs --password (default: %(default)s)")
+    app.add_argument("--port", type=int, default=7860, help="0: a free one (default: %(default)s)")
+    app.add_argument("--password", help="of the user sfumato")
+    app.add_argument("--language", default="en", choices=["en", "zh"], help="(default: %(default)s)")
+    app.set_defaults(run=_app)
+
+
 VERBS = (
     *(_add_train, _add_init, _add_sample, _add_evaluate, _add_tune),
-    *(_add_ema, _add_export, _add_push, _add_doctor),
+    *(_add_ema, _add_export, _add_push, _add_doctor, _add_app),
 )
+
+
+def _app(options: argparse.Namespace) -> int:
+    from sfumato.app import launch
+
+    settings = {name: getattr(options, name) for name in ("runs", "host", "port", "password", "language")}
+    launch(options.model, **settings)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

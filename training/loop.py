@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from sfumato.training.data.loader import batches
 from sfumato.training.data.prepare import prepare as prepare_data
 from sfumato.training.data.stream import Stream
 from sfumato.training.data.streams import STREAM_VERSION, streams_of
-from sfumato.training.engine import best, checkpoints, resume
+from sfumato.training.engine import best, checkpoints, requests, resume
 from sfumato.training.engine.ema import EMA, averaged_weights, forget_snapshots, save_snapshot
 from sfumato.training.engine.optimizers import build_optimizer, take_step
 from sfumato.training.engine.processes import (
@@ -165,6 +166,7 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
             state=stored.get("stream", {}),
         )
     run_on_main(accelerator, forget_snapshots, output_dir, run.state["step"])
+    run_on_main(accelerator, requests.take, output_dir)  # what was asked of an earlier trainer
     run.best = run_on_main(accelerator, best.load_best, output_dir, config.checkpoint.best_by, run.state["step"])
     return run
 
@@ -287,9 +289,11 @@ def train_until(run: Run, stop: StopSignal) -> int:
         if len(pulse) < read_every and done < 1 and not (save_due or show_due or snapshot_due or push_due):
             continue
 
-        # All processes agree on loss, time and whether to stop.
-        entries, stopped = pulse.read(stop.number)
+        # All processes agree on loss, time and what is asked of them.
+        entries, (stopped, save_asked, samples_asked) = pulse.read(wishes_of(run, stop))
         state["seconds"] = pulse.seconds
+        save_due = save_due or bool(save_asked)
+        show_due = show_due or bool(samples_asked)
         for entry in entries:
             is_good = entry.pop("is_finite")
             bad_in_a_row = 0 if is_good else bad_in_a_row + 1
@@ -326,6 +330,13 @@ def train_until(run: Run, stop: StopSignal) -> int:
     with averaged_weights(ema, task.module):
         finish(run, log)
     return 0
+
+
+def wishes_of(run: Run, stop: StopSignal) -> tuple[int, int, int]:
+    """The signal by which this process is to stop, or 0; whether a checkpoint, and whether samples, are asked for."""
+    asked = requests.take(run.output_dir) if run.accelerator.is_main_process else set()
+    number = stop.number or (signal.SIGINT if "stop" in asked else 0)
+    return number, "save" in asked, "sample" in asked
 
 
 def open_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """The packaged model of emoji and its student: how near their images come to true ones, and how long one takes.
 
-    python -m benchmarks.sampling.few_steps_emoji --student runs/openmoji_few [--images 256] [--out FILE.json]
+    python -m benchmarks.sampling.few_steps_emoji --students runs/openmoji_few [...] [--images 256] [--out FILE.json]
 
 FD, recall and coverage in the features of EfficientNet-Lite0, of training captions against the whole set, as `sfumato
 evaluate` has them; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
@@ -51,27 +51,33 @@ def seconds(drawer: Drawer, count: int = 50) -> dict[str, float]:
 def main() -> None:
     """Run the benchmark; see above."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--student", default="runs/openmoji_few")
+    parser.add_argument("--students", nargs="+", default=["runs/openmoji_few"], help="of several seeds; the first is timed")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--time-only", action="store_true", help="leave the figures of an earlier run as they are")
+    parser.add_argument("--figures-only", action="store_true", help="leave the seconds of an earlier run as they are")
     parser.add_argument("--out", default="benchmarks/results/few_steps_emoji.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = Path(options.out)
-    result = json.loads(out.read_text()) if options.time_only else {"images": options.images, "guidance_scale": SCALE}
+    kept = json.loads(out.read_text()) if options.time_only or options.figures_only else {}
+    result = {**kept, "images": options.images, "guidance_scale": SCALE}
     start = time.perf_counter()
     drawers = {"teacher, 60 passes": Drawer("openmoji", num_inference_steps=30, guidance_scale=SCALE)}
     for steps in (1, 2, 4):
-        drawers[f"student, {steps} passes"] = Drawer(options.student, num_inference_steps=steps, guidance_scale=SCALE)
-    result["seconds to open four models"] = round(time.perf_counter() - start, 2)
-    result["seconds an image, one thread, onnx"] = {name: seconds(drawer) for name, drawer in drawers.items()}
+        drawers[f"student, {steps} passes"] = Drawer(options.students[0], num_inference_steps=steps, guidance_scale=SCALE)
+    if not options.figures_only:
+        result["seconds to open four models"] = round(time.perf_counter() - start, 2)
+        result["seconds an image, one thread, onnx"] = {name: seconds(drawer) for name, drawer in drawers.items()}
     print(json.dumps(result, indent=1), flush=True)
     if not options.time_only:
         images = prepare(load_config("openmoji_32").data)
-        student = SfumatoPipeline.from_pretrained(locate_pipeline(options.student))
+        rows = result["figures"] = {}
+        for seed, folder in enumerate(options.students):
+            student = SfumatoPipeline.from_pretrained(locate_pipeline(folder))
+            for steps in (1, 2, 4, 8):
+                rows[f"student {seed}, {steps} passes"] = measure(student, steps, images, options.images)
         teacher = SfumatoPipeline.from_pretrained(locate_pipeline("openmoji"))
-        rows = {f"student, {steps} passes": measure(student, steps, images, options.images) for steps in (1, 2, 4, 8)}
-        result["figures"] = {**rows, "teacher, 60 passes": measure(teacher, 30, images, options.images)}
+        rows["teacher, 60 passes"] = measure(teacher, 30, images, options.images)
         titles, cells = [], []
         for name, drawer in drawers.items():
             titles += [f"{name}: {prompt}" for prompt in PROMPTS]

@@ -35,19 +35,19 @@ class Pulse:
         self._figures.append(torch.stack([loss.float(), norm.float(), is_finite.float()]))
         self.seconds += self._pace or 0.0
 
-    def read(self, stop: int) -> tuple[list[dict[str, Any]], int]:
-        """The steps since the last read, and whether to stop; all processes must call, and get the same.
+    def read(self, wishes: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[int]]:
+        """The steps since the last read, and what is wished for; all processes must call, and get the same.
 
         Args:
-            stop: the number of the signal that this process has had, or 0.
+            wishes: of this process, as numbers; 0 for what it does not wish.
 
         Returns:
-            The entries with `loss`, `grad_norm`, `is_finite` and `seconds`; the largest of the numbers of signals.
+            The entries with `loss`, `grad_norm`, `is_finite` and `seconds`; of each wish the largest number.
         """
         figures = self.accelerator.gather(torch.stack(self._figures)[None])
         loss, norm, is_finite = figures.mean(0).T.tolist()  # pyright: ignore[reportAttributeAccessIssue]
-        clock = torch.tensor([[time.monotonic() - self._started, stop]], device=self.accelerator.device)
-        seconds, stop = self.accelerator.gather(clock).max(0).values.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        clock = torch.tensor([[time.monotonic() - self._started, *wishes]], device=self.accelerator.device)
+        seconds, *granted = self.accelerator.gather(clock).max(0).values.tolist()  # pyright: ignore[reportAttributeAccessIssue]
         took = (seconds - self._read_at) / len(self._entries)
         entries = [
             {
@@ -62,4 +62,4 @@ class Pulse:
         self._pace = took if self._pace is not None else 0.0  # the first steps also warm up
         self.seconds = self._read_at = seconds
         self._entries, self._figures = [], []
-        return entries, int(stop)
+        return entries, [int(wish) for wish in granted]

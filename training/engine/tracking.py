@@ -142,7 +142,10 @@ class Log:
         if not self.main:
             return
         sheet = grid(images, captions)
-        sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
+        place = self.folder / "samples" / f"step-{step:08d}.png"
+        new = place.with_name(f".{place.name}")  # who looks while it is written sees the one before
+        sheet.save(new, format="png")
+        new.replace(place)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

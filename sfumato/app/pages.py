@@ -1,0 +1,265 @@
+"""The pages of the app, by Gradio, and the server that they are mounted in."""
+
+import secrets
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+from fastapi import FastAPI
+from PIL import Image
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from sfumato.app import watch
+from sfumato.app.studio import MAX_STEPS, Studio, enlarge, heat_image, read_settings
+from sfumato.app.words import speaker
+from sfumato.registries import GUIDERS, SAMPLERS
+
+MODELS_OWN = "–"
+
+
+def build(model: str, *, runs: Path, token: str, host: str, password: str | None, language: str) -> FastAPI:
+    """The app as a web application that answers to its own addresses alone; see `sfumato.app.launch`.
+
+    Raises:
+        ValueError: no such model or language.
+    """
+    say = speaker(language)
+    studio = Studio(model)
+    with gr.Blocks(title="Sfumato", analytics_enabled=False) as pages:
+        gr.Markdown("# Sfumato")
+        with gr.Tab(say("Draw")):
+            _draw(studio, say)
+        with gr.Tab(say("Redraw")):
+            _redraw(studio, say)
+        with gr.Tab(say("Why")):
+            _why(studio, say)
+        with gr.Tab(say("Runs")):
+            _runs(pages, runs, token, say)
+    app = FastAPI()
+    hosts = ["127.0.0.1", "localhost", *([] if host in ("0.0.0.0", "::") else [host])]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if host in ("0.0.0.0", "::") else hosts)
+    return gr.mount_gradio_app(
+        app,
+        pages.queue(default_concurrency_limit=1),
+        path="/",
+        auth=("sfumato", password) if password else None,
+        allowed_paths=[studio.places.name],
+        max_file_size="20mb",
+        ssr_mode=False,
+        show_error=True,
+        theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]),
+    )
+
+
+def _told(function, say):
+    """A handler whose ValueErrors are shown to who asked."""
+
+    def told(*arguments):
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            raise gr.Error(say(str(error)), print_exception=False) from error
+
+    return told
+
+
+def _draw(studio: Studio, say) -> None:
+    advice = studio.advice
+    with gr.Row():
+        with gr.Column():
+            prompts = gr.Textbox("red heart", label=say("Prompts, one a line"), lines=3, max_length=4000)
+            negative = gr.Textbox("", label=say("Negative prompt"), max_length=1000)
+            with gr.Row():
+                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=2**53 - 1)
+                steps = gr.Slider(1, 100, advice["num_inference_steps"], step=1, label=say("Steps"))
+                scale = gr.Slider(1.0, 15.0, advice["guidance_scale"], step=0.1, label=say("Guidance scale"))
+            with gr.Row():
+                sampler = gr.Dropdown([MODELS_OWN, *SAMPLERS], value=MODELS_OWN, label=say("Sampler"))
+                guider = gr.Dropdown([g for g in GUIDERS if not GUIDERS[g].weak], value="cfg", label=say("Guider"))
+            with gr.Row():
+                go = gr.Button(say("Draw"), variant="primary")
+                stop = gr.Button(say("Stop"))
+            dropped = gr.Image(type="filepath", label=say("Drop an image from here to get its settings"), height=120)
+        with gr.Column():
+            live = gr.Image(label=say("What the network expects"), interactive=False, height=340)
+            gallery = gr.Gallery(label=say("Images"), columns=4, object_fit="contain", format="png")
+            command = gr.Textbox(label=say("The same as a command"), interactive=False)
+
+    def draw(prompts, negative, seed, steps, scale, sampler, guider):
+        own = None if sampler == MODELS_OWN else sampler
+        settings = {"negative": negative, "seed": int(seed or 0), "steps": steps, "scale": scale, "sampler": own}
+        try:
+            for moment in studio.draw(prompts or "", **settings, guider=guider):
+                yield moment.expected, moment.done, moment.command
+        except ValueError as error:
+            raise gr.Error(say(str(error)), print_exception=False) from error
+
+    def recall(path):
+        if path is None:
+            return [gr.skip()] * 7
+        found = read_settings(path)
+        keys = ("prompts", "negative_prompt", "seed", "steps", "guidance_scale", "sampler", "guider")
+        values = [found.get(key) for key in keys]
+        values[3] = min(values[3], MAX_STEPS) if values[3] else None
+        return [gr.skip() if value is None else value for value in values]
+
+    settings = [prompts, negative, seed, steps, scale, sampler, guider]
+    gr.on([go.click, negative.submit], draw, settings, [live, gallery, command], api_name="draw")
+    stop.click(studio.stop, queue=False, api_name="stop")
+    dropped.upload(_told(recall, say), dropped, settings, api_name="recall")
+
+
+def _redraw(studio: Studio, say) -> None:
+    height, width = studio.pipe.trained_size
+    with gr.Row():
+        with gr.Column():
+            label = say("Paint over what is to be drawn anew")
+            image = gr.ImageEditor(type="pil", label=label, sources=["upload", "clipboard"], image_mode="RGBA")
+            prompt = gr.Textbox("", label=say("Prompt"), max_length=1000)
+            with gr.Row():
+                strength = gr.Slider(0.0, 1.0, 1.0, step=0.05, label=say("Strength"))
+                again = gr.Slider(1, 10, 3, step=1, label=say("Times each step is taken"))
+                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=2**53 - 1)
+            go = gr.Button(say("Redraw"), variant="primary")
+        with gr.Column():
+            live = gr.Image(label=say("What the network expects"), interactive=False, height=340)
+            gallery = gr.Gallery(label=say("Images"), columns=2, object_fit="contain", format="png")
+
+    def redraw(painted, prompt, strength, again, seed):
+        if not painted or painted.get("background") is None:
+            raise gr.Error(say("Nothing to draw."), print_exception=False)
+        inputs: dict[str, Any] = {"image": _fit(painted["background"], width, height), "strength": strength}
+        mask = painted_mask(painted, width, height)
+        if mask is not None:
+            inputs |= {"mask_image": mask, "num_resamples": int(again)}
+        try:
+            for moment in studio.draw(prompt or "", seed=int(seed or 0), **inputs):
+                yield moment.expected, moment.done
+        except ValueError as error:
+            raise gr.Error(say(str(error)), print_exception=False) from error
+
+    go.click(redraw, [image, prompt, strength, again, seed], [live, gallery], api_name="redraw")
+
+
+def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:
+    """White where any layer was painted, `(height, width)`; None where nothing was."""
+    layers = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in painted.get("layers") or []]
+    if not layers or not any(layer.any() for layer in layers):
+        return None
+    mask = Image.fromarray(np.uint8(255 * np.any([layer > 0 for layer in layers], axis=0)))
+    return _fit(mask, width, height).point(lambda value: 255 * (value > 127))
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of an image in the model's size."""
+    scale = min(image.width / width, image.height / height)
+    across, down = round(width * scale), round(height * scale)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    cut = image.crop((left, top, left + across, top + down)).resize((width, height), Image.Resampling.LANCZOS)
+    if cut.mode != "RGBA":
+        return cut
+    ground = Image.new("RGB", cut.size, "white")
+    ground.paste(cut, mask=cut.getchannel("A"))
+    return ground
+
+
+def _why(studio: Studio, say) -> None:
+    found = gr.State()
+    with gr.Row():
+        prompt = gr.Textbox("woman firefighter dark skin tone", label=say("Prompt"), max_length=1000)
+        seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=2**53 - 1)
+        ablate = gr.Checkbox(False, label=say("Also without each word"))
+        go = gr.Button(say("Ask"), variant="primary")
+    word = gr.Radio([], label=say("Word"), interactive=True)
+    with gr.Row():
+        image = gr.Image(label=say("Image"), interactive=False, height=340)
+        heat = gr.Image(label=say("Where it was read"), interactive=False, height=340)
+        without = gr.Image(label=say("What changes without it"), interactive=False, height=340)
+    step = gr.Slider(1, 2, 1, step=1, label=say("Step"))
+    expected = gr.Image(label=say("What the network expects"), interactive=False, height=340)
+
+    def ask(prompt, seed, ablate):
+        result = studio.explain(prompt or "", seed=int(seed or 0), ablate=bool(ablate))
+        words = [f"{number + 1}. {text}" for number, text in enumerate(result.words)]
+        count = len(result.expected)
+        shown = show(result, words[0]) if words else (None, None)
+        last = gr.Slider(1, max(count, 2), count, step=1)
+        choice = gr.Radio(words, value=words[0] if words else None)
+        return result, choice, enlarge(result.image), *shown, last, look(result, count)
+
+    def show(result, chosen):
+        if result is None or not chosen:
+            return None, None
+        number = int(chosen.partition(".")[0]) - 1
+        other = None if result.ablation is None else heat_image(result.image, result.ablation[number])
+        return heat_image(result.image, result.heat[number]), other
+
+    def look(result, step):
+        if result is None:
+            return None
+        pixels = result.expected[min(int(step), len(result.expected)) - 1]
+        return enlarge(Image.fromarray(np.uint8(np.round(pixels.clip(0, 1) * 255)).squeeze()))
+
+    outputs = [found, word, image, heat, without, step, expected]
+    go.click(_told(ask, say), [prompt, seed, ablate], outputs, api_name="why")
+    word.select(show, [found, word], [heat, without], api_name=False)
+    step.change(look, [found, step], expected, api_name=False)
+
+
+def _runs(pages: gr.Blocks, folder: Path, token: str, say) -> None:
+    may = gr.State(False)
+    with gr.Row():
+        name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
+        again = gr.Button(say("Look again"))
+    state = gr.Markdown()
+    with gr.Row():
+        buttons = {kind: gr.Button(say(text)) for kind, text in _BUTTONS.items()}
+    answer = gr.Markdown()
+    with gr.Row():
+        losses = gr.LinePlot(x="step", y="loss", title=say("Loss"), height=300)
+        samples = gr.Image(label=say("Newest samples"), interactive=False)
+
+    def look(chosen):
+        names = watch.list_runs(folder)
+        if not names:
+            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None
+        chosen = chosen if chosen in names else names[0]
+        run = watch.read_run(folder, chosen)
+        grid = watch.newest_samples(folder, chosen)
+        table = pd.DataFrame(run.losses, columns=["step", "loss"])
+        return gr.Dropdown(names, value=chosen), _line(run, say), table, None if grid is None else grid[1]
+
+    def act(kind, chosen, may):
+        if not may:
+            raise ValueError("Open the address with its token to stop or start runs.")
+        if kind == "resume":
+            watch.resume(folder, chosen or "")
+            return say("starts")
+        watch.ask(folder, chosen or "", kind)
+        return say("asked")
+
+    def admit(request: gr.Request):
+        return secrets.compare_digest(str(request.query_params.get("token", "")), token)
+
+    pages.load(admit, None, may, api_name=False)
+    outputs = [name, state, losses, samples]
+    gr.on([pages.load, again.click, name.input], _told(look, say), name, outputs, api_name="look")
+    gr.Timer(5).tick(_told(look, say), name, outputs, api_name=False, show_progress="hidden")
+    for kind, button in buttons.items():
+        handler = _told(partial(act, kind), say)
+        button.click(handler, [name, may], answer, api_name=f"{kind}_run")
+
+
+_BUTTONS = {"stop": "Stop and save", "save": "Save now", "sample": "Sample now", "resume": "Resume"}
+
+
+def _line(run: watch.RunState, say) -> str:
+    how = say("done") if run.finished else say("trains") if run.trains else say("does not train")
+    parts = [f"**{run.name}**: {how}", f"{say('Step')} {run.step:,}", f"{run.done:.0%}"]
+    parts.append(f"{run.images_per_second:.0f} images/s")
+    if run.seconds_left is not None:
+        parts.append(f"{run.seconds_left / 60:.0f} min")
+    return ", ".join(parts)

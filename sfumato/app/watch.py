@@ -1,0 +1,130 @@
+"""The runs of a folder, read from their files alone; and what can be asked of them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from sfumato.figures import open_image
+from sfumato.files import read_lines
+from sfumato.training.engine import requests
+
+POINTS = 400  # of a curve, at the most
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run is.
+
+    Attributes:
+        trains: a trainer holds its lock.
+        step, seconds, done, images_per_second: of the last line of its metrics; `done` is a share.
+        losses: `(step, loss)`, thinned out evenly.
+        held_out: `(step, error on held-out images)`.
+    """
+
+    name: str
+    trains: bool
+    finished: bool
+    step: int
+    seconds: float
+    done: float
+    images_per_second: float
+    losses: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By what is done; None before anything is."""
+        return self.seconds * (1 - self.done) / self.done if self.trains and self.done > 0 else None
+
+
+def list_runs(folder: Path) -> list[str]:
+    """The names of the run folders, those changed last first."""
+    found = [path.parent for path in folder.glob("*/config.yaml")]
+    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """The folder of a run.
+
+    Raises:
+        ValueError: no run of this name is in `folder` itself.
+    """
+    if name not in list_runs(folder):
+        raise ValueError(f"there is no run {name!r} in {folder}")
+    return folder / name
+
+
+def read_run(folder: Path, name: str) -> RunState:
+    """See `RunState`."""
+    run = place_of(folder, name)
+    lines = [json.loads(line) for line in read_lines(run / "metrics.jsonl")]
+    checks = [json.loads(line) for line in read_lines(run / "validation.jsonl")]
+    last = lines[-1] if lines else {}
+    recent = lines[-20:]
+    images = recent[-1]["images_seen"] - recent[0]["images_seen"] if len(recent) > 1 else 0
+    took = recent[-1]["seconds"] - recent[0]["seconds"] if len(recent) > 1 else 0.0
+    thin = lines[:: -(-len(lines) // POINTS) or 1]
+    return RunState(
+        name=name,
+        trains=is_training(run),
+        finished=(run / "finished.json").exists(),
+        step=last.get("step", 0),
+        seconds=last.get("seconds", 0.0),
+        done=min(last.get("done", 0.0), 1.0),
+        images_per_second=images / took if took else 0.0,
+        losses=[(line["step"], line["loss"]) for line in thin if line["loss"] == line["loss"]],
+        held_out=[(line["step"], line["held_out_loss"]) for line in checks if "held_out_loss" in line],
+    )
+
+
+def is_training(run: Path) -> bool:
+    """Whether a trainer holds the run's lock, which the system takes from a dead one."""
+    if not (run / ".lock").exists():
+        return False
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def newest_samples(folder: Path, name: str) -> tuple[str, Image.Image] | None:
+    """The newest grid of samples, with its name; None before the first."""
+    files = sorted((place_of(folder, name) / "samples").glob("step-*.png"))
+    if not files:
+        return None
+    with open_image(files[-1]) as image:
+        return files[-1].stem, image.convert("RGB")
+
+
+def ask(folder: Path, name: str, kind: str) -> None:
+    """Ask a run that trains to `stop`, `save` or `sample`.
+
+    Raises:
+        ValueError: no such run, it does not train, or nothing of this kind can be asked.
+    """
+    run = place_of(folder, name)
+    if not is_training(run):
+        raise ValueError(f"{name} does not train")
+    requests.ask(run, kind)
+
+
+def resume(folder: Path, name: str) -> subprocess.Popen:
+    """Start the trainer of a run again, apart from this process; it writes to `app.log` of the run.
+
+    Raises:
+        ValueError: no such run, or it trains already.
+    """
+    run = place_of(folder, name)
+    if is_training(run):
+        raise ValueError(f"{name} trains already")
+    settings = [f"output_dir={run}", "checkpoint.resume=auto"]
+    command = [sys.executable, "-m", "sfumato", "train", str(run / "config.yaml"), *settings]
+    with open(run / "app.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -1,0 +1,240 @@
+"""The app: what it draws and remembers, what it lets nobody do, and what a run answers while it trains."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import crashes
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from sfumato.app import watch, words
+from sfumato.app.studio import Studio, heat_image, read_settings
+from sfumato.cli import main as cli
+from sfumato.training.engine import requests
+from sfumato.training.train import main
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs the extra app")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app")
+    assert main([str(tiny.config_file(folder, train={"max_steps": 3}, checkpoint={"every_steps": None}))]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def studio(model):
+    return Studio(str(model))
+
+
+def test_each_step_is_seen_and_the_image_is_that_of_the_command(studio, model, tmp_path):
+    moments = list(studio.draw("a red circle\na blue square\n", seed=5, steps=4, scale=2.0))
+    assert [len(moment.done) for moment in moments] == [0] * 4 + [1] * 4 + [2]
+    assert all(moment.expected.size == moments[0].expected.size for moment in moments[:-1])
+    said = moments[-1].command
+    assert said.startswith("sfumato sample 'a red circle' 'a blue square'") and "--seed 5" in said
+    each = tmp_path / "each"
+    arguments = ["sample", "a red circle", "a blue square", "--model", str(model), "--seed", "5", "--steps", "4"]
+    arguments += ["--guidance-scale", "2.0", "--out", str(tmp_path / "grid.png"), "--each", str(each)]
+    assert cli(arguments) == 0
+    for path, other in zip(moments[-1].done, sorted(each.glob("*.png")), strict=True):
+        a, b = (np.asarray(Image.open(file), float) for file in (path, other))
+        assert np.abs(a - b).max() <= 1
+
+
+def test_a_dropped_image_gives_its_settings_back(studio, tmp_path):
+    (path,) = list(studio.draw("a red circle", seed=9, steps=2, scale=1.5, sampler="ddim", negative="blue"))[-1].done
+    found = read_settings(path)
+    assert found == {
+        "prompts": "a red circle", "seed": 9, "steps": 2, "guidance_scale": 1.5,
+        "negative_prompt": "blue", "sampler": "ddim", "guider": "cfg",
+    }  # fmt: skip
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    for odd in (tmp_path / "plain.png", tmp_path / "absent.png", None):
+        with pytest.raises(ValueError, match="no settings"):
+            read_settings(odd)
+
+
+def test_a_drawing_is_stopped_after_its_step(studio):
+    drawing = studio.draw("a\nb\nc", steps=50, scale=1.0)
+    next(drawing)
+    studio.stop()
+    moments = list(drawing)
+    assert moments[-1].done == [] and len(moments) < 10
+    assert len(list(studio.draw("a", steps=2, scale=1.0))[-1].done) == 1  # and the next one is drawn
+
+
+@pytest.mark.parametrize("text, settings", [("", {}), (" \n ", {}), ("a", {"steps": 0.4}), ("a", {"steps": 10**6})])
+def test_what_cannot_be_drawn_is_refused(studio, text, settings):
+    with pytest.raises(ValueError, match="Nothing to draw|must be from 1"):
+        list(studio.draw(text, **settings))
+
+
+def test_a_word_has_its_heat(studio):
+    result = studio.explain("a red circle", ablate=True)
+    assert result.words == ["a", "red", "circle"] and result.ablation is not None
+    assert heat_image(result.image, result.heat[1]).size == (320, 320)
+
+
+def test_both_languages_say_the_same():
+    pages = Path(words.__file__).with_name("pages.py").read_text()
+    import re
+
+    said = set(re.findall(r'say\("([^"]+)"\)', pages)) | {"Stop and save", "Save now", "Sample now", "Resume"}
+    assert said <= set(words.CHINESE), said - set(words.CHINESE)
+    with pytest.raises(ValueError, match="en or zh"):
+        words.speaker("fr")
+
+
+def test_runs_are_read_and_asked(tmp_path, monkeypatch):
+    """A run that trains draws, saves and stops when it is asked; a dead one is known by its lock."""
+    path = tiny.config_file(
+        tmp_path, output_dir=str(tmp_path / "runs" / "one"), train={"max_steps": 100_000}, checkpoint={"every_steps": None}
+    )
+    child = crashes.fork(lambda: main([str(path)]))
+    runs, run = tmp_path / "runs", tmp_path / "runs" / "one"
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and watch.read_run(runs, "one").step > 2)
+        state = watch.read_run(runs, "one")
+        assert state.trains and not state.finished and state.losses and state.images_per_second > 0
+        with pytest.raises(ValueError, match="trains already"):
+            watch.resume(runs, "one")
+        watch.ask(runs, "one", "save")
+        wait_for(lambda: list((run / "checkpoints").glob("step-*")))
+        watch.ask(runs, "one", "sample")
+        wait_for(lambda: watch.newest_samples(runs, "one"))
+        watch.ask(runs, "one", "stop")
+        assert crashes.wait([child]) == [130]
+    finally:
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    assert not watch.read_run(runs, "one").trains
+    with pytest.raises(ValueError, match="does not train"):
+        watch.ask(runs, "one", "stop")
+    for odd in ("..", "../runs/one", "/etc", "", "two"):
+        with pytest.raises(ValueError, match="there is no run"):
+            watch.read_run(runs, odd)
+    with pytest.raises(ValueError, match="cannot be asked"):
+        requests.ask(run, "../../x")
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_what_was_asked_of_an_earlier_trainer_is_forgotten(tmp_path):
+    path = tiny.config_file(tmp_path, train={"max_steps": 3}, checkpoint={"every_steps": None})
+    (tmp_path / "run").mkdir()
+    requests.ask(tmp_path / "run", "stop")
+    assert main([str(path)]) == 0
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """The app on a port of this machine, with two runs to look at."""
+    import uvicorn
+
+    from sfumato.app.pages import build
+
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "one").mkdir()
+    (runs / "one" / "config.yaml").write_text("seed: 0\n")
+    (runs / "one" / "metrics.jsonl").write_text(
+        "\n".join(json.dumps({"step": k, "seconds": k, "images_seen": 8 * k, "loss": 1 / k, "done": 0.1}) for k in range(1, 9))
+        + "\n"
+    )
+    app = build(str(model), runs=runs, token="secret-token", host="127.0.0.1", password=None, language="en")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@needs_gradio
+def test_the_page_draws_through_its_own_interface(server):
+    from gradio_client import Client
+
+    client = Client(server, verbose=False)
+    _, gallery, command = client.predict("a red circle", "", 3, 2, 1.0, "–", "cfg", api_name="/draw")
+    assert "sfumato sample 'a red circle'" in command and len(gallery) == 1
+    assert Image.open(gallery[0]["image"]).size == (16, 16)
+    _, line, *_ = client.predict("one", api_name="/look")
+    assert "does not train" in line and "Step 8" in line
+    with pytest.raises(Exception, match="token"):
+        client.predict("one", api_name="/stop_run")  # no token, no power
+
+
+@needs_gradio
+def test_a_strangers_host_is_refused(server):
+    import httpx
+
+    assert httpx.get(server).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "[::1].evil"):
+        assert httpx.get(server, headers={"Host": host}).status_code == 400, host
+
+
+@needs_gradio
+def test_no_file_of_the_machine_leaves_it(server, tmp_path_factory):
+    """Two hundred ways to ask for one."""
+    import httpx
+
+    secret = tmp_path_factory.mktemp("secret") / "secret.txt"
+    secret.write_text("attack at dawn")
+    own = Path(__file__).resolve()
+    targets = [
+        "/etc/passwd",
+        "/etc/hostname",
+        str(secret),
+        str(own),
+        str(own.parents[1] / "pyproject.toml"),
+        "/proc/self/environ",
+    ]
+    targets += [f"../../../../../..{target}" for target in targets] + [f"..%2f..%2f..%2f..%2f..%2f..{t}" for t in targets]
+    doors = [
+        "/gradio_api/file={}",
+        "/file={}",
+        "/gradio_api/file/{}",
+        "/static/{}",
+        "/assets/{}",
+        "/svelte/{}",
+        "/theme.css/{}",
+    ]
+    doors += [
+        "/gradio_api/proxy=http://127.0.0.1{}",
+        "/gradio_api/stream/{}",
+        "/custom_component/{}",
+        "/gradio_api/upload/{}",
+        "//{}",
+    ]
+    attempts = [door.format(target) for door in doors for target in targets]
+    assert len(attempts) >= 200
+    with httpx.Client(base_url=server, follow_redirects=False) as client:
+        for attempt in attempts:
+            got = client.get(attempt)
+            for content in ("root:", "attack at dawn", "def test_no_file", "[build-system]", "PATH="):
+                assert content not in got.text, attempt
+
+
+def test_other_machines_need_a_password(capsys):
+    assert cli(["app", "--host", "0.0.0.0"]) == 2
+    assert "--password" in capsys.readouterr().err
