@@ -149,8 +149,9 @@ def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:
     layers = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in painted.get("layers") or []]
     if not layers or not any(layer.any() for layer in layers):
         return None
-    mask = Image.fromarray(np.uint8(255 * np.any([layer > 0 for layer in layers], axis=0)))
-    return _fit(mask, width, height).point(lambda value: 255 * (value > 127))
+    mask = Image.fromarray((255 * np.any([layer > 0 for layer in layers], axis=0)).astype(np.uint8))
+    fitted = np.asarray(_fit(mask, width, height))
+    return Image.fromarray(np.where(fitted > 127, 255, 0).astype(np.uint8))
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -201,12 +202,12 @@ def _why(studio: Studio, say) -> None:
         if result is None:
             return None
         pixels = result.expected[min(int(step), len(result.expected)) - 1]
-        return enlarge(Image.fromarray(np.uint8(np.round(pixels.clip(0, 1) * 255)).squeeze()))
+        return enlarge(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).squeeze()))
 
     outputs = [found, word, image, heat, without, step, expected]
     go.click(_told(ask, say), [prompt, seed, ablate], outputs, api_name="why")
-    word.select(show, [found, word], [heat, without], api_name=False)
-    step.change(look, [found, step], expected, api_name=False)
+    word.select(show, [found, word], [heat, without], api_visibility="private")
+    step.change(look, [found, step], expected, api_visibility="private")
 
 
 def _runs(pages: gr.Blocks, folder: Path, token: str, say) -> None:
@@ -244,10 +245,10 @@ def _runs(pages: gr.Blocks, folder: Path, token: str, say) -> None:
     def admit(request: gr.Request):
         return secrets.compare_digest(str(request.query_params.get("token", "")), token)
 
-    pages.load(admit, None, may, api_name=False)
+    pages.load(admit, None, may, api_visibility="private")
     outputs = [name, state, losses, samples]
     gr.on([pages.load, again.click, name.input], _told(look, say), name, outputs, api_name="look")
-    gr.Timer(5).tick(_told(look, say), name, outputs, api_name=False, show_progress="hidden")
+    gr.Timer(5).tick(_told(look, say), name, outputs, api_visibility="private", show_progress="hidden")
     for kind, button in buttons.items():
         handler = _told(partial(act, kind), say)
         button.click(handler, [name, may], answer, api_name=f"{kind}_run")

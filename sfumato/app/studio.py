@@ -205,5 +205,5 @@ def read_settings(path: str | None) -> dict[str, Any]:
 
 def _to_pil(array: np.ndarray) -> Image.Image:
     """`(H, W, C)` in [0, 1]."""
-    pixels = np.uint8(np.round(array.clip(0, 1) * 255))
+    pixels = (array.clip(0, 1) * 255).round().astype(np.uint8)
     return enlarge(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

@@ -7,7 +7,7 @@ resume, and the same sample gets the same caption, noise and noise level on any 
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -211,7 +211,8 @@ class PhiloxStreams:
         stream = np.array(drawn, np.int64)[:, None]
         counter = np.broadcast_arrays(np.zeros((1, 1), np.int64), stream, keys & _WORD, keys >> 32)
         words = philox(tuple(counter), self._key)[0]
-        caption, dropout, flip, level = (np.float32(words >> 8) * np.float32(2.0**-24)).astype(np.float64)
+        numbers: Any = ((words >> 8).astype(np.float32) * np.float32(2.0**-24)).astype(np.float64)
+        caption, dropout, flip, level = numbers
         number = np.minimum((caption * num_captions).astype(np.int64), num_captions.astype(np.int64) - 1)
         return Choices(key=keys, caption=number, dropout=dropout, flip=flip, level=level)
 

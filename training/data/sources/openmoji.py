@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -90,7 +91,7 @@ def rasterise(svg: str, resolution: int) -> np.ndarray:
     """
     import resvg_py
 
-    source = {"svg_string": svg} if svg.lstrip().startswith("<") else {"svg_path": svg}
+    source: Any = {"svg_string": svg} if svg.lstrip().startswith("<") else {"svg_path": svg}
     png = bytes(resvg_py.svg_to_bytes(**source, width=resolution * 4, height=resolution * 4, background="#ffffff"))
     image = Image.open(io.BytesIO(png)).convert("RGB")
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX))
