@@ -80,6 +80,27 @@ def test_validation_is_written_down_and_the_best_model_kept(tmp_path):
     assert not (tmp_path / "run" / "best").exists(), "of steps that are about to be done again"
 
 
+def test_a_run_whose_score_no_longer_gets_better_ends_by_itself(tmp_path, capsys):
+    """At no learning rate no validation is better than the first. Resumed it is done; without patience it goes on."""
+    path = tiny.config_file(
+        tmp_path,
+        train={"max_steps": 30, "patience": 2},
+        optim={"lr": 1e-12, "weight_decay": 0.0},
+        validation={"every_steps": 2, "num_held_out": 4},
+        checkpoint={"every_steps": 2, "best_by": "held_out_loss"},
+    )
+    assert main([str(path)]) == 0
+    assert "no better in 2 validations" in "".join(capsys.readouterr())
+    steps = [row["step"] for row in told(tmp_path)]
+    kept = json.loads((tmp_path / "run" / "best" / "best.json").read_text())["step"]
+    assert steps[-1] < 30 and sum(step > kept for step in sorted(set(steps))) == 2
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+    assert main([str(path), "checkpoint.resume=auto"]) == 0 and "is finished" in "".join(capsys.readouterr())
+    assert main([str(path), "checkpoint.resume=auto", "train.patience=null", "train.max_steps=12"]) == 0
+    assert told(tmp_path)[-1]["step"] == 12
+    assert main([str(path), "checkpoint.best_by=null"]) == 2 and "set checkpoint.best_by" in "".join(capsys.readouterr())
+
+
 def test_the_best_by_a_score_of_the_task(tmp_path):
     path = tiny.config_file(tmp_path, checkpoint={"best_by": "all"}, validation={"every_steps": 3})
     assert main([str(path)]) == 0

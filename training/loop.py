@@ -142,6 +142,7 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
             "skipped_steps": 0,
             "changes": [],
             "stream_version": stream_version,
+            "ended_early": False,
         },
         origin=origin,
         checkpoint=checkpoint,
@@ -209,6 +210,7 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
         block = config.train.batch_size * accelerator.num_processes
         state["images_seen"] = -(-state["images_seen"] // block) * block
     accelerator.print(f"goes on from {checkpoint}")
+    state["ended_early"] = state["ended_early"] and is_out_of_patience(run)
     changes = resume.find_changes(stored, run.origin)
     undone = [change for change in changes if change.undoes_a_result]
     if fraction_done(config, state) >= 1 and undone:
@@ -258,6 +260,7 @@ def train_until(run: Run, stop: StopSignal) -> int:
     stopped = 0
 
     make_up_for(run, log)
+    done = end_if_out_of_patience(run, log, done)  # cut off before it could end
     while done < 1 and not stopped and not diverged:
         # One optimizer step, its loss summed over the accumulated batches. Nothing in it waits for the device.
         losses = []
@@ -316,18 +319,25 @@ def train_until(run: Run, stop: StopSignal) -> int:
             log.say(line)
         if show_due and done < 1 and not stopped:
             show_and_validate(run, log)
+            done = end_if_out_of_patience(run, log, done)
 
     stop.release()
+    return conclude(run, log, stopped, done)
+
+
+def conclude(run: Run, log: Log, stopped: int, done: float) -> int:
+    """What is left after the last step; the exit code as of `train`."""
     if stopped:
         log.close(f"stopped by signal {stopped}; go on with checkpoint.resume=auto")
         return 128 + stopped
     if done < 1:
+        config = run.config
         log.close(
             f"stopped: {config.train.max_bad_steps} steps in a row had a gradient that is not finite; none reached the"
             f" weights. The checkpoints are good. Lower optim.lr (now {config.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
-    with averaged_weights(ema, task.module):
+    with averaged_weights(run.ema, run.task.module):
         finish(run, log)
     return 0
 
@@ -361,6 +371,26 @@ def make_up_for(run: Run, log: Log) -> None:
         push_checkpoint(run)
     if is_due(config.validation.every_steps, state) and not run_on_main(run.accelerator, log.was_validated, state["step"]):
         show_and_validate(run, log)
+
+
+def is_out_of_patience(run: Run) -> bool:
+    """Whether the last `train.patience` validations gave no better score; all processes must call, and get the same."""
+    patience = run.config.train.patience
+    if patience is None:
+        return False
+    return run_on_main(run.accelerator, best.validations_since, run.output_dir) >= patience
+
+
+def end_if_out_of_patience(run: Run, log: Log, done: float) -> float:
+    """The share that is done: 1 where no validation has been better for too long, which is then said and saved."""
+    if done >= 1 or not is_out_of_patience(run):
+        return done
+    by, patience = run.config.checkpoint.best_by, run.config.train.patience
+    log.say(f"{by} was no better in {patience} validations, so the run ends at step {run.state['step']:,}; see best/")
+    run.state["ended_early"] = True
+    log.sync()
+    run.checkpoint = save(run, last=True) or run.checkpoint
+    return 1.0
 
 
 def show_and_validate(run: Run, log: Log) -> None:
@@ -437,6 +467,8 @@ def write_finished(run: Run, pushed: str | None) -> None:
 
 def fraction_done(config: Config, state: dict) -> float:
     """How much of the run is done, by steps or by minutes, whichever is further; learning rates follow it."""
+    if state.get("ended_early"):
+        return 1.0
     by_steps = state["step"] / config.train.max_steps if config.train.max_steps else 0.0
     by_time = state["seconds"] / 60 / config.train.max_minutes if config.train.max_minutes else 0.0
     return max(by_steps, by_time)
@@ -523,7 +555,7 @@ def push_result(run: Run) -> int:
 
 def progress(state: dict[str, Any]) -> dict[str, Any]:
     """What metrics say of how far a run is."""
-    return {key: value for key, value in state.items() if key not in ("changes", "stream_version")}
+    return {key: value for key, value in state.items() if key not in ("changes", "stream_version", "ended_early")}
 
 
 def is_due(steps: int | None, state: dict[str, Any]) -> bool:

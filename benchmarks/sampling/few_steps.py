@@ -48,20 +48,24 @@ def main() -> None:
     parser.add_argument("--students", nargs="*", default=["runs/two_shapes_few"])
     parser.add_argument("--captions", type=int, default=256)
     parser.add_argument("--add", action="store_true", help="keep the rows of an earlier run and add those of the students")
+    parser.add_argument("--plain", action="store_true", help="of the teacher its own sampler alone, also with --add")
+    parser.add_argument("--label", default="", help="what the names of the rows begin with")
     parser.add_argument("--out", default="benchmarks/results/few_steps.json")
     options = parser.parse_args()
     scenes = shapes.scenes(held_out=True, count=options.captions, num_figures=2)
     out = Path(options.out)
     trained = [scene.caption for scene in shapes.scenes(held_out=False, count=16, num_figures=2)]
     teacher = SfumatoPipeline.from_pretrained(locate_pipeline(options.teacher))
-    table: dict[str, list[dict]] = json.loads(out.read_text())["table"] if options.add else {}
+    table: dict[str, list[dict]] = json.loads(out.read_text())["table"] if options.add and out.exists() else {}
 
     def note(name: str, row: dict) -> None:
+        name = f"{options.label} {name}".strip()
         table.setdefault(name, []).append(row)
         print(name, row, flush=True)
 
-    if not options.add:
+    if options.plain or not options.add:
         note("teacher, its own sampler", measure(teacher, scenes, 30))
+    if not (options.plain or options.add):
         for steps in (1, 2, 4, 8):
             best = tune(teacher, trained, steps, SCALE)[0]
             row = measure(replace_components(teacher, scheduler=best.scheduler), scenes, steps)

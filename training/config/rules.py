@@ -59,6 +59,7 @@ LIMITS = {
     "train.num_workers": (0, 256),
     "train.num_threads": (1, 1024),
     "train.max_bad_steps": (1, 10**9),
+    "train.patience": (1, 10**6),
     "validation.num_inference_steps": (1, 10**5),
     "validation.num_held_out": (1, 10**6),
     "validation.num_judged": (1, 10**6),
@@ -264,6 +265,7 @@ def score_names(config: Config) -> tuple[str, ...]:
 
 def _check_best_by(config: Config, need: Need) -> None:
     by, names = config.checkpoint.best_by, score_names(config)
+    need(config.train.patience is None or by is not None, "train.patience", "waits for a score: set checkpoint.best_by")
     if by is None:
         return
     need(by in names, "checkpoint.best_by", f"choose one of {', '.join(names)}")

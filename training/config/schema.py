@@ -138,6 +138,7 @@ class TrainConfig:
     num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores that the run may use
     trackers: list[str] | None = None  # such as tensorboard, wandb; null: tensorboard where it is installed
     log_every_steps: int | None = None  # how many steps between two looks at the device; null: 1 on a CPU, else 10
+    patience: int | None = None  # so many validations in a row without a better score of checkpoint.best_by end the run
     max_bad_steps: int = 20  # so many steps in a row with a loss or gradient that is not finite end the run
 
 

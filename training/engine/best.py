@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sfumato.files import CannotSave, replace_folder
+from sfumato.files import CannotSave, read_lines, replace_folder
 from sfumato.registries import lower_is_better
 
 
@@ -34,6 +34,13 @@ def load_best(output_dir: Path, name: str | None, step: int) -> float | None:
         shutil.rmtree(folder)
         return None
     return record["value"] if record["name"] == name else None
+
+
+def validations_since(output_dir: Path) -> int:
+    """How many validations there were since the one that gave the model in `best/`; all, where none did."""
+    record = output_dir / "best" / "best.json"
+    step = json.loads(record.read_text())["step"] if record.is_file() else 0
+    return sum(json.loads(line)["step"] > step for line in read_lines(output_dir / "validation.jsonl"))
 
 
 def save_best(write: Callable[[Path, Path], object], folder: Path, *, name: str, value: float, step: int) -> None:
