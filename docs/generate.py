@@ -32,7 +32,8 @@ def comments(module) -> dict[str, dict[str, str]]:
             while lines[first - 1].strip().startswith("#"):
                 first -= 1
                 before.insert(0, lines[first].strip().lstrip("# "))
-            _, _, beside = lines[(item.end_lineno or item.lineno) - 1].partition("  # ")
+            own = lines[item.lineno - 1 : item.end_lineno or item.lineno]
+            beside = " ".join(line.partition("  # ")[2] for line in own)
             fields[item.target.id] = " ".join([*before, beside]).strip()
     return found
 

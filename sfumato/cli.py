@@ -1,6 +1,7 @@
 """The command `sfumato`. The parser and its verbs; what they do is in `sfumato.api` and below. Heavy imports are inside."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -182,7 +183,7 @@ def _add_app(verbs) -> None:
     app.add_argument("--runs", default="runs", help="a folder of run folders to watch (default: %(default)s)")
     app.add_argument("--host", default="127.0.0.1", help="another one needs --password (default: %(default)s)")
     app.add_argument("--port", type=int, default=7860, help="0: a free one (default: %(default)s)")
-    app.add_argument("--password", help="of the user sfumato")
+    app.add_argument("--password", help="of the user sfumato (default: what SFUMATO_PASSWORD holds)")
     app.add_argument("--language", default="en", choices=["en", "zh"], help="(default: %(default)s)")
     app.set_defaults(run=_app)
 
@@ -196,7 +197,8 @@ VERBS = (
 def _app(options: argparse.Namespace) -> int:
     from sfumato.app import launch
 
-    settings = {name: getattr(options, name) for name in ("runs", "host", "port", "password", "language")}
+    settings = {name: getattr(options, name) for name in ("runs", "host", "port", "language")}
+    settings["password"] = options.password or os.environ.get("SFUMATO_PASSWORD")
     launch(options.model, **settings)
     return 0
 

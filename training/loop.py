@@ -99,6 +99,7 @@ def prepare(config: Config) -> Run:
         run_on_main(accelerator, hub.check, config.hub.repo_id, config.hub.pull_request, config.hub.private)
     lock = FileLock(Path(config.output_dir) / ".lock", is_singleton=True)
     run_on_main(accelerator, claim_folder, lock)
+    run_on_main(accelerator, requests.take, Path(config.output_dir))  # what was asked of an earlier trainer
     try:
         return assemble(config, images, accelerator, lock)
     except BaseException:
@@ -167,7 +168,6 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
             state=stored.get("stream", {}),
         )
     run_on_main(accelerator, forget_snapshots, output_dir, run.state["step"])
-    run_on_main(accelerator, requests.take, output_dir)  # what was asked of an earlier trainer
     run.best = run_on_main(accelerator, best.load_best, output_dir, config.checkpoint.best_by, run.state["step"])
     return run
 
@@ -210,7 +210,7 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
         block = config.train.batch_size * accelerator.num_processes
         state["images_seen"] = -(-state["images_seen"] // block) * block
     accelerator.print(f"goes on from {checkpoint}")
-    state["ended_early"] = state["ended_early"] and is_out_of_patience(run)
+    state["ended_early"] = is_out_of_patience(run)
     changes = resume.find_changes(stored, run.origin)
     undone = [change for change in changes if change.undoes_a_result]
     if fraction_done(config, state) >= 1 and undone:
@@ -260,7 +260,6 @@ def train_until(run: Run, stop: StopSignal) -> int:
     stopped = 0
 
     make_up_for(run, log)
-    done = end_if_out_of_patience(run, log, done)  # cut off before it could end
     while done < 1 and not stopped and not diverged:
         # One optimizer step, its loss summed over the accumulated batches. Nothing in it waits for the device.
         losses = []
@@ -296,7 +295,6 @@ def train_until(run: Run, stop: StopSignal) -> int:
         entries, (stopped, save_asked, samples_asked) = pulse.read(wishes_of(run, stop))
         state["seconds"] = pulse.seconds
         save_due = save_due or bool(save_asked)
-        show_due = show_due or bool(samples_asked)
         for entry in entries:
             is_good = entry.pop("is_finite")
             bad_in_a_row = 0 if is_good else bad_in_a_row + 1
@@ -317,9 +315,8 @@ def train_until(run: Run, stop: StopSignal) -> int:
             save_due = push_due = False
         for line in new_messages(run):
             log.say(line)
-        if show_due and done < 1 and not stopped:
-            show_and_validate(run, log)
-            done = end_if_out_of_patience(run, log, done)
+        if done < 1 and not stopped:
+            done = show_what_is_due(run, log, show_due, bool(samples_asked), done)
 
     stop.release()
     return conclude(run, log, stopped, done)
@@ -327,6 +324,8 @@ def train_until(run: Run, stop: StopSignal) -> int:
 
 def conclude(run: Run, log: Log, stopped: int, done: float) -> int:
     """What is left after the last step; the exit code as of `train`."""
+    if run.saver is not None:
+        run.saver.wait()
     if stopped:
         log.close(f"stopped by signal {stopped}; go on with checkpoint.resume=auto")
         return 128 + stopped
@@ -378,18 +377,27 @@ def is_out_of_patience(run: Run) -> bool:
     patience = run.config.train.patience
     if patience is None:
         return False
-    return run_on_main(run.accelerator, best.validations_since, run.output_dir) >= patience
+    by, step = run.config.checkpoint.best_by, run.state["step"]
+    return run_on_main(run.accelerator, best.validations_since, run.output_dir, by, step) >= patience
 
 
-def end_if_out_of_patience(run: Run, log: Log, done: float) -> float:
-    """The share that is done: 1 where no validation has been better for too long, which is then said and saved."""
-    if done >= 1 or not is_out_of_patience(run):
+def show_what_is_due(run: Run, log: Log, validation_due: bool, samples_asked: bool, done: float) -> float:
+    """Validate, or draw the samples that were asked for; the share that is done, 1 where no score was better for too long."""
+    if not validation_due:
+        if samples_asked:
+            with averaged_weights(run.ema, run.task.module):
+                log.show(run.state["step"], *run.task.samples())
+        return done
+    show_and_validate(run, log)
+    if not is_out_of_patience(run):
         return done
     by, patience = run.config.checkpoint.best_by, run.config.train.patience
     log.say(f"{by} was no better in {patience} validations, so the run ends at step {run.state['step']:,}; see best/")
     run.state["ended_early"] = True
-    log.sync()
-    run.checkpoint = save(run, last=True) or run.checkpoint
+    is_saved = run.checkpoint is not None and run.checkpoint.name == f"step-{run.state['step']:08d}"
+    if not run_on_main(run.accelerator, bool, is_saved):
+        log.sync()
+        run.checkpoint = save(run, last=True) or run.checkpoint
     return 1.0
 
 

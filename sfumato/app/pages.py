@@ -18,6 +18,8 @@ from sfumato.app.words import speaker
 from sfumato.registries import GUIDERS, SAMPLERS
 
 MODELS_OWN = "–"
+MAX_SEED = 2**53 - 1  # what a browser counts exactly
+MAX_SCALE = 15.0
 
 
 def build(model: str, *, runs: Path, token: str, host: str, password: str | None, language: str) -> FastAPI:
@@ -68,21 +70,24 @@ def _told(function, say):
 
 def _draw(studio: Studio, say) -> None:
     advice = studio.advice
+    own_guiders = [name for name in GUIDERS if not GUIDERS[name].weak]
     with gr.Row():
         with gr.Column():
             prompts = gr.Textbox("red heart", label=say("Prompts, one a line"), lines=3, max_length=4000)
             negative = gr.Textbox("", label=say("Negative prompt"), max_length=1000)
             with gr.Row():
-                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=2**53 - 1)
-                steps = gr.Slider(1, 100, advice["num_inference_steps"], step=1, label=say("Steps"))
-                scale = gr.Slider(1.0, 15.0, advice["guidance_scale"], step=0.1, label=say("Guidance scale"))
+                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
+                steps = gr.Slider(1, MAX_STEPS, advice["num_inference_steps"], step=1, label=say("Steps"))
+                scale = gr.Slider(1.0, MAX_SCALE, advice["guidance_scale"], step=0.1, label=say("Guidance scale"))
             with gr.Row():
                 sampler = gr.Dropdown([MODELS_OWN, *SAMPLERS], value=MODELS_OWN, label=say("Sampler"))
-                guider = gr.Dropdown([g for g in GUIDERS if not GUIDERS[g].weak], value="cfg", label=say("Guider"))
+                guider = gr.Dropdown(own_guiders, value="cfg", label=say("Guider"))
             with gr.Row():
                 go = gr.Button(say("Draw"), variant="primary")
                 stop = gr.Button(say("Stop"))
-            dropped = gr.Image(type="filepath", label=say("Drop an image from here to get its settings"), height=120)
+            dropped = gr.Image(
+                type="filepath", image_mode=None, label=say("Drop an image from here to get its settings"), height=120
+            )
         with gr.Column():
             live = gr.Image(label=say("What the network expects"), interactive=False, height=340)
             gallery = gr.Gallery(label=say("Images"), columns=4, object_fit="contain", format="png")
@@ -101,10 +106,15 @@ def _draw(studio: Studio, say) -> None:
         if path is None:
             return [gr.skip()] * 7
         found = read_settings(path)
-        keys = ("prompts", "negative_prompt", "seed", "steps", "guidance_scale", "sampler", "guider")
-        values = [found.get(key) for key in keys]
-        values[3] = min(values[3], MAX_STEPS) if values[3] else None
-        return [gr.skip() if value is None else value for value in values]
+        return [
+            found.get("prompts", ""),
+            found.get("negative_prompt", ""),
+            min(max(found.get("seed", 0), 0), MAX_SEED),
+            min(max(found.get("steps", advice["num_inference_steps"]), 1), MAX_STEPS),
+            min(max(found.get("guidance_scale", advice["guidance_scale"]), 1.0), MAX_SCALE),
+            found.get("sampler", MODELS_OWN),
+            found.get("guider", "cfg") if found.get("guider") in own_guiders else "cfg",
+        ]
 
     settings = [prompts, negative, seed, steps, scale, sampler, guider]
     gr.on([go.click, negative.submit], draw, settings, [live, gallery, command], api_name="draw")
@@ -122,7 +132,7 @@ def _redraw(studio: Studio, say) -> None:
             with gr.Row():
                 strength = gr.Slider(0.0, 1.0, 1.0, step=0.05, label=say("Strength"))
                 again = gr.Slider(1, 10, 3, step=1, label=say("Times each step is taken"))
-                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=2**53 - 1)
+                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
             go = gr.Button(say("Redraw"), variant="primary")
         with gr.Column():
             live = gr.Image(label=say("What the network expects"), interactive=False, height=340)
@@ -171,7 +181,7 @@ def _why(studio: Studio, say) -> None:
     found = gr.State()
     with gr.Row():
         prompt = gr.Textbox("woman firefighter dark skin tone", label=say("Prompt"), max_length=1000)
-        seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=2**53 - 1)
+        seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
         ablate = gr.Checkbox(False, label=say("Also without each word"))
         go = gr.Button(say("Ask"), variant="primary")
     word = gr.Radio([], label=say("Word"), interactive=True)
@@ -206,8 +216,8 @@ def _why(studio: Studio, say) -> None:
 
     outputs = [found, word, image, heat, without, step, expected]
     go.click(_told(ask, say), [prompt, seed, ablate], outputs, api_name="why")
-    word.select(show, [found, word], [heat, without], api_visibility="private")
-    step.change(look, [found, step], expected, api_visibility="private")
+    word.select(show, [found, word], [heat, without], api_name="word", api_visibility="private")
+    step.change(look, [found, step], expected, api_name="step", api_visibility="private")
 
 
 def _runs(pages: gr.Blocks, folder: Path, token: str, say) -> None:
@@ -258,7 +268,7 @@ _BUTTONS = {"stop": "Stop and save", "save": "Save now", "sample": "Sample now",
 
 
 def _line(run: watch.RunState, say) -> str:
-    how = say("done") if run.finished else say("trains") if run.trains else say("does not train")
+    how = say("trains") if run.trains else say("done") if run.finished else say("does not train")
     parts = [f"**{run.name}**: {how}", f"{say('Step')} {run.step:,}", f"{run.done:.0%}"]
     parts.append(f"{run.images_per_second:.0f} images/s")
     if run.seconds_left is not None:

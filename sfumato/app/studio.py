@@ -24,7 +24,7 @@ from sfumato.pipelines.sample import write_image
 from sfumato.registries import GUIDERS, SAMPLERS
 
 MAX_IMAGES = 16
-MAX_STEPS = 1000
+MAX_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,13 @@ class Studio:
         self.advice = recommended_settings(folder)
         self.places = tempfile.TemporaryDirectory(prefix="sfumato-app-")
         self._busy = threading.Lock()
-        self._stop = threading.Event()
+        self._under_way: set[threading.Event] = set()  # a drawing each; set, it ends
         self._count = 0
 
     def stop(self) -> None:
-        """End the drawing under way after its step."""
-        self._stop.set()
+        """End the drawings under way after their step."""
+        for event in list(self._under_way):
+            event.set()
 
     def draw(
         self,
@@ -92,30 +93,36 @@ class Studio:
         settings = {"model": Path(self.model).name, "steps": steps, "guidance_scale": scale}
         settings |= {"negative_prompt": negative or None, "sampler": sampler or None, "guider": guider}
         settings = {key: value for key, value in settings.items() if value is not None}
+        settings |= {"strength": inputs["strength"]} if "strength" in inputs else {}
         command = self.command(prompts, seed, settings)
-        self._stop.clear()
+        call = {"num_inference_steps": steps, "guidance_scale": scale, "negative_prompt": negative or None, **inputs}
         done: list[str] = []
-        with self._busy:
-            for number, prompt in enumerate(prompts):
-                call = {"num_inference_steps": steps, "guidance_scale": scale, "negative_prompt": negative or None, **inputs}
-                for image in self._one(pipe, prompt, (seed + number) % 2**64, call):
-                    if isinstance(image, Image.Image):
-                        yield Drawing(done=list(done), expected=image, command=command)
-                        continue
-                    path = self._keep(image[0], {**settings, "prompts": [prompt], "seed": seed + number})
-                    done.append(path)
-                if self._stop.is_set():
-                    break
-            yield Drawing(done=list(done), expected=None, command=command)
+        stop = threading.Event()
+        self._under_way.add(stop)
+        try:
+            with self._busy:
+                for number, prompt in enumerate(prompts):
+                    for image in self._one(pipe, prompt, (seed + number) % 2**64, call, stop):
+                        if isinstance(image, Image.Image):
+                            yield Drawing(done=list(done), expected=image, command=command)
+                        else:
+                            done.append(self._keep(image[0], {**settings, "prompts": [prompt], "seed": seed + number}))
+                    if stop.is_set():
+                        break
+                yield Drawing(done=list(done), expected=None, command=command)
+        finally:
+            self._under_way.discard(stop)
 
-    def _one(self, pipe: SfumatoPipeline, prompt: str, seed: int, call: dict) -> Iterator[Image.Image | tuple[Image.Image]]:
+    def _one(
+        self, pipe: SfumatoPipeline, prompt: str, seed: int, call: dict, stop: threading.Event
+    ) -> Iterator[Image.Image | tuple[Image.Image]]:
         """What is expected at each step, and last the image, in a tuple; nothing more once it is to stop."""
         recorder = Recorder.of(pipe)
         moments: queue.Queue = queue.Queue()
 
         def tell(pipe, step, t, tensors):
             moments.put(_to_pil(recorder.expected[-1]))
-            pipe._interrupt = self._stop.is_set()
+            pipe._interrupt = stop.is_set()
             return tensors
 
         def work():
@@ -126,16 +133,21 @@ class Studio:
             except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
                 moments.put(error)
 
-        threading.Thread(target=work, daemon=True).start()
-        while True:
-            moment = moments.get()
-            if isinstance(moment, BaseException):
-                raise moment
-            if isinstance(moment, tuple):
-                if not self._stop.is_set():
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        ended = False
+        try:
+            while not ended:
+                moment = moments.get()
+                ended = not isinstance(moment, Image.Image)
+                if isinstance(moment, BaseException):
+                    raise moment
+                if not (ended and stop.is_set()):
                     yield moment
-                return
-            yield moment
+        finally:  # also where nobody looks any more
+            if not ended:
+                stop.set()
+            thread.join()
 
     def _keep(self, image: Image.Image, settings: dict) -> str:
         self._count += 1

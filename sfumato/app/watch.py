@@ -63,13 +63,13 @@ def place_of(folder: Path, name: str) -> Path:
 def read_run(folder: Path, name: str) -> RunState:
     """See `RunState`."""
     run = place_of(folder, name)
-    lines = [json.loads(line) for line in read_lines(run / "metrics.jsonl")]
+    written = read_lines(run / "metrics.jsonl")
     checks = [json.loads(line) for line in read_lines(run / "validation.jsonl")]
-    last = lines[-1] if lines else {}
-    recent = lines[-20:]
+    recent = [json.loads(line) for line in written[-20:]]
+    last = recent[-1] if recent else {}
     images = recent[-1]["images_seen"] - recent[0]["images_seen"] if len(recent) > 1 else 0
     took = recent[-1]["seconds"] - recent[0]["seconds"] if len(recent) > 1 else 0.0
-    thin = lines[:: -(-len(lines) // POINTS) or 1]
+    thin = [json.loads(line) for line in written[:: -(-len(written) // POINTS) or 1]]
     return RunState(
         name=name,
         trains=is_training(run),
@@ -78,8 +78,8 @@ def read_run(folder: Path, name: str) -> RunState:
         seconds=last.get("seconds", 0.0),
         done=min(last.get("done", 0.0), 1.0),
         images_per_second=images / took if took else 0.0,
-        losses=[(line["step"], line["loss"]) for line in thin if line["loss"] == line["loss"]],
-        held_out=[(line["step"], line["held_out_loss"]) for line in checks if "held_out_loss" in line],
+        losses=[(line["step"], line["loss"]) for line in thin if line["loss"] is not None],
+        held_out=[(line["step"], line["held_out_loss"]) for line in checks if line.get("held_out_loss") is not None],
     )
 
 
@@ -119,11 +119,14 @@ def resume(folder: Path, name: str) -> subprocess.Popen:
     """Start the trainer of a run again, apart from this process; it writes to `app.log` of the run.
 
     Raises:
-        ValueError: no such run, or it trains already.
+        ValueError: no such run, it trains already, or it was trained by several processes.
     """
     run = place_of(folder, name)
     if is_training(run):
         raise ValueError(f"{name} trains already")
+    states = sorted(run.glob("checkpoints/step-*/state.json"))
+    if states and json.loads(states[-1].read_text()).get("num_processes", 1) > 1:
+        raise ValueError(f"{name} was trained by several processes: go on with accelerate launch and checkpoint.resume=auto")
     settings = [f"output_dir={run}", "checkpoint.resume=auto"]
     command = [sys.executable, "-m", "sfumato", "train", str(run / "config.yaml"), *settings]
     with open(run / "app.log", "ab") as log:

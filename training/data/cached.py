@@ -51,48 +51,57 @@ def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray],
 
 
 def _compute_together(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int) -> None:
-    """Part by part: each process takes what no other is at, then what one that was killed has left.
+    """Part by part, each a file of its own: a process takes what no other is at, then what one that was killed has left.
 
-    A part that is done has a mark, so what was computed before a crash stays.
+    Parts that were computed before a crash stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, marks = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.parts")
-    parts = [range(start, min(start + BATCHES_A_PART * batch, count)) for start in range(0, count, BATCHES_A_PART * batch)]
-    with FileLock(f"{path}.lock"):
-        if path.is_file():
-            return
-        if not (marks.is_dir() and new.is_file()):
-            shutil.rmtree(marks, ignore_errors=True)
-            first = compute(range(1))
-            open_memmap(new, "w+", first.dtype, (count, *first.shape[1:])).flush()
-            marks.mkdir()
-    array = np.load(new, mmap_mode="r+")
+    folder = path.with_name(f".{path.name}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    length = BATCHES_A_PART * batch
+    parts = [range(start, min(start + length, count)) for start in range(0, count, length)]
     progress = tqdm(total=count, desc=what, unit="record")
     for patience in (0, -1):  # seconds to wait for a part that another process is at; at last, as long as it takes
         for part in parts:
-            mark = marks / str(part.start)
-            claim = _claim(mark, patience)
+            place = folder / f"{part.start}.npy"
+            claim = _claim(place, patience)
             if claim is None:
                 continue
             with claim:
-                if not mark.exists() and not path.is_file():
-                    for start in range(part.start, part.stop, batch):
-                        array[start : min(start + batch, part.stop)] = compute(range(start, min(start + batch, part.stop)))
-                        progress.update(min(batch, part.stop - start))
-                    array.flush()
-                    mark.touch()
+                if not place.exists() and not path.is_file():
+                    starts = range(part.start, part.stop, batch)
+                    rows = [compute(range(start, min(start + batch, part.stop))) for start in starts]
+                    new = place.with_suffix(".new")
+                    with open(new, "wb") as file:
+                        np.save(file, np.concatenate(rows))
+                    os.replace(new, place)
+                    progress.update(len(part))
     progress.close()
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            sync(new)
-            os.replace(new, path)
-        shutil.rmtree(marks, ignore_errors=True)
+            _join(path, [folder / f"{part.start}.npy" for part in parts], count)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _claim(mark: Path, patience: float) -> AcquireReturnProxy | None:
+def _join(path: Path, parts: list[Path], count: int) -> None:
+    """Write the rows of some files into one, which is put into place whole."""
+    new = path.with_name(f".{path.name}.new")
+    array, filled = None, 0
+    for part in parts:
+        rows = np.load(part)
+        if array is None:
+            array = open_memmap(new, "w+", rows.dtype, (count, *rows.shape[1:]))
+        array[filled : filled + len(rows)] = rows
+        filled += len(rows)
+    if array is not None:
+        array.flush()
+    sync(new)
+    os.replace(new, path)
+
+
+def _claim(place: Path, patience: float) -> AcquireReturnProxy | None:
     """The right to compute a part; None where another process has it, or where all is done and tidied up."""
     try:
-        return FileLock(f"{mark}.lock").acquire(timeout=patience)
+        return FileLock(f"{place}.lock").acquire(timeout=patience)
     except (Timeout, FileNotFoundError):
         return None
 

@@ -36,11 +36,16 @@ def load_best(output_dir: Path, name: str | None, step: int) -> float | None:
     return record["value"] if record["name"] == name else None
 
 
-def validations_since(output_dir: Path) -> int:
-    """How many validations there were since the one that gave the model in `best/`; all, where none did."""
-    record = output_dir / "best" / "best.json"
-    step = json.loads(record.read_text())["step"] if record.is_file() else 0
-    return sum(json.loads(line)["step"] > step for line in read_lines(output_dir / "validation.jsonl"))
+def validations_since(output_dir: Path, name: str, step: int) -> int:
+    """How many validations up to `step` came after the one with the best score of this name; 0 where none has it."""
+    lines = [json.loads(line) for line in read_lines(output_dir / "validation.jsonl")]
+    values = [line[name] for line in lines if line["step"] <= step and line.get(name) is not None]
+    since, found = 0, None
+    for value in values:
+        since += 1
+        if is_better(name, value, found):
+            found, since = value, 0
+    return since
 
 
 def save_best(write: Callable[[Path, Path], object], folder: Path, *, name: str, value: float, step: int) -> None:

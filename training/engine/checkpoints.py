@@ -68,6 +68,7 @@ def save(
     if saver is None:
         _save(output_dir, held, write, state, keep, **place)
     else:
+        saver.wait()  # before the copy, or there would be two
         held = {name: each._replace(part=each.part.to("cpu", copy=True)) for name, each in held.items()}
         saver.start(lambda group: _save(output_dir, held, write, state, keep, **place, group=group))
     return _folder_of(output_dir, state)

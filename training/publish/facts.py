@@ -3,10 +3,11 @@
 import hashlib
 import re
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -45,7 +46,20 @@ def public_settings(config: Config) -> str:
         checkpoint=replace(config.checkpoint, resume=CheckpointConfig().resume),
         hub=HubConfig(),
     )
-    return dump_config(clean)
+    own = {field.name for field in fields(Config)}
+    mounted = {field.name: getattr(clean, field.name) for field in fields(clean) if field.name not in own}
+    return dump_config(replace(clean, **{key: _without_paths(section) for key, section in mounted.items()}))
+
+
+def _without_paths(section: Any) -> Any:
+    """A section that a task mounts, with names in place of the paths that are in it."""
+    texts = {field.name: getattr(section, field.name) for field in fields(section)}
+    paths = {
+        key: public_name(text)
+        for key, text in texts.items()
+        if isinstance(text, str) and (Path(text).is_absolute() or Path(text).expanduser().exists())
+    }
+    return replace(section, **paths)
 
 
 def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dict) -> dict:

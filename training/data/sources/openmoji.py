@@ -234,9 +234,11 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
             return record["captions"]
         return record["captions"] + add_main_colour(record["captions"][0], rasterise(record["svg"], 32))
 
-    taken = {caption.lower() for record in found for caption in record["captions"]}
+    taken: set[str] = set()
     for record in found:
-        yield Record(record["id"], draw(record["svg"]), captions(record), record["split"])
+        texts = captions(record)
+        taken |= {text.lower() for text in texts}
+        yield Record(record["id"], draw(record["svg"]), texts, record["split"])
     for record in found if config.recolours else []:
         for new in recoloured(record, config.recolours, taken):
             yield Record(new["id"], draw(new["svg"]), new["captions"], new["split"])
