@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -40,7 +41,7 @@ def comments(module) -> dict[str, dict[str, str]]:
 
 def section(name: str, cls: type, known: dict[str, dict[str, str]]) -> list[str]:
     """A heading, what the class says of itself, and a table of its settings."""
-    lines = [f"## {name}", "", (cls.__doc__ or "").strip(), "", "| setting | default | |", "|---|---|---|"]
+    lines = [f"## {name}", "", inspect.getdoc(cls) or "", "", "| setting | default | |", "|---|---|---|"]
     for field in dataclasses.fields(cls):
         factory = field.default_factory
         default = factory() if factory is not dataclasses.MISSING else field.default
