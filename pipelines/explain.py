@@ -50,19 +50,23 @@ class Explanation:
         text = 16
         sheet = Image.new("RGB", (width * (1 + len(self.words)) + 6, height * len(rows) + 6), "white")
         pen = ImageDraw.Draw(sheet)
-        image = np.asarray(self.image.convert("RGB"), float)
-        red = np.array([255.0, 0.0, 0.0])
         for row, maps in enumerate(rows):
             cells = [("", np.zeros_like(maps[0]))] + list(zip(self.words, maps))
             for column, (word, heat) in enumerate(cells):
-                share = (heat / max(heat.max(), 1e-9))[..., None] * 0.8
-                grey = image if column == 0 else image.mean(-1, keepdims=True).repeat(3, -1)
-                tile = Image.fromarray((grey * (1 - share) + red * share).astype(np.uint8))
+                tile = heat_image(self.image, heat) if column else self.image.convert("RGB")
                 x, y = 6 + column * width, 6 + row * height
                 sheet.paste(tile.resize((width - 6, height - 22), Image.Resampling.NEAREST), (x, y))
                 title = word if row == 0 else f"without {word}" if column else ""
                 pen.text((x, y + height - 22 + 2), title, "black", caption_font(title))
         return sheet.crop((0, 0, sheet.width, sheet.height - (22 - text) + 6))
+
+
+def heat_image(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """A map `(H, W)` in red over an image in grey, its largest value the reddest."""
+    pixels = np.asarray(image.convert("RGB"), float)
+    share = (heat / max(float(heat.max()), 1e-9))[..., None] * 0.8
+    mixed = pixels.mean(-1, keepdims=True) * (1 - share) + np.array([255.0, 0.0, 0.0]) * share
+    return Image.fromarray(mixed.astype(np.uint8))
 
 
 class Recorder(SfumatoPipeline):

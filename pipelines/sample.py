@@ -121,14 +121,21 @@ def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Any]
                 image = ImageOps.exif_transpose(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        scale = min(image.width / width, image.height / height)
-        size = round(width * scale), round(height * scale)
-        if pipe.reads != "low_res" and size != image.size:
-            print(f"{path}: cropped to its middle, {size[0]} x {size[1]} pixels", file=sys.stderr)
-            left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
-            image = image.crop((left, top, left + size[0], top + size[1]))
-        images[name] = image
+        cut = image if pipe.reads == "low_res" else crop_middle(image, width, height)
+        if cut.size != image.size:
+            print(f"{path}: cropped to its middle, {cut.width} x {cut.height} pixels", file=sys.stderr)
+        images[name] = cut
     return images
+
+
+def crop_middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    """As much of the middle of an image as has the shape `width` x `height`; itself where all of it has."""
+    scale = min(image.width / width, image.height / height)
+    across, down = round(width * scale), round(height * scale)
+    if (across, down) == image.size:
+        return image
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.crop((left, top, left + across, top + down))
 
 
 def find_upscaler(model: str) -> Path | None:

@@ -16,8 +16,9 @@ import tiny
 from PIL import Image
 
 from sfumato.app import watch, words
-from sfumato.app.studio import Studio, heat_image, read_settings
+from sfumato.app.studio import Studio, enlarge, read_settings
 from sfumato.cli import main as cli
+from sfumato.pipelines.explain import heat_image
 from sfumato.training.engine import requests
 from sfumato.training.train import main
 
@@ -82,7 +83,7 @@ def test_what_cannot_be_drawn_is_refused(studio, text, settings):
 def test_a_word_has_its_heat(studio):
     result = studio.explain("a red circle", ablate=True)
     assert result.words == ["a", "red", "circle"] and result.ablation is not None
-    assert heat_image(result.image, result.heat[1]).size == (320, 320)
+    assert enlarge(heat_image(result.image, result.heat[1])).size == (320, 320)
 
 
 def test_both_languages_say_the_same():

@@ -17,7 +17,7 @@ from sfumato.training.config import schema as configs
 from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import openmoji
 from sfumato.training.engine.checkpoints import find_damage
-from sfumato.training.quality.attributes import attributes
+from sfumato.training.quality.attributes import attributes, pairs
 from sfumato.training.quality.command import EvaluateOptions, open_for_evaluation
 from sfumato.training.quality.distances import (
     distances,
@@ -184,6 +184,25 @@ def test_held_out_images_that_are_trained_under_another_caption_are_not_judged(t
     held_out, unseen = images.select("held_out_combination"), evaluation.unseen("held_out_combination")
     assert 0 < len(unseen) < len(held_out)
     assert set(unseen) == {i for i in held_out if images.image(int(i)).tobytes() not in trained}
+
+
+def test_pairs_of_true_images_are_right_and_of_others_wrong(tmp_path):
+    """By a judge that knows each caption: the colour is read off the pixels, the thing among captions of that colour."""
+    settings = {"languages": ["en"], "skin_tones": False, "words": ["book", "heart", "apple"], "recolours": 8}
+    images = prepare(configs.DataConfig(**settings, cache_dir=str(tmp_path)))
+    evaluation = object.__new__(Evaluation)
+    evaluation.dataset = images
+    numbers = evaluation.unseen("held_out_pair")
+    assert len(numbers) > 3
+    evaluation.parts = {"train": [], "held_out": [], "combination": [], "pair": numbers}
+    perfect = np.eye(len(images))[numbers]
+    evaluation.judge_scores = lambda part, captions: {"": perfect, " by true images": perfect}
+    evaluation.drawings = evaluation.real(numbers)
+    found = pairs(evaluation)
+    assert found["thing of held-out pairs"].value == 1
+    assert found["colour of held-out pairs"].value == found["held-out pairs wholly right by true images"].value > 0.7
+    evaluation.drawings = np.full_like(evaluation.drawings, 255)
+    assert pairs(evaluation)["held-out pairs wholly right"].value == 0
 
 
 def test_captions_that_differ_at_their_end_only_are_told_apart():

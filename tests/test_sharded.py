@@ -173,7 +173,7 @@ def test_four_processes_are_killed_while_saving_and_two_go_on(tmp_path, monkeypa
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
-    """Of the weights as they were; a disk that is full is told of where the next one would be begun."""
+    """Of the weights as they were; a full disk is reported where the next one would begin."""
 
     def task(rank):
         folder = tmp_path / str(rank)

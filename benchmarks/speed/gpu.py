@@ -46,7 +46,9 @@ def measure(config, images, steps: int) -> dict:
     task = build_task(config, images, cpu=cpu)
     accelerator, parameters = task.accelerator, trained_parameters(task.module)
     model, optimizer = accelerator.prepare(task.module, build_optimizer(config.optim, parameters))
-    ema, loader, losses = EMA(parameters, config.ema.decay), batches(task.data, config), []
+    ema = EMA(parameters, config.ema.decay)
+    loader = batches(task.data, config)
+    losses = []
     device = accelerator.device
 
     def step() -> None:

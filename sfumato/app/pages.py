@@ -1,6 +1,7 @@
 """The pages of the app, by Gradio, and the server that they are mounted in."""
 
 import secrets
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sfumato.app import watch
-from sfumato.app.studio import MAX_STEPS, Studio, enlarge, heat_image, read_settings
+from sfumato.app.studio import MAX_STEPS, Studio, enlarge, read_settings
 from sfumato.app.words import speaker
+from sfumato.pipelines.explain import heat_image
+from sfumato.pipelines.images import to_8_bits
+from sfumato.pipelines.sample import crop_middle
 from sfumato.registries import GUIDERS, SAMPLERS
 
 MODELS_OWN = "–"
@@ -56,14 +60,21 @@ def build(model: str, *, runs: Path, token: str, host: str, password: str | None
     )
 
 
+@contextmanager
+def _errors_on_the_page(say):
+    """A ValueError becomes a notice on the page."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(say(str(error)), print_exception=False) from error
+
+
 def _told(function, say):
-    """A handler whose ValueErrors are shown to who asked."""
+    """A handler whose ValueErrors become notices on the page."""
 
     def told(*arguments):
-        try:
+        with _errors_on_the_page(say):
             return function(*arguments)
-        except ValueError as error:
-            raise gr.Error(say(str(error)), print_exception=False) from error
 
     return told
 
@@ -96,11 +107,9 @@ def _draw(studio: Studio, say) -> None:
     def draw(prompts, negative, seed, steps, scale, sampler, guider):
         own = None if sampler == MODELS_OWN else sampler
         settings = {"negative": negative, "seed": int(seed or 0), "steps": steps, "scale": scale, "sampler": own}
-        try:
+        with _errors_on_the_page(say):
             for moment in studio.draw(prompts or "", **settings, guider=guider):
                 yield moment.expected, moment.done, moment.command
-        except ValueError as error:
-            raise gr.Error(say(str(error)), print_exception=False) from error
 
     def recall(path):
         if path is None:
@@ -145,11 +154,9 @@ def _redraw(studio: Studio, say) -> None:
         mask = painted_mask(painted, width, height)
         if mask is not None:
             inputs |= {"mask_image": mask, "num_resamples": int(again)}
-        try:
+        with _errors_on_the_page(say):
             for moment in studio.draw(prompt or "", seed=int(seed or 0), **inputs):
                 yield moment.expected, moment.done
-        except ValueError as error:
-            raise gr.Error(say(str(error)), print_exception=False) from error
 
     go.click(redraw, [image, prompt, strength, again, seed], [live, gallery], api_name="redraw")
 
@@ -165,16 +172,9 @@ def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image in the model's size."""
-    scale = min(image.width / width, image.height / height)
-    across, down = round(width * scale), round(height * scale)
-    left, top = (image.width - across) // 2, (image.height - down) // 2
-    cut = image.crop((left, top, left + across, top + down)).resize((width, height), Image.Resampling.LANCZOS)
-    if cut.mode != "RGBA":
-        return cut
-    ground = Image.new("RGB", cut.size, "white")
-    ground.paste(cut, mask=cut.getchannel("A"))
-    return ground
+    """The middle of an image in the model's size, on white."""
+    cut = crop_middle(image, width, height).resize((width, height), Image.Resampling.LANCZOS)
+    return to_8_bits(cut, 3) if cut.mode == "RGBA" else cut
 
 
 def _why(studio: Studio, say) -> None:
@@ -205,8 +205,8 @@ def _why(studio: Studio, say) -> None:
         if result is None or not chosen:
             return None, None
         number = int(chosen.partition(".")[0]) - 1
-        other = None if result.ablation is None else heat_image(result.image, result.ablation[number])
-        return heat_image(result.image, result.heat[number]), other
+        other = None if result.ablation is None else enlarge(heat_image(result.image, result.ablation[number]))
+        return enlarge(heat_image(result.image, result.heat[number])), other
 
     def look(result, step):
         if result is None:

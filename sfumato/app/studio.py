@@ -176,14 +176,6 @@ class Studio:
             return explain(self.pipe, prompt, ablate=ablate, generator=generator, **self.advice)
 
 
-def heat_image(image: Image.Image, heat: np.ndarray, side: int = 320) -> Image.Image:
-    """A map `(H, W)` in red over an image, at least `side` pixels wide."""
-    pixels = np.asarray(image.convert("RGB"), float)
-    share = (heat / max(float(heat.max()), 1e-9))[..., None] * 0.8
-    mixed = pixels.mean(-1, keepdims=True) * (1 - share) + np.array([255.0, 0.0, 0.0]) * share
-    return enlarge(Image.fromarray(mixed.astype(np.uint8)), side)
-
-
 def enlarge(image: Image.Image, side: int = 320) -> Image.Image:
     """An image by whole multiples, at least `side` pixels wide where it is smaller."""
     scale = max(1, side // image.width)

@@ -107,7 +107,7 @@ def ask(folder: Path, name: str, kind: str) -> None:
     """Ask a run that trains to `stop`, `save` or `sample`.
 
     Raises:
-        ValueError: no such run, it does not train, or nothing of this kind can be asked.
+        ValueError: no such run, it does not train, or `kind` is another.
     """
     run = place_of(folder, name)
     if not is_training(run):

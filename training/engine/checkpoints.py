@@ -113,7 +113,9 @@ class BackgroundSaver:
         """
         if self._thread is not None:
             self._thread.join()
-        self._thread, error, self._error = None, self._error, None
+        self._thread = None
+        error = self._error
+        self._error = None
         if error is not None:
             raise error
 

@@ -9,7 +9,7 @@ def ask(output_dir: Path, kind: str) -> None:
     """Ask the trainer that writes to a run folder; it answers at its next log line.
 
     Raises:
-        ValueError: nothing of this name can be asked for.
+        ValueError: `kind` is none of `KINDS`.
     """
     if kind not in KINDS:
         raise ValueError(f"{kind!r} cannot be asked of a run; {', '.join(KINDS)} can")

@@ -1,5 +1,8 @@
 """OpenMoji's held-out combinations: of profession, skin tone and gender, and of colour and thing."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from sfumato.training.data.sources.openmoji import GENDERS, main_colour, read_tone, split_colour, split_tone
@@ -12,50 +15,65 @@ def attributes(evaluation: Evaluation) -> dict[str, Score]:
 
     Some images are the same for two captions, such as a man and a person walking; either one is right then.
     """
-    numbers = evaluation.parts["combination"]
-    if not len(numbers):
-        return {}
-    captions = [evaluation.caption(i) for i in range(len(evaluation.dataset))]
-    of_tone: dict[str | None, list[int]] = {}
-    for k, caption in enumerate(captions):
-        if caption.split(" ")[0] in GENDERS:
-            of_tone.setdefault(split_tone(caption)[0], []).append(k)
-    by_ending = evaluation.judge_scores("combination", captions)
-    images = {"": evaluation.of("combination", evaluation.drawings), " by true images": evaluation.real(numbers)}
-    scores: dict[str, Score] = {}
-    for ending, part_images in images.items():
-        tone_right, rest_right = [], []
-        for image, row, i in zip(part_images, by_ending[ending], numbers):
-            tone = split_tone(evaluation.caption(i))[0]
-            nearest = of_tone[tone][int(row[of_tone[tone]].argmax())]
-            tone_right.append(read_tone(image) == tone)
-            rest_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])
-        scores[f"skin tone of held-out combinations{ending}"] = mean_score(tone_right)
-        scores[f"profession and gender of held-out combinations{ending}"] = mean_score(rest_right)
-        scores[f"held-out combinations wholly right{ending}"] = mean_score(np.array(tone_right) & np.array(rest_right))
-    return scores
+    return _halves(
+        evaluation,
+        "combination",
+        kind="held-out combinations",
+        names=("skin tone of", "profession and gender of"),
+        word_of=lambda caption: split_tone(caption)[0],
+        word_in=read_tone,
+        counts=lambda caption: caption.split(" ")[0] in GENDERS,
+    )
 
 
 def pairs(evaluation: Evaluation) -> dict[str, Score]:
     """Colour by pixels; the thing by the judge among all captions that begin with that colour."""
-    numbers = evaluation.parts["pair"]
+    return _halves(
+        evaluation,
+        "pair",
+        kind="held-out pairs",
+        names=("colour of", "thing of"),
+        word_of=lambda caption: split_colour(caption)[0],
+        word_in=partial(main_colour, reach=60.0),
+    )
+
+
+def _halves(
+    evaluation: Evaluation,
+    part: str,
+    *,
+    kind: str,
+    names: tuple[str, str],
+    word_of: Callable[[str], str | None],
+    word_in: Callable[[np.ndarray], str | None],
+    counts: Callable[[str], bool] = lambda caption: True,
+) -> dict[str, Score]:
+    """Of a part's images: one word of the caption read off the pixels, and the rest judged among all captions with that word.
+
+    Args:
+        kind: what the captions are, in the names of the scores; `names` of the two halves come before it.
+        word_of: the word in a caption; `word_in` the one that an image shows.
+        counts: which captions the judge may choose.
+    """
+    numbers = evaluation.parts[part]
     if not len(numbers):
         return {}
     captions = [evaluation.caption(i) for i in range(len(evaluation.dataset))]
-    of_colour: dict[str | None, list[int]] = {}
+    alike: dict[str | None, list[int]] = {}
     for k, caption in enumerate(captions):
-        of_colour.setdefault(split_colour(caption)[0], []).append(k)
-    by_ending = evaluation.judge_scores("pair", captions)
-    images = {"": evaluation.of("pair", evaluation.drawings), " by true images": evaluation.real(numbers)}
+        if counts(caption):
+            alike.setdefault(word_of(caption), []).append(k)
+    by_ending = evaluation.judge_scores(part, captions)
+    images = {"": evaluation.of(part, evaluation.drawings), " by true images": evaluation.real(numbers)}
     scores: dict[str, Score] = {}
     for ending, part_images in images.items():
-        colour_right, thing_right = [], []
+        word_right, rest_right = [], []
         for image, row, i in zip(part_images, by_ending[ending], numbers):
-            colour = split_colour(evaluation.caption(i))[0]
-            nearest = of_colour[colour][int(row[of_colour[colour]].argmax())]
-            colour_right.append(main_colour(image, reach=60.0) == colour)
-            thing_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])
-        scores[f"colour of held-out pairs{ending}"] = mean_score(colour_right)
-        scores[f"thing of held-out pairs{ending}"] = mean_score(thing_right)
-        scores[f"held-out pairs wholly right{ending}"] = mean_score(np.array(colour_right) & np.array(thing_right))
+            word = word_of(captions[i])
+            nearest = alike[word][int(row[alike[word]].argmax())]
+            word_right.append(word_in(image) == word)
+            rest_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])
+        scores[f"{names[0]} {kind}{ending}"] = mean_score(word_right)
+        scores[f"{names[1]} {kind}{ending}"] = mean_score(rest_right)
+        scores[f"{kind} wholly right{ending}"] = mean_score(np.array(word_right) & np.array(rest_right))
     return scores
