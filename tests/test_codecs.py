@@ -1,6 +1,8 @@
 """Arrays that are no pictures: what a codec encodes it decodes, strangers' code never runs, stock classes draw the same."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from stock_process import run_stock
 
 from sfumato.cli import main as sfumato
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.codecs import open_codec
+from sfumato.pipelines.codecs import open_codec, write_codec
 from sfumato.pipelines.codecs.arrays import ArrayCodec
 from sfumato.pipelines.codecs.clips import ClipCodec, film
 from sfumato.pipelines.codecs.clips import everything as all_clips
@@ -21,11 +23,14 @@ from sfumato.pipelines.explain import explain
 from sfumato.registries import CODECS, SOURCES
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
+from sfumato.training.data.sources import moving_emoji
 from sfumato.training.doctor import examine
 from sfumato.training.publish.hub import files_to_push
 from sfumato.training.train import main
 
 SMILES = ["C", "CC(=O)O", "c1ccncc1", "C#N", "C[N+](C)(C)CC(=O)[O-]", "OC1CC1F", "CC12CC1C2=O", "O=C1C=CC=CN1C", "N#CC#CC#N"]
+DRUGS = ["CC(C)(C)c1ccc(S(=O)(=O)NCC2CCCN2C(=O)c2ccc(Br)s2)cc1Cl", "CC(C)(C)C(=O)C(Oc1ccc(Cl)cc1)n1ccnc1"]
+MOSES = {"atoms": 33, "block": 4, "places": True, "elements": ("C", "N", "O", "F", "S", "Cl", "Br")}
 FIELD = {"data": {"resolution": 16, "channels": 5}, "validation": {"num_judged": 2}}
 
 
@@ -36,12 +41,17 @@ def things(kind):
         return VolumeCodec(), {caption_of(words): ideal_solid(words, 16) for words in all_solids()}
     if kind == "clips":
         return ClipCodec(), {caption: film(words, 8, 32, rng) for caption, words in all_clips().items()}
-    codec = MoleculeCodec()
-    read = [codec.read(smiles) for smiles in SMILES]
+    if kind == "moving_emoji":
+        codec = moving_emoji.open_codec(None, [])
+        records = list(moving_emoji.open_source(None, []))[::200]
+        return codec, {record.captions[0]: record.image() for record in records}
+    settings = {"molecules": {}, "molecules with places": {"places": True}, "moses": MOSES}[kind]
+    codec = MoleculeCodec(**settings)
+    read = [codec.read(smiles) for smiles in (*SMILES, *(DRUGS if kind == "moses" else []))]
     return codec, {codec.caption(thing): thing for thing in read}
 
 
-@pytest.mark.parametrize("kind", ["volumes", "clips", "molecules"])
+@pytest.mark.parametrize("kind", ["volumes", "clips", "moving_emoji", "molecules", "molecules with places", "moses"])
 def test_true_objects_are_judged_right_through_the_codec_and_noise(kind):
     """The judge by itself: what it finds wrong of a drawing is the drawing's fault."""
     codec, known = things(kind)
@@ -62,6 +72,18 @@ def test_molecules_come_back_as_they_were():
     for smiles in SMILES:
         thing = codec.read(smiles)
         assert codec.smiles(codec.decode(codec.encode(thing))) == codec.smiles(thing) is not None
+    drugs = MoleculeCodec(**MOSES)
+    for smiles in DRUGS:
+        thing = drugs.read(smiles)
+        assert drugs.smiles(drugs.decode(drugs.encode(thing))) == drugs.smiles(thing) is not None
+    assert drugs.caption(drugs.read(DRUGS[1])) == (
+        "20 atoms, two nitrogen, two oxygen, one chlorine, two rings, aromatic, carbonyl"
+    )
+    places = MoleculeCodec(places=True).encode(codec.read("C"))[..., 13:]
+    same = np.einsum("ijk,lmk->ijlm", places * 2 - 1, places * 2 - 1) / 14
+    assert same[2, 3, 2, 3] == 1 and same[2, 3, 4, 5] < 0 and same[2, 3, 2, 5] > 0.4, "a row and a column are told apart"
+    with pytest.raises(ValueError, match="do not divide"):
+        MoleculeCodec(atoms=9, block=3)
     assert codec.caption(codec.read("Oc1ccncc1N")) == "eight atoms, two nitrogen, one oxygen, one ring, aromatic"
     assert codec.judge(codec.read("CCO"), "three atoms, one oxygen, no ring, alcohol")["all"]
     # A fifth bond of carbon, two pieces, nothing at all: no molecule, and nothing is mended.
@@ -260,6 +282,37 @@ def test_stock_classes_and_the_folders_own_code_give_the_same(tmp_path):
     assert "judged" in (tmp_path / "copy" / "README.md").read_text().lower()
 
 
+ALONE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    space = {"__file__": str(folder / "codec.py"), "__name__": "codec"}
+    exec((folder / "codec.py").read_text(), space)
+    thing = space["open_codec"](folder).decode(np.load(folder / "array.npy"))
+    (folder / "thing.json").write_text(json.dumps(thing, default=lambda array: array.tolist()))
+assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "diffusers", "sfumato", "rdkit", "librosa")]
+"""
+
+
+def test_every_kind_is_decoded_by_the_folders_own_code_and_numpy_alone(tmp_path):
+    """`codec.py` and `codec.json` of every kind, in a process that has nothing of ours."""
+    opened = {name: open_codec({"kind": name, "settings": {}}) for name in CODECS if name != "arrays"}
+    opened |= {"arrays": ArrayCodec((16, 16, 5), [0.0] * 5, [1.0] * 5), "moses": MoleculeCodec(**MOSES)}
+    rng = np.random.default_rng(0)
+    for name, codec in opened.items():
+        (tmp_path / name).mkdir()
+        write_codec(codec.describe(), tmp_path / name)
+        np.save(tmp_path / name / "array.npy", rng.random(codec.shape, np.float32))
+    command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]  # -I: no path of this checkout, no environment
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, codec in opened.items():
+        ours = codec.decode(np.load(tmp_path / name / "array.npy"))
+        same = json.loads(json.dumps(ours, default=lambda array: array.tolist()))
+        assert json.loads((tmp_path / name / "thing.json").read_text()) == same, name
+
+
 @pytest.mark.parametrize(
     "facts", [{"kind": "os"}, {"kind": "volumes", "settings": {"side": "x"}}, {"kind": "volumes"}, [], "x"]
 )
@@ -284,7 +337,7 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
     from sfumato.training.data.sources import molecules
 
     monkeypatch.setattr(molecules, "qm9_smiles", lambda: [*SMILES, "not a molecule"])
-    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 8, "channels": 13}))
+    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 8, "channels": 27}))
     config.data.max_bad_share = 0.2
     with pytest.warns(UserWarning, match="1 no molecule"):
         images = prepare(config.data)

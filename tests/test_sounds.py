@@ -2,6 +2,7 @@
 
 import shutil
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from sfumato.cli import main as sfumato
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.codecs import open_codec
 from sfumato.pipelines.codecs.clips import film
-from sfumato.pipelines.codecs.sounds import NoteCodec, SoundCodec, SpeechCodec
+from sfumato.pipelines.codecs.sounds import MelodyCodec, NoteCodec, SoundCodec, SpeechCodec, chord_of
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.data.sources import notes, speech
+from sfumato.training.data.sources import melodies, notes, recordings, speech
 from sfumato.training.train import main
 
 RATE = 16000
@@ -203,6 +204,34 @@ def test_notes_are_heard_through_the_codec():
     codec = notes.open_codec(None, [])
     assert isinstance(codec, NoteCodec)
     assert judged_share(notes, codec, "pitch", 24) > 0.7 and judged_share(notes, codec, "instrument", 24) > 0.7
+
+
+@pytest.mark.skipif(shutil.which("fluidsynth") is None, reason="needs fluidsynth and a soundfont")
+@pytest.mark.slow
+def test_chords_and_melodies_are_heard_through_the_codec():
+    codec = melodies.open_codec(None, [])
+    assert judged_share(melodies, codec, "pitch", 36) > 0.7 and judged_share(melodies, codec, "instrument", 36) > 0.9
+    silent = codec.judge(np.zeros(codec.length, np.float32), "a piano plays the chord D minor")
+    assert not any(silent.values())
+
+
+@pytest.mark.skipif(not any(Path(folder).is_dir() for folder in recordings.FOLDERS), reason="needs Asterisk's recordings")
+@pytest.mark.slow
+def test_recorded_numbers_are_heard_through_the_codec():
+    assert judged_share(recordings, recordings.open_codec(None, []), "word", 28) > 0.5
+
+
+def test_chords_are_told_apart_by_their_harmonics():
+    """Tones alone: minor from major, and from the chord a semitone above."""
+    codec = MelodyCodec(**notes.SETTINGS, references={"instrument": {"words": ["flute"], "weights": [[0.0]] * 34}})
+    played = sum(tone(440 * 2 ** ((pitch - 69) / 12), loud=0.15) for pitch in chord_of("D minor"))
+    names = ("D minor", "D major", "D sharp minor", "F major")
+    heard = [codec.judge(played, f"a flute plays the chord {name}")["pitch"] for name in names]
+    assert heard == [True, False, False, False]
+    named = {melodies.caption_of("organ", piece) for piece in melodies.pieces()}
+    assert len(named) == len(melodies.pieces()) == 84 and "an organ plays the chord C sharp minor" in named
+    held_out = [each for each, held in melodies.combinations() if held]
+    assert len(held_out) == 100
 
 
 @pytest.mark.slow  # librosa compiles its search for pitches first, for 20 seconds

@@ -1,9 +1,12 @@
-"""Parts of clips and sounds given, the rest drawn by a model of text to clip or sound; beside what needs no model.
+"""Parts of clips, sounds and molecules given, the rest drawn by a model of text to clip, sound or molecule.
 
-    python -m benchmarks.tasks.completion clips=runs/clips sounds=runs/speech [out.json]
+    python -m benchmarks.tasks.completion clips=runs/clips sounds=runs/speech molecules=runs/molecules edits=runs/moving_emoji
+        [out.json]
 
 Clips: four frames of eight are given; the error of the rest, mean squared, pixels in [0, 1]. Sounds: a gap of 16 steps in the
-middle; the log-spectral distance within it, in dB. Held-out captions; each step taken three times (RePaint).
+middle; the log-spectral distance within it, in dB. Both beside what needs no model. Molecules: the first five atoms and the
+bonds between them are given; whether they are still there and whether the whole is a molecule. Each step taken three times
+(RePaint). Edits: clips of moving emoji drawn again with another emoji in the caption. Held-out captions everywhere.
 """
 
 import json
@@ -14,11 +17,13 @@ import numpy as np
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.codecs.clips import track
 from sfumato.training.config.load import load_config
 from sfumato.training.data.array_set import to_unit
 from sfumato.training.data.prepare import prepare
 
 COUNT, STEPS, RESAMPLES = 36, 25, 3
+FRAGMENT = 5  # atoms
 
 
 def held_out(run: str) -> tuple[SfumatoPipeline, np.ndarray, list[str]]:
@@ -82,6 +87,59 @@ def sounds(run: str) -> dict[str, float]:
     return {name: float(np.mean([rms(decibels * (g - t)) for g, t in zip(guess, gap)])) for name, guess in guesses.items()}
 
 
+def molecules(run: str) -> dict[str, float]:
+    """Shares of valid molecules in one piece, of fragments kept, and of formulas and captions that are right."""
+    pipe, arrays, captions = held_out(run)
+    codec = pipe.codec
+    given = np.arange(codec.atoms) < FRAGMENT
+    rows, columns = np.broadcast_arrays(given[:-1, None], given[None, 1:])
+    known = np.repeat(np.stack([rows & columns, rows, columns], -1), [3, codec.facts, codec.facts], -1)
+    places = np.ones((*known.shape[:2], arrays.shape[-1] - known.shape[-1]), bool)
+    mask = 1 - np.concatenate([known, places], -1).astype(np.float32)
+    things = [codec.decode(array) for array in draw(pipe, arrays, captions, mask)]
+    judged = [codec.judge(thing, caption) for thing, caption in zip(things, captions)]
+    kept = [fragment(thing) == fragment(codec.decode(array)) for thing, array in zip(things, arrays)]
+    return {
+        "fragment kept": float(np.mean(kept)),
+        **{name: float(np.mean([each[name] for each in judged])) for name in judged[0]},
+    }
+
+
+def fragment(thing: dict) -> tuple:
+    """The first atoms of a molecule and the bonds between them."""
+    bonds = {(*sorted(bond[:2]), bond[2]) for bond in thing["bonds"] if max(bond[:2]) < FRAGMENT}
+    return thing["elements"][:FRAGMENT], thing["charges"][:FRAGMENT], bonds
+
+
+def edits(run: str) -> dict[str, dict[str, float]]:
+    """Held-out clips drawn again with another thing in the caption (SDEdit), by strength: whether thing, way and speed are
+    those of the new caption, and how far from where it was the thing is in a frame, in sides of the image.
+    """
+    pipe, arrays, captions = held_out(run)
+    codec, names = pipe.codec, list(pipe.codec.pictures)
+    wanted = []
+    for number, caption in enumerate(captions):
+        old = max((name for name in names if caption.split(" ", 1)[1].startswith(f"{name} ")), key=len)
+        new = names[(names.index(old) + 1 + number % (len(names) - 1)) % len(names)]
+        wanted.append(f"{'an' if new[0] in 'aeiou' else 'a'} {new}{caption.split(' ', 1)[1][len(old) :]}")
+    before, rows = [track(codec.decode(array)) for array in arrays], {}
+    for strength in (0.5, 0.7, 0.8, 0.9):
+        call = {"num_inference_steps": STEPS, "guidance_scale": 1.5, "strength": strength, "output_type": "decoded"}
+        drawn = [
+            pipe(caption, image=[array], generator=torch.Generator().manual_seed(i), **call).images[0]
+            for i, (caption, array) in enumerate(zip(wanted, arrays))
+        ]
+        judged = [codec.judge(thing, caption) for thing, caption in zip(drawn, wanted)]
+        away = [np.linalg.norm(track(thing) - path, axis=1).mean() for thing, path in zip(drawn, before)]
+        rows[f"strength {strength}"] = {**shares(judged), "away": float(np.nanmean(away))}
+    return rows
+
+
+def shares(judged: list[dict[str, bool]]) -> dict[str, float]:
+    """Of each thing that is judged the share that is right."""
+    return {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
+
+
 def rms(values: np.ndarray) -> float:
     """Root mean square over bands, mean over steps."""
     return float(np.sqrt(np.square(values).mean(0)).mean())
@@ -90,7 +148,8 @@ def rms(values: np.ndarray) -> float:
 def main() -> None:
     """See the module."""
     runs = dict(item.split("=", 1) for item in sys.argv[1:] if "=" in item)
-    found = {kind: {"clips": clips, "sounds": sounds}[kind](run) for kind, run in runs.items()}
+    measures = {"clips": clips, "sounds": sounds, "molecules": molecules, "edits": edits}
+    found = {kind: measures[kind](run) for kind, run in runs.items()}
     text = json.dumps({"drawn": COUNT, "steps": STEPS, "resamples": RESAMPLES, **found}, indent=1)
     print(text)
     for out in (item for item in sys.argv[1:] if item.endswith(".json")):

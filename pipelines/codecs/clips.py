@@ -30,17 +30,23 @@ NAMES = ("colour", "shape", "way", "speed")
 def caption_of(words: tuple[str, str, str, str]) -> str:
     """Such as `a red circle moves up and left slowly`, or `a red circle bounces off the left wall`."""
     colour, shape, way, speed = words
-    article = "an" if colour == "orange" else "a"
-    if speed == "bouncing":
-        return f"{article} {colour} {shape} bounces off the {way} wall"
-    return f"{article} {colour} {shape} moves {way} {speed}"
+    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape} {motion_words(way, speed)}"
+
+
+def motion_words(way: str, speed: str) -> str:
+    """Such as `moves up and left slowly` or `bounces off the left wall`."""
+    return f"bounces off the {way} wall" if speed == "bouncing" else f"moves {way} {speed}"
+
+
+def motions() -> list[tuple[str, str]]:
+    """Ways and speeds, of a wall `bouncing`."""
+    return [*itertools.product(WAYS, SPEEDS), *((wall, "bouncing") for wall in WALLS)]
 
 
 @lru_cache(maxsize=1)
 def everything() -> dict[str, tuple[str, str, str, str]]:
     """Caption -> its words, of all combinations."""
-    motions = [*itertools.product(WAYS, SPEEDS), *((wall, "bouncing") for wall in WALLS)]
-    words = [(colour, shape, *motion) for colour in COLOURS for shape in SHAPES for motion in motions]
+    words = [(colour, shape, *motion) for colour in COLOURS for shape in SHAPES for motion in motions()]
     return {caption_of(each): each for each in words}
 
 
@@ -67,23 +73,37 @@ def mask_of(shape: str, x: float, y: float, side: int, *, radius: float = RADIUS
 def film(words: tuple[str, str, str, str], frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
     """A true clip, `(frames, side, side, 3)` uint8; `rng` says where on the image it happens."""
     colour, shape, way, speed = words
-    clips, low, high = [], RADIUS * 1.1, 1 - RADIUS * 1.1
+    places = path_of(way, speed, frames, rng)
+    masks = np.stack([mask_of(shape, x, y, side) for x, y in places])[..., None]
+    return np.round(masks * np.array(COLOURS[colour]) + (1 - masks) * 255).astype(np.uint8)
+
+
+def film_of(sprite: np.ndarray, way: str, speed: str, frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A true clip of a picture `(4 s, 4 s, 3)` uint8, drawn four times as large as it appears, on white."""
+    clip, large = [], len(sprite)
+    for x, y in path_of(way, speed, frames, rng, radius=large / 8 / side):
+        canvas = np.full((4 * side, 4 * side, 3), 255.0)
+        left, top = (int(np.clip(round(4 * side * place - large / 2), 0, 4 * side - large)) for place in (x, y))
+        canvas[top : top + large, left : left + large] = sprite
+        clip.append(canvas.reshape(side, 4, side, 4, 3).mean((1, 3)))
+    return np.round(clip).astype(np.uint8)
+
+
+def path_of(way: str, speed: str, frames: int, rng: np.random.Generator, radius: float = RADIUS) -> list[np.ndarray]:
+    """The place of the moving thing in each frame, in sides of the image; `rng` says where it begins."""
+    low, high = radius * 1.1, 1 - radius * 1.1
     if speed == "bouncing":
         direction, step = np.array(WALLS[way], float), SPEEDS["quickly"]
         turn = rng.uniform(0.35, 0.65) * (frames - 1)
         wall = np.where(direction > 0, high, low)
         across = rng.uniform(low + 0.1, high - 0.1)
-        for k in range(frames):
-            away = abs(k - turn) * step
-            clips.append(np.where(direction != 0, wall - direction * away, across))
-    else:
-        move = np.array(WAYS[way], float)
-        move *= SPEEDS[speed] / np.linalg.norm(move)
-        room = move * (frames - 1)
-        start = np.array([rng.uniform(low - min(r, 0), high - max(r, 0)) for r in room])
-        clips = [start + move * k for k in range(frames)]
-    masks = np.stack([mask_of(shape, x, y, side) for x, y in clips])[..., None]
-    return np.round(masks * np.array(COLOURS[colour]) + (1 - masks) * 255).astype(np.uint8)
+        aways = [abs(k - turn) * step for k in range(frames)]
+        return [np.where(direction != 0, wall - direction * away, across) for away in aways]
+    move = np.array(WAYS[way], float)
+    move *= SPEEDS[speed] / np.linalg.norm(move)
+    room = move * (frames - 1)
+    start = np.array([rng.uniform(low - min(r, 0), high - max(r, 0)) for r in room])
+    return [start + move * k for k in range(frames)]
 
 
 def track(frames: np.ndarray) -> np.ndarray:
@@ -193,6 +213,44 @@ class ClipCodec(VideoCodec):
         read = (*look(thing[middle], path[middle]), *_motion(path))
         right = {name: a == b for name, a, b in zip(NAMES, read, wanted)}
         return {**right, "motion": right["way"] and right["speed"], "all": read == wanted}
+
+
+class MovingPictureCodec(VideoCodec):
+    """Clips of `film_of`: one of some named pictures moves, as in `a red apple moves up and left slowly`.
+
+    Args:
+        pictures: name -> `(s, s, 3)` numbers from 0 to 255, as large as it appears: what the judge compares with.
+    """
+
+    kind = "moving_emoji"
+
+    def __init__(self, frames: int = 8, side: int = 32, fps: float = 8.0, pictures=None):
+        super().__init__(frames, side, side, fps)
+        self.pictures = {name: np.array(picture, np.uint8) for name, picture in (pictures or {}).items()}
+
+    def _settings(self):
+        pictures = {name: picture.tolist() for name, picture in self.pictures.items()}
+        return {"frames": self.frames, "side": self.height, "fps": self.fps, "pictures": pictures}
+
+    def judge(self, thing, caption):
+        """What moves by the nearest of the known pictures in the middle frame, way and speed by tracking; `all` of them."""
+        rest = caption.split(" ", 1)[1]
+        name = max((each for each in self.pictures if rest.startswith(f"{each} ")), key=len)
+        path, middle = track(thing), self.frames // 2
+        wanted = next(motion for motion in motions() if rest == f"{name} {motion_words(*motion)}")
+        way, speed = _motion(path)
+        right = {"thing": self._nearest(thing[middle]) == name, "way": way == wanted[0], "speed": speed == wanted[1]}
+        return {**right, "motion": right["way"] and right["speed"], "all": all(right.values())}
+
+    def _nearest(self, frame):
+        """The name of the picture that is found in a frame with the least error, wherever it stands."""
+
+        def error(picture):
+            size = len(picture)
+            windows = np.lib.stride_tricks.sliding_window_view(frame.astype(float), (size, size), axis=(0, 1))
+            return np.square(windows - picture.transpose(2, 0, 1).astype(float)).mean((2, 3, 4)).min()
+
+        return min(self.pictures, key=lambda name: error(self.pictures[name]))
 
 
 def _motion(path: np.ndarray) -> tuple[str | None, str | None]:

@@ -1,9 +1,13 @@
 """Molecules as the pairs of their atoms: bonds in some channels, what each atom of a pair is in the others.
 
-With n atoms at most the grid has n - 1 rows and columns: row r stands for atom r, column c for atom c + 1, atoms in the order
-of canonical SMILES. Channels: single, double and triple bond between the two, then element (C, N, O, F) and charge of the
-row's atom, then of the column's. Hydrogens are what the valences leave. Every bond but those of the first and the last atom
-is there twice and every atom many times; decoding takes the mean.
+With n atoms at most there are n - 1 rows and columns: row r stands for atom r, column c for atom c + 1, atoms in the order of
+canonical SMILES. A position of the array is one pair, or a block of `block` x `block` pairs. Channels: single, double and
+triple bond of each pair, then elements and charges of the rows' atoms, then of the columns'. Hydrogens are what the valences
+leave. Every bond but those of the first and the last atom is there twice and every atom many times; decoding takes the mean.
+
+With `places`, further channels say which row and which column it is: rows of a Hadamard matrix, any two of which differ in
+half of their columns. They are the same for every molecule. Attention sees no places of its own, and whether an atom has a
+bond too many is read along its row and column.
 
 Decoding needs numpy alone, and gives atoms and bonds. SMILES, SDF and pictures need RDKit (extra `molecules`).
 """
@@ -13,7 +17,9 @@ import re
 import numpy as np
 
 ELEMENTS = ("C", "N", "O", "F")
+NAMES = {"N": "nitrogen", "O": "oxygen", "F": "fluorine", "S": "sulfur", "Cl": "chlorine", "Br": "bromine"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ORDERS = ("single", "double", "triple")
 # SMARTS of the groups that captions name.
 GROUPS = {
     "alcohol": "[OX2H][CX4]",
@@ -30,17 +36,33 @@ class MoleculeCodec:
     kind, version, stored = "molecules", 1, "uint8"
     endings = (".sdf", ".smi", ".png")
 
-    def __init__(self, atoms: int = 9):
-        self.atoms = int(atoms)
-        self.shape = (self.atoms - 1, self.atoms - 1, 13)
+    def __init__(self, atoms: int = 9, places: bool = False, block: int = 1, elements=ELEMENTS):
+        self.atoms, self.block, self.elements = int(atoms), int(block), tuple(elements)
+        if self.block < 1 or self.atoms < 2 or (self.atoms - 1) % self.block:
+            raise ValueError(f"blocks of {block} do not divide the pairs of {atoms} atoms")
+        self.side = (self.atoms - 1) // self.block
+        self.places = _places(self.side) if places else np.zeros((self.side, 0), np.float32)
+        self.facts = len(self.elements) + 1  # of an atom: its element and its charge
+        per_row = self.block * self.facts + self.places.shape[1]
+        self.shape = (self.side, self.side, self.block**2 * len(ORDERS) + 2 * per_row)
 
     def describe(self):
         """See the module."""
-        channels = ["single", "double", "triple"]
-        channels += [f"{end} {name}" for end in ("row", "column") for name in (*ELEMENTS, "charge")]
+        pairs = [f"{i}, {j}" for i in range(self.block) for j in range(self.block)]
+        channels = [f"pair {pair}: {order}" for pair in pairs for order in ORDERS]
+        for end in ("row", "column"):
+            channels += [f"{end} {i}: {fact}" for i in range(self.block) for fact in (*self.elements, "charge")]
+        for end in ("row", "column"):
+            channels += [f"place of the {end}, {k + 1}" for k in range(self.places.shape[1])]
+        settings = {
+            "atoms": self.atoms,
+            "places": bool(self.places.size),
+            "block": self.block,
+            "elements": list(self.elements),
+        }
         return {
-            "kind": self.kind, "version": self.version, "settings": {"atoms": self.atoms}, "shape": list(self.shape),
-            "axes": ["atom r", "atom c + 1", "channel"], "channels": channels, 
+            "kind": self.kind, "version": self.version, "settings": settings, "shape": list(self.shape),
+            "axes": ["atom r", "atom c + 1", "channel"], "channels": channels,
             "units": "1 where it is so; charge c as 0.5 + c / 2",
         }  # fmt: skip
 
@@ -50,49 +72,57 @@ class MoleculeCodec:
         count = len(elements)
         if not 1 <= count <= self.atoms:
             raise ValueError(f"{count} heavy atoms, of at most {self.atoms}")
-        if odd := sorted(set(elements) - set(ELEMENTS)):
-            raise ValueError(f"an element that is not {', '.join(ELEMENTS)}: {', '.join(odd)}")
+        if odd := sorted(set(elements) - set(self.elements)):
+            raise ValueError(f"an element that is not {', '.join(self.elements)}: {', '.join(odd)}")
         if any(abs(charge) > 1 for charge in charges):
             raise ValueError("a charge beyond one")
-        bonds = np.zeros((self.atoms, self.atoms, 3), np.float32)
+        bonds = np.zeros((self.atoms, self.atoms, len(ORDERS)), np.float32)
         for i, j, order in thing["bonds"]:
             if order not in (1, 2, 3) or i == j:
                 raise ValueError(f"a bond of order {order} between atoms {i} and {j}")
             bonds[i, j, order - 1] = bonds[j, i, order - 1] = 1
-        atoms = np.zeros((self.atoms, 5), np.float32)
-        atoms[:, 4] = 0.5
+        atoms = np.zeros((self.atoms, self.facts), np.float32)
+        atoms[:, -1] = 0.5
         for i, (element, charge) in enumerate(zip(elements, charges)):
-            atoms[i, ELEMENTS.index(element)] = 1
-            atoms[i, 4] = 0.5 + charge / 2
-        rows = np.broadcast_to(atoms[:-1, None], (*self.shape[:2], 5))
-        columns = np.broadcast_to(atoms[None, 1:], (*self.shape[:2], 5))
-        return np.concatenate([bonds[:-1, 1:], rows, columns], -1)
+            atoms[i, self.elements.index(element)] = 1
+            atoms[i, -1] = 0.5 + charge / 2
+        side, block = self.side, self.block
+        pairs = bonds[:-1, 1:].reshape(side, block, side, block, len(ORDERS)).transpose(0, 2, 1, 3, 4)
+        rows, columns = (part.reshape(side, -1) for part in (atoms[:-1], atoms[1:]))
+        whole = (side, side)
+        parts = [pairs.reshape(*whole, -1)]
+        for of_rows, of_columns in ((rows, columns), (self.places, self.places)):
+            parts.append(np.broadcast_to(of_rows[:, None], (*whole, of_rows.shape[1])))
+            parts.append(np.broadcast_to(of_columns[None], (*whole, of_columns.shape[1])))
+        return np.concatenate(parts, -1)
 
     def decode(self, array):
         """Pairs to atoms and bonds: what is nearer to there than to not there. Nothing is corrected."""
-        array, n = np.asarray(array, np.float64).reshape(self.shape), self.atoms
-        atoms, seen = np.zeros((n, 5)), np.zeros((n, 1))
-        atoms[:-1] += array[..., 3:8].sum(1)
-        atoms[1:] += array[..., 8:13].sum(0)
-        seen[:-1] += n - 1
-        seen[1:] += n - 1
+        array, n, side, block = np.asarray(array, np.float64).reshape(self.shape), self.atoms, self.side, self.block
+        ends = np.cumsum([block**2 * len(ORDERS), block * self.facts, block * self.facts])
+        pairs, rows, columns = (array[..., a:b] for a, b in zip((0, *ends), ends))
+        atoms = np.zeros((n, self.facts))
+        atoms[:-1] += rows.sum(1).reshape(n - 1, -1)
+        atoms[1:] += columns.sum(0).reshape(n - 1, -1)
+        seen = np.full((n, 1), 2 * side)  # the first atom and the last are in rows or in columns alone
+        seen[[0, -1]] = side
         atoms /= seen
-        pairs, times = np.zeros((n, n, 3)), np.zeros((n, n, 1))
-        pairs[:-1, 1:] += array[..., :3]
+        bonds, times = np.zeros((n, n, len(ORDERS))), np.zeros((n, n, 1))
+        bonds[:-1, 1:] += pairs.reshape(side, side, block, block, -1).transpose(0, 2, 1, 3, 4).reshape(n - 1, n - 1, -1)
         times[:-1, 1:] += 1
-        pairs, times = pairs + pairs.transpose(1, 0, 2), times + times.transpose(1, 0, 2)
-        pairs /= np.maximum(times, 1)
-        there = [i for i in range(n) if atoms[i, :4].max() > 0.5]
+        bonds, times = bonds + bonds.transpose(1, 0, 2), times + times.transpose(1, 0, 2)
+        bonds /= np.maximum(times, 1)
+        there = [i for i in range(n) if atoms[i, :-1].max() > 0.5]
         number = {i: k for k, i in enumerate(there)}
-        bonds = []
+        found = []
         for i in there:
             for j in there:
-                if i < j and pairs[i, j].max() > 0.5:
-                    bonds.append((number[i], number[j], int(pairs[i, j].argmax()) + 1))
+                if i < j and bonds[i, j].max() > 0.5:
+                    found.append((number[i], number[j], int(bonds[i, j].argmax()) + 1))
         return {
-            "elements": [ELEMENTS[int(atoms[i, :4].argmax())] for i in there],
-            "charges": [int(np.clip(np.round((atoms[i, 4] - 0.5) * 2), -1, 1)) for i in there],
-            "bonds": bonds,
+            "elements": [self.elements[int(atoms[i, :-1].argmax())] for i in there],
+            "charges": [int(np.clip(np.round((atoms[i, -1] - 0.5) * 2), -1, 1)) for i in there],
+            "bonds": found,
         }
 
     def to_rdkit(self, thing):
@@ -145,10 +175,12 @@ class MoleculeCodec:
         molecule = self.to_rdkit(thing)
         if molecule is None:
             raise ValueError("no molecule")
-        chem, counts = _rdkit(), [thing["elements"].count(element) for element in ELEMENTS]
+        chem, counts = _rdkit(), [thing["elements"].count(element) for element in self.elements]
         rings = molecule.GetRingInfo().NumRings()
         words = [f"{_number(sum(counts))} atom{'s' if sum(counts) > 1 else ''}"]
-        words += [f"{_number(n)} {name}" for n, name in zip(counts[1:], ("nitrogen", "oxygen", "fluorine")) if n]
+        words += [
+            f"{_number(n)} {name}" for n, name in zip(counts[1:], (NAMES[element] for element in self.elements[1:])) if n
+        ]
         words += [f"{_number(rings)} ring{'s' if rings > 1 else ''}"] if rings else ["no ring"]
         words += ["aromatic"] if any(atom.GetIsAromatic() for atom in molecule.GetAtoms()) else []
         words += [name for name, smarts in GROUPS.items() if molecule.HasSubstructMatch(chem.MolFromSmarts(smarts))]
@@ -161,11 +193,12 @@ class MoleculeCodec:
         whole = valid and "." not in smiles
         own = set(self.caption(thing).split(", ")) if valid else set()
         wanted = set(caption.split(", "))
-        formula = {word for word in wanted if re.search(r"atom|nitrogen|oxygen|fluorine", word)}
+        counted = re.compile("|".join(["atom", *NAMES.values()]))
+        formula = {word for word in wanted if counted.search(word)}
         return {
             "valid": valid,
             "valid, one piece": whole,
-            "formula": bool(own) and {word for word in own if re.search(r"atom|nitrogen|oxygen|fluorine", word)} == formula,
+            "formula": bool(own) and {word for word in own if counted.search(word)} == formula,
             "all": whole and own == wanted,
         }
 
@@ -201,6 +234,12 @@ class MoleculeCodec:
 
         Compute2DCoords(molecule)
         return chem.MolToMolFile(molecule, path)
+
+
+def _places(count: int) -> np.ndarray:
+    """`(count, k)` of 0 and 1: rows of the Hadamard matrix of the next power of two, without its constant column."""
+    size = 1 << max(count - 1, 1).bit_length()
+    return np.array([[bin(row & column).count("1") % 2 for column in range(1, size)] for row in range(count)], np.float32)
 
 
 def _number(count: int) -> str:

@@ -236,6 +236,92 @@ class NoteCodec(SoundCodec):
         return {**right, "all": all(right.values())}
 
 
+class MelodyCodec(NoteCodec):
+    """Three notes or a chord, as in `a piano plays C, E, G` or `a flute plays the chord D minor`, in the octave from C 4."""
+
+    kind = "melodies"
+
+    def judge(self, thing, caption):
+        """The notes one after another by pYIN, the chord by its spectrum; the instrument by its timbre and course; `all`."""
+        instrument, is_chord, pitches = self._wanted(caption)
+        if self.is_silent(thing):
+            return dict.fromkeys(("pitch", "instrument", "all"), False)
+        found = self._chord(thing) if is_chord else self._melody(thing)
+        heard = self.classify("instrument", self.timbre(thing, caption))
+        right = {"pitch": found == pitches, "instrument": heard == instrument}
+        return {**right, "all": all(right.values())}
+
+    def timbre(self, thing, caption):
+        """What `judge` tells instruments by: of a chord all of it, of a melody its first note."""
+        _, is_chord, pitches = self._wanted(caption)
+        part = thing if is_chord else thing[: self._begin(thing) + int(NOTE_SECONDS * self.rate)]
+        return self.features(part, pitches[0])
+
+    @staticmethod
+    def _wanted(caption):
+        """Instrument, whether it is a chord, and MIDI numbers."""
+        instrument, asked = _asked(r"an? (\w+) plays (.+)", caption)
+        if asked.startswith("the chord "):
+            return instrument, True, chord_of(asked.removeprefix("the chord "))
+        return instrument, False, [60 + NOTES.index(name) for name in asked.split(", ")]
+
+    def _begin(self, thing):
+        """The sample at which something is heard."""
+        loudness = self.levels(self.encode(np.asarray(thing, np.float32))).mean(0)
+        return int(np.flatnonzero(loudness > 0.15 * loudness.max())[0]) * self.hop
+
+    def _melody(self, thing):
+        """Three MIDI numbers; of a note that has no pitch None."""
+        begin, third = self._begin(thing), int(NOTE_SECONDS * self.rate)
+        parts = [thing[begin + k * third + third // 6 : begin + (k + 1) * third] for k in range(3)]
+        found = [_pitch(part, self.rate) if len(part) > third // 2 else None for part in parts]
+        return [None if pitch is None else round(pitch) for pitch in found]
+
+    def _chord(self, thing):
+        """The MIDI numbers of the triad whose harmonics are nearest to the spectrum."""
+        bands = 10 ** (self.quiet + self.levels(self.encode(np.asarray(thing, np.float32))) * (self.loud - self.quiet))
+        heard = np.sqrt(bands.mean(1))
+        heard = (heard - heard.mean()) / heard.std()
+        return max(CHORDS, key=lambda pitches: float(heard @ self._template(pitches)))
+
+    def _template(self, pitches):
+        edges = np.geomspace(self.lowest or 60, self.rate / 2, self.bands + 2)[1:-1]
+        expected = np.zeros(self.bands)
+        for pitch in pitches:
+            for harmonic in range(1, 7):
+                octaves = np.log2(edges / (440 * 2 ** ((pitch - 69) / 12) * harmonic))
+                expected += np.exp(-((octaves * 24) ** 2) / 2) / harmonic
+        expected = np.sqrt(expected)
+        return (expected - expected.mean()) / expected.std()
+
+
+class RecordingCodec(SoundCodec):
+    """A recorded number below a hundred, as in `a recorded woman says forty seven`."""
+
+    kind = "recordings"
+
+    def judge(self, thing, caption):
+        """The words by pocketsphinx with a grammar of all hundred."""
+        (wanted,) = _asked(r"a recorded woman says (.+)", caption)
+        right = not self.is_silent(thing) and _hear(thing, self.rate, SPOKEN_NUMBERS) == wanted
+        return {"word": right, "all": right}
+
+
+TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+SPOKEN_NUMBERS = (*WORDS, *TEENS, *(f"{ten} {one}".strip() for ten in TENS for one in ("", *WORDS[1:])))
+
+NOTE_SECONDS = 0.3  # of each note of a melody
+CHORDS = [[root, root + third, root + 7] for root in range(60, 72) for third in (3, 4)]  # minor and major, as MIDI numbers
+
+
+def chord_of(name):
+    """The MIDI numbers of a triad such as `C sharp minor`."""
+    note, kind = name.rsplit(" ", 1)
+    root = 60 + NOTES.index(note)
+    return [root, root + {"minor": 3, "major": 4}[kind], root + 7]
+
+
 class SpokenPictureCodec(SoundCodec):
     """A picture and the words that are said of it at once: `{"picture": (side, side, 3) uint8, "sound": (N,) float32}`.
 

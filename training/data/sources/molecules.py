@@ -1,9 +1,12 @@
-"""The `molecules` data set: QM9, 130,831 molecules of up to nine heavy atoms, with captions that RDKit reads off them.
+"""The `molecules` and `moses` data sets: molecules with captions that RDKit reads off them.
 
-Needs the extra `molecules` (rdkit, qm9pack). Two of a hundred captions, by their hash, are held out with all their molecules.
+`molecules` is QM9, 130,831 of up to nine heavy atoms (extra `molecules`: rdkit, qm9pack). `moses` is the benchmark of
+drug-like ones of that name, 1,584,663 of up to 27 heavy atoms (also `pip install --no-deps molsets`). Neither package is
+run: their tables are read as they lie. Two of a hundred captions, by their hash, are held out with all their molecules.
 """
 
 import csv
+import gzip
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +21,15 @@ HELD_OUT_SHARE = 0.02
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MoleculeCodec:
-    """Graphs of up to nine atoms."""
-    return MoleculeCodec()
+    """Of QM9: pairs of nine atoms. Of MOSES: pairs of 33 atoms, 4 x 4 pairs at each position."""
+    if config.name == "moses":
+        return MoleculeCodec(atoms=33, block=4, places=True, elements=("C", "N", "O", "F", "S", "Cl", "Br"))
+    return MoleculeCodec(places=True)
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """All molecules of QM9, or the first `max_records`, shuffled once."""
-    codec, smiles = MoleculeCodec(), qm9_smiles()
+    """All molecules, or the first `max_records`, shuffled once."""
+    codec, smiles = open_codec(config, files), (moses_smiles if config.name == "moses" else qm9_smiles)()
     for number in np.random.default_rng(0).permutation(len(smiles)).tolist():
         try:
             molecule = codec.read(smiles[number])
@@ -37,12 +42,23 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def qm9_smiles() -> list[str]:
-    """The SMILES of QM9 in its order. (Its package imports what newer Pythons lack, so its tables are read as they lie.)"""
-    spec = find_spec("qm9pack")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("molecules need qm9pack: pip install 'sfumato[molecules]'")
+    """The SMILES of QM9 in its order."""
     smiles = []
-    for part in sorted(Path(spec.submodule_search_locations[0], "data").glob("qm9_part*.csv")):
+    for part in sorted(_folder_of("qm9pack", "pip install 'sfumato[molecules]'").glob("data/qm9_part*.csv")):
         with open(part, encoding="utf-8", newline="") as lines:
             smiles += [row["SMILES"] for row in csv.DictReader(lines)]
     return smiles
+
+
+def moses_smiles() -> list[str]:
+    """The SMILES of MOSES's training molecules in its order."""
+    table = _folder_of("moses", "pip install --no-deps molsets") / "dataset" / "data" / "train.csv.gz"
+    with gzip.open(table, "rt", encoding="utf-8") as lines:
+        return [row["SMILES"] for row in csv.DictReader(lines)]
+
+
+def _folder_of(package: str, cure: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"these molecules lie in the package {package}: {cure}")
+    return Path(spec.submodule_search_locations[0])

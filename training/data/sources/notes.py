@@ -21,6 +21,7 @@ from sfumato.training.data.records import Record
 from sfumato.training.data.sources.sounds import classifier, read_sound
 
 PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, "flute": 73}  # of General MIDI
+TICKS = 1000  # a second
 PITCHES = range(60, 84)  # C 4 to B 5
 LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities: a take each
 COPIES = 3  # of each take, beginning at another moment
@@ -62,55 +63,49 @@ def caption_of(instrument: str, pitch: int) -> str:
 
 
 def _play(instrument: str, pitch: int, take: int, copy: int) -> np.ndarray:
-    """A note, beginning within a tenth of a second, levelled."""
-    rate, second = NoteCodec().rate, 2 * NoteCodec().rate
-    place = (pitch - PITCHES[0]) * len(LOUDNESS) + take
-    sound = _performance(instrument)[place * second : (place + 1) * second]
-    late = int(np.random.default_rng([pitch, take, copy]).integers(0, rate // 10))
-    return np.pad(0.7 * sound[: rate + rate // 20] / max(np.abs(sound).max(), 1e-6), (late, 0)).astype(np.float32)
+    """A note of 0.9 seconds, beginning within a tenth of a second, levelled."""
+    pieces = tuple((((0, 900, each),), loud) for each in PITCHES for loud in LOUDNESS)
+    return cut((instrument, pieces), (pitch - PITCHES[0]) * len(LOUDNESS) + take, [pitch, take, copy])
+
+
+def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
+    """One of the pieces that `performance` plays, a good second of it, beginning within a tenth of a second, levelled."""
+    rate = NoteCodec().rate
+    sound = performance(*played)[2 * rate * number :][: rate + rate // 20]
+    late = int(np.random.default_rng(seed).integers(0, rate // 10))
+    return np.pad(0.7 * sound / max(np.abs(sound).max(), 1e-6), (late, 0)).astype(np.float32)
 
 
 @lru_cache(maxsize=len(PROGRAMS))
-def _performance(instrument: str) -> np.ndarray:
-    """All notes of an instrument one after another, two seconds each of which 0.9 are held."""
+def performance(instrument: str, pieces: tuple) -> np.ndarray:
+    """Pieces one after another, two seconds each: notes, as (start, length, MIDI number) in ticks, and how loud they are."""
     font = next((path for path in FONTS if Path(path).is_file()), None)
     if shutil.which("fluidsynth") is None or font is None:
         packages = "fluidsynth timgm6mb-soundfont"
         raise ModuleNotFoundError(f"notes are played by fluidsynth: apt install --no-install-recommends {packages}")
     with tempfile.TemporaryDirectory() as folder:
         score, out = Path(folder, "score.mid"), Path(folder, "played.wav")
-        score.write_bytes(_midi(PROGRAMS[instrument]))
-        command = [
-            "fluidsynth",
-            "-ni",
-            "-q",
-            "-g",
-            "0.6",
-            "-R",
-            "0",
-            "-C",
-            "0",
-            "-r",
-            "32000",
-            "-F",
-            str(out),
-            font,
-            str(score),
-        ]
+        score.write_bytes(_midi(PROGRAMS[instrument], pieces))
+        plain = ["-ni", "-q", "-g", "0.6", "-R", "0", "-C", "0", "-r", "32000"]  # no reverberation, no chorus
+        command = ["fluidsynth", *plain, "-F", str(out), font, str(score)]
         subprocess.run(command, check=True, capture_output=True, timeout=600)
         return read_sound(out, NoteCodec().rate)
 
 
-def _midi(program: int) -> bytes:
-    """A Standard MIDI file: 1000 ticks a second, a note every 2 seconds."""
-    events = struct.pack(">BBB", 0, 0xC0, program)
-    silence = 0
-    for pitch, loud in itertools.product(PITCHES, LOUDNESS):
-        events += _ticks(silence) + bytes((0x90, pitch, loud)) + _ticks(900) + bytes((0x80, pitch, 0))
-        silence = 1100
+def _midi(program: int, pieces: tuple) -> bytes:
+    """A Standard MIDI file, a piece every two seconds."""
+    events, now = struct.pack(">BBB", 0, 0xC0, program), 0
+    moments = []
+    for number, (notes, loud) in enumerate(pieces):
+        for start, length, pitch in notes:
+            at = 2 * TICKS * number + start
+            moments += [(at, 1, bytes((0x90, pitch, loud))), (at + length, 0, bytes((0x80, pitch, 0)))]
+    for at, _, event in sorted(moments):
+        events += _ticks(at - now) + event
+        now = at
     tempo = bytes((0, 0xFF, 0x51, 3)) + (1_000_000).to_bytes(3, "big")
-    track = tempo + events + _ticks(1100) + bytes((0xFF, 0x2F, 0))
-    return b"MThd" + struct.pack(">IHHH", 6, 0, 1, 1000) + b"MTrk" + struct.pack(">I", len(track)) + track
+    track = tempo + events + _ticks(2 * TICKS * len(pieces) - now) + bytes((0xFF, 0x2F, 0))
+    return b"MThd" + struct.pack(">IHHH", 6, 0, 1, TICKS) + b"MTrk" + struct.pack(">I", len(track)) + track
 
 
 def _ticks(number: int) -> bytes:
