@@ -286,7 +286,7 @@ SOURCES: Registry[Source] = Registry(
             named=True,
             generated=True,
             packages=("qm9pack", "rdkit"),
-            shape=(8, 8, 27),
+            shape=(8, 8, 8),
         ),
         "moses": Source(
             target=f"{_SOURCES}.molecules:open_source",
@@ -294,7 +294,7 @@ SOURCES: Registry[Source] = Registry(
             named=True,
             generated=True,
             packages=("molsets", "rdkit"),
-            shape=(8, 8, 126),
+            shape=(16, 16, 27),
         ),
         "speech": Source(
             target=f"{_SOURCES}.speech:open_source",

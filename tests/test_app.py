@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -15,8 +16,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from sfumato.app import watch, words
-from sfumato.app.studio import Studio, enlarge, read_settings
+from sfumato.app import desk, watch, words
+from sfumato.app.studio import Studio, enlarge, read_settings, read_values
 from sfumato.cli import main as cli
 from sfumato.pipelines.explain import heat_image
 from sfumato.training.engine import requests
@@ -80,6 +81,92 @@ def test_what_cannot_be_drawn_is_refused(studio, text, settings):
         list(studio.draw(text, **settings))
 
 
+def test_two_settings_are_compared_on_the_same_noise(studio, model):
+    """Cells that ask for the same are the same image, and the file holds the grid and its settings."""
+    settings = {"seed": 3, "steps": 2, "scale": 1.0}
+    moments = list(studio.compare("a red circle", ("steps", [2, 3]), ("sampler", ["ddpm", "ddpm", "ddim"]), settings))
+    assert len(moments) == 7 and [path is None for _, path in moments] == [True] * 6 + [False]
+    sheet = np.asarray(Image.open(moments[-1][1]).convert("RGB"), float)
+    cells = sheet[6 : 6 + 128, :].copy()
+    first, second, third = (cells[:, 6 + k * 134 : 6 + k * 134 + 128] for k in range(3))
+    assert np.array_equal(first, second) and not np.array_equal(first, third)
+    assert read_settings(moments[-1][1])["prompts"] == "a red circle"
+    assert studio.checkpoints() == [3]
+    (one,) = list(studio.compare("a red circle", ("checkpoint", [3]), ("seed", [1]), settings))[-1:]
+    assert one[1]
+    for odd in ("checkpoint", [9]), ("seed", []), ("seed", list(range(40))):
+        with pytest.raises(ValueError, match="no checkpoint of step 9|a grid has 1 to"):
+            list(studio.compare("a", odd, ("steps", [1]), settings))
+
+
+def test_values_are_read_as_their_setting_wants_them():
+    assert read_values("steps", "1, 2\n8") == [1, 2, 8] and read_values("scale", " 1.5 ,3") == [1.5, 3.0]
+    assert read_values("prompt", "a red, round thing\n\na blue one") == ["a red, round thing", "a blue one"]
+    for axis, text in (("steps", "few"), ("seed", " , "), ("prompt", "\n")):
+        with pytest.raises(ValueError, match=axis):
+            read_values(axis, text)
+
+
+def test_a_model_of_other_things_draws_files_of_them(tmp_path):
+    """A clip is a .gif beside the picture of it, and the network's idea of it is looked at as a picture too."""
+    data = {"name": "clips", "resolution": 32, "channels": 24}
+    path = tiny.config_file(tmp_path, data=data, train={"max_steps": 1}, validation={"num_judged": 1})
+    path.write_text(path.read_text().replace("cache_dir:", "max_records: 32\n  cache_dir:"))
+    assert main([str(path)]) == 0
+    studio = Studio(str(tmp_path / "run"))
+    moments = list(studio.draw("a red circle moves up slowly", steps=2, scale=1.0))
+    assert [len(moment.things) for moment in moments] == [0, 0, 1] and moments[0].expected.size[0] > 128
+    assert Image.open(moments[-1].things[0]).n_frames == 8 and moments[-1].done[0].endswith(".png")
+
+
+def test_the_data_of_a_run_are_looked_at(model):
+    runs = model.parent
+    found = desk.read_data(runs, "run")
+    assert found.matching == 64 and len(found.images) == 24 and ("images that are trained on", "64") in found.facts
+    red = desk.read_data(runs, "run", "red circle left")
+    assert 0 < red.matching < 64 and all("red" in captions and "left" in captions for _, captions in red.images)
+    assert desk.read_data(runs, "run", page=2).matching == 64 and len(desk.read_data(runs, "run", page=2).images) == 16
+    with pytest.raises(ValueError, match="there is no run"):
+        desk.read_data(runs, "../run")
+    shutil.rmtree(runs / "cache")
+    with pytest.raises(ValueError, match="not there any more"):
+        desk.read_data(runs, "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "../../etc/passwd"}, "no preset"),
+        ({"name": "../elsewhere"}, "needs a name"),
+        ({"name": ".hidden"}, "needs a name"),
+        ({"name": "run"}, "is there already"),
+        ({"more": "output_dir=/tmp/x"}, "without output_dir"),
+        ({"more": "--help"}, "key=value"),
+        ({"more": "train.nothing=3"}, "train.nothing"),
+        ({"asked": {"train.max_steps": "many"}}, "max_steps"),
+    ],
+)
+def test_a_run_is_planned_with_care(model, changes, message):
+    asked = {"preset": "shapes", "name": "new", "asked": {"train.max_steps": "7", "optim.lr": ""}, "more": "seed=3"}
+    plan = desk.plan(model.parent, **asked)
+    assert plan.command[:3] == ["sfumato", "train", "shapes"] and "max_steps: 7" in plan.yaml() and "seed: 3" in plan.yaml()
+    with pytest.raises(ValueError, match=message):
+        desk.plan(model.parent, **{**asked, **changes}).config()
+
+
+def test_settings_are_found_by_what_is_said_of_them():
+    found = [key for key, *_ in desk.find_settings("learning rate")]
+    assert "optim.lr" in found and "optim.lr_decay" in found and len(found) < 20
+    assert desk.find_settings("no such words anywhere") == []
+
+
+def test_a_report_needs_nothing_else(model, tmp_path):
+    (model / "evaluation.json").write_text(json.dumps({"scores": {"FD <1>": {"value": 3.25, "half_width": 0.5}}}))
+    text = desk.write_report(model.parent, "run", tmp_path / "report.html").read_text()
+    assert "FD &lt;1&gt;" in text and "3.25 ± 0.5" in text and "data.name" not in text and "resolution: 16" in text
+    assert "http" not in text
+
+
 def test_a_word_has_its_heat(studio):
     result = studio.explain("a red circle", ablate=True)
     assert result.words == ["a", "red", "circle"] and result.ablation is not None
@@ -87,7 +174,7 @@ def test_a_word_has_its_heat(studio):
 
 
 def test_both_languages_say_the_same():
-    pages = Path(words.__file__).with_name("pages.py").read_text()
+    pages = "".join(path.read_text() for path in Path(words.__file__).parent.glob("*pages.py"))
     import re
 
     said = set(re.findall(r'say\("([^"]+)"\)', pages)) | {"Stop and save", "Save now", "Sample now", "Resume"}
@@ -176,7 +263,7 @@ def test_the_page_draws_through_its_own_interface(server):
     from gradio_client import Client
 
     client = Client(server, verbose=False)
-    _, gallery, command = client.predict("a red circle", "", 3, 2, 1.0, "–", "cfg", api_name="/draw")
+    _, gallery, *_, command = client.predict("a red circle", "", 3, 2, 1.0, "–", "cfg", api_name="/draw")
     assert "sfumato sample 'a red circle'" in command and len(gallery) == 1
     assert Image.open(gallery[0]["image"]).size == (16, 16)
     _, line, *_ = client.predict("one", api_name="/look")

@@ -30,7 +30,7 @@ from sfumato.training.train import main
 
 SMILES = ["C", "CC(=O)O", "c1ccncc1", "C#N", "C[N+](C)(C)CC(=O)[O-]", "OC1CC1F", "CC12CC1C2=O", "O=C1C=CC=CN1C", "N#CC#CC#N"]
 DRUGS = ["CC(C)(C)c1ccc(S(=O)(=O)NCC2CCCN2C(=O)c2ccc(Br)s2)cc1Cl", "CC(C)(C)C(=O)C(Oc1ccc(Cl)cc1)n1ccnc1"]
-MOSES = {"atoms": 33, "block": 4, "places": True, "elements": ("C", "N", "O", "F", "S", "Cl", "Br")}
+MOSES = {"atoms": 33, "elements": ("C", "N", "O", "F", "S", "Cl", "Br")}
 FIELD = {"data": {"resolution": 16, "channels": 5}, "validation": {"num_judged": 2}}
 
 
@@ -45,13 +45,12 @@ def things(kind):
         codec = moving_emoji.open_codec(None, [])
         records = list(moving_emoji.open_source(None, []))[::200]
         return codec, {record.captions[0]: record.image() for record in records}
-    settings = {"molecules": {}, "molecules with places": {"places": True}, "moses": MOSES}[kind]
-    codec = MoleculeCodec(**settings)
+    codec = MoleculeCodec(**(MOSES if kind == "moses" else {}))
     read = [codec.read(smiles) for smiles in (*SMILES, *(DRUGS if kind == "moses" else []))]
     return codec, {codec.caption(thing): thing for thing in read}
 
 
-@pytest.mark.parametrize("kind", ["volumes", "clips", "moving_emoji", "molecules", "molecules with places", "moses"])
+@pytest.mark.parametrize("kind", ["volumes", "clips", "moving_emoji", "molecules", "moses"])
 def test_true_objects_are_judged_right_through_the_codec_and_noise(kind):
     """The judge by itself: what it finds wrong of a drawing is the drawing's fault."""
     codec, known = things(kind)
@@ -79,11 +78,10 @@ def test_molecules_come_back_as_they_were():
     assert drugs.caption(drugs.read(DRUGS[1])) == (
         "20 atoms, two nitrogen, two oxygen, one chlorine, two rings, aromatic, carbonyl"
     )
-    places = MoleculeCodec(places=True).encode(codec.read("C"))[..., 13:]
-    same = np.einsum("ijk,lmk->ijlm", places * 2 - 1, places * 2 - 1) / 14
-    assert same[2, 3, 2, 3] == 1 and same[2, 3, 4, 5] < 0 and same[2, 3, 2, 5] > 0.4, "a row and a column are told apart"
-    with pytest.raises(ValueError, match="do not divide"):
-        MoleculeCodec(atoms=9, block=3)
+    with pytest.raises(ValueError, match="2 to 1024"):
+        MoleculeCodec(atoms=1)
+    with pytest.raises(ValueError, match="of version 1, and here it is 2"):
+        open_codec({"kind": "molecules", "version": 1, "settings": {"atoms": 9}})
     assert codec.caption(codec.read("Oc1ccncc1N")) == "eight atoms, two nitrogen, one oxygen, one ring, aromatic"
     assert codec.judge(codec.read("CCO"), "three atoms, one oxygen, no ring, alcohol")["all"]
     # A fifth bond of carbon, two pieces, nothing at all: no molecule, and nothing is mended.
@@ -337,7 +335,7 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
     from sfumato.training.data.sources import molecules
 
     monkeypatch.setattr(molecules, "qm9_smiles", lambda: [*SMILES, "not a molecule"])
-    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 8, "channels": 27}))
+    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 8, "channels": 8}))
     config.data.max_bad_share = 0.2
     with pytest.warns(UserWarning, match="1 no molecule"):
         images = prepare(config.data)

@@ -18,6 +18,7 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.codecs.clips import track
+from sfumato.pipelines.codecs.molecules import ORDERS
 from sfumato.training.config.load import load_config
 from sfumato.training.data.array_set import to_unit
 from sfumato.training.data.prepare import prepare
@@ -91,11 +92,9 @@ def molecules(run: str) -> dict[str, float]:
     """Shares of valid molecules in one piece, of fragments kept, and of formulas and captions that are right."""
     pipe, arrays, captions = held_out(run)
     codec = pipe.codec
-    given = np.arange(codec.atoms) < FRAGMENT
-    rows, columns = np.broadcast_arrays(given[:-1, None], given[None, 1:])
-    known = np.repeat(np.stack([rows & columns, rows, columns], -1), [3, codec.facts, codec.facts], -1)
-    places = np.ones((*known.shape[:2], arrays.shape[-1] - known.shape[-1]), bool)
-    mask = 1 - np.concatenate([known, places], -1).astype(np.float32)
+    mask = np.ones((codec.side**2, 4 * codec.shape[2]), np.float32)
+    mask[:FRAGMENT, : codec.facts + len(ORDERS) * FRAGMENT] = 0  # known: what they are, and the bonds among them
+    mask = mask.reshape(codec.side, codec.side, 2, 2, -1).transpose(0, 2, 1, 3, 4).reshape(codec.shape)
     things = [codec.decode(array) for array in draw(pipe, arrays, captions, mask)]
     judged = [codec.judge(thing, caption) for thing, caption in zip(things, captions)]
     kept = [fragment(thing) == fragment(codec.decode(array)) for thing, array in zip(things, arrays)]

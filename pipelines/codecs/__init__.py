@@ -40,13 +40,14 @@ class Codec(Protocol):
     """What every codec has.
 
     Attributes:
-        kind: its name in `registries.CODECS`.
+        kind, version: its name in `registries.CODECS`, and a number that changes with the meaning of its arrays.
         shape: height, width and channels of its arrays.
         stored: `uint8` or `float16`, how finely a prepared set keeps them.
         endings: of the files that `write` makes; the first is the usual one.
     """
 
     kind: str
+    version: int
     shape: tuple[int, int, int]
     stored: str
     endings: tuple[str, ...]
@@ -80,10 +81,13 @@ def open_codec(facts: Any) -> Codec:
     """The codec that facts describe, which may be a stranger's.
 
     Raises:
-        ValueError: no such kind, or settings that it does not take.
+        ValueError: no such kind, another version of it, or settings that it does not take.
     """
     try:
-        return CODECS.load(facts["kind"])(**facts["settings"])
+        codec = CODECS.load(facts["kind"])
+        if facts.get("version", codec.version) != codec.version:
+            raise ValueError(f"its arrays of {codec.kind} are of version {facts['version']}, and here it is {codec.version}")
+        return codec(**facts["settings"])
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the codec of this model cannot be used: {type(error).__name__}: {error}") from error
 

@@ -1,13 +1,9 @@
-"""Molecules as the pairs of their atoms: bonds in some channels, what each atom of a pair is in the others.
+"""Molecules as what each of their atoms is and which bonds it has.
 
-With n atoms at most there are n - 1 rows and columns: row r stands for atom r, column c for atom c + 1, atoms in the order of
-canonical SMILES. A position of the array is one pair, or a block of `block` x `block` pairs. Channels: single, double and
-triple bond of each pair, then elements and charges of the rows' atoms, then of the columns'. Hydrogens are what the valences
-leave. Every bond but those of the first and the last atom is there twice and every atom many times; decoding takes the mean.
-
-With `places`, further channels say which row and which column it is: rows of a Hadamard matrix, any two of which differ in
-half of their columns. They are the same for every molecule. Attention sees no places of its own, and whether an atom has a
-bond too many is read along its row and column.
+A square of 2 x 2 positions for each atom, atoms in the order of canonical SMILES and row by row; so a network that halves its
+grid once sees one atom at each place. What an atom says: its element, its charge, and for every atom whether it is bound to it
+by a single, double or triple bond; to itself by all three, by which the place of an atom is known. A bond too many is seen at
+one place. Every bond is there twice; decoding takes the mean. Hydrogens are what the valences leave.
 
 Decoding needs numpy alone, and gives atoms and bonds. SMILES, SDF and pictures need RDKit (extra `molecules`).
 """
@@ -31,87 +27,71 @@ GROUPS = {
 
 
 class MoleculeCodec:
-    """A molecule is a dict: `elements`, a list of symbols; `charges`, a list; `bonds`, a list of (i, j, order)."""
+    """A molecule is a dict: `elements`, a list of symbols; `charges`, a list; `bonds`, a list of (i, j, order).
 
-    kind, version, stored = "molecules", 1, "uint8"
+    Args:
+        atoms: at most so many.
+        elements: their symbols, carbon first.
+    """
+
+    kind, version, stored = "molecules", 2, "uint8"
     endings = (".sdf", ".smi", ".png")
 
-    def __init__(self, atoms: int = 9, places: bool = False, block: int = 1, elements=ELEMENTS):
-        self.atoms, self.block, self.elements = int(atoms), int(block), tuple(elements)
-        if self.block < 1 or self.atoms < 2 or (self.atoms - 1) % self.block:
-            raise ValueError(f"blocks of {block} do not divide the pairs of {atoms} atoms")
-        self.side = (self.atoms - 1) // self.block
-        self.places = _places(self.side) if places else np.zeros((self.side, 0), np.float32)
+    def __init__(self, atoms: int = 9, elements=ELEMENTS):
+        self.atoms, self.elements = int(atoms), tuple(elements)
+        if not 2 <= self.atoms <= 1024 or not self.elements:
+            raise ValueError(f"{atoms} atoms; a codec holds 2 to 1024")
         self.facts = len(self.elements) + 1  # of an atom: its element and its charge
-        per_row = self.block * self.facts + self.places.shape[1]
-        self.shape = (self.side, self.side, self.block**2 * len(ORDERS) + 2 * per_row)
+        self.side = 4 * -(-int(np.ceil(self.atoms**0.5)) // 4)  # atoms in a row; the grid's sides are multiples of 8
+        self.said = self.facts + len(ORDERS) * self.atoms  # numbers that an atom says
+        self.shape = (2 * self.side, 2 * self.side, -(-self.said // 4))
 
     def describe(self):
         """See the module."""
-        pairs = [f"{i}, {j}" for i in range(self.block) for j in range(self.block)]
-        channels = [f"pair {pair}: {order}" for pair in pairs for order in ORDERS]
-        for end in ("row", "column"):
-            channels += [f"{end} {i}: {fact}" for i in range(self.block) for fact in (*self.elements, "charge")]
-        for end in ("row", "column"):
-            channels += [f"place of the {end}, {k + 1}" for k in range(self.places.shape[1])]
-        settings = {
-            "atoms": self.atoms,
-            "places": bool(self.places.size),
-            "block": self.block,
-            "elements": list(self.elements),
-        }
+        said = [*self.elements, "charge", *(f"{order} bond to atom {j}" for j in range(self.atoms) for order in ORDERS)]
         return {
-            "kind": self.kind, "version": self.version, "settings": settings, "shape": list(self.shape),
-            "axes": ["atom r", "atom c + 1", "channel"], "channels": channels,
-            "units": "1 where it is so; charge c as 0.5 + c / 2",
+            "kind": self.kind, "version": self.version, "settings": {"atoms": self.atoms, "elements": list(self.elements)},
+            "shape": list(self.shape),
+            "axes": ["row of an atom, upper and lower half", "its column, left and right half", "quarter of what it says"],
+            "said": said, "units": "1 where it is so; charge c as 0.5 + c / 2",
         }  # fmt: skip
 
     def encode(self, thing):
-        """Atoms and bonds to pairs."""
-        elements, charges = thing["elements"], thing["charges"]
-        count = len(elements)
-        if not 1 <= count <= self.atoms:
-            raise ValueError(f"{count} heavy atoms, of at most {self.atoms}")
+        """Atoms and bonds to what each atom says.
+
+        Raises:
+            ValueError: it has no place here.
+        """
+        elements, charges, n = thing["elements"], thing["charges"], self.atoms
+        if not 1 <= len(elements) <= n:
+            raise ValueError(f"{len(elements)} heavy atoms, of at most {n}")
         if odd := sorted(set(elements) - set(self.elements)):
             raise ValueError(f"an element that is not {', '.join(self.elements)}: {', '.join(odd)}")
         if any(abs(charge) > 1 for charge in charges):
             raise ValueError("a charge beyond one")
-        bonds = np.zeros((self.atoms, self.atoms, len(ORDERS)), np.float32)
+        bonds = np.zeros((n, n, len(ORDERS)), np.float32)
+        bonds[np.arange(n), np.arange(n)] = 1
         for i, j, order in thing["bonds"]:
             if order not in (1, 2, 3) or i == j:
                 raise ValueError(f"a bond of order {order} between atoms {i} and {j}")
             bonds[i, j, order - 1] = bonds[j, i, order - 1] = 1
-        atoms = np.zeros((self.atoms, self.facts), np.float32)
+        atoms = np.zeros((n, self.facts), np.float32)
         atoms[:, -1] = 0.5
         for i, (element, charge) in enumerate(zip(elements, charges)):
             atoms[i, self.elements.index(element)] = 1
             atoms[i, -1] = 0.5 + charge / 2
-        side, block = self.side, self.block
-        pairs = bonds[:-1, 1:].reshape(side, block, side, block, len(ORDERS)).transpose(0, 2, 1, 3, 4)
-        rows, columns = (part.reshape(side, -1) for part in (atoms[:-1], atoms[1:]))
-        whole = (side, side)
-        parts = [pairs.reshape(*whole, -1)]
-        for of_rows, of_columns in ((rows, columns), (self.places, self.places)):
-            parts.append(np.broadcast_to(of_rows[:, None], (*whole, of_rows.shape[1])))
-            parts.append(np.broadcast_to(of_columns[None], (*whole, of_columns.shape[1])))
-        return np.concatenate(parts, -1)
+        said = np.zeros((self.side**2, 4 * self.shape[2]), np.float32)
+        said[:n, : self.said] = np.concatenate([atoms, bonds.reshape(n, -1)], 1)
+        quarters = said.reshape(self.side, self.side, 2, 2, self.shape[2])
+        return quarters.transpose(0, 2, 1, 3, 4).reshape(self.shape)
 
     def decode(self, array):
-        """Pairs to atoms and bonds: what is nearer to there than to not there. Nothing is corrected."""
-        array, n, side, block = np.asarray(array, np.float64).reshape(self.shape), self.atoms, self.side, self.block
-        ends = np.cumsum([block**2 * len(ORDERS), block * self.facts, block * self.facts])
-        pairs, rows, columns = (array[..., a:b] for a, b in zip((0, *ends), ends))
-        atoms = np.zeros((n, self.facts))
-        atoms[:-1] += rows.sum(1).reshape(n - 1, -1)
-        atoms[1:] += columns.sum(0).reshape(n - 1, -1)
-        seen = np.full((n, 1), 2 * side)  # the first atom and the last are in rows or in columns alone
-        seen[[0, -1]] = side
-        atoms /= seen
-        bonds, times = np.zeros((n, n, len(ORDERS))), np.zeros((n, n, 1))
-        bonds[:-1, 1:] += pairs.reshape(side, side, block, block, -1).transpose(0, 2, 1, 3, 4).reshape(n - 1, n - 1, -1)
-        times[:-1, 1:] += 1
-        bonds, times = bonds + bonds.transpose(1, 0, 2), times + times.transpose(1, 0, 2)
-        bonds /= np.maximum(times, 1)
+        """What each atom says to atoms and bonds: what is nearer to there than to not there. Nothing is corrected."""
+        n = self.atoms
+        quarters = np.asarray(array, np.float64).reshape(self.side, 2, self.side, 2, self.shape[2])
+        said = quarters.transpose(0, 2, 1, 3, 4).reshape(self.side**2, -1)[:n, : self.said]
+        atoms, bonds = said[:, : self.facts], said[:, self.facts :].reshape(n, n, len(ORDERS))
+        bonds = (bonds + bonds.transpose(1, 0, 2)) / 2
         there = [i for i in range(n) if atoms[i, :-1].max() > 0.5]
         number = {i: k for k, i in enumerate(there)}
         found = []
@@ -234,12 +214,6 @@ class MoleculeCodec:
 
         Compute2DCoords(molecule)
         return chem.MolToMolFile(molecule, path)
-
-
-def _places(count: int) -> np.ndarray:
-    """`(count, k)` of 0 and 1: rows of the Hadamard matrix of the next power of two, without its constant column."""
-    size = 1 << max(count - 1, 1).bit_length()
-    return np.array([[bin(row & column).count("1") % 2 for column in range(1, size)] for row in range(count)], np.float32)
 
 
 def _number(count: int) -> str:

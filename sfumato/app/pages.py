@@ -1,22 +1,21 @@
 """The pages of the app, by Gradio, and the server that they are mounted in."""
 
-import secrets
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
-import pandas as pd
 from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from sfumato.app import watch
-from sfumato.app.studio import MAX_STEPS, Studio, enlarge, read_settings
+from sfumato.app import run_pages
+from sfumato.app.notices import errors_on_the_page, told
+from sfumato.app.studio import AXES, MAX_STEPS, Studio, enlarge, read_settings, read_values
 from sfumato.app.words import speaker
+from sfumato.figures import open_image
 from sfumato.pipelines.explain import heat_image
+from sfumato.pipelines.guided import guidance_width
 from sfumato.pipelines.images import to_8_bits
 from sfumato.pipelines.sample import crop_middle
 from sfumato.registries import GUIDERS, SAMPLERS
@@ -24,6 +23,7 @@ from sfumato.registries import GUIDERS, SAMPLERS
 MODELS_OWN = "–"
 MAX_SEED = 2**53 - 1  # what a browser counts exactly
 MAX_SCALE = 15.0
+CANVAS = 512  # pixels of the side of the place to paint
 
 
 def build(model: str, *, runs: Path, token: str, host: str, password: str | None, language: str) -> FastAPI:
@@ -38,12 +38,14 @@ def build(model: str, *, runs: Path, token: str, host: str, password: str | None
         gr.Markdown("# Sfumato")
         with gr.Tab(say("Draw")):
             _draw(studio, say)
-        with gr.Tab(say("Redraw")):
-            _redraw(studio, say)
-        with gr.Tab(say("Why")):
-            _why(studio, say)
-        with gr.Tab(say("Runs")):
-            _runs(pages, runs, token, say)
+        if studio.pipe.codec is None:
+            with gr.Tab(say("Redraw")):
+                _redraw(studio, say)
+            with gr.Tab(say("Why")):
+                _why(studio, say)
+        with gr.Tab(say("Compare")):
+            _compare(studio, say)
+        run_pages.build(pages, runs, Path(studio.places.name), token, say)
     app = FastAPI()
     hosts = ["127.0.0.1", "localhost", *([] if host in ("0.0.0.0", "::") else [host])]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if host in ("0.0.0.0", "::") else hosts)
@@ -58,25 +60,6 @@ def build(model: str, *, runs: Path, token: str, host: str, password: str | None
         show_error=True,
         theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]),
     )
-
-
-@contextmanager
-def _errors_on_the_page(say):
-    """A ValueError becomes a notice on the page."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(say(str(error)), print_exception=False) from error
-
-
-def _told(function, say):
-    """A handler whose ValueErrors become notices on the page."""
-
-    def told(*arguments):
-        with _errors_on_the_page(say):
-            return function(*arguments)
-
-    return told
 
 
 def _draw(studio: Studio, say) -> None:
@@ -96,20 +79,38 @@ def _draw(studio: Studio, say) -> None:
             with gr.Row():
                 go = gr.Button(say("Draw"), variant="primary")
                 stop = gr.Button(say("Stop"))
+            few = guidance_width(studio.pipe.unet) is not None
+            typing = gr.Checkbox(few, label=say("Draw while I type"), visible=studio.pipe.codec is None)
             dropped = gr.Image(
-                type="filepath", image_mode=None, label=say("Drop an image from here to get its settings"), height=120
+                type="filepath",
+                image_mode=None,
+                label=say("Drop an image from here to get its settings"),
+                height=120,
+                sources=["upload", "clipboard"],
             )
         with gr.Column():
             live = gr.Image(label=say("What the network expects"), interactive=False, height=340)
             gallery = gr.Gallery(label=say("Images"), columns=4, object_fit="contain", format="png")
+            ending = "" if studio.pipe.codec is None else studio.pipe.codec.endings[0]
+            sound = gr.Audio(label=say("Sound"), visible=ending == ".wav", interactive=False)
+            solid = gr.Model3D(label=say("Solid"), visible=ending == ".glb")
+            files = gr.Files(label=say("Files"), visible=bool(ending), interactive=False)
             command = gr.Textbox(label=say("The same as a command"), interactive=False)
 
     def draw(prompts, negative, seed, steps, scale, sampler, guider):
         own = None if sampler == MODELS_OWN else sampler
         settings = {"negative": negative, "seed": int(seed or 0), "steps": steps, "scale": scale, "sampler": own}
-        with _errors_on_the_page(say):
+        with errors_on_the_page(say):
             for moment in studio.draw(prompts or "", **settings, guider=guider):
-                yield moment.expected, moment.done, moment.command
+                last = moment.things[-1] if moment.things else None
+                # Of clips the clips themselves, which the gallery plays.
+                shown = moment.things if ending == ".gif" else moment.done
+                of_kind = [last if ending == kind else None for kind in (".wav", ".glb")]
+                yield moment.expected, shown, *of_kind, moment.things, moment.command
+
+    def draw_typed(typing, *settings):
+        if typing and settings[0].strip():
+            yield from draw(*settings)
 
     def recall(path):
         if path is None:
@@ -126,9 +127,19 @@ def _draw(studio: Studio, say) -> None:
         ]
 
     settings = [prompts, negative, seed, steps, scale, sampler, guider]
-    gr.on([go.click, negative.submit], draw, settings, [live, gallery, command], api_name="draw")
+    results = [live, gallery, sound, solid, files, command]
+    gr.on([go.click, negative.submit], draw, settings, results, api_name="draw")
+    # While one image is drawn keys are pressed: the last ones are drawn, not all.
+    prompts.input(
+        draw_typed,
+        [typing, *settings],
+        results,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+    )
     stop.click(studio.stop, queue=False, api_name="stop")
-    dropped.upload(_told(recall, say), dropped, settings, api_name="recall")
+    dropped.upload(told(recall, say), dropped, settings, api_name="recall")
 
 
 def _redraw(studio: Studio, say) -> None:
@@ -136,7 +147,16 @@ def _redraw(studio: Studio, say) -> None:
     with gr.Row():
         with gr.Column():
             label = say("Paint over what is to be drawn anew")
-            image = gr.ImageEditor(type="pil", label=label, sources=["upload", "clipboard"], image_mode="RGBA")
+            image = gr.ImageEditor(
+                type="pil",
+                label=label,
+                sources=["upload", "clipboard"],
+                image_mode="RGBA",
+                canvas_size=(CANVAS, CANVAS),
+                fixed_canvas=True,
+                brush=gr.Brush(default_size=CANVAS // 8, colors=["#8040ff"], color_mode="fixed"),
+            )
+            take = gr.Button(say("Take what was drawn last"))
             prompt = gr.Textbox("", label=say("Prompt"), max_length=1000)
             with gr.Row():
                 strength = gr.Slider(0.0, 1.0, 1.0, step=0.05, label=say("Strength"))
@@ -154,10 +174,18 @@ def _redraw(studio: Studio, say) -> None:
         mask = painted_mask(painted, width, height)
         if mask is not None:
             inputs |= {"mask_image": mask, "num_resamples": int(again)}
-        with _errors_on_the_page(say):
+        with errors_on_the_page(say):
             for moment in studio.draw(prompt or "", seed=int(seed or 0), **inputs):
                 yield moment.expected, moment.done
 
+    def last():
+        path = studio.last
+        if path is None:
+            raise ValueError("Nothing to draw.")
+        with open_image(Path(path)) as drawn:
+            return drawn.convert("RGBA").resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+
+    take.click(told(last, say), None, image, api_visibility="private")
     go.click(redraw, [image, prompt, strength, again, seed], [live, gallery], api_name="redraw")
 
 
@@ -173,7 +201,9 @@ def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """The middle of an image in the model's size, on white."""
-    cut = crop_middle(image, width, height).resize((width, height), Image.Resampling.LANCZOS)
+    cut = crop_middle(image, width, height)
+    whole = cut.width % width == 0 and cut.height % height == 0  # enlarged by whole multiples: each pixel is one again
+    cut = cut.resize((width, height), Image.Resampling.BOX if whole else Image.Resampling.LANCZOS)
     return to_8_bits(cut, 3) if cut.mode == "RGBA" else cut
 
 
@@ -215,62 +245,40 @@ def _why(studio: Studio, say) -> None:
         return enlarge(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).squeeze()))
 
     outputs = [found, word, image, heat, without, step, expected]
-    go.click(_told(ask, say), [prompt, seed, ablate], outputs, api_name="why")
+    go.click(told(ask, say), [prompt, seed, ablate], outputs, api_name="why")
     word.select(show, [found, word], [heat, without], api_name="word", api_visibility="private")
     step.change(look, [found, step], expected, api_name="step", api_visibility="private")
 
 
-def _runs(pages: gr.Blocks, folder: Path, token: str, say) -> None:
-    may = gr.State(False)
+def _compare(studio: Studio, say) -> None:
+    names = [name for name in AXES if name != "checkpoint" or studio.checkpoints()]
+    advice = studio.advice
     with gr.Row():
-        name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
-        again = gr.Button(say("Look again"))
-    state = gr.Markdown()
-    with gr.Row():
-        buttons = {kind: gr.Button(say(text)) for kind, text in _BUTTONS.items()}
-    answer = gr.Markdown()
-    with gr.Row():
-        losses = gr.LinePlot(x="step", y="loss", title=say("Loss"), height=300)
-        samples = gr.Image(label=say("Newest samples"), interactive=False)
+        with gr.Column():
+            prompt = gr.Textbox("red heart", label=say("Prompt"), max_length=1000)
+            with gr.Row():
+                down = gr.Dropdown(names, value="sampler", label=say("Down"))
+                rows = gr.Textbox("ddpm\ndpm++", label=say("Values, one a line"), lines=3, max_length=4000)
+            with gr.Row():
+                across = gr.Dropdown(names, value="steps", label=say("Across"))
+                columns = gr.Textbox("4, 8, 16", label=say("Values, one a line"), lines=3, max_length=4000)
+            with gr.Row():
+                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
+                steps = gr.Slider(1, MAX_STEPS, advice["num_inference_steps"], step=1, label=say("Steps"))
+                scale = gr.Slider(1.0, MAX_SCALE, advice["guidance_scale"], step=0.1, label=say("Guidance scale"))
+            with gr.Row():
+                go = gr.Button(say("Compare"), variant="primary")
+                stop = gr.Button(say("Stop"))
+        with gr.Column():
+            sheet = gr.Image(label=say("The same noise"), interactive=False, format="png")
+            file = gr.File(label=say("As a file"), interactive=False)
 
-    def look(chosen):
-        names = watch.list_runs(folder)
-        if not names:
-            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None
-        chosen = chosen if chosen in names else names[0]
-        run = watch.read_run(folder, chosen)
-        grid = watch.newest_samples(folder, chosen)
-        table = pd.DataFrame(run.losses, columns=["step", "loss"])
-        return gr.Dropdown(names, value=chosen), _line(run, say), table, None if grid is None else grid[1]
+    def compare(prompt, down, rows, across, columns, seed, steps, scale):
+        settings = {"seed": int(seed or 0), "steps": int(steps), "scale": float(scale)}
+        with errors_on_the_page(say):
+            grid = (down, read_values(down, rows)), (across, read_values(across, columns))
+            yield from studio.compare(prompt or "", *grid, settings)
 
-    def act(kind, chosen, may):
-        if not may:
-            raise ValueError("Open the address with its token to stop or start runs.")
-        if kind == "resume":
-            watch.resume(folder, chosen or "")
-            return say("starts")
-        watch.ask(folder, chosen or "", kind)
-        return say("asked")
-
-    def admit(request: gr.Request):
-        return secrets.compare_digest(str(request.query_params.get("token", "")), token)
-
-    pages.load(admit, None, may, api_visibility="private")
-    outputs = [name, state, losses, samples]
-    gr.on([pages.load, again.click, name.input], _told(look, say), name, outputs, api_name="look")
-    gr.Timer(5).tick(_told(look, say), name, outputs, api_visibility="private", show_progress="hidden")
-    for kind, button in buttons.items():
-        handler = _told(partial(act, kind), say)
-        button.click(handler, [name, may], answer, api_name=f"{kind}_run")
-
-
-_BUTTONS = {"stop": "Stop and save", "save": "Save now", "sample": "Sample now", "resume": "Resume"}
-
-
-def _line(run: watch.RunState, say) -> str:
-    how = say("trains") if run.trains else say("done") if run.finished else say("does not train")
-    parts = [f"**{run.name}**: {how}", f"{say('Step')} {run.step:,}", f"{run.done:.0%}"]
-    parts.append(f"{run.images_per_second:.0f} images/s")
-    if run.seconds_left is not None:
-        parts.append(f"{run.seconds_left / 60:.0f} min")
-    return ", ".join(parts)
+    inputs = [prompt, down, rows, across, columns, seed, steps, scale]
+    go.click(compare, inputs, [sheet, file], api_name="compare")
+    stop.click(studio.stop, queue=False, api_visibility="private")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sfumato.figures import open_image
+from sfumato.figures import grid, open_image
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.choices import with_guider, with_sampler
@@ -25,15 +25,23 @@ from sfumato.registries import GUIDERS, SAMPLERS
 
 MAX_IMAGES = 16
 MAX_STEPS = 200
+MAX_CELLS = 36  # of a comparison
+AXES = {"prompt": str, "seed": int, "steps": int, "scale": float, "sampler": str, "guider": str, "checkpoint": int}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A moment of drawing: the images that are done, as files, and what the network expects of the one under way."""
+    """A moment of drawing: what is done, as files, and what the network expects of the one under way.
+
+    Attributes:
+        done: images, of other objects pictures of them.
+        things: of a model that draws no images the objects themselves, `.wav`, `.gif`, `.glb` or `.sdf`.
+    """
 
     done: list[str]
     expected: Image.Image | None
     command: str
+    things: list[str]
 
 
 class Studio:
@@ -51,18 +59,22 @@ class Studio:
         folder = locate_pipeline(model)
         self.pipe = SfumatoPipeline.from_pretrained(folder)
         self.pipe.set_progress_bar_config(disable=True)
-        if self.pipe.reads is not None or self.pipe.codec is not None or self.pipe.controlnet is not None:
-            raise ValueError(f"{model}: the app draws images from text; this model does something else")
+        if self.pipe.reads is not None or self.pipe.controlnet is not None:
+            raise ValueError(f"{model}: the app draws from text alone; this model wants an image too")
         self.advice = recommended_settings(folder)
         self.places = tempfile.TemporaryDirectory(prefix="sfumato-app-")
         self._busy = threading.Lock()
         self._under_way: set[threading.Event] = set()  # a drawing each; set, it ends
         self._count = 0
+        self.last: str | None = None  # the file of the image that was drawn last
+        self._earlier: dict[int, Studio] = {}
 
     def stop(self) -> None:
         """End the drawings under way after their step."""
         for event in list(self._under_way):
             event.set()
+        for studio in self._earlier.values():
+            studio.stop()
 
     def draw(
         self,
@@ -97,6 +109,7 @@ class Studio:
         command = self.command(prompts, seed, settings)
         call = {"num_inference_steps": steps, "guidance_scale": scale, "negative_prompt": negative or None, **inputs}
         done: list[str] = []
+        things: list[str] = []
         stop = threading.Event()
         self._under_way.add(stop)
         try:
@@ -104,31 +117,34 @@ class Studio:
                 for number, prompt in enumerate(prompts):
                     for image in self._one(pipe, prompt, (seed + number) % 2**64, call, stop):
                         if isinstance(image, Image.Image):
-                            yield Drawing(done=list(done), expected=image, command=command)
+                            yield Drawing(done=list(done), expected=image, command=command, things=list(things))
                         else:
-                            done.append(self._keep(image[0], {**settings, "prompts": [prompt], "seed": seed + number}))
+                            kept = self._keep(image[0], {**settings, "prompts": [prompt], "seed": seed + number})
+                            done.append(kept[0])
+                            things += kept[1:]
                     if stop.is_set():
                         break
-                yield Drawing(done=list(done), expected=None, command=command)
+                yield Drawing(done=list(done), expected=None, command=command, things=list(things))
         finally:
             self._under_way.discard(stop)
 
     def _one(
         self, pipe: SfumatoPipeline, prompt: str, seed: int, call: dict, stop: threading.Event
-    ) -> Iterator[Image.Image | tuple[Image.Image]]:
-        """What is expected at each step, and last the image, in a tuple; nothing more once it is to stop."""
+    ) -> Iterator[Image.Image | tuple[Any]]:
+        """What is expected at each step, and last what is drawn, in a tuple; nothing more once it is to stop."""
         recorder = Recorder.of(pipe)
         moments: queue.Queue = queue.Queue()
 
         def tell(pipe, step, t, tensors):
-            moments.put(_to_pil(recorder.expected[-1]))
+            moments.put(self._look_at(recorder.expected[-1]))
             pipe._interrupt = stop.is_set()
             return tensors
 
         def work():
             try:
                 generator = torch.Generator().manual_seed(seed)
-                image = recorder(prompt, generator=generator, callback_on_step_end=tell, **call).images[0]
+                kind = "decoded" if pipe.codec is not None else "pil"
+                image = recorder(prompt, generator=generator, callback_on_step_end=tell, output_type=kind, **call).images[0]
                 moments.put((image,))
             except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
                 moments.put(error)
@@ -149,11 +165,74 @@ class Studio:
                 stop.set()
             thread.join()
 
-    def _keep(self, image: Image.Image, settings: dict) -> str:
+    def _look_at(self, array: np.ndarray) -> Image.Image:
+        """What a model draws, `(H, W, C)` in [0, 1], as people look at it."""
+        codec = self.pipe.codec
+        return _to_pil(array) if codec is None else enlarge(Image.fromarray(codec.picture(codec.decode(array))))
+
+    def _keep(self, thing: Any, settings: dict) -> list[str]:
+        """The files of an image, or of a picture of an object and the object; of one that no file can hold the picture."""
         self._count += 1
-        path = Path(self.places.name) / f"{self._count:05d}-seed-{settings['seed']}.png"
-        write_image(image, path, settings)
-        return str(path)
+        path, codec = Path(self.places.name) / f"{self._count:05d}-seed-{settings['seed']}.png", self.pipe.codec
+        write_image(thing if codec is None else enlarge(Image.fromarray(codec.picture(thing))), path, settings)
+        self.last = str(path)
+        if codec is None:
+            return [str(path)]
+        try:
+            codec.write(thing, str(path.with_suffix(codec.endings[0])))
+        except ValueError:
+            return [str(path)]
+        return [str(path), str(path.with_suffix(codec.endings[0]))]
+
+    def compare(
+        self, prompt: str, rows: tuple[str, list], columns: tuple[str, list], settings: dict[str, Any]
+    ) -> Iterator[tuple[Image.Image, str | None]]:
+        """A grid of one image for each value of one setting and of another, all of the same noise but where the seed differs.
+
+        Args:
+            rows, columns: a name of `AXES` and its values.
+            settings: the others: `seed`, `steps`, `scale`, `sampler`, `guider`.
+
+        Yields:
+            The grid as far as it is drawn, and last the file that holds it.
+
+        Raises:
+            ValueError: too many, or values that cannot be.
+        """
+        cells = [(row, column) for row in rows[1] for column in columns[1]]
+        if not cells or len(cells) > MAX_CELLS:
+            raise ValueError(f"{len(cells)} images; a grid has 1 to {MAX_CELLS}")
+        images, titles = [], []
+        for row, column in cells:
+            chosen = {"prompt": prompt, **settings, rows[0]: row, columns[0]: column}
+            studio = self._at(chosen.pop("checkpoint", None))
+            drawn = list(studio.draw(chosen.pop("prompt"), **chosen))[-1].done
+            if not drawn:  # stopped
+                return
+            with Image.open(drawn[0]) as image:
+                images.append(image.convert("RGB"))
+            titles.append(f"{rows[0]} {row}, {columns[0]} {column}")
+            sheet = grid(images, titles, columns=len(columns[1]))
+            yield sheet, None
+        self._count += 1
+        path = Path(self.places.name) / f"{self._count:05d}-comparison.png"
+        write_image(sheet, path, {"model": Path(self.model).name, "prompts": [prompt], **settings})
+        yield sheet, str(path)
+
+    def checkpoints(self) -> list[int]:
+        """The steps whose checkpoints this model's run keeps."""
+        return sorted(int(path.name[5:]) for path in Path(self.model).glob("checkpoints/step-*") if path.name[5:].isdigit())
+
+    def _at(self, step: int | None) -> "Studio":
+        """The model as it was at a step of its run."""
+        if step is None:
+            return self
+        if step not in self.checkpoints():
+            raise ValueError(f"there is no checkpoint of step {step}; there are {self.checkpoints() or 'none'}")
+        if step not in self._earlier:
+            name = next(path.name for path in Path(self.model).glob("checkpoints/step-*") if int(path.name[5:]) == step)
+            self._earlier[step] = Studio(str(Path(self.model) / "checkpoints" / name))
+        return self._earlier[step]
 
     def command(self, prompts: list[str], seed: int, settings: dict) -> str:
         """`sfumato sample ...` with the same settings."""
@@ -174,6 +253,23 @@ class Studio:
         with self._busy:
             generator = torch.Generator().manual_seed(seed)
             return explain(self.pipe, prompt, ablate=ablate, generator=generator, **self.advice)
+
+
+def read_values(axis: str, text: str) -> list:
+    """The values that are written for a setting of `AXES`: one a line, or between commas where they are no prompts.
+
+    Raises:
+        ValueError: none, or one that is no value of this setting.
+    """
+    kind = AXES[axis]
+    parts = [part.strip() for part in (text.splitlines() if axis == "prompt" else text.replace(",", "\n").splitlines())]
+    try:
+        values = [kind(part) for part in parts if part]
+    except ValueError as error:
+        raise ValueError(f"{axis}: {error}") from error
+    if not values:
+        raise ValueError(f"{axis}: no value")
+    return values
 
 
 def enlarge(image: Image.Image, side: int = 320) -> Image.Image:

@@ -109,13 +109,13 @@ class OptimConfig:
     """The learning rate warms up, then decays with the fraction of steps or minutes done."""
 
     name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # muon: for matrices and kernels, AdamW beside
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
+    lr: float = 1e-3  # learning rate after the warm-up
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of AdamW's averages of gradients and of their squares
     eps: float = 1e-8
-    weight_decay: float = 0.01
-    lr_warmup_steps: int = 100
+    weight_decay: float = 0.01  # of AdamW; a step shrinks weights by learning rate x this
+    lr_warmup_steps: int = 100  # until the learning rate is whole
     lr_decay: Literal["constant", "linear", "cosine", "trapezoid"] = "cosine"
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
 
 
 @dataclass

@@ -59,6 +59,11 @@ def cache_key(config: DataConfig) -> str:
     return digest.hexdigest()[:16]
 
 
+def prepared_folder(config: DataConfig) -> Path:
+    """Where the prepared set of a config lies, or will lie."""
+    return Path(config.cache_dir).expanduser() / f"{Path(config.name).name}-{config.resolution}-{cache_key(config)}"
+
+
 def prepare(config: DataConfig) -> ArraySet:
     """Read, check and resize every image once; later calls with the same settings map the stored result.
 
@@ -69,10 +74,9 @@ def prepare(config: DataConfig) -> ArraySet:
         ModuleNotFoundError: the source needs a package; the message names it.
     """
     records = sample_of(config) if config.stream else open_source(config)
-    root = Path(config.cache_dir).expanduser()
-    folder = root / f"{Path(config.name).name}-{config.resolution}-{cache_key(config)}"
+    folder = prepared_folder(config)
     if not (folder / "report.json").is_file():  # a ready set may lie where nobody may write
-        root.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _prepare_into(folder, config, records)
     images = ArraySet(folder)
     check_usable(config, images.num_records, len(images.select("train")), images.skipped)

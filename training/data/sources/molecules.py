@@ -21,10 +21,10 @@ HELD_OUT_SHARE = 0.02
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MoleculeCodec:
-    """Of QM9: pairs of nine atoms. Of MOSES: pairs of 33 atoms, 4 x 4 pairs at each position."""
+    """Of QM9: nine atoms. Of MOSES: 33 atoms."""
     if config.name == "moses":
-        return MoleculeCodec(atoms=33, block=4, places=True, elements=("C", "N", "O", "F", "S", "Cl", "Br"))
-    return MoleculeCodec(places=True)
+        return MoleculeCodec(atoms=33, elements=("C", "N", "O", "F", "S", "Cl", "Br"))
+    return MoleculeCodec()
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:

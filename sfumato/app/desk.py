@@ -1,0 +1,250 @@
+"""What the app shows of a run's data, how it starts a new run, and its report; without Gradio."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sfumato.app.watch import place_of
+from sfumato.figures import loss_curve, to_pil
+from sfumato.training.config.comments import sections
+from sfumato.training.config.load import config_names, dump_config, load_config
+from sfumato.training.config.schema import Config
+from sfumato.training.data.array_set import ArraySet
+from sfumato.training.data.prepare import prepared_folder
+
+PAGE = 24  # images of the data tab at once
+SCANNED = 20_000  # images among which doubles are looked for, and captions searched
+FOUND = 30  # settings that a search shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPage:
+    """Some records of a prepared set, and what is to be said of all of it.
+
+    Attributes:
+        images: `(picture, captions)`.
+        matching: how many records match the search.
+        facts: `(what, figure)` lines.
+        skipped: `(reason, names)` of what could not be used or was left out.
+    """
+
+    images: list[tuple[Image.Image, str]]
+    matching: int
+    facts: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+
+
+def read_data(folder: Path, name: str, search: str = "", split: str = "train", page: int = 0) -> DataPage:
+    """A page of the prepared set that a run trains on.
+
+    Raises:
+        ValueError: no such run, or its set is not prepared, or it is read as a stream.
+    """
+    config = load_config(place_of(folder, name) / "config.yaml")
+    place = prepared_folder(config.data)
+    if not (place / "report.json").is_file():
+        raise ValueError("the prepared set of this run is not there any more")
+    images = ArraySet(place)
+    chosen = images.select(split)
+    words = search.lower().split()
+    if words:
+        said = ((i, " ".join(images[int(i)]["captions"]).lower()) for i in chosen[:SCANNED])
+        chosen = np.array([i for i, text in said if all(word in text for word in words)], np.int64)
+    shown = chosen[page * PAGE : (page + 1) * PAGE]
+    return DataPage(
+        images=[(to_pil(images.picture(int(i))), " | ".join(images[int(i)]["captions"])) for i in shown],
+        matching=len(chosen),
+        facts=_facts(images),
+        skipped=[
+            (reason, f"{len(names)}: {', '.join(names[:5])}")
+            for reason, names in (*images.skipped.items(), *images.left_out.items())
+        ],
+    )
+
+
+def _facts(images: ArraySet) -> list[tuple[str, str]]:
+    train = images.select("train")
+    lengths = [len(images[int(i)]["captions"][0].split()) for i in train[:SCANNED]]
+    hashes = [hashlib.sha256(images.image(int(i)).tobytes()).digest() for i in train[:SCANNED]]
+    sizes = ", ".join(f"{width} x {height}" for height, width in images.buckets)
+    return [
+        ("images that are trained on", f"{len(train):,}"),
+        ("held out", f"{len(images) - len(train):,}"),
+        ("size", f"{sizes}, {images.channels} channels"),
+        ("words of a caption, fewest, median, most", " / ".join(f"{q:.0f}" for q in np.quantile(lengths or [0], (0, 0.5, 1)))),
+        (f"doubles among the first {len(hashes):,}", f"{len(hashes) - len(set(hashes)):,}"),
+        *((what, f"{count:,}") for what, count in images.noted.items()),
+    ]
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+img { max-width: 100% }
+td { padding: .2rem 1rem }
+"""
+# The settings that the train tab asks for by name; all others by a line of their own.
+ASKED = (
+    *("data.name", "data.resolution", "train.max_minutes", "train.max_steps", "train.batch_size"),
+    *("optim.name", "optim.lr", "seed", "validation.every_steps", "checkpoint.every_steps"),
+)
+
+
+def presets() -> list[str]:
+    """The names of the packaged configs."""
+    return config_names()
+
+
+def find_settings(search: str) -> list[tuple[str, str, str]]:
+    """`(key, default, what the schema says of it)` of the settings, or their sections, in which all words of a search stand."""
+    words = search.lower().split()
+    every = [(setting, section.words) for section in sections() for setting in section.settings]
+    found = [s for s, more in every if all(word in f"{s.key} {s.words} {more}".lower() for word in words)]
+    return [(s.key, s.default, s.words) for s in found[:FOUND]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that is to start: a preset, `key=value` settings, and a folder of its own in the folder of runs."""
+
+    preset: str
+    overrides: list[str]
+    output_dir: Path
+
+    def config(self) -> Config:
+        """Raises ValueError where the settings cannot work."""
+        return load_config(self.preset, self.arguments[1:])
+
+    @property
+    def arguments(self) -> list[str]:
+        """Preset and settings, as every command takes them."""
+        return [self.preset, *self.overrides, f"output_dir={self.output_dir}"]
+
+    @property
+    def command(self) -> list[str]:
+        """`sfumato train`, which a shell can run too."""
+        return ["sfumato", "train", *self.arguments]
+
+    def yaml(self) -> str:
+        """The whole config."""
+        return dump_config(self.config())
+
+
+def plan(runs: Path, preset: str, name: str, asked: dict[str, str], more: str) -> Plan:
+    """A plan of what the train tab holds; settings that are empty stay the preset's.
+
+    Raises:
+        ValueError: no such preset, or a name that is none of a new folder in `runs`.
+    """
+    if preset not in presets():
+        raise ValueError(f"there is no preset {preset!r}")
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise ValueError("the run needs a name of letters, digits, dots and dashes")
+    if (runs / name).exists():
+        raise ValueError(f"{name} is there already; choose another name")
+    overrides = [f"{key}={value.strip()}" for key, value in asked.items() if value.strip()]
+    overrides += [line.strip() for line in more.splitlines() if line.strip()]
+    if odd := [text for text in overrides if "=" not in text or text.split("=")[0].strip() == "output_dir"]:
+        raise ValueError(f"settings are lines of key=value, without output_dir; got {odd[0]!r}")
+    return Plan(preset=preset, overrides=overrides, output_dir=runs / name)
+
+
+def ask_doctor(wanted: Plan, seconds: float = 600) -> str:
+    """What `sfumato doctor` says of a plan."""
+    command = [sys.executable, "-m", "sfumato", "doctor", *wanted.arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    errors = "" if done.returncode == 0 else done.stderr
+    return f"{done.stdout.strip()}\n{errors.strip()}".strip()
+
+
+def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
+    """Start `accelerate launch` on a plan, apart from this process; it writes to `app.log` of the run.
+
+    Raises:
+        ValueError: settings that cannot work.
+    """
+    wanted.config()
+    wanted.output_dir.mkdir(parents=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *_devices(processes)]
+    with open(wanted.output_dir / "app.log", "ab") as log:
+        return subprocess.Popen(
+            [*launch, "-m", "sfumato.training.train", *wanted.arguments],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def _devices(processes: int) -> list[str]:
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ["--cpu"]
+    return ["--multi_gpu"] if processes > 1 else []
+
+
+def write_report(folder: Path, name: str, out: Path) -> Path:
+    """One page of a run that needs nothing else: figures, curve, samples, memorisation, config.
+
+    Raises:
+        ValueError: no such run.
+    """
+    run = place_of(folder, name)
+    parts = [f"<h1>{html.escape(name)}</h1>"]
+    if rows := read_evaluation(folder, name):
+        cells = "".join(f"<tr><td>{html.escape(what)}</td><td>{figure}</td></tr>" for what, figure in rows)
+        parts += ["<h2>Evaluation</h2>", f"<table>{cells}</table>"]
+    curve = loss_curve(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else None
+    pictures = [("Loss", curve), ("Samples", next(iter(sorted(run.glob("samples/step-*.png"), reverse=True)), None))]
+    pictures += [("The drawings nearest to training images", _first(run, "memorisation.png"))]
+    pictures += [("Training images", _first(run, "doctor.png"))]
+    for title, picture in pictures:
+        if picture is not None:
+            parts += [f"<h2>{title}</h2>", f'<img alt="{title}" src="data:image/png;base64,{_base64(picture)}">']
+    config = (run / "config.yaml").read_text(encoding="utf-8")
+    parts += ["<h2>Config</h2>", f"<pre>{html.escape(config)}</pre>"]
+    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
+    out.write_text(f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n", encoding="utf-8")
+    return out
+
+
+def read_evaluation(folder: Path, name: str) -> list[tuple[str, str]]:
+    """`(measure, figure with its interval)` of a run's evaluation; none where it was not evaluated.
+
+    Raises:
+        ValueError: no such run.
+    """
+    path = _first(place_of(folder, name), "evaluation.json")
+    if path is None:
+        return []
+    rows, content = [], json.loads(path.read_text(encoding="utf-8"))
+    for what, found in content.get("scores", content).items():
+        if isinstance(found, dict) and isinstance(found.get("value"), int | float):
+            half = found.get("half_width")
+            rows.append((what, f"{found['value']:.4g}" + (f" ± {half:.2g}" if half else "")))
+        elif isinstance(found, int | float | str):
+            rows.append((what, str(found)))
+    return rows
+
+
+def _first(run: Path, name: str) -> Path | None:
+    return next((path for path in (run / name, run / "pipeline" / name) if path.is_file()), None)
+
+
+def _base64(picture: Path | Image.Image) -> str:
+    if isinstance(picture, Path):
+        return base64.b64encode(picture.read_bytes()).decode()
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

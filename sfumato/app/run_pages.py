@@ -1,0 +1,182 @@
+"""The tabs of runs: watch them, look at their data, start new ones, report on them."""
+
+import secrets
+import shlex
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+import pandas as pd
+
+from sfumato.app import desk, watch
+from sfumato.app.notices import told
+
+MAX_PROCESSES = 64
+
+
+def build(pages: gr.Blocks, runs: Path, places: Path, token: str, say) -> None:
+    """The tabs of runs: watch them, look at their data, start new ones, report on them.
+
+    Args:
+        runs: the folder of runs.
+        places: a folder that the app may show files of.
+        token: without it nothing is started or stopped.
+    """
+    may = gr.State(False)
+
+    def admit(request: gr.Request):
+        return secrets.compare_digest(str(request.query_params.get("token", "")), token)
+
+    pages.load(admit, None, may, api_visibility="private")
+    with gr.Tab(say("Runs")):
+        _runs(pages, runs, may, say)
+    with gr.Tab(say("Data")):
+        _data(runs, say)
+    with gr.Tab(say("Train")):
+        _train(runs, may, say)
+    with gr.Tab(say("Report")):
+        _report(pages, runs, places, say)
+
+
+def _admitted(may: bool) -> None:
+    if not may:
+        raise ValueError("Open the address with its token to stop or start runs.")
+
+
+def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
+    with gr.Row():
+        name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
+        again = gr.Button(say("Look again"))
+    state = gr.Markdown()
+    with gr.Row():
+        buttons = {kind: gr.Button(say(text)) for kind, text in _BUTTONS.items()}
+    answer = gr.Markdown()
+    with gr.Row():
+        losses = gr.LinePlot(x="step", y="loss", title=say("Loss"), height=300)
+        samples = gr.Image(label=say("Newest samples"), interactive=False)
+
+    def look(chosen):
+        names = watch.list_runs(folder)
+        if not names:
+            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None
+        chosen = chosen if chosen in names else names[0]
+        run = watch.read_run(folder, chosen)
+        grid = watch.newest_samples(folder, chosen)
+        table = pd.DataFrame(run.losses, columns=["step", "loss"])
+        return gr.Dropdown(names, value=chosen), _line(run, say), table, None if grid is None else grid[1]
+
+    def act(kind, chosen, may):
+        _admitted(may)
+        if kind == "resume":
+            watch.resume(folder, chosen or "")
+            return say("starts")
+        watch.ask(folder, chosen or "", kind)
+        return say("asked")
+
+    outputs = [name, state, losses, samples]
+    gr.on([pages.load, again.click, name.input], told(look, say), name, outputs, api_name="look")
+    gr.Timer(5).tick(told(look, say), name, outputs, api_visibility="private", show_progress="hidden")
+    for kind, button in buttons.items():
+        handler = told(partial(act, kind), say)
+        button.click(handler, [name, may], answer, api_name=f"{kind}_run")
+
+
+_BUTTONS = {"stop": "Stop and save", "save": "Save now", "sample": "Sample now", "resume": "Resume"}
+
+
+def _line(run: watch.RunState, say) -> str:
+    how = say("trains") if run.trains else say("done") if run.finished else say("does not train")
+    parts = [f"**{run.name}**: {how}", f"{say('Step')} {run.step:,}", f"{run.done:.0%}"]
+    parts.append(f"{run.images_per_second:.0f} images/s")
+    if run.seconds_left is not None:
+        parts.append(f"{run.seconds_left / 60:.0f} min")
+    return ", ".join(parts)
+
+
+def _data(folder: Path, say) -> None:
+    with gr.Row():
+        name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
+        search = gr.Textbox("", label=say("Search captions"), max_length=200)
+        split = gr.Radio([(say("trained on"), "train"), (say("held out"), "held_out")], value="train", label=say("Part"))
+        page = gr.Number(0, label=say("Page"), precision=0, minimum=0, maximum=10**6)
+        go = gr.Button(say("Look"))
+    matching = gr.Markdown()
+    images = gr.Gallery(label=say("Images"), columns=8, object_fit="contain", format="png")
+    with gr.Row():
+        facts = gr.Dataframe(headers=[say("What"), ""], interactive=False, label=say("The set"))
+        skipped = gr.Dataframe(headers=[say("Reason"), ""], interactive=False, label=say("Not used"))
+
+    def look(chosen, search, split, page):
+        names = watch.list_runs(folder)
+        if not names:
+            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", [], None, None
+        chosen = chosen if chosen in names else names[0]
+        found = desk.read_data(folder, chosen, search or "", split, int(page or 0))
+        return gr.Dropdown(names, value=chosen), f"{found.matching:,}", found.images, found.facts, found.skipped or None
+
+    inputs = [name, search, split, page]
+    gr.on(
+        [name.input, search.submit, split.input, page.input], told(look, say), inputs, [name, matching, images, facts, skipped]
+    )
+    go = gr.Button(say("Look again"))
+    go.click(told(look, say), inputs, [name, matching, images, facts, skipped], api_name="data")
+
+
+def _train(folder: Path, may: gr.State, say) -> None:
+    with gr.Row():
+        with gr.Column():
+            preset = gr.Dropdown(desk.presets(), value="folder_cpu", label=say("Preset"))
+            name = gr.Textbox("my-run", label=say("Name of the run"), max_length=64)
+            asked = [gr.Textbox("", label=key, placeholder=say("as the preset has it"), max_length=500) for key in desk.ASKED]
+            more = gr.Textbox("", label=say("More settings, key=value, one a line"), lines=3, max_length=4000)
+            processes = gr.Slider(1, MAX_PROCESSES, 1, step=1, label=say("Processes"))
+        with gr.Column():
+            search = gr.Textbox("", label=say("Search all settings"), max_length=100)
+            settings = gr.Dataframe(headers=[say("Setting"), say("Default"), ""], interactive=False, wrap=True)
+            with gr.Row():
+                show = gr.Button(say("Show the config"))
+                doctor = gr.Button(say("Ask the doctor"))
+                go = gr.Button(say("Start"), variant="primary")
+            command = gr.Textbox(label=say("The same as a command"), interactive=False)
+            text = gr.Code(label=say("Config"), language="yaml", interactive=False)
+            answer = gr.Textbox(label=say("Answer"), lines=6, interactive=False)
+
+    def plan(may, preset, name, more, *values):
+        _admitted(may)
+        return desk.plan(folder, preset or "", (name or "").strip(), dict(zip(desk.ASKED, values)), more or "")
+
+    def look(*arguments):
+        wanted = plan(*arguments)
+        return shlex.join(wanted.command), wanted.yaml()
+
+    def ask(*arguments):
+        return desk.ask_doctor(plan(*arguments))
+
+    def start(processes, *arguments):
+        wanted = plan(*arguments)
+        desk.start(wanted, int(processes))
+        return f"{say('starts')}: {wanted.output_dir}"
+
+    inputs = [may, preset, name, more, *asked]
+    search.change(lambda text: desk.find_settings(text or ""), search, settings, api_name="settings")
+    show.click(told(look, say), inputs, [command, text], api_name="config")
+    doctor.click(told(ask, say), inputs, answer, api_name="doctor")
+    go.click(told(start, say), [processes, *inputs], answer, api_name="start")
+
+
+def _report(pages: gr.Blocks, folder: Path, places: Path, say) -> None:
+    with gr.Row():
+        name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
+        go = gr.Button(say("Report"), variant="primary")
+    file = gr.File(label=say("As a file"), interactive=False)
+    figures = gr.Dataframe(headers=[say("Measure"), ""], interactive=False)
+
+    def report(chosen):
+        names = watch.list_runs(folder)
+        if chosen not in names:
+            raise ValueError(f"{say('No run yet in')} {folder}")
+        out = desk.write_report(folder, chosen, places / f"report-{chosen}.html")
+        return gr.Dropdown(names, value=chosen), desk.read_evaluation(folder, chosen) or None, str(out)
+
+    go.click(told(report, say), name, [name, figures, file], api_name="report")
+    pages.load(lambda: gr.Dropdown(watch.list_runs(folder)), None, name, api_visibility="private")
