@@ -151,6 +151,7 @@ def _add_push(verbs) -> None:
     push.add_argument("--branch", default="main", help="where to (default: %(default)s)")
     push.add_argument("--tag", help="name for the result")
     push.add_argument("--pull-request", action="store_true", help="propose the change, where one may not write")
+    push.add_argument("--space", metavar="NAME", help="also make or renew a Space that draws with the model")
     push.add_argument("--dry-run", action="store_true", help="list what would go and change nothing")
     push.set_defaults(run=_push)
 
@@ -301,6 +302,11 @@ def _push(options: argparse.Namespace) -> int:
         print("\n".join(hub.describe_push(model, target)))
     else:
         print(f"pushed {hub.push(model, target)}")
+        if options.space:
+            from sfumato.training.publish.space import push_space
+
+            repo_id = hub.check(options.repo_id, options.pull_request, options.private)
+            print(f"made {push_space(repo_id, model, options.space)}")
     return 0
 
 

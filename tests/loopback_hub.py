@@ -130,7 +130,10 @@ class Handler(BaseHTTPRequestHandler):
         user = self._user()
         if user is None or user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             return False
-        return repo_id.split("/")[0] in [user["name"], *(o["name"] for o in user["orgs"] if o["roleInOrg"] != "read")]
+        return repo_id.removeprefix("spaces/").split("/")[0] in [
+            user["name"],
+            *(o["name"] for o in user["orgs"] if o["roleInOrg"] != "read"),
+        ]
 
     def _repository(self, repo_id: str) -> Repository | None:
         found = self.hub.repositories.get(repo_id)
@@ -154,15 +157,19 @@ class Handler(BaseHTTPRequestHandler):
     def create(self):
         asked = json.loads(self.body)
         repo_id = f"{asked.get('organization') or (self._user() or {}).get('name')}/{asked['name']}"
+        kind = "spaces/" if asked.get("type") == "space" else ""
+        if kind and asked.get("sdk") != "gradio":
+            return self._send(400, {"error": "a Space needs an sdk"})
         if not self._user():
             return self._send(401, {"error": "Unauthorized"})
-        if repo_id in self.hub.repositories:
-            return self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"})
+        if kind + repo_id in self.hub.repositories:
+            url = f"{self.hub.url}/{kind}{repo_id}"
+            return self._send(409, {"error": "You already created this model repo", "url": url})
         if not self._may_write(repo_id):
             return self._send(403, {"error": "You don't have the rights to create a model under this namespace"})
-        self.hub.repositories[repo_id] = repository = Repository()
+        self.hub.repositories[kind + repo_id] = repository = Repository()
         repository.private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        self._send(200, {"url": f"{self.hub.url}/{repo_id}"})
+        self._send(200, {"url": f"{self.hub.url}/{kind}{repo_id}"})
 
     def info(self, repo_id, revision="main"):
         repository, sha, files = self._files(repo_id, revision)
@@ -294,7 +301,8 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, body, {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "X-Linked-Size": str(len(body))})
 
     def validate(self):
-        bad = "pipeline_tag" not in json.loads(self.body)["content"]
+        asked = json.loads(self.body)
+        bad = asked.get("repoType", "model") == "model" and "pipeline_tag" not in asked["content"]
         self._send(400 if bad else 200, {"errors": [{"message": "no pipeline_tag"}] if bad else [], "warnings": []})
 
 
@@ -302,7 +310,7 @@ def _blob(body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
-ID, MODEL = r"([\w.-]+/[\w.-]+)", r"/api/models/([\w.-]+/[\w.-]+)"
+ID, MODEL = r"([\w.-]+/[\w.-]+)", r"/api/(?:models/)?((?:spaces/)?[\w.-]+/[\w.-]+)"
 ROUTES = [
     (r"GET /mark", lambda handler: handler._send(200, {})),
     (r"GET /api/whoami-v2", Handler.whoami),

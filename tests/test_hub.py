@@ -337,3 +337,34 @@ def test_a_model_with_self_conditioning_opens_by_id_and_its_code_does_not_run(hu
 
     child = forked(hub, tmp_path / "home", draw, "writer")
     assert child.returncode == 0 and "estimate (16, 16)" in child.stdout, child.stderr
+
+
+def test_a_space_draws_with_the_model_that_was_pushed(hub, model, tmp_path):
+    """Its page runs in a process without sfumato, opens the model from the Hub and draws as stock classes do."""
+    folder, _ = model
+    run(hub, tmp_path / "home", "push", folder, "tiny", "--space", "tiny-page")
+    said = run(hub, tmp_path / "home", "push", folder, "tiny", "--space", "tiny-page").stdout  # and again
+    assert f"made {hub.url}/spaces/ada/tiny-page" in said
+    space = hub.repositories["spaces/ada/tiny-page"]
+    files = space.commits[space.history[-1]]
+    assert {"app.py", "requirements.txt", "README.md"} <= set(files)
+    front = files["README.md"].decode()
+    assert 'sdk: "gradio"' in front and 'models: ["ada/tiny"]' in front and b"diffusers>=" in files["requirements.txt"]
+    (tmp_path / "page.py").write_bytes(files["app.py"])
+    pytest.importorskip("gradio")
+    home = tmp_path / "visitor"
+    code = f"""
+        import os, sys
+        sys.path.append({str(Path(__file__).parent)!r})
+        from loopback_hub import point_client_at
+        import pathlib
+        os.environ.update({hub.env(home, None)!r})
+        point_client_at({hub.url!r}, pathlib.Path({str(home)!r}))
+        import runpy
+        page = runpy.run_path({str(tmp_path / "page.py")!r}, run_name="page")
+        drawn = page["draw"]("a red circle\\n\\na blue square", "", 3, 2, 2.0)
+        assert [prompt for _, prompt in drawn] == ["a red circle", "a blue square"]
+        assert drawn[0][0].width >= 256 and page["MODEL"] == "ada/tiny"
+        assert "sfumato" not in sys.modules
+    """
+    run_stock(textwrap.dedent(code))

@@ -260,6 +260,8 @@ def train_until(run: Run, stop: StopSignal) -> int:
     stopped = 0
 
     make_up_for(run, log)
+    if config.validation.at_start and not state["step"]:
+        log.show(0, *task.samples())
     while done < 1 and not stopped and not diverged:
         # One optimizer step, its loss summed over the accumulated batches. Nothing in it waits for the device.
         losses = []

@@ -39,27 +39,48 @@ def main(arguments: list[str] | None = None) -> int:
 
 def finish_training(run) -> int:
     """Train what `loop.prepare` gives, to its end; the exit code as of `main`."""
-    from sfumato.files import CannotSave, go_on_without_readers
+    from sfumato.files import go_on_without_readers
+
+    go_on_without_readers()
+    code = 1
+    try:
+        code = train_to_the_end(run)
+        return code
+    finally:
+        run.lock.release(force=True)
+        tell_the_webhook(run, code)
+
+
+def train_to_the_end(run) -> int:
+    """Train, leave the group of processes, push; the exit code as of `main`."""
+    from sfumato.files import CannotSave
     from sfumato.training import loop
     from sfumato.training.tasks.protocol import Collapsed
 
-    go_on_without_readers()
     try:
-        try:
-            code = 0 if loop.tell_finished(run) else loop.train(run)
-        except (CannotSave, OSError) as error:
-            print(f"sfumato: {printable(error)}", file=sys.stderr)
-            return 4
-        except Collapsed as error:
-            print(f"sfumato: {printable(error)}", file=sys.stderr)
-            return 3
-        except ModuleNotFoundError as error:  # of a package that only a metric needs
-            print(f"sfumato: {printable(error)}", file=sys.stderr)
-            return 2
-        leave(run)
-        return code or loop.push_result(run)  # last, so that no process waits for an upload
-    finally:
-        run.lock.release(force=True)
+        code = 0 if loop.tell_finished(run) else loop.train(run)
+    except (CannotSave, OSError) as error:
+        print(f"sfumato: {printable(error)}", file=sys.stderr)
+        return 4
+    except Collapsed as error:
+        print(f"sfumato: {printable(error)}", file=sys.stderr)
+        return 3
+    except ModuleNotFoundError as error:  # of a package that only a metric needs
+        print(f"sfumato: {printable(error)}", file=sys.stderr)
+        return 2
+    leave(run)
+    return code or loop.push_result(run)  # last, so that no process waits for an upload
+
+
+def tell_the_webhook(run, code: int) -> None:
+    """Tell `train.webhook` how the run ended, from the first process."""
+    if run.config.train.webhook and run.accelerator.is_main_process and not run.finished:
+        from sfumato.training.engine import webhook
+
+        state = run.state
+        failed = webhook.tell(run.config.train.webhook, run.output_dir, code, state["step"], state["seconds"])
+        if failed:
+            print(f"sfumato: {printable(failed)}", file=sys.stderr)
 
 
 def leave(run) -> None:

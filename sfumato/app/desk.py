@@ -105,7 +105,7 @@ def presets() -> list[str]:
 
 
 def find_settings(search: str) -> list[tuple[str, str, str]]:
-    """`(key, default, what the schema says of it)` of the settings, or their sections, in which all words of a search stand."""
+    """`(key, default, what the schema says of it)`: all words of the search are in that, or in what its section says."""
     words = search.lower().split()
     every = [(setting, section.words) for section in sections() for setting in section.settings]
     found = [s for s, more in every if all(word in f"{s.key} {s.words} {more}".lower() for word in words)]

@@ -265,6 +265,10 @@ def score_names(config: Config) -> tuple[str, ...]:
 
 def _check_best_by(config: Config, need: Need) -> None:
     by, names = config.checkpoint.best_by, score_names(config)
+    hook = config.train.webhook
+    need(
+        hook is None or re.match(r"https?://[^/\s]", hook) is not None, "train.webhook", "must begin with https:// or http://"
+    )
     need(config.train.patience is None or by is not None, "train.patience", "waits for a score: set checkpoint.best_by")
     if by is None:
         return

@@ -139,6 +139,7 @@ class TrainConfig:
     trackers: list[str] | None = None  # such as tensorboard, wandb; null: tensorboard where it is installed
     log_every_steps: int | None = None  # how many steps between two looks at the device; null: 1 on a CPU, else 10
     patience: int | None = None  # so many validations in a row without a better score of checkpoint.best_by end the run
+    webhook: str | None = None  # an address that is told how the run ended; as Slack, Discord and others take it
     max_bad_steps: int = 20  # so many steps in a row with a loss or gradient that is not finite end the run
 
 
@@ -156,6 +157,7 @@ class ValidationConfig:
     """Sample grids during training, with the same prompts and seeds each time."""
 
     every_steps: int | None = 1000
+    at_start: bool = False  # a grid of step 0 too
     prompts: list[str] = field(default_factory=list)  # empty: captions of held-out images
     sampler: str = "ddpm"  # ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a or heun; stored in the exported folder
     num_inference_steps: int = 30  # it and the scale go into the exported folder's card

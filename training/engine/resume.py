@@ -18,7 +18,7 @@ from sfumato.training.engine.checkpoints import find_damage, list_checkpoints
 
 # Settings that a resumed run may change and still end bit for bit as one run.
 FREE_SECTIONS = ("output_dir", "title", "checkpoint", "validation", "hub")
-FREE_KEYS = {"data": ("cache_dir", "max_bad_share"), "train": ("num_workers", "trackers", "patience")}
+FREE_KEYS = {"data": ("cache_dir", "max_bad_share"), "train": ("num_workers", "trackers", "patience", "webhook")}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ class Log:
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         # Trackers take flat scalars and texts.
-        accelerator.init_trackers("sfumato", {"config": dump_config(config)} if accelerator.log_with else None)
+        told = replace(config, train=replace(config.train, webhook=None))  # whoever knows the address can write there
+        accelerator.init_trackers("sfumato", {"config": dump_config(told)} if accelerator.log_with else None)
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ def public_settings(config: Config) -> str:
         text_encoder=replace(config.text_encoder, pretrained=name(config.text_encoder.pretrained)),
         checkpoint=replace(config.checkpoint, resume=CheckpointConfig().resume),
         hub=HubConfig(),
+        train=replace(config.train, webhook=None),  # whoever knows it can write there
     )
     own = {field.name for field in fields(Config)}
     mounted = {field.name: getattr(clean, field.name) for field in fields(clean) if field.name not in own}
