@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from sfumato import __version__
@@ -288,7 +288,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _push(options: argparse.Namespace) -> int:
     from sfumato.pipelines.locate import locate_pipeline
-    from sfumato.training.publish import hub
+    from sfumato.training.publish import hub, space
 
     model = Path(locate_pipeline(options.source))
     target = hub.Target(
@@ -298,15 +298,17 @@ def _push(options: argparse.Namespace) -> int:
         tag=options.tag,
         pull_request=options.pull_request,
     )
+    if options.space and options.pull_request:
+        raise ValueError("--space draws with what is on the Hub, and a pull request is not yet; leave one of them out")
+    if options.space:
+        space.check_space(model)
     if options.dry_run:
         print("\n".join(hub.describe_push(model, target)))
-    else:
-        print(f"pushed {hub.push(model, target)}")
-        if options.space:
-            from sfumato.training.publish.space import push_space
-
-            repo_id = hub.check(options.repo_id, options.pull_request, options.private)
-            print(f"made {push_space(repo_id, model, options.space)}")
+        return 0
+    print(f"pushed {hub.push(model, target)}")
+    if options.space:
+        named = replace(target, repo_id=hub.check(target.repo_id, private=target.private))
+        print(f"made {space.push_space(model, options.space, named)}")
     return 0
 
 

@@ -22,6 +22,7 @@ from stock_process import run_stock
 from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.export import RunRecord
+from sfumato.training.train import main as train
 
 # Draws with whatever class; sfumato cannot be imported. Arguments: a file for the images, then (class, keywords) as JSON.
 LOAD = """
@@ -368,3 +369,23 @@ def test_a_space_draws_with_the_model_that_was_pushed(hub, model, tmp_path):
         assert "sfumato" not in sys.modules
     """
     run_stock(textwrap.dedent(code))
+
+
+def test_a_page_is_made_only_of_what_it_can_draw(hub, model, tmp_path):
+    folder, _ = model
+    both = run(hub, tmp_path / "home", "push", folder, "tiny", "--space", "page", "--pull-request", check=False)
+    assert both.returncode == 2 and "leave one of them out" in both.stderr
+    assert main_of_arrays(tmp_path) == 0
+    arrays = run(hub, tmp_path / "home", "push", tmp_path / "solids" / "run", "solids", "--space", "page", check=False)
+    assert arrays.returncode == 2 and "draws images from text alone" in arrays.stderr
+    assert "ada/solids" not in hub.repositories and "spaces/ada/page" not in hub.repositories
+    run(hub, tmp_path / "home", "push", folder, "shy", "--private", "--space", "shy-page")
+    assert hub.repositories["spaces/ada/shy-page"].private
+
+
+def main_of_arrays(tmp_path) -> int:
+    (tmp_path / "solids").mkdir()
+    data = {"name": "volumes", "channels": 16}
+    few = {"num_judged": 1}
+    path = tiny.config_file(tmp_path / "solids", data=data, train={"max_steps": 1}, validation=few)
+    return train([str(path)])

@@ -2,11 +2,13 @@
 
 import importlib.util
 import inspect
+import json
 import re
 import tomllib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 import torch
 
@@ -57,5 +59,8 @@ def test_what_the_images_of_docker_install_and_call_exists(capsys):
         text = path.read_text()
         (names,) = re.findall(r"\.\[([\w,]+)\]", text)
         assert set(names.split(",")) <= set(extras), path
-        assert "Never built" in text and "COPY . ." in text
-    assert main(["app", "--host", "0.0.0.0"]) == 2 and "--password" in capsys.readouterr().err
+        command = json.loads(re.findall(r"ENTRYPOINT (.+)", text)[0])[-1:] + json.loads(re.findall(r"CMD (.+)", text)[0])
+        assert command[0] == "sfumato"
+        with pytest.raises(SystemExit) as end:
+            main([*command[1:], "--help"])
+        assert end.value.code == 0 and "usage" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from sfumato.training.config.load import load_config
-from sfumato.training.engine import requests
+from sfumato.training.engine import requests, webhook
 from sfumato.training.train import main
 
 
@@ -60,6 +60,8 @@ def test_a_stop_is_told_too_and_nobody_there_is_no_failure(tmp_path, listener, c
     nobody = ["train.webhook=http://127.0.0.1:9/", f"output_dir={tmp_path}/other", "train.max_steps=1"]
     assert main([str(path), *nobody]) == 0
     assert "train.webhook could not be told" in capsys.readouterr().err
+    for odd in ("http://127.0.0.1:abc/x", "http://127.0.0.1/with a space"):
+        assert "could not be told" in (webhook.tell(odd, tmp_path, 0, 1, 1.0) or "")
 
 
 @pytest.mark.parametrize("address", ["ftp://a.example/x", "file:///etc/passwd", "javascript:1", "https://", "a.example"])

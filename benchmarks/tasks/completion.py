@@ -6,7 +6,8 @@
 Clips: four frames of eight are given; the error of the rest, mean squared, pixels in [0, 1]. Sounds: a gap of 16 steps in the
 middle; the log-spectral distance within it, in dB. Both beside what needs no model. Molecules: the first five atoms and the
 bonds between them are given; whether they are still there and whether the whole is a molecule. Each step taken three times
-(RePaint). Edits: clips of moving emoji drawn again with another emoji in the caption. Held-out captions everywhere.
+(RePaint). Edits: held-out clips of moving emoji drawn again with another emoji in the caption, which
+may be a pair that was trained on.
 """
 
 import json
@@ -100,7 +101,7 @@ def molecules(run: str) -> dict[str, float]:
     kept = [fragment(thing) == fragment(codec.decode(array)) for thing, array in zip(things, arrays)]
     return {
         "fragment kept": float(np.mean(kept)),
-        **{name: float(np.mean([each[name] for each in judged])) for name in judged[0]},
+        **shares(judged),
     }
 
 
@@ -130,7 +131,8 @@ def edits(run: str) -> dict[str, dict[str, float]]:
         ]
         judged = [codec.judge(thing, caption) for thing, caption in zip(drawn, wanted)]
         away = [np.linalg.norm(track(thing) - path, axis=1).mean() for thing, path in zip(drawn, before)]
-        rows[f"strength {strength}"] = {**shares(judged), "away": float(np.nanmean(away))}
+        empty = float(np.mean(np.isnan(away)))
+        rows[f"strength {strength}"] = {**shares(judged), "away": float(np.nanmean(away)), "with an empty frame": empty}
     return rows
 
 

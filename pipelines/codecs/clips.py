@@ -226,7 +226,10 @@ class MovingPictureCodec(VideoCodec):
 
     def __init__(self, frames: int = 8, side: int = 32, fps: float = 8.0, pictures=None):
         super().__init__(frames, side, side, fps)
-        self.pictures = {name: np.array(picture, np.uint8) for name, picture in (pictures or {}).items()}
+        self.pictures = {name: np.array(picture) for name, picture in (pictures or {}).items()}
+        for name, picture in self.pictures.items():
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.min() < 0 or picture.max() > 255:
+                raise ValueError(f"the picture of {name} is no (s, s, 3) from 0 to 255")
 
     def _settings(self):
         pictures = {name: picture.tolist() for name, picture in self.pictures.items()}
@@ -234,10 +237,12 @@ class MovingPictureCodec(VideoCodec):
 
     def judge(self, thing, caption):
         """What moves by the nearest of the known pictures in the middle frame, way and speed by tracking; `all` of them."""
-        rest = caption.split(" ", 1)[1]
-        name = max((each for each in self.pictures if rest.startswith(f"{each} ")), key=len)
+        rest = caption.partition(" ")[2]
+        known = {f"{name} {motion_words(*motion)}": (name, *motion) for name in self.pictures for motion in motions()}
+        if rest not in known:
+            raise ValueError(f"no caption of this kind: {caption}")
+        name, *wanted = known[rest]
         path, middle = track(thing), self.frames // 2
-        wanted = next(motion for motion in motions() if rest == f"{name} {motion_words(*motion)}")
         way, speed = _motion(path)
         right = {"thing": self._nearest(thing[middle]) == name, "way": way == wanted[0], "speed": speed == wanted[1]}
         return {**right, "motion": right["way"] and right["speed"], "all": all(right.values())}

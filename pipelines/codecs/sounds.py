@@ -105,11 +105,15 @@ class SoundCodec:
 
     def picture(self, thing):
         """The spectrogram, low pitches at the bottom; twice as large as it is."""
-        levels = (
-            np.zeros((self.bands, self.steps))
-            if self.is_silent(thing)
-            else self.levels(self.encode(np.asarray(thing, np.float32)))
-        )
+        if self.is_silent(thing):
+            return self._coloured(np.zeros((self.bands, self.steps)))
+        return self._coloured(self.levels(self.encode(np.asarray(thing, np.float32))))
+
+    def glance(self, array):
+        """The picture of an array, without its sound."""
+        return self._coloured(self.levels(array))
+
+    def _coloured(self, levels):
         shown = np.repeat(np.repeat(levels[::-1], 2, 0), 2, 1)[..., None]
         black, orange, white = (np.array(colour) for colour in ((10, 5, 30), (230, 90, 40), (255, 250, 220)))
         low = black + (orange - black) * np.minimum(shown * 2, 1)
@@ -362,8 +366,16 @@ class SpokenPictureCodec(SoundCodec):
 
     def picture(self, thing):
         """The picture and the spectrogram of what is said."""
-        spectrogram = self._sound.picture(thing["sound"])
-        return np.concatenate([np.kron(thing["picture"], np.ones((4, 4, 1), np.uint8)), spectrogram], 1)
+        return self._beside(thing["picture"], self._sound.picture(thing["sound"]))
+
+    def glance(self, array):
+        """The same, without the sound."""
+        array = np.asarray(array, np.float32).reshape(self.shape)
+        return self._beside(np.round(array[..., :3].clip(0, 1) * 255).astype(np.uint8), self._sound.glance(array[..., 3:]))
+
+    @staticmethod
+    def _beside(picture, spectrogram):
+        return np.concatenate([np.kron(picture, np.ones((4, 4, 1), np.uint8)), spectrogram], 1)
 
     def write(self, thing, path):
         """`.wav`, what is said; `.png`, what is seen."""

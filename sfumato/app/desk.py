@@ -7,8 +7,11 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,11 @@ from sfumato.training.config.load import config_names, dump_config, load_config
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.prepare import prepared_folder
+from sfumato.training.publish.facts import public_settings
 
 PAGE = 24  # images of the data tab at once
 SCANNED = 20_000  # images among which doubles are looked for, and captions searched
+LEFT_BEHIND = {"app.log", "doctor.png", ".lock"}  # by a run that did not start, and by the doctor
 FOUND = 30  # settings that a search shows
 
 
@@ -33,13 +38,14 @@ class DataPage:
 
     Attributes:
         images: `(picture, captions)`.
-        matching: how many records match the search.
+        matching: how many records match the search; of a set of more than `SCANNED` those among the first so many.
         facts: `(what, figure)` lines.
         skipped: `(reason, names)` of what could not be used or was left out.
     """
 
     images: list[tuple[Image.Image, str]]
     matching: int
+    searched_all: bool
     facts: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
 
@@ -51,11 +57,13 @@ def read_data(folder: Path, name: str, search: str = "", split: str = "train", p
         ValueError: no such run, or its set is not prepared, or it is read as a stream.
     """
     config = load_config(place_of(folder, name) / "config.yaml")
+    if config.data.stream:
+        raise ValueError("the data of this run are read as a stream; nothing of them is kept")
     place = prepared_folder(config.data)
     if not (place / "report.json").is_file():
         raise ValueError("the prepared set of this run is not there any more")
     images = ArraySet(place)
-    chosen = images.select(split)
+    chosen = every = images.select(split)
     words = search.lower().split()
     if words:
         said = ((i, " ".join(images[int(i)]["captions"]).lower()) for i in chosen[:SCANNED])
@@ -64,7 +72,8 @@ def read_data(folder: Path, name: str, search: str = "", split: str = "train", p
     return DataPage(
         images=[(to_pil(images.picture(int(i))), " | ".join(images[int(i)]["captions"])) for i in shown],
         matching=len(chosen),
-        facts=_facts(images),
+        searched_all=not words or len(every) <= SCANNED,
+        facts=list(_facts(place)),
         skipped=[
             (reason, f"{len(names)}: {', '.join(names[:5])}")
             for reason, names in (*images.skipped.items(), *images.left_out.items())
@@ -72,19 +81,21 @@ def read_data(folder: Path, name: str, search: str = "", split: str = "train", p
     )
 
 
-def _facts(images: ArraySet) -> list[tuple[str, str]]:
+@lru_cache(maxsize=8)
+def _facts(place: Path) -> tuple[tuple[str, str], ...]:
+    images = ArraySet(place)
     train = images.select("train")
     lengths = [len(images[int(i)]["captions"][0].split()) for i in train[:SCANNED]]
     hashes = [hashlib.sha256(images.image(int(i)).tobytes()).digest() for i in train[:SCANNED]]
     sizes = ", ".join(f"{width} x {height}" for height, width in images.buckets)
-    return [
+    return (
         ("images that are trained on", f"{len(train):,}"),
         ("held out", f"{len(images) - len(train):,}"),
         ("size", f"{sizes}, {images.channels} channels"),
         ("words of a caption, fewest, median, most", " / ".join(f"{q:.0f}" for q in np.quantile(lengths or [0], (0, 0.5, 1)))),
         (f"doubles among the first {len(hashes):,}", f"{len(hashes) - len(set(hashes)):,}"),
         *((what, f"{count:,}") for what, count in images.noted.items()),
-    ]
+    )
 
 
 STYLE = """
@@ -129,11 +140,6 @@ class Plan:
         """Preset and settings, as every command takes them."""
         return [self.preset, *self.overrides, f"output_dir={self.output_dir}"]
 
-    @property
-    def command(self) -> list[str]:
-        """`sfumato train`, which a shell can run too."""
-        return ["sfumato", "train", *self.arguments]
-
     def yaml(self) -> str:
         """The whole config."""
         return dump_config(self.config())
@@ -149,7 +155,7 @@ def plan(runs: Path, preset: str, name: str, asked: dict[str, str], more: str) -
         raise ValueError(f"there is no preset {preset!r}")
     if not re.fullmatch(r"\w[\w.-]{0,63}", name):
         raise ValueError("the run needs a name of letters, digits, dots and dashes")
-    if (runs / name).exists():
+    if (runs / name).exists() and {path.name for path in (runs / name).iterdir()} - LEFT_BEHIND:
         raise ValueError(f"{name} is there already; choose another name")
     overrides = [f"{key}={value.strip()}" for key, value in asked.items() if value.strip()]
     overrides += [line.strip() for line in more.splitlines() if line.strip()]
@@ -158,12 +164,37 @@ def plan(runs: Path, preset: str, name: str, asked: dict[str, str], more: str) -
     return Plan(preset=preset, overrides=overrides, output_dir=runs / name)
 
 
-def ask_doctor(wanted: Plan, seconds: float = 600) -> str:
-    """What `sfumato doctor` says of a plan."""
+def ask_doctor(wanted: Plan, seconds: float = 900) -> str:
+    """What `sfumato doctor` says of a plan.
+
+    Raises:
+        ValueError: it took longer, such as to prepare a large set; a terminal has more patience.
+    """
     command = [sys.executable, "-m", "sfumato", "doctor", *wanted.arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"the doctor took more than {seconds / 60:.0f} minutes; ask it in a terminal") from error
     errors = "" if done.returncode == 0 else done.stderr
     return f"{done.stdout.strip()}\n{errors.strip()}".strip()
+
+
+def launch_command(wanted: Plan, processes: int = 1) -> list[str]:
+    """What starts a plan, in a shell too.
+
+    Raises:
+        ValueError: several processes without a GPU.
+    """
+    import torch
+
+    where = ["--cpu"]
+    if torch.accelerator.is_available():
+        where = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    elif processes > 1:
+        raise ValueError("without a GPU one process is as fast; on several machines use torchrun (docs/guide/gpus.md)")
+    launch = ["accelerate", "launch", "--num_machines", "1", "--num_processes", str(processes)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *where]
+    return [*launch, "-m", "sfumato.training.train", *wanted.arguments]
 
 
 def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
@@ -173,12 +204,11 @@ def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
         ValueError: settings that cannot work.
     """
     wanted.config()
-    wanted.output_dir.mkdir(parents=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *_devices(processes)]
-    with open(wanted.output_dir / "app.log", "ab") as log:
+    command = launch_command(wanted, processes)
+    wanted.output_dir.mkdir(parents=True, exist_ok=True)
+    with open(wanted.output_dir / "app.log", "wb") as log:
         return subprocess.Popen(
-            [*launch, "-m", "sfumato.training.train", *wanted.arguments],
+            [sys.executable, "-m", "accelerate.commands.launch", *command[2:]],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -186,12 +216,20 @@ def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
         )
 
 
-def _devices(processes: int) -> list[str]:
-    import torch
+def wait_for_start(process: subprocess.Popen, wanted: Plan, seconds: float = 20) -> None:
+    """Until a run has its config, or is at work on its data after `seconds`.
 
-    if not torch.accelerator.is_available():
-        return ["--cpu"]
-    return ["--multi_gpu"] if processes > 1 else []
+    Raises:
+        ValueError: it ended before; with what it said last.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not (wanted.output_dir / "config.yaml").exists():
+        if process.poll() not in (None, 0):
+            said = (wanted.output_dir / "app.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            told = [*dropwhile(lambda line: not line.startswith("sfumato:"), said)]
+            told = [*takewhile(lambda line: not line.startswith("Traceback"), told)]
+            raise ValueError("\n".join(told[:20] or said[-5:]) or "it ended at once")
+        time.sleep(0.2)
 
 
 def write_report(folder: Path, name: str, out: Path) -> Path:
@@ -203,7 +241,7 @@ def write_report(folder: Path, name: str, out: Path) -> Path:
     run = place_of(folder, name)
     parts = [f"<h1>{html.escape(name)}</h1>"]
     if rows := read_evaluation(folder, name):
-        cells = "".join(f"<tr><td>{html.escape(what)}</td><td>{figure}</td></tr>" for what, figure in rows)
+        cells = "".join(f"<tr><td>{html.escape(what)}</td><td>{html.escape(figure)}</td></tr>" for what, figure in rows)
         parts += ["<h2>Evaluation</h2>", f"<table>{cells}</table>"]
     curve = loss_curve(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else None
     pictures = [("Loss", curve), ("Samples", next(iter(sorted(run.glob("samples/step-*.png"), reverse=True)), None))]
@@ -212,7 +250,7 @@ def write_report(folder: Path, name: str, out: Path) -> Path:
     for title, picture in pictures:
         if picture is not None:
             parts += [f"<h2>{title}</h2>", f'<img alt="{title}" src="data:image/png;base64,{_base64(picture)}">']
-    config = (run / "config.yaml").read_text(encoding="utf-8")
+    config = public_settings(load_config(run / "config.yaml"))
     parts += ["<h2>Config</h2>", f"<pre>{html.escape(config)}</pre>"]
     head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
     out.write_text(f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n", encoding="utf-8")
@@ -239,7 +277,8 @@ def read_evaluation(folder: Path, name: str) -> list[tuple[str, str]]:
 
 
 def _first(run: Path, name: str) -> Path | None:
-    return next((path for path in (run / name, run / "pipeline" / name) if path.is_file()), None)
+    """A file of `sfumato evaluate`, which lies beside the model, else the trainer's own."""
+    return next((path for path in (run / "pipeline" / name, run / name) if path.is_file()), None)
 
 
 def _base64(picture: Path | Image.Image) -> str:

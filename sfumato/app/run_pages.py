@@ -112,14 +112,14 @@ def _data(folder: Path, say) -> None:
             return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", [], None, None
         chosen = chosen if chosen in names else names[0]
         found = desk.read_data(folder, chosen, search or "", split, int(page or 0))
-        return gr.Dropdown(names, value=chosen), f"{found.matching:,}", found.images, found.facts, found.skipped or None
+        count = f"{found.matching:,}" + ("" if found.searched_all else f" ({say('of the first')} {desk.SCANNED:,})")
+        return gr.Dropdown(names, value=chosen), count, found.images, found.facts, found.skipped or None
 
-    inputs = [name, search, split, page]
-    gr.on(
-        [name.input, search.submit, split.input, page.input], told(look, say), inputs, [name, matching, images, facts, skipped]
-    )
-    go = gr.Button(say("Look again"))
-    go.click(told(look, say), inputs, [name, matching, images, facts, skipped], api_name="data")
+    inputs, outputs = [name, search, split, page], [name, matching, images, facts, skipped]
+    gr.on([name.input, page.input, go.click], told(look, say), inputs, outputs, api_name="data")
+    # What is looked for anew is looked at from its first page.
+    anew = gr.on([search.submit, split.input], lambda: 0, None, page, api_visibility="private")
+    anew.then(told(look, say), inputs, outputs, api_visibility="private")
 
 
 def _train(folder: Path, may: gr.State, say) -> None:
@@ -145,21 +145,21 @@ def _train(folder: Path, may: gr.State, say) -> None:
         _admitted(may)
         return desk.plan(folder, preset or "", (name or "").strip(), dict(zip(desk.ASKED, values)), more or "")
 
-    def look(*arguments):
+    def look(processes, *arguments):
         wanted = plan(*arguments)
-        return shlex.join(wanted.command), wanted.yaml()
+        return shlex.join(desk.launch_command(wanted, int(processes))), wanted.yaml()
 
     def ask(*arguments):
         return desk.ask_doctor(plan(*arguments))
 
     def start(processes, *arguments):
         wanted = plan(*arguments)
-        desk.start(wanted, int(processes))
+        desk.wait_for_start(desk.start(wanted, int(processes)), wanted)
         return f"{say('starts')}: {wanted.output_dir}"
 
     inputs = [may, preset, name, more, *asked]
     search.change(lambda text: desk.find_settings(text or ""), search, settings, api_name="settings")
-    show.click(told(look, say), inputs, [command, text], api_name="config")
+    show.click(told(look, say), [processes, *inputs], [command, text], api_name="config")
     doctor.click(told(ask, say), inputs, answer, api_name="doctor")
     go.click(told(start, say), [processes, *inputs], answer, api_name="start")
 

@@ -26,6 +26,7 @@ from sfumato.registries import GUIDERS, SAMPLERS
 MAX_IMAGES = 16
 MAX_STEPS = 200
 MAX_CELLS = 36  # of a comparison
+RENAMED = {"scale": "guidance_scale"}  # as images keep it
 AXES = {"prompt": str, "seed": int, "steps": int, "scale": float, "sampler": str, "guider": str, "checkpoint": int}
 
 
@@ -86,9 +87,10 @@ class Studio:
         scale: float | None = None,
         sampler: str | None = None,
         guider: str = "cfg",
+        live: bool = True,
         **inputs: Any,
     ) -> Iterator[Drawing]:
-        """Draw one image a line of `text`, image i with seed + i; says at every step how far it is.
+        """Draw one image a line of `text`, image i with seed + i; where `live`, says at every step how far it is.
 
         Raises:
             ValueError: nothing to draw, or settings that cannot be.
@@ -115,7 +117,7 @@ class Studio:
         try:
             with self._busy:
                 for number, prompt in enumerate(prompts):
-                    for image in self._one(pipe, prompt, (seed + number) % 2**64, call, stop):
+                    for image in self._one(pipe, prompt, (seed + number) % 2**64, call, stop, live):
                         if isinstance(image, Image.Image):
                             yield Drawing(done=list(done), expected=image, command=command, things=list(things))
                         else:
@@ -129,14 +131,16 @@ class Studio:
             self._under_way.discard(stop)
 
     def _one(
-        self, pipe: SfumatoPipeline, prompt: str, seed: int, call: dict, stop: threading.Event
+        self, pipe: SfumatoPipeline, prompt: str, seed: int, call: dict, stop: threading.Event, live: bool
     ) -> Iterator[Image.Image | tuple[Any]]:
         """What is expected at each step, and last what is drawn, in a tuple; nothing more once it is to stop."""
         recorder = Recorder.of(pipe)
         moments: queue.Queue = queue.Queue()
 
         def tell(pipe, step, t, tensors):
-            moments.put(self._look_at(recorder.expected[-1]))
+            # Of sounds and solids a look takes longer than a step: none waits for the one before.
+            if live and (pipe.codec is None or moments.empty()):
+                moments.put(self._look_at(recorder.expected[-1]))
             pipe._interrupt = stop.is_set()
             return tensors
 
@@ -168,7 +172,10 @@ class Studio:
     def _look_at(self, array: np.ndarray) -> Image.Image:
         """What a model draws, `(H, W, C)` in [0, 1], as people look at it."""
         codec = self.pipe.codec
-        return _to_pil(array) if codec is None else enlarge(Image.fromarray(codec.picture(codec.decode(array))))
+        if codec is None:
+            return _to_pil(array)
+        glance = getattr(codec, "glance", None)  # what needs no object first
+        return enlarge(Image.fromarray(glance(array) if glance else codec.picture(codec.decode(array))))
 
     def _keep(self, thing: Any, settings: dict) -> list[str]:
         """The files of an image, or of a picture of an object and the object; of one that no file can hold the picture."""
@@ -200,13 +207,15 @@ class Studio:
             ValueError: too many, or values that cannot be.
         """
         cells = [(row, column) for row in rows[1] for column in columns[1]]
+        if rows[0] == columns[0]:
+            raise ValueError("down and across are the same")
         if not cells or len(cells) > MAX_CELLS:
             raise ValueError(f"{len(cells)} images; a grid has 1 to {MAX_CELLS}")
         images, titles = [], []
         for row, column in cells:
             chosen = {"prompt": prompt, **settings, rows[0]: row, columns[0]: column}
             studio = self._at(chosen.pop("checkpoint", None))
-            drawn = list(studio.draw(chosen.pop("prompt"), **chosen))[-1].done
+            drawn = list(studio.draw(chosen.pop("prompt"), live=False, **chosen))[-1].done
             if not drawn:  # stopped
                 return
             with Image.open(drawn[0]) as image:
@@ -216,7 +225,9 @@ class Studio:
             yield sheet, None
         self._count += 1
         path = Path(self.places.name) / f"{self._count:05d}-comparison.png"
-        write_image(sheet, path, {"model": Path(self.model).name, "prompts": [prompt], **settings})
+        kept = {"model": Path(self.model).name, "prompts": [prompt], **settings}
+        kept = {RENAMED.get(key, key): value for key, value in kept.items() if key not in (rows[0], columns[0])}
+        write_image(sheet, path, {**kept, "rows": list(rows), "columns": list(columns)})
         yield sheet, str(path)
 
     def checkpoints(self) -> list[int]:

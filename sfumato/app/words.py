@@ -48,6 +48,7 @@ CHINESE = {
     "Open the address with its token to stop or start runs.": "要停止或启动训练，请用带 token 的地址打开。",
     "Compare": "比较",
     "Look": "查看",
+    "of the first": "在前",
     "Down": "纵轴",
     "Across": "横轴",
     "Values, one a line": "取值，每行一个",

@@ -1,10 +1,11 @@
 """How a run ended, told to an address of the web."""
 
+import http.client
 import json
 import urllib.request
 from pathlib import Path
 
-ENDS = {0: "is done", 2: "could not go on", 3: "diverged", 4: "found no room to save", 5: "is done, but was not pushed"}
+ENDS = ("is done", "failed", "could not go on", "diverged", "found no room to save", "is done, but was not pushed")
 SECONDS = 10.0
 
 
@@ -18,12 +19,13 @@ def tell(address: str, output_dir: Path, code: int, step: int, seconds: float) -
     Returns:
         Why the address could not be told; None where it was.
     """
-    sentence = f"{output_dir.name} {ENDS.get(code, 'was stopped')} at step {step:,}, after {seconds / 60:.0f} minutes"
+    end = ENDS[code] if code < len(ENDS) else "was stopped"
+    sentence = f"{output_dir.name} {end} at step {step:,}, after {seconds / 60:.0f} minutes"
     told = {"text": sentence, "content": sentence, "run": output_dir.name, "exit_code": code, "step": step, "seconds": seconds}
     header = {"Content-Type": "application/json", "User-Agent": "sfumato"}
     request = urllib.request.Request(address, json.dumps(told).encode(), header)
     try:
         urllib.request.urlopen(request, timeout=SECONDS).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"train.webhook could not be told: {error}"
     return None

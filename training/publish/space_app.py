@@ -7,10 +7,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 MODEL = os.environ.get("SFUMATO_MODEL", "OWNER/NAME")
+REVISION = "main"
 STEPS, SCALE = 30, 3.0
 EXAMPLES: list[str] = []
 
-pipe = DiffusionPipeline.from_pretrained(MODEL)
+pipe = DiffusionPipeline.from_pretrained(MODEL, revision=REVISION)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.set_progress_bar_config(disable=True)
 
