@@ -29,9 +29,9 @@ PROMPTS = ("red heart", "grinning face", "rocket", "soccer ball", "blue book", "
 SCALE = 1.5
 
 
-def measure(pipe: SfumatoPipeline, steps: int, images, count: int) -> dict[str, float]:
+def measure(pipe: SfumatoPipeline, steps: int, images, count: int, scale: float = SCALE) -> dict[str, float]:
     """Figures of what a model draws in so many steps."""
-    config = load_config("openmoji_32", [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={SCALE}"])
+    config = load_config("openmoji_32", [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={scale}"])
     plan = Plan(count=count, parts=("train",), intervals=False)
     evaluation = Evaluation(pipe, config, images, Accelerator(cpu=True), plan)
     scores = {**METRICS["distances"].compute(evaluation), **METRICS["manifold"].compute(evaluation)}
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--time-only", action="store_true", help="leave the figures of an earlier run as they are")
     parser.add_argument("--figures-only", action="store_true", help="leave the seconds of an earlier run as they are")
+    parser.add_argument("--student-scale", type=float, default=SCALE, help="guidance of the students (default: %(default)s)")
     parser.add_argument("--out", default="benchmarks/results/few_steps_emoji.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -63,8 +64,9 @@ def main() -> None:
     result = {**kept, "images": options.images, "guidance_scale": SCALE}
     start = time.perf_counter()
     drawers = {"teacher, 60 passes": Drawer("openmoji", num_inference_steps=30, guidance_scale=SCALE)}
+    of_students = {"guidance_scale": options.student_scale}
     for steps in (1, 2, 4):
-        drawers[f"student, {steps} passes"] = Drawer(options.students[0], num_inference_steps=steps, guidance_scale=SCALE)
+        drawers[f"student, {steps} passes"] = Drawer(options.students[0], num_inference_steps=steps, **of_students)
     if not options.figures_only:
         result["seconds to open four models"] = round(time.perf_counter() - start, 2)
         result["seconds an image, one thread, onnx"] = {name: seconds(drawer) for name, drawer in drawers.items()}
@@ -75,7 +77,9 @@ def main() -> None:
         for seed, folder in enumerate(options.students):
             student = SfumatoPipeline.from_pretrained(locate_pipeline(folder))
             for steps in (1, 2, 4, 8):
-                rows[f"student {seed}, {steps} passes"] = measure(student, steps, images, options.images)
+                rows[f"student {seed}, {steps} passes"] = measure(
+                    student, steps, images, options.images, options.student_scale
+                )
         teacher = SfumatoPipeline.from_pretrained(locate_pipeline("openmoji"))
         rows["teacher, 60 passes"] = measure(teacher, 30, images, options.images)
         titles, cells = [], []
