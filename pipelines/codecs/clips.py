@@ -97,8 +97,8 @@ def path_of(way: str, speed: str, frames: int, rng: np.random.Generator, radius:
         turn = rng.uniform(0.35, 0.65) * (frames - 1)
         wall = np.where(direction > 0, high, low)
         across = rng.uniform(low + 0.1, high - 0.1)
-        aways = [abs(k - turn) * step for k in range(frames)]
-        return [np.where(direction != 0, wall - direction * away, across) for away in aways]
+        distances = [abs(k - turn) * step for k in range(frames)]
+        return [np.where(direction != 0, wall - direction * away, across) for away in distances]
     move = np.array(WAYS[way], float)
     move *= SPEEDS[speed] / np.linalg.norm(move)
     room = move * (frames - 1)

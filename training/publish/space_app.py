@@ -1,6 +1,7 @@
 """Draw from text with the model of this Space; diffusers and Gradio are all it needs."""
 
 import os
+from typing import Any
 
 import gradio as gr
 import torch
@@ -11,7 +12,7 @@ REVISION = "main"
 STEPS, SCALE = 30, 3.0
 EXAMPLES: list[str] = []
 
-pipe = DiffusionPipeline.from_pretrained(MODEL, revision=REVISION)
+pipe: Any = DiffusionPipeline.from_pretrained(MODEL, revision=REVISION)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.set_progress_bar_config(disable=True)
 
