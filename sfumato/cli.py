@@ -179,7 +179,7 @@ def _add_tune(verbs) -> None:
 
 
 def _add_app(verbs) -> None:
-    app = verbs.add_parser("app", help="draw, redraw, ask why and watch runs in a browser (extra app)")
+    app = verbs.add_parser("app", help="draw, redraw, ask why, compare, train and watch runs in a browser (extra app)")
     app.add_argument("model", nargs="?", default="openmoji", help="a run, a folder or a Hub id (default: ours, of emoji)")
     app.add_argument("--runs", default="runs", help="a folder of run folders to watch (default: %(default)s)")
     app.add_argument("--host", default="127.0.0.1", help="another one needs --password (default: %(default)s)")

@@ -1,6 +1,6 @@
-"""`sfumato app`: draw, redraw, ask why, and watch runs, in a browser. Gradio is imported only here (extra `app`).
+"""`sfumato app`: draw, redraw, ask why, compare, train and watch runs in a browser. Gradio is imported here alone.
 
-It reads files and calls the Python interface, and holds no state of its own but the model that is open.
+It needs the extra `app`, reads files and calls the Python interface, and holds no state of its own but the model that is open.
 """
 
 import secrets
