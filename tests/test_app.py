@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import threading
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import crashes
 import numpy as np
 import pytest
 import tiny
+from app_server import serve
 from PIL import Image
 
 from sfumato.app import desk, watch, words
@@ -141,7 +140,7 @@ def test_the_data_of_a_run_are_looked_at(model):
         ({"name": "../elsewhere"}, "needs a name"),
         ({"name": ".hidden"}, "needs a name"),
         ({"name": "run"}, "is there already"),
-        ({"more": "output_dir=/tmp/x"}, "without output_dir"),
+        ({"more": "output_dir=elsewhere"}, "without output_dir"),
         ({"more": "--help"}, "key=value"),
         ({"more": "train.nothing=3"}, "train.nothing"),
         ({"asked": {"train.max_steps": "many"}}, "max_steps"),
@@ -254,10 +253,6 @@ def test_what_was_asked_of_an_earlier_trainer_is_forgotten(tmp_path):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """The app on a port of this machine, with two runs to look at."""
-    import uvicorn
-
-    from sfumato.app.pages import build
-
     runs = tmp_path_factory.mktemp("runs")
     (runs / "one").mkdir()
     (runs / "one" / "config.yaml").write_text("seed: 0\n")
@@ -265,17 +260,8 @@ def server(model, tmp_path_factory):
         "\n".join(json.dumps({"step": k, "seconds": k, "images_seen": 8 * k, "loss": 1 / k, "done": 0.1}) for k in range(1, 9))
         + "\n"
     )
-    app = build(str(model), runs=runs, token="secret-token", host="127.0.0.1", password=None, language="en")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_for(lambda: server.started)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
+    with serve(model, runs) as address:
+        yield address
 
 
 @needs_gradio

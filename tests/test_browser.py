@@ -5,14 +5,13 @@ import io
 import json
 import re
 import shutil
-import socket
-import threading
 import time
 
 import numpy as np
 import psutil
 import pytest
 import tiny
+from app_server import TOKEN, serve
 from PIL import Image
 
 from sfumato.app import watch
@@ -42,23 +41,8 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(place):
     """The address of the app with its token."""
-    import uvicorn
-
-    from sfumato.app.pages import build
-
-    runs = place / "runs"
-    app = build(str(runs / "first"), runs=runs, token="secret-token", host="127.0.0.1", password=None, language="en")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/?token=secret-token"
-    server.should_exit = True
-    thread.join(10)
+    with serve(place / "runs" / "first", place / "runs") as address:
+        yield f"{address}/?token={TOKEN}"
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +230,7 @@ def test_data_and_report_of_a_run(page):
 def test_nothing_is_started_without_the_token(browser, server, place):
     page = browser.new_page()
     page.set_default_timeout(SLOW)
-    page.goto(server.replace("secret-token", "guess"))
+    page.goto(server.replace(TOKEN, "guess"))
     here = tab(page, "Train")
     here.get_by_label("Name of the run").fill("third")
     here.get_by_role("button", name="Start", exact=True).click()

@@ -4,7 +4,7 @@
     moses/bin/pip install --no-deps molsets
     moses/bin/python benchmarks/quality/moses_metrics.py drawn.smi [out.json]
 
-`drawn.smi`: a line each, `invalid` for what is no molecule, as `benchmarks.quality.molecules` leaves them.
+`drawn.smi`: the SMILES of each, a line each, `invalid` for what is no molecule.
 """
 
 import json

@@ -99,10 +99,7 @@ def molecules(run: str) -> dict[str, float]:
     things = [codec.decode(array) for array in draw(pipe, arrays, captions, mask)]
     judged = [codec.judge(thing, caption) for thing, caption in zip(things, captions)]
     kept = [fragment(thing) == fragment(codec.decode(array)) for thing, array in zip(things, arrays)]
-    return {
-        "fragment kept": float(np.mean(kept)),
-        **shares(judged),
-    }
+    return {"fragment kept": float(np.mean(kept)), **shares(judged)}
 
 
 def fragment(thing: dict) -> tuple:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfumato.app.watch import place_of
+from sfumato.app.watch import place_of, start_apart
 from sfumato.figures import loss_curve, to_pil
 from sfumato.training.config.comments import sections
 from sfumato.training.config.load import config_names, dump_config, load_config
@@ -110,11 +110,6 @@ ASKED = (
 )
 
 
-def presets() -> list[str]:
-    """The names of the packaged configs."""
-    return config_names()
-
-
 def find_settings(search: str) -> list[tuple[str, str, str]]:
     """`(key, default, what the schema says of it)`: all words of the search are in that, or in what its section says."""
     words = search.lower().split()
@@ -151,7 +146,7 @@ def plan(runs: Path, preset: str, name: str, asked: dict[str, str], more: str) -
     Raises:
         ValueError: no such preset, or a name that is none of a new folder in `runs`.
     """
-    if preset not in presets():
+    if preset not in config_names():
         raise ValueError(f"there is no preset {preset!r}")
     if not re.fullmatch(r"\w[\w.-]{0,63}", name):
         raise ValueError("the run needs a name of letters, digits, dots and dashes")
@@ -206,14 +201,8 @@ def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
     wanted.config()
     command = launch_command(wanted, processes)
     wanted.output_dir.mkdir(parents=True, exist_ok=True)
-    with open(wanted.output_dir / "app.log", "wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *command[2:]],
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    (wanted.output_dir / "app.log").unlink(missing_ok=True)
+    return start_apart([sys.executable, "-m", "accelerate.commands.launch", *command[2:]], wanted.output_dir)
 
 
 def wait_for_start(process: subprocess.Popen, wanted: Plan, seconds: float = 20) -> None:

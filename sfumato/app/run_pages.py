@@ -10,6 +10,7 @@ import pandas as pd
 
 from sfumato.app import desk, watch
 from sfumato.app.notices import told
+from sfumato.training.config.load import config_names
 
 MAX_PROCESSES = 64
 
@@ -125,7 +126,7 @@ def _data(folder: Path, say) -> None:
 def _train(folder: Path, may: gr.State, say) -> None:
     with gr.Row():
         with gr.Column():
-            preset = gr.Dropdown(desk.presets(), value="folder_cpu", label=say("Preset"))
+            preset = gr.Dropdown(config_names(), value="folder_cpu", label=say("Preset"))
             name = gr.Textbox("my-run", label=say("Name of the run"), max_length=64)
             asked = [gr.Textbox("", label=key, placeholder=say("as the preset has it"), max_length=500) for key in desk.ASKED]
             more = gr.Textbox("", label=say("More settings, key=value, one a line"), lines=3, max_length=4000)

@@ -232,7 +232,11 @@ class Studio:
 
     def checkpoints(self) -> list[int]:
         """The steps whose checkpoints this model's run keeps."""
-        return sorted(int(path.name[5:]) for path in Path(self.model).glob("checkpoints/step-*") if path.name[5:].isdigit())
+        return sorted(self._checkpoints())
+
+    def _checkpoints(self) -> dict[int, Path]:
+        found = Path(self.model).glob("checkpoints/step-*")
+        return {int(path.name[5:]): path for path in found if path.name[5:].isdigit()}
 
     def _at(self, step: int | None) -> "Studio":
         """The model as it was at a step of its run."""
@@ -241,8 +245,7 @@ class Studio:
         if step not in self.checkpoints():
             raise ValueError(f"there is no checkpoint of step {step}; there are {self.checkpoints() or 'none'}")
         if step not in self._earlier:
-            name = next(path.name for path in Path(self.model).glob("checkpoints/step-*") if int(path.name[5:]) == step)
-            self._earlier[step] = Studio(str(Path(self.model) / "checkpoints" / name))
+            self._earlier[step] = Studio(str(self._checkpoints()[step]))
         return self._earlier[step]
 
     def command(self, prompts: list[str], seed: int, settings: dict) -> str:

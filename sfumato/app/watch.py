@@ -129,5 +129,10 @@ def resume(folder: Path, name: str) -> subprocess.Popen:
         raise ValueError(f"{name} was trained by several processes: go on with accelerate launch and checkpoint.resume=auto")
     settings = [f"output_dir={run}", "checkpoint.resume=auto"]
     command = [sys.executable, "-m", "sfumato", "train", str(run / "config.yaml"), *settings]
+    return start_apart(command, run)
+
+
+def start_apart(command: list[str], run: Path) -> subprocess.Popen:
+    """Start a program that outlives this one; what it says is added to `app.log` of a run."""
     with open(run / "app.log", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -233,6 +233,10 @@ def _check_init_from(config: Config, need: Need) -> None:
 
 
 def _check_training(config: Config, need: Need) -> None:
+    hook = config.train.webhook
+    need(
+        hook is None or re.match(r"https?://[^/\s]", hook) is not None, "train.webhook", "must begin with https:// or http://"
+    )
     need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
     need(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "must be in [0, 1)")
     every = ("checkpoint.every_steps", "validation.every_steps", "hub.every_steps", "ema.snapshot_steps")
@@ -265,10 +269,6 @@ def score_names(config: Config) -> tuple[str, ...]:
 
 def _check_best_by(config: Config, need: Need) -> None:
     by, names = config.checkpoint.best_by, score_names(config)
-    hook = config.train.webhook
-    need(
-        hook is None or re.match(r"https?://[^/\s]", hook) is not None, "train.webhook", "must begin with https:// or http://"
-    )
     need(config.train.patience is None or by is not None, "train.patience", "waits for a score: set checkpoint.best_by")
     if by is None:
         return

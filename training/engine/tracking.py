@@ -5,7 +5,6 @@ import math
 import os
 import statistics
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from sfumato.figures import grid
 from sfumato.files import read_lines
 from sfumato.training.config.load import dump_config
 from sfumato.training.config.schema import Config
+from sfumato.training.publish.facts import without_secrets
 
 
 def find_trackers(config: Config) -> list[str]:
@@ -77,8 +77,8 @@ class Log:
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         # Trackers take flat scalars and texts.
-        told = replace(config, train=replace(config.train, webhook=None))  # whoever knows the address can write there
-        accelerator.init_trackers("sfumato", {"config": dump_config(told)} if accelerator.log_with else None)
+        settings = {"config": dump_config(without_secrets(config))} if accelerator.log_with else None
+        accelerator.init_trackers("sfumato", settings)
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)

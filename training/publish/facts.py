@@ -30,6 +30,11 @@ def public_name(source: str) -> str:
     return f"./{name}" if name in SOURCES and SOURCES[name].named else name
 
 
+def without_secrets(config: Config) -> Config:
+    """A config as others may see it: whoever knows the address of the webhook can write there."""
+    return replace(config, train=replace(config.train, webhook=None))
+
+
 def public_settings(config: Config) -> str:
     """The config as YAML, enough to repeat the run where the data are, without paths of this machine."""
 
@@ -45,7 +50,7 @@ def public_settings(config: Config) -> str:
         text_encoder=replace(config.text_encoder, pretrained=name(config.text_encoder.pretrained)),
         checkpoint=replace(config.checkpoint, resume=CheckpointConfig().resume),
         hub=HubConfig(),
-        train=replace(config.train, webhook=None),  # whoever knows it can write there
+        train=without_secrets(config).train,
     )
     own = {field.name for field in fields(Config)}
     mounted = {field.name: getattr(clean, field.name) for field in fields(clean) if field.name not in own}
