@@ -184,6 +184,22 @@ class EngineNetwork(torch.nn.Module):
         return (self.engines[shapes](*inputs).to(x_t.dtype),)
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """Where a model is to draw under torch: the device named, such as `cuda:1`, `mps`, `xpu` or `cpu`; without a name the
+    accelerator that torch finds, else the CPU.
+
+    Raises:
+        ValueError: no such device, or none that this torch can use.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.ones(1, device=name).item()  # a device that cannot be read from, such as meta, draws nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without it; not here; no such name
+        raise ValueError(f"device {name!r} cannot be used here; torch finds {find_device()}") from error
+    return torch.device(name)
+
+
 def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
     """The same model, its UNet run by another engine on the CPU: `bf16`, `onnx` or `openvino`; `torch` changes nothing.
 

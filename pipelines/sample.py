@@ -18,7 +18,7 @@ from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.pipelines.codecs import Codec, object_endings, to_pictures
 from sfumato.pipelines.locate import SHIPPED, locate_pipeline
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
-from sfumato.pipelines.runtimes import with_runtime
+from sfumato.pipelines.runtimes import find_device, with_runtime
 from sfumato.pipelines.trust import UNREAD
 
 
@@ -39,6 +39,7 @@ class SampleOptions:
     weak: str | None = None
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     runtime: str = "torch"
+    device: str | None = None
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -102,7 +103,9 @@ def open_model(options: SampleOptions, model: str) -> SfumatoPipeline:
     pipe = SfumatoPipeline.from_pretrained(model)
     if options.sampler:
         pipe = with_sampler(pipe, options.sampler)
-    pipe.to("cuda" if torch.cuda.is_available() and options.runtime == "torch" else "cpu")
+    if options.runtime != "torch" and options.device not in (None, "cpu"):
+        raise ValueError(f"--runtime {options.runtime} is for the CPU; leave --device {options.device} out")
+    pipe.to(find_device(options.device if options.runtime == "torch" else "cpu"))
     start, stop = options.guidance_interval
     if options.guider != "cfg" or options.weak or (start, stop) != (0.0, 1.0):
         weak = SfumatoPipeline.from_pretrained(locate_pipeline(options.weak)) if options.weak else None

@@ -91,6 +91,9 @@ def _add_sample(verbs) -> None:
         help="guide only in this part of the steps; outside it one pass instead of two (default: 0 1)",
     )
     sample.add_argument("--runtime", default="torch", help=f"on a CPU: {', '.join(RUNTIMES)} (default: %(default)s)")
+    sample.add_argument(
+        "--device", help="of the runtime torch: cuda, mps, xpu, cpu (default: the accelerator that torch finds)"
+    )
     sample.add_argument("--image", help="an image to start from, to redraw a part of, or to make larger")
     sample.add_argument("--mask", help="an image that is white where --image is redrawn")
     sample.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1")

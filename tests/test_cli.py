@@ -9,6 +9,7 @@ from PIL import Image
 from sfumato.cli import main
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.card import recommended_settings
+from sfumato.pipelines.runtimes import find_device
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,19 @@ def test_a_negative_prompt_without_guidance_is_told(model, tmp_path, capsys):
 def test_unknown_names_are_told_with_the_known_ones(model, capsys, flag, kind):
     assert main(["sample", "--model", str(model), "x", flag, "magic"]) == 2
     assert f"unknown {kind} 'magic'; choose one of" in capsys.readouterr().err
+
+
+def test_the_device_may_be_named(model, tmp_path, capsys):
+    command = ["sample", "--model", str(model), "x", "--steps", "2"]
+    found = find_device()
+    assert main([*command, "--out", str(tmp_path / "a.png")]) == 0
+    assert main([*command, "--out", str(tmp_path / "b.png"), "--device", found.type]) == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    for name in ("nonsense", "meta", "cuda:99"):
+        assert main([*command, "--device", name]) == 2
+        assert f"device '{name}' cannot be used here; torch finds {found}" in capsys.readouterr().err
+    assert main([*command, "--runtime", "onnx", "--device", "cuda"]) == 2
+    assert "leave --device cuda out" in capsys.readouterr().err
 
 
 def test_export_takes_a_run_folder(model, tmp_path, capsys):

@@ -52,6 +52,16 @@ def test_every_equation_has_its_function_and_its_test(name):
         assert f"def {function}(" in (ROOT / "tests" / file).read_text(), function
 
 
+def test_the_code_that_pages_show_is_there():
+    pattern = r"(?m)^```\{literalinclude\} (\S+)\n:language: python\n:start-at: '(.+)'\n:end-before: '(.+)'$"
+    shown = [(page, *found) for page in PAGES for found in re.findall(pattern, page.read_text())]
+    assert len(shown) >= 10
+    for page, path, start, end in shown:
+        lines = (page.parent / path).read_text().splitlines()
+        first = next(i for i, line in enumerate(lines) if start in line)
+        assert any(end in line for line in lines[first + 1 :]), f"{page.name}: {path}: {start} ... {end}"
+
+
 def test_both_languages_have_the_same_equations():
     found = [re.findall(r"\(eq-(?:zh-)?([a-z-]+)\)", (DOCS / name).read_text()) for name in ("theory.md", "zh/theory.md")]
     assert found[0] == found[1]

@@ -1,7 +1,11 @@
 """A trained folder is trained further, whole or by LoRA, and the result goes where such results go."""
 
 import json
+import os
 import shutil
+import sqlite3
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -170,6 +174,26 @@ def test_tensorboard_gets_losses_grids_and_the_config(tmp_path):
             tags[kind] |= set(events.Tags()[kind])
     assert {"loss", "lr", "grad_norm"} <= tags["scalars"] and "samples" in tags["images"]
     assert any("block_out_channels" in file.read_text() for file in (tmp_path / "run").rglob("hparams.yml"))
+
+
+def test_trackio_gets_losses_grids_and_the_config_of_a_run_that_goes_on(tmp_path):
+    pytest.importorskip("trackio")
+    path = str(tiny.config_file(tmp_path, train={"trackers": ["trackio"]}))
+    command = [sys.executable, "-m", "sfumato.training.train", path]
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "tracked"), "HF_HUB_OFFLINE": "1"}  # read as it is imported
+    for steps in (3, 6):
+        done = subprocess.run(
+            [*command, f"train.max_steps={steps}", "checkpoint.resume=auto"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "tracked" / "sfumato.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
+        (settings,) = database.execute("select config from configs").fetchone()
+    assert {name for name, _, _ in rows} == {"run"}  # one page for both parts
+    losses = [step for _, step, values in rows if "loss" in json.loads(values)]
+    assert losses == [1, 2, 3, 4, 5, 6]
+    assert any("samples" in json.loads(values) for _, _, values in rows) and b"block_out_channels" in settings
+    assert list((tmp_path / "tracked" / "media").rglob("*.png"))
 
 
 def test_an_unknown_tracker_is_told(tmp_path, capsys):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.sampling.few_steps_emoji --students runs/openmoji_few [...] [--images 256] [--out FILE.json]
 
-FD, recall and coverage in the features of EfficientNet-Lite0, of training captions against the whole set, as `sfumato
-evaluate` has them; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
+FD, KID, recall, coverage and retrieval in the features of EfficientNet-Lite0, of training captions against the whole set, as
+`sfumato evaluate` has them; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
 """
 
 import argparse
@@ -34,7 +34,9 @@ def measure(pipe: SfumatoPipeline, steps: int, images, count: int, scale: float 
     config = load_config("openmoji_32", [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={scale}"])
     plan = Plan(count=count, parts=("train",), intervals=False)
     evaluation = Evaluation(pipe, config, images, Accelerator(cpu=True), plan)
-    scores = {**METRICS["distances"].compute(evaluation), **METRICS["manifold"].compute(evaluation)}
+    scores = {}
+    for metric in ("distances", "manifold", "retrieval"):
+        scores |= METRICS[metric].compute(evaluation)
     return {"steps": steps, "passes": pipe.num_passes, **{name: round(score.value, 4) for name, score in scores.items()}}
 
 

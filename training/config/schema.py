@@ -136,7 +136,7 @@ class TrainConfig:
     compile: Literal["no", "unet", "regional", "loss", "graphs"] = "no"
     num_workers: int = 0  # processes that prepare batches
     num_threads: int | None = None  # CPU: torch threads of a process; null shares out the cores that the run may use
-    trackers: list[str] | None = None  # such as tensorboard, wandb; null: tensorboard where it is installed
+    trackers: list[str] | None = None  # such as tensorboard, trackio, wandb; null: tensorboard where it is installed
     log_every_steps: int | None = None  # how many steps between two looks at the device; null: 1 on a CPU, else 10
     patience: int | None = None  # so many validations in a row without a better score of checkpoint.best_by end the run
     webhook: str | None = None  # an address that is told how the run ended; as Slack, Discord and others take it

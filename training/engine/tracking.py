@@ -78,7 +78,9 @@ class Log:
         )
         # Trackers take flat scalars and texts.
         settings = {"config": dump_config(without_secrets(config))} if accelerator.log_with else None
-        accelerator.init_trackers("sfumato", settings)
+        # A run that goes on, goes on in the same page of the tracker.
+        named = {"trackio": {"name": self.folder.name, "resume": "allow"}}
+        accelerator.init_trackers("sfumato", settings, named)
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,11 @@ class Log:
         sheet.save(new, format="png")
         new.replace(place)
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
+            if tracker.name == "trackio":
+                from trackio import Image as Picture
+
+                tracker.log({"samples": Picture(sheet)}, step=step)
+            elif hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **layout)
 
