@@ -44,6 +44,8 @@ class Source(Entry):
         generated: whether it draws its images in any resolution, square and in RGB.
         packages: whose versions decide what the images look like, beside Pillow's.
         license, attribution: of the images, for cards.
+        credits: where both depend on what is read, `module:function`, called with the `DataConfig`, which gives attribution and
+            license.
         only: settings of the section `data` that have an effect with this source alone.
         codec: where its records are no pictures, `module:function`, called as `open_source` is, which gives their codec.
         shape: height, width and channels of the arrays, where they are always the same.
@@ -55,6 +57,7 @@ class Source(Entry):
     packages: tuple[str, ...] = ()
     license: str | None = None
     attribution: str | None = None
+    credits: str | None = None
     only: tuple[str, ...] = ()
     codec: str | None = None
     shape: tuple[int, int, int] | None = None
@@ -247,6 +250,14 @@ SOURCES: Registry[Source] = Registry(
             license="cc-by-sa-4.0",
             attribution=_OPENMOJI,
             only=("languages", "skin_tones", "colours", "recolours", "words"),
+        ),
+        "iconify": Source(
+            target=f"{_SOURCES}.iconify:open_source",
+            named=True,
+            generated=True,
+            packages=("resvg-py",),
+            credits=f"{_SOURCES}.iconify:credits_of",
+            only=("skin_tones", "words"),
         ),
         "shapes": Source(
             target=f"{_SOURCES}.shapes:open_source",

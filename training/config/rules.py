@@ -368,7 +368,10 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
         rows.append((own, f"another task than {task}", entry.idle))
         rows.append((not own, f"task={task}", own_keys(config, task, entry)))
         rows.append((own and grown, "a model that is built from random weights", entry.built))
+    owners: dict[str, list[str]] = {}
     for source, entry in SOURCES.items():
-        if entry.named:
-            rows.append((name != source, f"data.name={source}", own_keys(config, source, entry)))
+        for key in own_keys(config, source, entry) if entry.named else ():
+            owners.setdefault(key, []).append(source)
+    for key, sources in owners.items():
+        rows.append((name not in sources, f"data.name={' or '.join(sources)}", (key,)))
     return rows

@@ -26,10 +26,10 @@ class DataConfig:
     revision: str | None = None  # Hub data sets: commit, tag or branch; null: as `main` is when the images are prepared
     max_records: int | None = None  # read no more than these
     languages: list[str] = field(default_factory=lambda: ["en", "zh"])  # openmoji: whose captions
-    skin_tones: bool = True  # openmoji: with the variants that differ only in skin tone
+    skin_tones: bool = True  # openmoji, iconify: with the variants that differ only in skin tone
     colours: bool = False  # openmoji: also captions that begin with the image's main colour, such as "pink pig face"
     recolours: int = 0  # openmoji: an image of one main colour also in so many others, such as "green soccer ball"; at most 8
-    words: list[str] = field(default_factory=list)  # openmoji: only images with one of these in the English name
+    words: list[str] = field(default_factory=list)  # openmoji, iconify: only images with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
     num_figures: int = 1  # shapes: in each image, 1 or 2
     # Read .tar or .parquet shards while training and store nothing: here, at https://, s3:// or hf:// addresses with `*` or

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sfumato import __version__
-from sfumato.registries import SOURCES
+from sfumato.registries import SOURCES, load_object
 from sfumato.training.config.load import dump_config
 from sfumato.training.config.rules import named_source
 from sfumato.training.config.schema import CheckpointConfig, Config, DataConfig, HubConfig
@@ -114,12 +114,15 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
     if c.lora.rank:
         rows["LoRA rank"] = c.lora.rank
     source = SOURCES.get(named_source(c) or "")
-    if source is not None and source.attribution is not None:
-        rows["data licence"] = source.attribution
+    attribution, license = (None, None) if source is None else (source.attribution, source.license)
+    if source is not None and source.credits is not None:
+        attribution, license = load_object(source.credits)(c.data)
+    if source is not None and attribution is not None:
+        rows["data licence"] = attribution
         if "languages" in source.only:
             rows["language"] = c.data.languages
         if not any(name.startswith(("base_model", "pretrained")) for name in rows):  # else theirs counts too
-            rows["license"] = source.license
+            rows["license"] = license
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", c.data.name) and not Path(c.data.name).exists():
         rows["datasets"] = [c.data.name]
     return rows

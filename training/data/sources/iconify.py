@@ -1,0 +1,174 @@
+"""Icon sets of Iconify as images: thousands of SVGs with names, drawn in any resolution.
+
+`data.name=iconify:FOLDER`, where FOLDER holds the `icons.json` of one set, as `npm install @iconify-json/noto` leaves it, or
+of several in folders of their own, such as `node_modules/@iconify-json`. A caption is the name of an icon or another name that
+the set has for it; of several sets it tells the style too, "rocket, Noto style".
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.training.config.schema import DataConfig
+from sfumato.training.data.records import Record, Unusable, hash_fraction
+from sfumato.training.data.sources.openmoji import rasterise
+
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+# An icon draws what it holds and reads nothing else.
+_FOREIGN = re.compile(
+    r"<\s*(image|script|foreignObject|!|\?)|(href|src)\s*=\s*[\"'](?!#)|url\(\s*[\"']?(?!#|[\"']#)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconSet:
+    """One set: its icons and their measures, and who made them.
+
+    Attributes:
+        style: a few words, such as `Noto`.
+        icons: name -> what `icons.json` says of it, with `body`, the inside of an SVG.
+        aliases: name -> the icon that it is another name of.
+        license: an SPDX identifier in small letters, or None.
+        credit: name, author and licence in a sentence.
+    """
+
+    style: str
+    icons: dict[str, dict]
+    aliases: dict[str, str]
+    license: str | None
+    credit: str
+
+
+def find_sets(name: str) -> list[IconSet]:
+    """The sets in the folder that `data.name` names, in the order of their paths.
+
+    Raises:
+        ValueError: no folder, no set in it, or one that is none.
+    """
+    place = name.partition(":")[2]
+    root = Path(place).expanduser()
+    if not place or not root.is_dir():
+        raise ValueError(f"data.name={name!r}: there is no folder {str(root)!r}; say iconify:FOLDER")
+    paths = [path for depth in ("", "*/", "*/*/") for path in sorted(root.glob(f"{depth}icons.json"))]
+    if not paths:
+        raise ValueError(f"{root} holds no icons.json; unpack a set there, such as by: npm install @iconify-json/noto")
+    return [read_set(path) for path in paths]
+
+
+def read_set(path: Path) -> IconSet:
+    """One set.
+
+    Raises:
+        ValueError: the file is no set of icons.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        beside = path.with_name("info.json")
+        info = held.get("info") or (json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {})
+        icons, aliases, measures = held["icons"], held.get("aliases", {}), ("left", "top", "width", "height")
+        common = {"width": 16, "height": 16} | {key: held[key] for key in measures if key in held}
+        title = str(info.get("name") or held.get("prefix") or path.parent.name)
+        license, author = info.get("license") or {}, info.get("author") or {}
+        spdx, by, terms = license.get("spdx"), author.get("name"), license.get("title") or "licence not told"
+        known = {str(name): common | icon for name, icon in icons.items()}
+        names = {str(name): str(alias["parent"]) for name, alias in aliases.items() if set(alias) <= {"parent", "hidden"}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no set of icons as Iconify has them: {error!r}") from error
+    style = " ".join(re.sub(r"\(.*?\)|\b[Ee]mojis?\b|\b[Ii]cons?\b", " ", title).split()) or title
+    credit = f"{title}{f' by {by}' if by else ''}. License: {terms}"
+    return IconSet(style=style, icons=known, aliases=names, license=spdx.lower() if spdx else None, credit=credit)
+
+
+def credits_of(config: DataConfig) -> tuple[str, str | None]:
+    """Who made the sets, and their licence where it is one; asked for when a model is written, hours after they were read."""
+    try:
+        sets = find_sets(config.name)
+    except ValueError:
+        return "icon sets that were gone when this was written; look up their licences", None
+    licenses = {each.license for each in sets}
+    return "; ".join(each.credit for each in sets), licenses.pop() if len(licenses) == 1 else None
+
+
+def thing_of(name: str, known: dict) -> str:
+    """The name in words. A skin tone that a set tells by one word, `person-dark` beside four others, is called one."""
+    for tone in sorted(TONES, key=len, reverse=True):
+        base = name.removesuffix(f"-{tone}")
+        if base != name and all(f"{base}-{each}" in known for each in TONES):
+            return f"{base.replace('-', ' ')} {tone} skin tone"
+    return re.sub(r"\b(medium) (light|dark) (skin tone)", r"\1-\2 \3", re.sub("[-_]+", " ", name))
+
+
+def svg_of(icon: dict) -> str:
+    """The icon as an SVG in the middle of a square; black where the set leaves the colour to its reader.
+
+    Raises:
+        Unusable: it draws nothing, has no measures, or refers to something outside itself.
+    """
+    body = icon.get("body")
+    try:
+        left, top, width, height = (float(icon.get(key, 0)) for key in ("left", "top", "width", "height"))
+    except (TypeError, ValueError) as error:
+        raise Unusable("an icon without measures") from error
+    if not isinstance(body, str) or not body.strip() or not 0 < min(width, height) <= max(width, height) < 1e6:
+        raise Unusable("an icon that draws nothing")
+    if _FOREIGN.search(body):
+        raise Unusable("an icon that refers to something outside itself")
+    side = max(width, height)
+    box = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} viewBox="{box}" width="{side:g}" height="{side:g}" color="#000000">{body}</svg>'
+
+
+def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
+    """A record for each icon. Held out are one in ten pairs of thing and style, as long as another style shows the thing in
+    training, and one in twenty of the things that only one set has.
+
+    Raises:
+        ValueError: there are no sets, or none of their icons has one of the words.
+    """
+    sets = find_sets(config.name)
+    styles: dict[str, list[str]] = defaultdict(list)
+    things = [{name: thing_of(name, each.icons) for name in each.icons} for each in sets]  # the name in words, of each set
+    for each, names in zip(sets, things):
+        for name, thing in names.items():
+            if not each.icons[name].get("hidden"):
+                styles[thing].append(each.style)
+    wanted = set(config.words)
+    if wanted and not any(wanted & set(thing.lower().split()) for thing in styles):
+        raise ValueError(f"no icon has a name with one of data.words={config.words}")
+    for each, names in zip(sets, things):
+        others = defaultdict(list)
+        for alias, parent in each.aliases.items():
+            others[parent].append(thing_of(alias, each.icons))
+        for name, icon in each.icons.items():
+            thing, ending = names[name], f", {each.style} style" if len(sets) > 1 else ""
+            label = f"{each.style}/{name}"
+            if wanted and not wanted & set(thing.lower().split()):
+                continue
+            if icon.get("hidden"):
+                yield Record(label, left_out="withdrawn by the set")
+                continue
+            if not config.skin_tones and "skin tone" in thing:
+                continue
+            captions = list(dict.fromkeys(f"{text}{ending}" for text in [thing, *others[name]]))
+            split = "held_out" if is_held_out(thing, each.style, styles[thing]) else "train"
+            yield Record(label, lambda icon=icon: _draw(icon, config.resolution), captions, split)
+
+
+def is_held_out(thing: str, style: str, styles: list[str]) -> bool:
+    """Whether an icon is held out; see `open_source`."""
+    if len(set(styles)) == 1:
+        return hash_fraction(f"icon {thing}") < 0.05
+    rank = {each: hash_fraction(f"icon {thing}, {each}") for each in styles}
+    return rank[style] < 0.1 and style != max(rank, key=lambda each: rank[each])
+
+
+def _draw(icon: dict, resolution: int):
+    svg = svg_of(icon)
+    try:
+        return rasterise(svg, resolution)
+    except Exception as error:  # whatever resvg raises of what it cannot read
+        raise Unusable("an icon that cannot be drawn") from error
