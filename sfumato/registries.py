@@ -44,8 +44,8 @@ class Source(Entry):
         generated: whether it draws its images in any resolution, square and in RGB.
         packages: whose versions decide what the images look like, beside Pillow's.
         license, attribution: of the images, for cards.
-        credits: where both depend on what is read, `module:function`, called with the `DataConfig`, which gives attribution and
-            license.
+        credits: where both depend on what is read, `module:function`, called with the `DataConfig`, which gives attribution
+            and license.
         only: settings of the section `data` that have an effect with this source alone.
         codec: where its records are no pictures, `module:function`, called as `open_source` is, which gives their codec.
         shape: height, width and channels of the arrays, where they are always the same.

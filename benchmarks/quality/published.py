@@ -1,0 +1,219 @@
+"""Other trainers as they are published, on pictures that nothing here was tuned on: same pictures, one thread each.
+
+    python -m benchmarks.quality.published iconify:FOLDER --python RIVALS/bin/python --script train_text_to_image.py
+        [--minutes 15] [--seed 0] [--count 300] [--only sfumato diffusers denoising-diffusion-pytorch] [--out FILE.json]
+
+- `sfumato`: `configs/folder_cpu.yaml` as it is.
+- `diffusers`: its example `train_text_to_image.py`, unchanged, on the same network with random weights, an identity VAE and
+  the noise of Stable Diffusion; batch 16, a rate of 1e-3 (ten times its default), `--use_ema`. It trains the UNet alone, so
+  its text encoder stays random: words are told apart, and no more.
+- `denoising-diffusion-pytorch`: its `Trainer` and its `Unet` of about our size, everything by default. It takes no captions.
+
+The rivals live in an environment of their own, `--python`, with what they need; nothing of them is in this repository. All draw
+the training captions: ours as its card says, the rivals by 50 steps with raw and with averaged weights, of which the better by
+FD counts. FD and the rest in the features of EfficientNet-Lite0, against the training pictures.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from sfumato.figures import grid
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.card import recommended_settings
+from sfumato.training.config.load import load_config
+from sfumato.training.data.prepare import prepare
+from sfumato.training.models.build import build_pipeline
+from sfumato.training.quality.distances import frechet_distance, gaussian, kernel_distance
+from sfumato.training.quality.features import compute_features, reference_features
+
+NOISE = ["beta_schedule: scaled_linear", "beta_start: 0.00085", "beta_end: 0.012", "prediction_type: epsilon"]
+SHOWN = 8
+LUCIDRAINS = """
+import sys
+import time
+
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+folder, out = sys.argv[1:3]
+minutes, seed, size, count = map(float, sys.argv[3:])
+torch.set_num_threads(1)
+torch.manual_seed(int(seed))
+model = Unet(dim=24)
+print(sum(p.numel() for p in model.parameters()), "numbers", flush=True)
+diffusion = GaussianDiffusion(model, image_size=int(size), sampling_timesteps=50)
+first = 30
+quiet = {"calculate_fid": False, "save_and_sample_every": 10**9}
+trainer = Trainer(diffusion, folder, train_num_steps=first, results_folder=out, **quiet)
+start = time.time()
+trainer.train()
+trainer.train_num_steps = int(minutes * 60 * first / (time.time() - start))
+trainer.train()
+spent = time.time() - start
+for name, network in (("raw", diffusion), ("ema", trainer.ema.ema_model)):
+    network.eval()
+    drawn = torch.cat([network.sample(batch_size=min(50, int(count) - i)) for i in range(0, int(count), 50)])
+    torch.save({"images": drawn, "steps": trainer.step, "seconds": spent}, f"{out}/{name}.pt")
+"""
+
+
+class Set:
+    """The pictures, where rivals find them, and how near drawings come to them."""
+
+    def __init__(self, name: str, count: int, folder: Path):
+        chosen = [f"data.name={name}", f"data.max_records={count}", "data.skin_tones=false", "train.num_threads=1"]
+        self.overrides = chosen
+        self.config = load_config("folder_cpu", chosen)
+        self.images = prepare(self.config.data)
+        self.numbers = self.images.select("train")
+        self.captions = [self.images[int(i)]["captions"][0] for i in self.numbers]
+        self.true = reference_features(self.images, "efficientnet-lite0", self.config.data.cache_dir)[self.numbers]
+        self.folder = folder / "pictures"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for k, (i, caption) in enumerate(zip(self.numbers, self.captions)):
+            Image.fromarray(self.images.image(int(i))).save(self.folder / f"{k:04d}.png")
+            rows.append(json.dumps({"file_name": f"{k:04d}.png", "text": caption}))
+        (self.folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+    def figures(self, drawn: np.ndarray, *, captioned: bool = True) -> dict[str, float]:
+        """`drawn`: `(N, H, W, 3)` uint8, of each caption in order."""
+        seen = compute_features(drawn)
+        scores = {
+            "FD": frechet_distance(gaussian(self.true), seen),
+            "KID": kernel_distance(self.true, seen),
+        }
+        if captioned:
+            apart = np.linalg.norm(seen[:, None] - self.true[None], axis=2)
+            scores["nearest true picture is its own"] = float((apart.argmin(1) == np.arange(len(apart))).mean())
+        return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+def draw(pipe, captions: list[str], **call) -> np.ndarray:
+    """An image for each caption."""
+    pipe.set_progress_bar_config(disable=True)
+    drawn = []
+    for start in range(0, len(captions), 32):
+        part = captions[start : start + 32]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        drawn += [np.asarray(image) for image in pipe(part, generator=generators, **call).images]
+    return np.stack(drawn)
+
+
+def best(found: list[tuple[dict, np.ndarray]]) -> tuple[dict, np.ndarray]:
+    """The row and drawings of the least FD."""
+    return min(found, key=lambda pair: pair[0]["FD"])
+
+
+def sfumato(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
+    """Our run."""
+    run = folder / "sfumato"
+    settings = [f"train.max_minutes={options.minutes}", f"seed={options.seed}", f"output_dir={run}", "train.trackers=[]"]
+    settings += ["validation.every_steps=null", "checkpoint.every_steps=null"]
+    subprocess.run([sys.executable, "training/train.py", "configs/folder_cpu.yaml", *data.overrides, *settings], check=True)
+    pipe = SfumatoPipeline.from_pretrained(run / "pipeline")
+    drawn = draw(pipe, data.captions, **recommended_settings(run / "pipeline"))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return {**data.figures(drawn), "pictures": last["images_seen"], "minutes": round(last["seconds"] / 60, 2)}, drawn
+
+
+def diffusers(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
+    """The example, ended by a signal when its minutes are over; what counts is its newest checkpoint."""
+    start_at, out = folder / "random", folder / "diffusers"
+    noise = f"scheduler={{{', '.join(NOISE)}}}"
+    config = load_config("folder_cpu", [*data.overrides, f"seed={options.seed}", noise, "objective.min_snr_floor=0"])
+    build_pipeline(config, data.images.training_captions()).to_stock().save_pretrained(start_at)
+    every = 100
+    command = [options.python, options.script, "--pretrained_model_name_or_path", start_at, "--train_data_dir", data.folder]
+    command += ["--resolution", config.data.resolution, "--train_batch_size", 16, "--learning_rate", 1e-3, "--use_ema"]
+    command += ["--max_train_steps", 10**6, "--checkpointing_steps", every, "--checkpoints_total_limit", 1]
+    command += ["--output_dir", out, "--seed", options.seed]
+    log = open(folder / "diffusers.log", "w+")
+    process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)
+    while "Running training" not in Path(log.name).read_text(errors="replace"):
+        if process.poll() is not None:
+            raise RuntimeError(f"the example ended: {Path(log.name).read_text()[-2000:]}")
+        time.sleep(0.5)
+    time.sleep(60 * options.minutes)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    newest = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = []
+    for weights in ("unet", "unet_ema"):
+        unet = UNet2DConditionModel.from_pretrained(newest / weights)
+        pipe = StableDiffusionPipeline.from_pretrained(start_at, unet=unet)
+        drawn = draw(pipe, data.captions, num_inference_steps=50, guidance_scale=1.0)
+        found.append(({**data.figures(drawn), "weights": weights}, drawn))
+    row, drawn = best(found)
+    return {**row, "pictures": 16 * int(newest.name.split("-")[1]), "minutes": options.minutes}, drawn
+
+
+def lucidrains(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
+    """The package's trainer."""
+    out = folder / "lucidrains"
+    out.mkdir(exist_ok=True)
+    given = [data.folder, out, options.minutes, options.seed, data.config.data.resolution, len(data.captions)]
+    with open(folder / "lucidrains.log", "w") as log:
+        command = [options.python, "-c", LUCIDRAINS, *map(str, given)]
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    found = []
+    for weights in ("raw", "ema"):
+        kept = torch.load(out / f"{weights}.pt", weights_only=True)
+        drawn = (kept["images"].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        seen = {"weights": weights, "pictures": 16 * kept["steps"], "minutes": round(kept["seconds"] / 60, 2)}
+        found.append(({**data.figures(drawn, captioned=False), **seen}, drawn))
+    return best(found)
+
+
+TRAINERS = {"sfumato": sfumato, "diffusers": diffusers, "denoising-diffusion-pytorch": lucidrains}
+
+
+def main() -> None:
+    """Run the benchmark; see above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="what data.name takes")
+    parser.add_argument("--python", help="of the rivals' environment")
+    parser.add_argument("--script", help="diffusers' train_text_to_image.py")
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=300, help="records that are read (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--folder", default="runs/published")
+    parser.add_argument("--out", default="benchmarks/results/published.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder, out = Path(options.folder) / f"seed-{options.seed}", Path(options.out)
+    data = Set(options.name, options.count, folder)
+    shown = np.linspace(0, len(data.captions) - 1, SHOWN).astype(int)
+    for name in options.only:
+        row, drawn = TRAINERS[name](data, options, folder)
+        np.save(folder / f"{name}.npy", drawn[shown])
+        result = json.loads(out.read_text()) if out.exists() else {"rows": []}
+        row = {"trainer": name, "seed": options.seed, "training pictures": len(data.captions), **row}
+        result["rows"] = [each for each in result["rows"] if (each["trainer"], each["seed"]) != (name, options.seed)] + [row]
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(row, flush=True)
+    titles = [data.captions[i] for i in shown]
+    cells = [Image.fromarray(data.images.image(int(data.numbers[i]))) for i in shown]
+    for name in TRAINERS:
+        if (folder / f"{name}.npy").exists():
+            titles += [name] + [""] * (SHOWN - 1)
+            cells += [Image.fromarray(image) for image in np.load(folder / f"{name}.npy")]
+    cells = [cell.resize((96, 96), Image.Resampling.NEAREST) for cell in cells]
+    grid(cells, titles, columns=SHOWN).save(out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
