@@ -71,10 +71,9 @@ for name, network in (("raw", diffusion), ("ema", trainer.ema.ema_model)):
 class Set:
     """The pictures, where rivals find them, and how near drawings come to them."""
 
-    def __init__(self, name: str, count: int, folder: Path):
-        chosen = [f"data.name={name}", f"data.max_records={count}", "data.skin_tones=false", "train.num_threads=1"]
-        self.overrides = chosen
-        self.config = load_config("folder_cpu", chosen)
+    def __init__(self, folder: Path, *overrides: str):
+        self.overrides = [*overrides, "train.num_threads=1"]
+        self.config = load_config("folder_cpu", self.overrides)
         self.images = prepare(self.config.data)
         self.numbers = self.images.select("train")
         self.captions = [self.images[int(i)]["captions"][0] for i in self.numbers]
@@ -116,16 +115,20 @@ def best(found: list[tuple[dict, np.ndarray]]) -> tuple[dict, np.ndarray]:
     return min(found, key=lambda pair: pair[0]["FD"])
 
 
-def sfumato(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
-    """Our run."""
-    run = folder / "sfumato"
-    settings = [f"train.max_minutes={options.minutes}", f"seed={options.seed}", f"output_dir={run}", "train.trackers=[]"]
+def trained(data: Set, run: Path, minutes: float, seed: int, *overrides: str) -> tuple[dict, np.ndarray]:
+    """A run of ours by `configs/folder_cpu.yaml`."""
+    settings = [f"train.max_minutes={minutes}", f"seed={seed}", f"output_dir={run}", "train.trackers=[]", *overrides]
     settings += ["validation.every_steps=null", "checkpoint.every_steps=null"]
     subprocess.run([sys.executable, "training/train.py", "configs/folder_cpu.yaml", *data.overrides, *settings], check=True)
     pipe = SfumatoPipeline.from_pretrained(run / "pipeline")
     drawn = draw(pipe, data.captions, **recommended_settings(run / "pipeline"))
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     return {**data.figures(drawn), "pictures": last["images_seen"], "minutes": round(last["seconds"] / 60, 2)}, drawn
+
+
+def sfumato(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
+    """Our run."""
+    return trained(data, folder / "sfumato", options.minutes, options.seed)
 
 
 def diffusers(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
@@ -195,7 +198,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     folder, out = Path(options.folder) / f"seed-{options.seed}", Path(options.out)
-    data = Set(options.name, options.count, folder)
+    data = Set(folder, f"data.name={options.name}", f"data.max_records={options.count}", "data.skin_tones=false")
     shown = np.linspace(0, len(data.captions) - 1, SHOWN).astype(int)
     for name in options.only:
         row, drawn = TRAINERS[name](data, options, folder)
