@@ -5,7 +5,7 @@
 
 Of the packages that we looked through only the stamps of Tux Paint (GPL-2) hold photographs with captions: some hundred
 things, cut out, on white. They are read where they were unpacked and go nowhere else.
-FD and whether the nearest true picture is its own, in the features of EfficientNet-Lite0, against the training pictures.
+FD and whether the nearest true image is its own, in the features of EfficientNet-Lite0, against the training images.
 """
 
 import argparse
@@ -30,16 +30,16 @@ BEGINNINGS = {
 
 def write_folder(stamps: Path, folder: Path, count: int | None) -> Path:
     """So many of the photographs, by a fixed lot, with the first line of their descriptions."""
-    found = [
+    pairs = [
         (path, path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0].strip().rstrip(".!"))
         for path in sorted(stamps.rglob("*.png"))
         if path.with_suffix(".txt").exists() and not any(word in str(path.relative_to(stamps)) for word in DRAWN)
     ]
-    found = sorted(found, key=lambda pair: hash_fraction(pair[0].name))[:count]
+    pairs = sorted(pairs, key=lambda pair: hash_fraction(pair[0].name))[:count]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows = []
-    for k, (path, caption) in enumerate(found):
+    for k, (path, caption) in enumerate(pairs):
         shutil.copy(path, folder / f"{k:04d}.png")
         rows.append(json.dumps({"file_name": f"{k:04d}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")

@@ -1,4 +1,4 @@
-"""Other trainers as they are published, on pictures that nothing here was tuned on: same pictures, one thread each.
+"""Other trainers as they are published, on images that nothing here was tuned on: same images, one thread each.
 
     python -m benchmarks.quality.published iconify:FOLDER --python RIVALS/bin/python --script train_text_to_image.py
         [--minutes 15] [--seed 0] [--count 300] [--only sfumato diffusers denoising-diffusion-pytorch] [--out FILE.json]
@@ -6,12 +6,12 @@
 - `sfumato`: `configs/folder_cpu.yaml` as it is.
 - `diffusers`: its example `train_text_to_image.py`, unchanged, on the same network with random weights, an identity VAE and
   the noise of Stable Diffusion; batch 16, a rate of 1e-3 (ten times its default), `--use_ema`. It trains the UNet alone, so
-  its text encoder stays random: words are told apart, and no more.
+  its text encoder stays random: it tells words apart and does no more.
 - `denoising-diffusion-pytorch`: its `Trainer` and its `Unet` of about our size, everything by default. It takes no captions.
 
 The rivals live in an environment of their own, `--python`, with what they need; nothing of them is in this repository.
 All draw the training captions: ours as its card says, the rivals by 50 steps with raw and with averaged weights, of which the
-better by FD counts. FD and the rest in the features of EfficientNet-Lite0, against the training pictures.
+better by FD counts. FD and the rest in the features of EfficientNet-Lite0, against the training images.
 """
 
 import argparse
@@ -69,7 +69,7 @@ for name, network in (("raw", diffusion), ("ema", trainer.ema.ema_model)):
 
 
 class Set:
-    """The pictures, where rivals find them, and how near drawings come to them."""
+    """The images, where rivals find them, and how near drawings come to them."""
 
     def __init__(self, folder: Path, *overrides: str):
         self.overrides = [*overrides, "train.num_threads=1"]
@@ -78,7 +78,7 @@ class Set:
         self.numbers = self.images.select("train")
         self.captions = [self.images[int(i)]["captions"][0] for i in self.numbers]
         self.true = reference_features(self.images, "efficientnet-lite0", self.config.data.cache_dir)[self.numbers]
-        self.folder = folder / "pictures"
+        self.folder = folder / "images"
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for k, (i, caption) in enumerate(zip(self.numbers, self.captions)):
@@ -95,7 +95,7 @@ class Set:
         }
         if captioned:
             apart = np.linalg.norm(seen[:, None] - self.true[None], axis=2)
-            scores["nearest true picture is its own"] = float((apart.argmin(1) == np.arange(len(apart))).mean())
+            scores["nearest true image is its own"] = float((apart.argmin(1) == np.arange(len(apart))).mean())
         return {name: round(float(value), 4) for name, value in scores.items()}
 
 
@@ -110,9 +110,9 @@ def draw(pipe, captions: list[str], **call) -> np.ndarray:
     return np.stack(drawn)
 
 
-def best(found: list[tuple[dict, np.ndarray]]) -> tuple[dict, np.ndarray]:
+def best(candidates: list[tuple[dict, np.ndarray]]) -> tuple[dict, np.ndarray]:
     """The row and drawings of the least FD."""
-    return min(found, key=lambda pair: pair[0]["FD"])
+    return min(candidates, key=lambda pair: pair[0]["FD"])
 
 
 def trained(data: Set, run: Path, minutes: float, seed: int, *overrides: str) -> tuple[dict, np.ndarray]:
@@ -123,7 +123,7 @@ def trained(data: Set, run: Path, minutes: float, seed: int, *overrides: str) ->
     pipe = SfumatoPipeline.from_pretrained(run / "pipeline")
     drawn = draw(pipe, data.captions, **recommended_settings(run / "pipeline"))
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    return {**data.figures(drawn), "pictures": last["images_seen"], "minutes": round(last["seconds"] / 60, 2)}, drawn
+    return {**data.figures(drawn), "images_seen": last["images_seen"], "minutes": round(last["seconds"] / 60, 2)}, drawn
 
 
 def sfumato(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
@@ -152,14 +152,14 @@ def diffusers(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
     process.send_signal(signal.SIGTERM)
     process.wait()
     newest = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    found = []
+    candidates = []
     for weights in ("unet", "unet_ema"):
         unet = UNet2DConditionModel.from_pretrained(newest / weights)
         pipe = StableDiffusionPipeline.from_pretrained(start_at, unet=unet)
         drawn = draw(pipe, data.captions, num_inference_steps=50, guidance_scale=1.0)
-        found.append(({**data.figures(drawn), "weights": weights}, drawn))
-    row, drawn = best(found)
-    return {**row, "pictures": 16 * int(newest.name.split("-")[1]), "minutes": options.minutes}, drawn
+        candidates.append(({**data.figures(drawn), "weights": weights}, drawn))
+    row, drawn = best(candidates)
+    return {**row, "images_seen": 16 * int(newest.name.split("-")[1]), "minutes": options.minutes}, drawn
 
 
 def lucidrains(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
@@ -170,13 +170,13 @@ def lucidrains(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
     with open(folder / "lucidrains.log", "w") as log:
         command = [options.python, "-c", LUCIDRAINS, *map(str, given)]
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    found = []
+    candidates = []
     for weights in ("raw", "ema"):
         kept = torch.load(out / f"{weights}.pt", weights_only=True)
         drawn = (kept["images"].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        seen = {"weights": weights, "pictures": 16 * kept["steps"], "minutes": round(kept["seconds"] / 60, 2)}
-        found.append(({**data.figures(drawn, captioned=False), **seen}, drawn))
-    return best(found)
+        facts = {"weights": weights, "images_seen": 16 * kept["steps"], "minutes": round(kept["seconds"] / 60, 2)}
+        candidates.append(({**data.figures(drawn, captioned=False), **facts}, drawn))
+    return best(candidates)
 
 
 TRAINERS = {"sfumato": sfumato, "diffusers": diffusers, "denoising-diffusion-pytorch": lucidrains}
@@ -204,7 +204,7 @@ def main() -> None:
         row, drawn = TRAINERS[name](data, options, folder)
         np.save(folder / f"{name}.npy", drawn[shown])
         result = json.loads(out.read_text()) if out.exists() else {"rows": []}
-        row = {"trainer": name, "seed": options.seed, "training pictures": len(data.captions), **row}
+        row = {"trainer": name, "seed": options.seed, "training images": len(data.captions), **row}
         result["rows"] = [each for each in result["rows"] if (each["trainer"], each["seed"]) != (name, options.seed)] + [row]
         out.write_text(json.dumps(result, indent=1) + "\n")
         print(row, flush=True)

@@ -2,7 +2,7 @@
 
 `data.name=iconify:FOLDER`, where FOLDER holds the `icons.json` of one set, as `npm install @iconify-json/noto` leaves it, or
 of several in folders of their own, such as `node_modules/@iconify-json`. A caption is the name of an icon or another name that
-the set has for it; of several sets it tells the style too, "rocket, Noto style".
+the set has for it; of several sets with the style, "rocket, Noto style".
 """
 
 import json
@@ -16,6 +16,7 @@ from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record, Unusable, hash_fraction
 from sfumato.training.data.sources.openmoji import rasterise
 
+MEASURES = ("left", "top", "width", "height")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 # An icon draws what it holds and reads nothing else.
 _FOREIGN = re.compile(
@@ -65,21 +66,21 @@ def read_set(path: Path) -> IconSet:
         ValueError: the file is no set of icons.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        beside = path.with_name("info.json")
-        info = held.get("info") or (json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {})
-        icons, aliases, measures = held["icons"], held.get("aliases", {}), ("left", "top", "width", "height")
-        common = {"width": 16, "height": 16} | {key: held[key] for key in measures if key in held}
-        title = str(info.get("name") or held.get("prefix") or path.parent.name)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        info_path = path.with_name("info.json")
+        info = content.get("info") or (json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {})
+        common = {"width": 16, "height": 16} | {key: content[key] for key in MEASURES if key in content}
+        title = str(info.get("name") or content.get("prefix") or path.parent.name)
         license, author = info.get("license") or {}, info.get("author") or {}
-        spdx, by, terms = license.get("spdx"), author.get("name"), license.get("title") or "licence not told"
-        known = {str(name): common | icon for name, icon in icons.items()}
-        names = {str(name): str(alias["parent"]) for name, alias in aliases.items() if set(alias) <= {"parent", "hidden"}}
+        spdx, by, terms = license.get("spdx"), author.get("name"), license.get("title") or "no licence named"
+        icons = {str(name): common | icon for name, icon in content["icons"].items()}
+        plain = {name: alias for name, alias in content.get("aliases", {}).items() if set(alias) <= {"parent", "hidden"}}
+        aliases = {str(name): str(alias["parent"]) for name, alias in plain.items()}  # the others are turned or mirrored
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no set of icons as Iconify has them: {error!r}") from error
     style = " ".join(re.sub(r"\(.*?\)|\b[Ee]mojis?\b|\b[Ii]cons?\b", " ", title).split()) or title
     credit = f"{title}{f' by {by}' if by else ''}. License: {terms}"
-    return IconSet(style=style, icons=known, aliases=names, license=spdx.lower() if spdx else None, credit=credit)
+    return IconSet(style=style, icons=icons, aliases=aliases, license=spdx.lower() if spdx else None, credit=credit)
 
 
 def credits_of(config: DataConfig) -> tuple[str, str | None]:
@@ -92,11 +93,11 @@ def credits_of(config: DataConfig) -> tuple[str, str | None]:
     return "; ".join(each.credit for each in sets), licenses.pop() if len(licenses) == 1 else None
 
 
-def thing_of(name: str, known: dict) -> str:
-    """The name in words. A skin tone that a set tells by one word, `person-dark` beside four others, is called one."""
+def thing_of(name: str, icons: dict) -> str:
+    """The name in words; "dark" is written "dark skin tone" where the set has the icon in all five tones (`person-dark`)."""
     for tone in sorted(TONES, key=len, reverse=True):
         base = name.removesuffix(f"-{tone}")
-        if base != name and all(f"{base}-{each}" in known for each in TONES):
+        if base != name and all(f"{base}-{each}" in icons for each in TONES):
             return f"{base.replace('-', ' ')} {tone} skin tone"
     return re.sub(r"\b(medium) (light|dark) (skin tone)", r"\1-\2 \3", re.sub("[-_]+", " ", name))
 
@@ -109,7 +110,7 @@ def svg_of(icon: dict) -> str:
     """
     body = icon.get("body")
     try:
-        left, top, width, height = (float(icon.get(key, 0)) for key in ("left", "top", "width", "height"))
+        left, top, width, height = (float(icon.get(key, 0)) for key in MEASURES)
     except (TypeError, ValueError) as error:
         raise Unusable("an icon without measures") from error
     if not isinstance(body, str) or not body.strip() or not 0 < min(width, height) <= max(width, height) < 1e6:
@@ -136,8 +137,8 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
         for name, thing in names.items():
             if not each.icons[name].get("hidden"):
                 styles[thing].append(each.style)
-    wanted = set(config.words)
-    if wanted and not any(wanted & set(thing.lower().split()) for thing in styles):
+    words = set(config.words)
+    if words and not any(words & set(thing.lower().split()) for thing in styles):
         raise ValueError(f"no icon has a name with one of data.words={config.words}")
     for each, names in zip(sets, things):
         others = defaultdict(list)
@@ -146,7 +147,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
         for name, icon in each.icons.items():
             thing, ending = names[name], f", {each.style} style" if len(sets) > 1 else ""
             label = f"{each.style}/{name}"
-            if wanted and not wanted & set(thing.lower().split()):
+            if words and not words & set(thing.lower().split()):
                 continue
             if icon.get("hidden"):
                 yield Record(label, left_out="withdrawn by the set")
