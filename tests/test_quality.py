@@ -142,7 +142,7 @@ def test_captions_of_the_same_image_count_as_one(tmp_path):
     evaluation.parts = {"train": np.array([person]), "held_out": np.zeros(0, int), "combination": np.array([person])}
     evaluation.drawings = np.stack([images.image(person)] * 2)
     for named, right in ((man, 1), (woman, 0)):
-        scores = np.eye(len(images))[named : named + 1]
+        scores = np.eye(len(images))[None, named : named + 1]
         evaluation.judge_scores = lambda part, captions, scores=scores: {"": scores, " by true images": scores}
         assert retrieval(evaluation)["retrieval at 1, training captions"].value == right
         assert attributes(evaluation)["held-out combinations wholly right"].value == right
@@ -150,8 +150,8 @@ def test_captions_of_the_same_image_count_as_one(tmp_path):
     several = [
         i for i in others if evaluation.duplicates[i] in (evaluation.duplicates[others[0]], evaluation.duplicates[others[1]])
     ]
-    scores = np.full((1, len(images)), 0.1)
-    scores[0, several], scores[0, person] = 0.9, 0.5
+    scores = np.full((1, 1, len(images)), 0.1)
+    scores[0, 0, several], scores[0, 0, person] = 0.9, 0.5
     evaluation.judge_scores = lambda part, captions: {"": scores}
     found = retrieval(evaluation)
     assert len(several) >= 2 and found["retrieval at 1, training captions"].value == 0
@@ -171,7 +171,7 @@ def test_a_caption_that_many_images_have_counts_once(tmp_path):
     worst = np.stack([np.array([0.1 if evaluation.caption(i) == c else 0.9 for c in ("red", "green", "blue")]) for i in train])
     order = list(dict.fromkeys(evaluation.caption(i) for i in range(len(images))))
     worst = worst[:, [("red", "green", "blue").index(caption) for caption in order]]
-    evaluation.judge_scores = lambda part, captions: {"": worst}
+    evaluation.judge_scores = lambda part, captions: {"": worst[None]}
     found = retrieval(evaluation)
     assert found["retrieval at 1, training captions"].value == 0 and found["retrieval at 5, training captions"].value == 1
 
@@ -195,7 +195,7 @@ def test_pairs_of_true_images_are_right_and_of_others_wrong(tmp_path):
     numbers = evaluation.unseen("held_out_pair")
     assert len(numbers) > 3
     evaluation.parts = {"train": [], "held_out": [], "combination": [], "pair": numbers}
-    perfect = np.eye(len(images))[numbers]
+    perfect = np.eye(len(images))[None, numbers]
     evaluation.judge_scores = lambda part, captions: {"": perfect, " by true images": perfect}
     evaluation.drawings = evaluation.real(numbers)
     found = pairs(evaluation)
@@ -203,6 +203,23 @@ def test_pairs_of_true_images_are_right_and_of_others_wrong(tmp_path):
     assert found["colour of held-out pairs"].value == found["held-out pairs wholly right by true images"].value > 0.7
     evaluation.drawings = np.full_like(evaluation.drawings, 255)
     assert pairs(evaluation)["held-out pairs wholly right"].value == 0
+
+
+def test_judges_that_disagree_count_by_their_share_and_by_most(tmp_path):
+    """Retrieval is their mean, with a wider interval than that of one judge; a combination is right when most say so."""
+    images = prepare(configs.DataConfig(languages=["en"], words=["student"], cache_dir=str(tmp_path)))
+    evaluation = object.__new__(Evaluation)
+    evaluation.dataset, numbers = images, np.arange(len(images))
+    evaluation.parts = {"train": numbers, "held_out": np.zeros(0, int), "combination": numbers}
+    evaluation.drawings = np.concatenate([evaluation.real(numbers)] * 2)
+    right = np.eye(len(images))
+    wrong = right[::-1]
+    for panel, share, vote in (((right, right, wrong), 2 / 3, True), ((right, wrong, wrong), 1 / 3, False)):
+        evaluation.judge_scores = lambda part, captions, panel=panel: {"": np.stack(panel), " by true images": np.stack(panel)}
+        found = retrieval(evaluation)["retrieval at 1, training captions"]
+        assert found.value == pytest.approx(share, abs=0.1) and found.half_width > 0.5
+        whole = attributes(evaluation)["profession and gender of held-out combinations"].value
+        assert (whole > 0.8) == vote
 
 
 def test_captions_that_differ_at_their_end_only_are_told_apart():
@@ -214,7 +231,7 @@ def test_captions_that_differ_at_their_end_only_are_told_apart():
     evaluation.dataset, evaluation.duplicates = long, np.arange(3)
     evaluation.caption = long.__getitem__
     evaluation.parts = {"train": np.arange(3), "held_out": np.zeros(0, int)}
-    evaluation.judge_scores = lambda part, captions: {"": np.full((3, 3), 0.5)}
+    evaluation.judge_scores = lambda part, captions: {"": np.full((1, 3, 3), 0.5)}
     assert retrieval(evaluation)["retrieval at 1, training captions"].value == 0
 
 

@@ -15,7 +15,7 @@ from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
 from sfumato.training.quality.distances import frechet_distance, gaussian, kernel_distance
 from sfumato.training.quality.features import compute_features, reference_features
-from sfumato.training.quality.judge import FORMAT_VERSION, train_judge
+from sfumato.training.quality.judge import FORMAT_VERSION, train_judges
 
 
 class Yardstick:
@@ -25,7 +25,7 @@ class Yardstick:
         self.numbers = image_set.select("train")
         self.captions = [image_set[int(i)]["captions"][0] for i in self.numbers]
         self.true = reference_features(image_set, "efficientnet-lite0", cache_dir)[self.numbers]
-        self.whole, self.judge = gaussian(self.true), train_judge(image_set, cache_dir)
+        self.whole, self.judge = gaussian(self.true), train_judges(image_set, cache_dir, 1)[0]
 
     def figures(self, made: list) -> dict[str, float | str]:
         """`made`: an image for each of `captions`, in their order."""

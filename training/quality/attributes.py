@@ -11,7 +11,7 @@ from sfumato.training.quality.statistics import Score, mean_score
 
 
 def attributes(evaluation: Evaluation) -> dict[str, Score]:
-    """Skin tone by pixels; profession and gender by the judge among all captions of that tone.
+    """Skin tone by pixels; profession and gender by most of the judges, among all captions of that tone.
 
     Some images are the same for two captions, such as a man and a person walking; either one is right then.
     """
@@ -27,7 +27,7 @@ def attributes(evaluation: Evaluation) -> dict[str, Score]:
 
 
 def pairs(evaluation: Evaluation) -> dict[str, Score]:
-    """Colour by pixels; the thing by the judge among all captions that begin with that colour."""
+    """Colour by pixels; the thing by most of the judges, among all captions that begin with that colour."""
     return _halves(
         evaluation,
         "pair",
@@ -68,11 +68,12 @@ def _halves(
     scores: dict[str, Score] = {}
     for ending, part_images in images.items():
         word_right, rest_right = [], []
-        for image, row, i in zip(part_images, by_ending[ending], numbers):
+        for k, (image, i) in enumerate(zip(part_images, numbers)):
             word = word_of(captions[i])
-            nearest = alike[word][int(row[alike[word]].argmax())]
+            rivals = np.array(alike[word])
+            nearest = rivals[by_ending[ending][:, k, rivals].argmax(1)]
             word_right.append(word_in(image) == word)
-            rest_right.append(evaluation.duplicates[nearest] == evaluation.duplicates[i])
+            rest_right.append((evaluation.duplicates[nearest] == evaluation.duplicates[i]).mean() > 0.5)
         scores[f"{names[0]} {kind}{ending}"] = mean_score(word_right)
         scores[f"{names[1]} {kind}{ending}"] = mean_score(rest_right)
         scores[f"{kind} wholly right{ending}"] = mean_score(np.array(word_right) & np.array(rest_right))

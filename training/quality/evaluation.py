@@ -15,7 +15,7 @@ from sfumato.training.data.array_set import ArraySet, evenly_spaced
 from sfumato.training.data.sources.openmoji import is_combination
 from sfumato.training.quality.drawing import draw_images
 from sfumato.training.quality.features import DEFAULT, compute_features, reference_features
-from sfumato.training.quality.judge import Judge, first_duplicates, train_judge
+from sfumato.training.quality.judge import Judge, first_duplicates, train_judges
 
 PARTS = ("train", "held_out", "combination", "pair")
 
@@ -94,9 +94,9 @@ class Evaluation:
         return reference_features(self.dataset, self.plan.extractor, self.config.data.cache_dir)
 
     @cached_property
-    def judge(self) -> Judge:
-        """The judge of captions of this set."""
-        return train_judge(self.dataset, self.config.data.cache_dir)
+    def judges(self) -> list[Judge]:
+        """The judges of captions of this set."""
+        return train_judges(self.dataset, self.config.data.cache_dir)
 
     def unseen(self, split: str) -> np.ndarray:
         """Records of a held-out split whose image is not trained under another caption."""
@@ -130,14 +130,16 @@ class Evaluation:
         return values[start : start + len(self.parts[part])]
 
     def judge_scores(self, part: str, captions: list[str]) -> dict[str, np.ndarray]:
-        """The judge's scores of a part's drawings and of its real images, by what a figure's name ends in.
-
-        What is known of their features already is not computed again.
+        """Each judge's scores of a part's drawings and of its true images, `(J, N, len(captions))`, by what a figure's name
+        ends in. What is known of their features already is not computed again.
         """
         numbers, own = self.parts[part], self.plan.extractor == DEFAULT
-        drawn_features = self.of(part, self.features) if own else None
-        real_features = np.array(self.reference[numbers]) if own else None
+        images = {"": self.of(part, self.drawings), " by true images": self.real(numbers)}
+        if own:
+            features = {"": self.of(part, self.features), " by true images": np.array(self.reference[numbers])}
+        else:
+            features = {ending: compute_features(of_part) for ending, of_part in images.items()}
         return {
-            "": self.judge.scores(self.of(part, self.drawings), captions, drawn_features),
-            " by true images": self.judge.scores(self.real(numbers), captions, real_features),
+            ending: np.stack([judge.scores(of_part, captions, features[ending]) for judge in self.judges])
+            for ending, of_part in images.items()
         }

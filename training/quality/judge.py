@@ -20,6 +20,7 @@ SIZE = 128
 GRID = 8
 STEPS = 800
 MAX_LENGTH = 256
+NUM_JUDGES = 3
 NUM_ALTERED_COPIES = 2
 # Raise this by hand with every change of code that changes a judge.
 FORMAT_VERSION = 1
@@ -105,39 +106,44 @@ def alter_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(moved + rng.normal(0, rng.uniform(0, 12), moved.shape).round(), 0, 255).astype(np.uint8)
 
 
-def train_judge(images: ArraySet, cache_dir: str, batch_size: int = 256, seed: int = 0) -> Judge:
-    """The judge of an image set; trained once, in some minutes, and kept on disk by the content of the data.
+def train_judges(images: ArraySet, cache_dir: str, count: int | None = None, batch_size: int = 256) -> list[Judge]:
+    """The judges of an image set, by default `NUM_JUDGES`: alike but for their seeds, since one alone may be off by some
+    hundredths. Trained once, in some minutes, and kept on disk by the content of the data.
 
     Each time an image is read as it is or altered, with noise on what is seen of it and by another of its captions, so that
     drawings which are not quite the true images are recognised as well.
     """
     captions = [images.captions[i] for i in range(len(images.captions))]
-    torch.manual_seed(seed)
-    judge = Judge(captions)
-    path = Path(cache_dir).expanduser() / f"judge-{images.fingerprint}-{STEPS}-{seed}-v{FORMAT_VERSION}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.is_file():
-            tensors = load_file(path)
-            judge.embed_images(torch.zeros(1, tensors["image.0.weight"].shape[1]))  # lazy layers take their size
-            judge.mean, judge.std = tensors["mean"], tensors["std"]
-            judge.load_state_dict(tensors)
-            return judge.eval()
-        seen = _sights(images, cache_dir, STEPS * batch_size, seed)
-        _fit(judge, images, captions, seen, STEPS, batch_size, seed)
-        new = path.with_suffix(".new")
-        save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
-        new.replace(path)
-    return judge.eval()
+    folder = Path(cache_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    judges, seen = [], None
+    with FileLock(folder / f"judge-{images.fingerprint}.lock"):
+        for seed in range(NUM_JUDGES if count is None else count):
+            torch.manual_seed(seed)
+            judge = Judge(captions)
+            path = folder / f"judge-{images.fingerprint}-{STEPS}-{seed}-v{FORMAT_VERSION}.safetensors"
+            if path.is_file():
+                tensors = load_file(path)
+                judge.embed_images(torch.zeros(1, tensors["image.0.weight"].shape[1]))  # lazy layers take their size
+                judge.mean, judge.std = tensors["mean"], tensors["std"]
+                judge.load_state_dict(tensors)
+            else:
+                seen = _sights(images, cache_dir, STEPS * batch_size) if seen is None else seen
+                _fit(judge, images, captions, seen, STEPS, batch_size, seed)
+                new = path.with_suffix(".new")
+                save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
+                new.replace(path)
+            judges.append(judge.eval())
+    return judges
 
 
-def _sights(images: ArraySet, cache_dir: str, seen_in_all: int, seed: int) -> torch.Tensor:
+def _sights(images: ArraySet, cache_dir: str, seen_in_all: int) -> torch.Tensor:
     """What is to be read of every image as it is and of up to `NUM_ALTERED_COPIES` copies of it, `(1 + copies, N, D)` float16.
 
     Of a set so large that `seen_in_all` readings hardly come to each image, fewer copies.
     """
     reference = reference_features(images, DEFAULT, cache_dir)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     count = len(images)
     copies = min(NUM_ALTERED_COPIES, seen_in_all // (4 * count))
     sights = torch.empty((1 + copies, count, look(images.image(0)[None], np.array(reference[:1])).shape[1]), dtype=torch.half)

@@ -10,6 +10,7 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.quality.evaluation import Evaluation, Plan
 from sfumato.training.quality.features import DEFAULT, load_extractor
+from sfumato.training.quality.judge import NUM_JUDGES
 from sfumato.training.quality.judged import judged_records
 from sfumato.training.quality.likelihood import check_has_bound
 from sfumato.training.quality.statistics import JACKKNIFE_PARTS, Score
@@ -66,7 +67,7 @@ def protocol(evaluation: Evaluation) -> str:
         f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}{guider}, "
         f"seeds {v.seed} and on. "
         "Captions whose images are the same count as one, and held-out images that are trained under another caption "
-        f"are left out ({left_out}). "
+        f"are left out ({left_out}). {NUM_JUDGES} judges: retrieval is their mean, and a combination is right when most say so. "
         f"Features by {evaluation.plan.extractor}; FD, KID and the nearest training images are of all "
         f"{len(evaluation.dataset.select('train')):,} training images; precision, recall, density and coverage of those "
         "whose captions are drawn. "

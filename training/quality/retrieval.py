@@ -1,15 +1,16 @@
-"""Whether drawings show their captions, by the judge."""
+"""Whether drawings show their captions, by the judges."""
 
 import numpy as np
 
 from sfumato.training.quality.evaluation import Evaluation
-from sfumato.training.quality.statistics import Score, mean_score
+from sfumato.training.quality.statistics import Score, panel_score
 
 LABELS = {"train": "training captions", "held_out": "held-out captions"}
 
 
 def retrieval(evaluation: Evaluation) -> dict[str, Score]:
-    """How often the judge finds an image's own caption first, or among the first five, of all captions of the set.
+    """How often a judge finds an image's own caption first, or among the first five, of all captions of the set; the mean
+    over judges.
 
     The captions of images that are the same count as one, and so does a caption that several images have.
     """
@@ -21,11 +22,11 @@ def retrieval(evaluation: Evaluation) -> dict[str, Score]:
         if not len(numbers):
             continue
         for ending, by_caption in evaluation.judge_scores(part, captions).items():
-            by_group = np.stack([by_caption[:, columns].max(1) for columns in groups], axis=1)
-            own = by_group[np.arange(len(numbers)), [group_of[int(evaluation.duplicates[i])] for i in numbers]]
-            place = (by_group >= own[:, None]).sum(1) - 1  # ties count against the model
-            scores[f"retrieval at 1, {label}{ending}"] = mean_score(place < 1)
-            scores[f"retrieval at 5, {label}{ending}"] = mean_score(place < 5)
+            by_group = np.stack([by_caption[:, :, columns].max(2) for columns in groups], axis=2)
+            own = by_group[:, np.arange(len(numbers)), [group_of[int(evaluation.duplicates[i])] for i in numbers]]
+            place = (by_group >= own[:, :, None]).sum(2) - 1  # ties count against the model
+            scores[f"retrieval at 1, {label}{ending}"] = panel_score(place < 1)
+            scores[f"retrieval at 5, {label}{ending}"] = panel_score(place < 5)
     return scores
 
 

@@ -39,6 +39,18 @@ def mean_score(values: np.ndarray | list) -> Score:
     return Score(value, float(t * values.std(ddof=1) / count**0.5))
 
 
+def panel_score(values: np.ndarray) -> Score:
+    """The mean of what several judges say of independent images, `(J, N)`; its interval adds to that of the images what
+    another choice of judges would change.
+    """
+    over_images = mean_score(values.mean(0))
+    means = values.mean(1)
+    if over_images.half_width is None or len(means) < 2:
+        return over_images
+    over_judges = student_quantile(len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5
+    return Score(over_images.value, float(np.hypot(over_images.half_width, over_judges)))
+
+
 def jackknife_score(distance: Callable[[np.ndarray], float], drawn: np.ndarray) -> Score:
     """The distance of a set `(N, D)`, and its interval by leaving out each of up to ten parts of it in turn.
 
