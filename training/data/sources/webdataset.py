@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -36,18 +37,18 @@ class Member:
     size: int
     read: Callable[[], bytes]
 
-    @property
+    @cached_property
     def stem(self) -> str:
         """The name up to its last dot."""
         return str(PurePosixPath(self.name).with_suffix(""))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The name up to its first dot, by which WebDataset groups."""
         path = PurePosixPath(self.name)
         return str(path.parent / path.name.partition(".")[0])
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """`image`, `unread`, `caption`, `other` or `unknown`."""
         path = PurePosixPath(self.name)
