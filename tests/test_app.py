@@ -119,6 +119,68 @@ def test_a_model_of_other_things_draws_files_of_them(tmp_path):
     assert Image.open(moments[-1].things[0]).n_frames == 8 and moments[-1].done[0].endswith(".png")
 
 
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory, model):
+    """Models that read images, by what they do."""
+    folder, runs = tmp_path_factory.mktemp("reading"), {}
+    for task, sections in (
+        ("upscaling", {}),
+        ("inpainting", {}),
+        ("control", {"init_from": str(model), "unet": None, "scheduler": None, "text_encoder": None}),
+        ("text_to_image", {"objective": {"self_conditioning": True}}),
+    ):
+        (folder / task).mkdir()
+        path = tiny.config_file(folder / task, task=task, train={"max_steps": 2}, **{k: v for k, v in sections.items() if v})
+        content = {k: v for k, v in tiny.yaml.safe_load(path.read_text()).items() if sections.get(k, v) is not None}
+        path.write_text(tiny.yaml.safe_dump(content))
+        assert main([str(path)]) == 0
+        runs[task] = folder / task / "run"
+    return runs
+
+
+@pytest.mark.parametrize("task, given", [("upscaling", "image"), ("control", "control_image")])
+def test_a_model_that_reads_an_image_draws_from_it_and_not_without(reading, task, given):
+    studio = Studio(str(reading[task]))
+    assert studio.image_input == given
+    with pytest.raises(ValueError, match="Nothing to draw"):
+        list(studio.draw("a red circle", steps=2))
+    files = []
+    for colour in ("red", "white"):
+        image = Image.new("RGB", (16, 16), colour)
+        files += list(studio.draw("a red circle", steps=2, **{given: image}))[-1].done
+    assert len(files) == 2 and all(Image.open(file).size == (16, 16) for file in files)
+    if task == "upscaling":
+        assert len(list(studio.draw("", steps=2, image=image))[-1].done) == 1  # without a word, too
+        assert Image.open(files[0]).tobytes() != Image.open(files[1]).tobytes()
+
+
+@pytest.mark.parametrize("task", ["inpainting", "text_to_image"])
+def test_models_for_masks_and_with_self_conditioning_draw_from_text(reading, task):
+    studio = Studio(str(reading[task]))
+    assert studio.image_input is None
+    (file,) = list(studio.draw("a red circle", steps=2))[-1].done
+    assert Image.open(file).size == (16, 16)
+
+
+@needs_gradio
+@pytest.mark.parametrize("task", ["upscaling", "control", "inpainting"])
+def test_the_page_of_a_model_that_reads_images(reading, tmp_path, task):
+    from gradio_client import Client, handle_file
+
+    Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(tmp_path / "image.png")
+    with serve(reading[task], tmp_path) as address:
+        client = Client(address, verbose=False)
+        names = {name.strip("/") for name in client.view_api(return_format="dict")["named_endpoints"]}
+        assert ("draw" in names) == (task == "inpainting") == ("why" in names) == ("from_image" not in names)
+        if task == "inpainting":
+            _, gallery, *_ = client.predict("a red circle", "", 3, 2, 1.0, "–", "cfg", api_name="/draw")
+        else:
+            _, gallery = client.predict(
+                handle_file(tmp_path / "image.png"), False, "a red circle", 1, 2, api_name="/from_image"
+            )
+        assert Image.open(gallery[0]["image"]).size[0] >= 16
+
+
 def test_the_data_of_a_run_are_looked_at(model):
     runs = model.parent
     found = desk.read_data(runs, "run")

@@ -13,12 +13,13 @@ from sfumato.app import run_pages
 from sfumato.app.notices import errors_on_the_page, told
 from sfumato.app.studio import AXES, MAX_STEPS, Studio, enlarge, read_settings, read_values
 from sfumato.app.words import speaker
-from sfumato.figures import open_image
+from sfumato.figures import flatten, open_image
 from sfumato.pipelines.explain import heat_image
 from sfumato.pipelines.guided import guidance_width
 from sfumato.pipelines.images import to_8_bits
 from sfumato.pipelines.sample import crop_middle
 from sfumato.registries import GUIDERS, SAMPLERS
+from sfumato.training.tasks.control import find_edges
 
 MODELS_OWN = "–"
 MAX_SEED = 2**53 - 1  # what a browser counts exactly
@@ -36,15 +37,19 @@ def build(model: str, *, runs: Path, token: str, host: str, password: str | None
     studio = Studio(model)
     with gr.Blocks(title="Sfumato", analytics_enabled=False) as pages:
         gr.Markdown("# Sfumato")
-        with gr.Tab(say("Draw")):
-            _draw(studio, say)
-        if studio.pipe.codec is None:
+        if studio.image_input is not None:
             with gr.Tab(say("Redraw")):
-                _redraw(studio, say)
-            with gr.Tab(say("Why")):
-                _why(studio, say)
-        with gr.Tab(say("Compare")):
-            _compare(studio, say)
+                _draw_from_image(studio, say)
+        else:
+            with gr.Tab(say("Draw")):
+                _draw(studio, say)
+            if studio.pipe.codec is None:
+                with gr.Tab(say("Redraw")):
+                    _redraw(studio, say)
+                with gr.Tab(say("Why")):
+                    _why(studio, say)
+            with gr.Tab(say("Compare")):
+                _compare(studio, say)
         run_pages.build(pages, runs, Path(studio.places.name), token, say)
     app = FastAPI()
     hosts = ["127.0.0.1", "localhost", *([] if host in ("0.0.0.0", "::") else [host])]
@@ -187,6 +192,38 @@ def _redraw(studio: Studio, say) -> None:
 
     take.click(told(last, say), None, image, api_visibility="private")
     go.click(redraw, [image, prompt, strength, again, seed], [live, gallery], api_name="redraw")
+
+
+def _draw_from_image(studio: Studio, say) -> None:
+    """The page of a model that draws from an image alone: made larger, or followed by a ControlNet."""
+    height, width = studio.pipe.trained_size
+    follows = studio.image_input == "control_image"
+    with gr.Row():
+        with gr.Column():
+            label = say("Image whose edges are followed") if follows else say("Image to make larger")
+            image = gr.Image(type="pil", image_mode=None, label=label, sources=["upload", "clipboard"], height=340)
+            is_map = gr.Checkbox(False, label=say("It is a map of edges already"), visible=follows)
+            prompt = gr.Textbox("", label=say("Prompt"), max_length=1000)
+            with gr.Row():
+                seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
+                steps = gr.Slider(1, MAX_STEPS, studio.advice["num_inference_steps"], step=1, label=say("Steps"))
+            go = gr.Button(say("Draw"), variant="primary")
+        with gr.Column():
+            live = gr.Image(label=say("What the network expects"), interactive=False, height=340)
+            gallery = gr.Gallery(label=say("Images"), columns=2, object_fit="contain", format="png")
+
+    def draw(image, is_map, prompt, seed, steps):
+        with errors_on_the_page(say):
+            if image is None:
+                raise ValueError("Nothing to draw.")
+            read = flatten(image)
+            if follows:
+                read = _fit(read, width, height)
+                read = read if is_map else Image.fromarray(np.uint8(255 * find_edges(np.asarray(read)))).convert("RGB")
+            for moment in studio.draw(prompt or "", seed=int(seed or 0), steps=steps, **{studio.image_input: read}):
+                yield moment.expected, moment.done
+
+    go.click(draw, [image, is_map, prompt, seed, steps], [live, gallery], api_name="from_image")
 
 
 def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:

@@ -52,7 +52,7 @@ class Studio:
         model: what `sfumato sample --model` takes.
 
     Raises:
-        ValueError: no such model, or one that draws no images from text.
+        ValueError: no such model.
     """
 
     def __init__(self, model: str):
@@ -60,8 +60,6 @@ class Studio:
         folder = locate_pipeline(model)
         self.pipe = SfumatoPipeline.from_pretrained(folder)
         self.pipe.set_progress_bar_config(disable=True)
-        if self.pipe.reads is not None or self.pipe.controlnet is not None:
-            raise ValueError(f"{model}: the app draws from text alone; this model wants an image too")
         self.advice = recommended_settings(folder)
         self.places = tempfile.TemporaryDirectory(prefix="sfumato-app-")
         self._busy = threading.Lock()
@@ -69,6 +67,15 @@ class Studio:
         self._count = 0
         self.last: str | None = None  # the file of the image that was drawn last
         self._earlier: dict[int, Studio] = {}
+
+    @property
+    def image_input(self) -> str | None:
+        """The argument of the pipeline by which the model reads an image, without which it draws nothing: `image`, to be
+        made larger, or `control_image`, the map that a ControlNet follows.
+        """
+        if self.pipe.controlnet is not None:
+            return "control_image"
+        return "image" if self.pipe.reads == "low_res" else None
 
     def stop(self) -> None:
         """End the drawings under way after their step."""
@@ -96,8 +103,13 @@ class Studio:
             ValueError: nothing to draw, or settings that cannot be.
         """
         prompts = [line.strip() for line in text.splitlines() if line.strip()][:MAX_IMAGES]
-        if not prompts:
+        if not prompts and self.image_input == "image":
+            prompts = [""]  # an image is made larger without a word, too
+        if not prompts or (self.image_input is not None and inputs.get(self.image_input) is None):
             raise ValueError("Nothing to draw.")
+        if self.pipe.reads == "masks" and "image" not in inputs:
+            size = self.pipe.trained_size[::-1]
+            inputs |= {"image": Image.new("RGB", size, "white"), "mask_image": Image.new("L", size, 255)}
         steps = int(steps or self.advice["num_inference_steps"])
         scale = float(self.advice["guidance_scale"] if scale is None else scale)
         if not 1 <= steps <= MAX_STEPS:
