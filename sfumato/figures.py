@@ -41,23 +41,37 @@ def to_arrays(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image).reshape(image.height, image.width, -1) for image in images])
 
 
-def grid(images: list[Image.Image], prompts: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
+GAP, TEXT, COLUMNS = 6, 26, 6  # of a grid: pixels between images, pixels of the caption below, images in a row
+
+
+def grid(images: list[Image.Image], prompts: list[str], columns: int = COLUMNS, min_side: int = 128) -> Image.Image:
     """One image of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
     scale = max(1, min_side // images[0].width)
     width = images[0].width * scale
     height = images[0].height * scale
-    gap = 6
-    text = 26
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP + TEXT) + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, prompt) in enumerate(zip(images, prompts)):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap + text)
+        x, y = _corner(i, columns, width, height)
         sheet.paste(flatten(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
         font = caption_font(prompt)
         pen.multiline_text((x, y + height), "\n".join(wrap(prompt, font, width)[:2]), "black", font, spacing=0)
     return sheet
+
+
+def cell(sheet: Image.Image, i: int, count: int) -> Image.Image:
+    """Image `i` of the `count` that a `grid` with the usual columns holds, as large as it is there."""
+    columns = min(COLUMNS, count)
+    width = (sheet.width - GAP) // columns - GAP
+    height = (sheet.height - GAP) // -(-count // columns) - GAP - TEXT
+    x, y = _corner(i, columns, width, height)
+    return sheet.crop((x, y, x + width, y + height))
+
+
+def _corner(i: int, columns: int, width: int, height: int) -> tuple[int, int]:
+    return GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP + TEXT)
 
 
 def caption_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

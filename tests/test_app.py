@@ -254,6 +254,34 @@ def test_a_word_has_its_heat(studio):
     assert enlarge(heat_image(result.image, result.heat[1])).size == (320, 320)
 
 
+def test_a_run_shows_its_curves_and_each_prompt_through_its_steps(tmp_path):
+    path = tiny.config_file(
+        tmp_path,
+        output_dir=str(tmp_path / "runs" / "one"),
+        train={"max_steps": 4},
+        validation={"every_steps": 2, "prompts": ["a red circle", "a blue square", "a red circle"]},
+    )
+    assert main([str(path)]) == 0
+    runs = tmp_path / "runs"
+    state = watch.read_run(runs, "one")
+    assert [step for step, _ in state.held_out] == [2, 4] and len(state.bands) == 16 and len(state.rates) == 4
+    assert {band for *_, band in state.bands} >= {"-8 to -6", "0 to 2"}
+    prompts = watch.sampled_prompts(runs, "one")
+    assert prompts == ["a red circle", "a blue square"]
+    sheets = watch.samples(runs, "one")
+    assert [name for _, name in sheets] == ["step-00000004", "step-00000002"]
+    for prompt, place in (("a red circle", 0), ("a blue square", 1)):
+        cells = watch.samples(runs, "one", prompt)
+        assert [image.size for image, _ in cells] == [(128, 128)] * 2
+        x = 6 + place * 134
+        assert np.array_equal(np.asarray(cells[0][0]), np.asarray(sheets[0][0])[6 : 6 + 128, x : x + 128])
+    Image.open(runs / "one" / "samples" / "step-00000004.png").convert("RGB").save(
+        runs / "one" / "samples" / "step-00000009.png"
+    )
+    assert watch.sampled_prompts(runs, "one") == []  # a grid of before captions were kept
+    assert len(watch.samples(runs, "one")) == 3
+
+
 def test_both_languages_say_the_same():
     pages = "".join(path.read_text() for path in Path(words.__file__).parent.glob("*pages.py"))
     import re
@@ -280,7 +308,7 @@ def test_runs_are_read_and_asked(tmp_path, monkeypatch):
         watch.ask(runs, "one", "save")
         wait_for(lambda: list((run / "checkpoints").glob("step-*")))
         watch.ask(runs, "one", "sample")
-        wait_for(lambda: watch.newest_samples(runs, "one"))
+        wait_for(lambda: watch.newest_sheet(runs, "one"))
         watch.ask(runs, "one", "stop")
         assert crashes.wait([child]) == [130]
     finally:
@@ -334,7 +362,7 @@ def test_the_page_draws_through_its_own_interface(server):
     _, gallery, *_, command = client.predict("a red circle", "", 3, 2, 1.0, "–", "cfg", api_name="/draw")
     assert "sfumato sample 'a red circle'" in command and len(gallery) == 1
     assert Image.open(gallery[0]["image"]).size == (16, 16)
-    _, line, *_ = client.predict("one", api_name="/look")
+    _, line, *_ = client.predict("one", "", api_name="/look")
     assert "does not train" in line and "Step 8" in line
     with pytest.raises(Exception, match="token"):
         client.predict("one", api_name="/stop_run")  # no token, no power

@@ -13,6 +13,7 @@ from sfumato.app.notices import told
 from sfumato.training.config.load import config_names
 
 MAX_PROCESSES = 64
+ALL = ""  # prompts
 
 
 def build(pages: gr.Blocks, runs: Path, places: Path, token: str, say) -> None:
@@ -53,18 +54,31 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
         buttons = {kind: gr.Button(say(text)) for kind, text in _BUTTONS.items()}
     answer = gr.Markdown()
     with gr.Row():
-        losses = gr.LinePlot(x="step", y="loss", title=say("Loss"), height=300)
-        samples = gr.Image(label=say("Newest samples"), interactive=False)
+        losses = gr.LinePlot(x="step", y="loss", color="of", title=say("Loss"), height=280)
+        bands = gr.LinePlot(x="step", y="error", color="log-SNR", title=say("Held-out error by noise level"), height=280)
+        rates = gr.LinePlot(x="step", y="rate", title=say("Learning rate"), height=280)
+    prompt = gr.Dropdown([(say("all prompts"), ALL)], value=ALL, label=say("Samples of"), interactive=True)
+    gallery = gr.Gallery(label=say("Samples"), columns=4, object_fit="contain", format="png")
+    shown = gr.State()  # run, prompt and newest grid of the gallery, which stays as it is while these do
 
-    def look(chosen):
+    def look(chosen, wanted, seen):
         names = watch.list_runs(folder)
         if not names:
-            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None
+            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None, None, gr.skip(), [], None
         chosen = chosen if chosen in names else names[0]
         run = watch.read_run(folder, chosen)
-        grid = watch.newest_samples(folder, chosen)
-        table = pd.DataFrame(run.losses, columns=["step", "loss"])
-        return gr.Dropdown(names, value=chosen), _line(run, say), table, None if grid is None else grid[1]
+        curves = [(*point, say("trained on")) for point in run.losses] + [(*point, say("held out")) for point in run.held_out]
+        tables = (
+            pd.DataFrame(curves, columns=["step", "loss", "of"]),
+            pd.DataFrame(run.bands, columns=["step", "error", "log-SNR"]),
+            pd.DataFrame(run.rates, columns=["step", "rate"]),
+        )
+        prompts = watch.sampled_prompts(folder, chosen)
+        wanted = wanted if wanted in prompts else ALL
+        now = (chosen, wanted, watch.newest_sheet(folder, chosen))
+        images = gr.skip() if now == seen else watch.samples(folder, chosen, None if wanted == ALL else wanted)
+        choice = gr.Dropdown([(say("all prompts"), ALL), *prompts], value=wanted)
+        return gr.Dropdown(names, value=chosen), _line(run, say), *tables, choice, images, now
 
     def act(kind, chosen, may):
         _admitted(may)
@@ -74,9 +88,9 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
         watch.ask(folder, chosen or "", kind)
         return say("asked")
 
-    outputs = [name, state, losses, samples]
-    gr.on([pages.load, again.click, name.input], told(look, say), name, outputs, api_name="look")
-    gr.Timer(5).tick(told(look, say), name, outputs, api_visibility="private", show_progress="hidden")
+    inputs, outputs = [name, prompt, shown], [name, state, losses, bands, rates, prompt, gallery, shown]
+    gr.on([pages.load, again.click, name.input, prompt.input], told(look, say), inputs, outputs, api_name="look")
+    gr.Timer(5).tick(told(look, say), inputs, outputs, api_visibility="private", show_progress="hidden")
     for kind, button in buttons.items():
         handler = told(partial(act, kind), say)
         button.click(handler, [name, may], answer, api_name=f"{kind}_run")

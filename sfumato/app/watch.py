@@ -9,11 +9,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from sfumato.figures import open_image
+from sfumato.figures import cell, open_image
 from sfumato.files import read_lines
 from sfumato.training.engine import requests
 
 POINTS = 400  # of a curve, at the most
+SAMPLES = 60  # grids that are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,9 @@ class RunState:
     Attributes:
         trains: a trainer holds its lock.
         step, seconds, done, images_per_second: of the last line of its metrics; `done` is a share.
-        losses: `(step, loss)`, thinned out evenly.
+        losses, rates: `(step, loss)` and `(step, learning rate)`, thinned out evenly.
         held_out: `(step, error on held-out images)`.
+        bands: the same by noise level, `(step, error, log-SNR)`, such as `-2 to 0`.
     """
 
     name: str
@@ -35,7 +37,9 @@ class RunState:
     done: float
     images_per_second: float
     losses: list[tuple[int, float]]
+    rates: list[tuple[int, float]]
     held_out: list[tuple[int, float]]
+    bands: list[tuple[int, float, str]]
 
     @property
     def seconds_left(self) -> float | None:
@@ -79,7 +83,14 @@ def read_run(folder: Path, name: str) -> RunState:
         done=min(last.get("done", 0.0), 1.0),
         images_per_second=images / took if took else 0.0,
         losses=[(line["step"], line["loss"]) for line in thin if line["loss"] is not None],
+        rates=[(line["step"], line["lr"]) for line in thin if "lr" in line],
         held_out=[(line["step"], line["held_out_loss"]) for line in checks if line.get("held_out_loss") is not None],
+        bands=[
+            (line["step"], error, name.removeprefix("held_out_loss "))
+            for line in checks
+            for name, error in line.items()
+            if name.startswith("held_out_loss ") and error is not None
+        ],
     )
 
 
@@ -94,13 +105,43 @@ def is_training(run: Path) -> bool:
         return True
 
 
-def newest_samples(folder: Path, name: str) -> tuple[str, Image.Image] | None:
-    """The newest grid of samples, with its name; None before the first."""
-    files = sorted((place_of(folder, name) / "samples").glob("step-*.png"))
-    if not files:
-        return None
-    with open_image(files[-1]) as image:
-        return files[-1].stem, image.convert("RGB")
+def samples(folder: Path, name: str, prompt: str | None = None) -> list[tuple[Image.Image, str]]:
+    """What a run drew of one prompt, or its grids of all, with their steps; the newest first, at most `SAMPLES`."""
+    found = []
+    for path in _sheets(folder, name)[:SAMPLES]:
+        with open_image(path) as file:
+            captions, sheet = _captions(file), file.convert("RGB")
+        if prompt is None:
+            found.append((sheet, path.stem))
+        elif prompt in captions:
+            found.append((cell(sheet, captions.index(prompt), len(captions)), path.stem))
+    return found
+
+
+def sampled_prompts(folder: Path, name: str) -> list[str]:
+    """The captions of a run's newest grid of samples."""
+    for path in _sheets(folder, name)[:1]:
+        with open_image(path) as file:
+            return list(dict.fromkeys(_captions(file)))
+    return []
+
+
+def newest_sheet(folder: Path, name: str) -> str | None:
+    """The name of the newest grid of samples; None before the first."""
+    return next((path.name for path in _sheets(folder, name)), None)
+
+
+def _sheets(folder: Path, name: str) -> list[Path]:
+    return sorted((place_of(folder, name) / "samples").glob("step-*.png"), reverse=True)
+
+
+def _captions(file: Image.Image) -> list[str]:
+    """Of a grid that the trainer wrote; none of one from before it kept them."""
+    try:
+        captions = json.loads(file.info.get("captions", "[]"))
+    except (ValueError, TypeError):
+        return []
+    return [str(caption) for caption in captions] if isinstance(captions, list) else []
 
 
 def ask(folder: Path, name: str, kind: str) -> None:

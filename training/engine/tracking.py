@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import is_tensorboard_available
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from sfumato.figures import grid
@@ -148,7 +149,9 @@ class Log:
         sheet = grid(images, captions)
         place = self.folder / "samples" / f"step-{step:08d}.png"
         new = place.with_name(f".{place.name}")  # who looks while it is written sees the one before
-        sheet.save(new, format="png")
+        about = PngInfo()
+        about.add_text("captions", json.dumps(captions))
+        sheet.save(new, format="png", pnginfo=about)
         new.replace(place)
         for tracker in self.accelerator.trackers:
             if tracker.name == "trackio":
