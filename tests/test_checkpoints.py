@@ -322,3 +322,16 @@ def test_a_run_outlives_those_who_read_what_it_prints(tmp_path):
 
     assert crashes.wait([crashes.fork(unread, quiet=False)]) == [0]
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+def test_checkpoints_come_by_minutes_too_and_change_nothing(tmp_path):
+    """A slow run loses so many minutes at the most; what it computes is what it computes without."""
+    states = {}
+    for name, minutes in (("often", 1e-9), ("never", None)):
+        (tmp_path / name).mkdir()
+        section = {"every_steps": None, "every_minutes": minutes, "keep": 10}
+        assert main([str(tiny.config_file(tmp_path / name, checkpoint=section))]) == 0
+        folders = sorted((tmp_path / name / "run" / "checkpoints").glob("step-*"))
+        states[name] = (len(folders), load_file(folders[-1] / "state.safetensors"))
+    assert states["often"][0] == 6 and states["never"][0] == 1
+    assert all(torch.equal(value, states["never"][1][key]) for key, value in states["often"][1].items())

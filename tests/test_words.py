@@ -13,9 +13,10 @@ from transformers import CLIPTokenizer
 from sfumato.figures import caption_font, grid, wrap
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.inputs import CAPTION_WORDS, split_words, warn_of_unknown_words
+from sfumato.training import doctor
 from sfumato.training.config.load import load_config
 from sfumato.training.doctor import examine
-from sfumato.training.engine.tracking import SlowWatch
+from sfumato.training.engine.tracking import Outlook, SlowWatch
 from sfumato.training.models.text import remember_words
 
 
@@ -78,6 +79,41 @@ def test_a_run_that_has_become_slow_says_so_once():
     assert [text for text in told if text] == ["a step takes 4.0 s, 8 times as long as at first (0.5 s): is the machine busy?"]
     even = SlowWatch()
     assert not any(even.look(step * 4.0) for step in range(100))
+
+
+def test_half_a_minute_into_a_run_its_speed_is_judged_once(tmp_path, monkeypatch):
+    """Others use the cores: read off its processor time. Few steps will be made: read off the first ones."""
+    clock = {"cpu": 0.0, "wall": 0.0}
+    monkeypatch.setattr("sfumato.training.engine.tracking.time.process_time", lambda: clock["cpu"])
+    monkeypatch.setattr("sfumato.training.engine.tracking.time.monotonic", lambda: clock["wall"])
+    monkeypatch.setattr("sfumato.training.engine.tracking.torch.get_num_threads", lambda: 2)
+
+    def words(share, seconds_a_step, **settings):
+        config = load_config(tiny.config_file(tmp_path, train={"max_steps": None, **settings}))
+        outlook, found = Outlook(config, on_cpu=True), []
+        clock.update(cpu=0.0, wall=0.0)
+        for step in range(100):
+            found += outlook.look(step * seconds_a_step, step)
+            clock["wall"] += seconds_a_step
+            clock["cpu"] += 2 * share * seconds_a_step
+        return found
+
+    assert words(0.95, 1.0, max_minutes=60) == []
+    (crowded,) = words(0.4, 1.0, max_minutes=60)
+    assert (
+        crowded.startswith("other programs use these cores: this one gets 0.8 of the 2") and "train.num_threads=1" in crowded
+    )
+    (few,) = words(0.95, 5.0, max_minutes=12)
+    assert few.startswith("at this speed the run makes about 144 steps in its 12 minutes")
+    assert words(0.95, 5.0, max_minutes=12, max_steps=100) == []  # as many as were asked for
+
+
+def test_the_doctor_tells_where_one_thread_is_faster(monkeypatch):
+    monkeypatch.setattr("sfumato.training.doctor.torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("sfumato.training.doctor.torch.set_num_threads", lambda count: None)
+    (slow,), (fine,) = doctor._threads(1.8, lambda: 0.5), doctor._threads(0.5, lambda: 0.9)
+    assert slow.severity == "warning" and "one thread is 3.6 times as fast as 2 are now" in str(slow)
+    assert fine.severity == "fine" and "one would be 1.8 times as slow" in str(fine)
 
 
 def test_a_batch_that_is_larger_than_the_set_is_told(tmp_path):

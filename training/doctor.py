@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -205,19 +206,23 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
     optimizer = cast(AcceleratedOptimizer, task.accelerator.prepare(build_optimizer(config.optim, parameters)))
     ema = EMA(parameters, config.ema.decay)
     loader = batches(task.data, config)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        with task.accelerator.autocast():
-            loss = task.loss(task.module, next(loader))
-        task.accelerator.backward(loss)
-        _, is_finite = take_step(task.accelerator, optimizer, parameters, config.optim.max_grad_norm)
-        optimizer.zero_grad()
-        ema.step(parameters, is_finite)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    step = float(np.median(seconds[1:])) * config.train.gradient_accumulation_steps
+
+    def seconds_a_step() -> float:
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            with task.accelerator.autocast():
+                loss = task.loss(task.module, next(loader))
+            task.accelerator.backward(loss)
+            _, is_finite = take_step(task.accelerator, optimizer, parameters, config.optim.max_grad_norm)
+            optimizer.zero_grad()
+            ema.step(parameters, is_finite)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds[1:])) * config.train.gradient_accumulation_steps
+
+    step = seconds_a_step()
     count, train = sum(p.numel() for p in parameters), len(images.select("train"))
     total = sum(p.numel() for p in task.module.parameters())
     a_step = config.train.batch_size * config.train.gradient_accumulation_steps
@@ -256,6 +261,8 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
         ),
         Finding("fine", f"weights, gradients, averages and optimizer take {4 * 5 * count / 1e6:.0f} MB, activations beside"),
     ]
+    if device == "cpu":
+        findings += _threads(step, seconds_a_step)
     if device == "cuda":
         findings.append(Finding("fine", f"GPU memory at the most: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"))
     if steps < 1000:
@@ -268,6 +275,22 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
             )
         )
     return findings
+
+
+def _threads(step: float, seconds_a_step: Callable[[], float]) -> list[Finding]:
+    """Whether one thread is faster than several, as where other programs use the cores."""
+    count = torch.get_num_threads()
+    if count == 1:
+        return []
+    torch.set_num_threads(1)
+    try:
+        alone = seconds_a_step()
+    finally:
+        torch.set_num_threads(count)
+    if step < 1.2 * alone:
+        return [Finding("fine", f"{count} threads; one would be {alone / step:.1f} times as slow")]
+    what = f"one thread is {step / alone:.1f} times as fast as {count} are now"
+    return [Finding("warning", what, "Other programs use the cores.", "Set train.num_threads=1.")]
 
 
 def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -209,7 +210,7 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
     if run.task.images.has_several_sizes:  # where the batch size changed, blocks of one size begin elsewhere
         block = config.train.batch_size * accelerator.num_processes
         state["images_seen"] = -(-state["images_seen"] // block) * block
-    accelerator.print(f"goes on from {checkpoint}")
+    accelerator.print(f"goes on from {checkpoint}; steps after it, if any were made, are made again, the same")
     state["ended_early"] = is_out_of_patience(run)
     changes = resume.find_changes(stored, run.origin)
     undone = [change for change in changes if change.undoes_a_result]
@@ -258,6 +259,7 @@ def train_until(run: Run, stop: StopSignal) -> int:
     push_due = False
     done = fraction_done(config, state)
     stopped = 0
+    saved_at = state["seconds"]
 
     make_up_for(run, log)
     if config.validation.at_start and not state["step"]:
@@ -296,7 +298,8 @@ def train_until(run: Run, stop: StopSignal) -> int:
         # All processes agree on loss, time and what is asked of them.
         entries, (stopped, save_asked, samples_asked) = pulse.read(wishes_of(run, stop))
         state["seconds"] = pulse.seconds
-        save_due = save_due or bool(save_asked)
+        is_overdue = state["seconds"] - saved_at >= 60 * (config.checkpoint.every_minutes or math.inf)
+        save_due = save_due or bool(save_asked) or is_overdue
         for entry in entries:
             is_good = entry.pop("is_finite")
             bad_in_a_row = 0 if is_good else bad_in_a_row + 1
@@ -315,6 +318,7 @@ def train_until(run: Run, stop: StopSignal) -> int:
             if push_due and not stopped and done < 1:
                 push_checkpoint(run)
             save_due = push_due = False
+            saved_at = state["seconds"]
         for line in new_messages(run):
             log.say(line)
         if done < 1 and not stopped:
@@ -435,6 +439,7 @@ def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], 
 
 def finish(run: Run, log: Log) -> None:
     """Last grid, scores where they can be had, and what the task makes."""
+    log.say("trained; now the last samples are drawn, held-out data are measured, and the model is written")
     captions, images = run.task.samples()
     log.show(run.state["step"], captions, images)
     scores, label = validate(run, log, last=True)

@@ -239,7 +239,13 @@ def _check_training(config: Config, need: Need) -> None:
     )
     need(0 <= config.ema.decay < 1, "ema.decay", "must be in [0, 1)")
     need(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "must be in [0, 1)")
-    every = ("checkpoint.every_steps", "validation.every_steps", "hub.every_steps", "ema.snapshot_steps")
+    every = (
+        "checkpoint.every_steps",
+        "checkpoint.every_minutes",
+        "validation.every_steps",
+        "hub.every_steps",
+        "ema.snapshot_steps",
+    )
     for key in every:
         value = read_key(config, key)
         need(value is None or value > 0, key, "must be positive, or null")

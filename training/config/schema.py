@@ -174,6 +174,7 @@ class CheckpointConfig:
     """`resume`: `auto` takes up the newest checkpoint of `output_dir`, a path that one, null starts a new run."""
 
     every_steps: int | None = 1000
+    every_minutes: float | None = 10.0  # of training, since the last one: so much is lost at the most
     keep: int = 2
     resume: str | None = None
     # Keep the best model in `best/`, by held_out_loss, FD, KID, a score of the task's own or a metric's. (Not by

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import statistics
+import time
 from collections import deque
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import is_tensorboard_available
@@ -65,6 +67,44 @@ class SlowWatch:
         return f"a step takes {now:.1f} s, {now / before:.0f} times as long as at first ({before:.2g} s): is the machine busy?"
 
 
+class Outlook:
+    """Says once, half a minute into a run, what its speed means: that other programs use the cores, and how few steps a run
+    by minutes will make.
+    """
+
+    AFTER, SHARE, ENOUGH = 30.0, 0.75, 1000
+
+    def __init__(self, config: Config, on_cpu: bool):
+        self.config, self.threads = config, torch.get_num_threads() if on_cpu else 0
+        self.start: tuple[float, float, float, int] | None = None
+        self.done = False
+
+    def look(self, seconds: float, step: int) -> list[str]:
+        """What to say, if anything, after a step, at so many seconds of training."""
+        now = (time.process_time(), time.monotonic(), seconds, step)
+        if self.start is None:
+            self.start = now
+        cpu, wall, trained, steps = (end - begin for end, begin in zip(now, self.start))
+        if self.done or trained < self.AFTER or steps < 5:
+            return []
+        self.done = True
+        lines = []
+        if self.threads > 1 and cpu < self.SHARE * wall * self.threads:
+            lines.append(
+                f"other programs use these cores: this one gets {cpu / wall:.1f} of the {self.threads} that it computes on."
+                " One thread is often several times as fast then: Ctrl-C, and go on with"
+                " train.num_threads=1 checkpoint.resume=auto"
+            )
+        minutes = self.config.train.max_minutes
+        total = step + (60 * minutes - seconds) * steps / trained if minutes else math.inf
+        if total < min(self.ENOUGH, self.config.train.max_steps or self.ENOUGH):
+            lines.append(
+                f"at this speed the run makes about {total:.0f} steps in its {minutes:g} minutes; images need some"
+                f" {self.ENOUGH:,}: raise train.max_minutes"
+            )
+        return lines
+
+
 class Log:
     """`metrics.jsonl`, the progress bar and the sample grids; silent on all processes but the first."""
 
@@ -94,6 +134,7 @@ class Log:
         self.file = open(self.folder / "metrics.jsonl", "a", buffering=1)
         self.smooth = None
         self.slow = SlowWatch()
+        self.outlook = Outlook(config, accelerator.device.type == "cpu")
 
     def write(self, entry: dict) -> None:
         """One step's figures: a line of JSON (null for what is not finite) and the progress bar."""
@@ -108,8 +149,8 @@ class Log:
             self.smooth = entry["loss"] if self.smooth is None else 0.98 * self.smooth + 0.02 * entry["loss"]
         self.bar.update(min(entry["done"], 1.0) - self.bar.n)
         told = self.slow.look(entry["seconds"])
-        if told:
-            self.say(told)
+        for line in [*([told] if told else []), *self.outlook.look(entry["seconds"], entry["step"])]:
+            self.say(line)
         rate = entry["images_seen"] / max(entry["seconds"], 1e-9)
         self.bar.set_postfix_str(f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} images/s", refresh=False)
 
