@@ -35,5 +35,5 @@ def shipped_model() -> Path:
     """
     folder = Path(str(files("sfumato") / "models" / SHIPPED))
     if not (folder / "model_index.json").is_file():
-        raise ValueError("the model that comes with sfumato is not here; name another with --model")
+        raise ValueError("the packaged model is not here; name another one")
     return folder

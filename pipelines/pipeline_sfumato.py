@@ -82,6 +82,14 @@ class SourceImage:
     latent_mask: torch.Tensor | None = None
 
 
+def _located(source: str) -> str:
+    """The folder that holds the model which `source` names, where sfumato is installed; else `source`."""
+    try:
+        return importlib.import_module("sfumato.pipelines.locate").locate_pipeline(source)
+    except ModuleNotFoundError:
+        return source
+
+
 class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     """Draws images from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
 
@@ -161,14 +169,15 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Open a folder or Hub repository of Stable Diffusion's form. Arguments as for `DiffusionPipeline`.
+        """Open a folder or Hub repository of Stable Diffusion's form; a run folder, whose newest model it is; or `openmoji`, the
+        packaged model. Arguments as for `DiffusionPipeline`.
 
         Only safetensors are opened, and no code of the folder runs.
 
         Raises:
             ValueError: see `trust.check_folder`.
         """
-        folder: str = str(pretrained_model_name_or_path)
+        folder: str = _located(str(pretrained_model_name_or_path))
         kwargs.setdefault("use_safetensors", True)
         if not os.path.isdir(folder):
             folder = str(cls.download(folder, **kwargs))
