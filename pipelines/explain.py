@@ -62,9 +62,11 @@ class Explanation:
 
 
 def heat_image(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A map `(H, W)` in red over an image in grey, its largest value the reddest."""
+    """A map `(H, W)` in red over an image in grey: the redder the farther above its least value, as a share of its largest; so
+    a map that is the same everywhere stays grey.
+    """
     pixels = np.asarray(image.convert("RGB"), float)
-    share = (heat / max(float(heat.max()), 1e-9))[..., None] * 0.8
+    share = ((heat - heat.min()) / max(float(heat.max()), 1e-9))[..., None] * 0.8
     mixed = pixels.mean(-1, keepdims=True) * (1 - share) + np.array([255.0, 0.0, 0.0]) * share
     return Image.fromarray(mixed.astype(np.uint8))
 

@@ -169,7 +169,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Open a folder or Hub repository of Stable Diffusion's form; a run folder, whose newest model it is; or `openmoji`, the
+        """Open a folder or Hub repository of Stable Diffusion's form, the newest model of a run folder, or `openmoji`, the
         packaged model. Arguments as for `DiffusionPipeline`.
 
         Only safetensors are opened, and no code of the folder runs.

@@ -102,6 +102,16 @@ def _add_sample(verbs) -> None:
     sample.set_defaults(run=_sample)
 
 
+def _add_explain(verbs) -> None:
+    explain = verbs.add_parser("explain", help="show where in an image each word of its prompt was read")
+    explain.add_argument("prompt", help="what to draw")
+    explain.add_argument("--model", default="openmoji", help="a run, a folder or a Hub id (default: ours, of emoji)")
+    explain.add_argument("--out", default="explained.png", help="where the figure goes (default: %(default)s)")
+    explain.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    explain.add_argument("--without", action="store_true", help="also what changes without each word: one image more for each")
+    explain.set_defaults(run=_explain)
+
+
 def _add_evaluate(verbs) -> None:
     evaluate = verbs.add_parser(
         "evaluate",
@@ -161,7 +171,7 @@ def _add_push(verbs) -> None:
 
 def _add_doctor(verbs) -> None:
     doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
-    doctor.add_argument("config", help=CONFIG)
+    doctor.add_argument("config", help=f"{CONFIG}; or a run folder")
     doctor.add_argument("overrides", **OVERRIDES)
     doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and compare their hash")
     plan = "say instead what the run needs of such a GPU, without having one, such as h100 or rtx4090"
@@ -193,7 +203,7 @@ def _add_app(verbs) -> None:
 
 
 VERBS = (
-    *(_add_train, _add_init, _add_sample, _add_evaluate, _add_tune),
+    *(_add_train, _add_init, _add_sample, _add_explain, _add_evaluate, _add_tune),
     *(_add_ema, _add_export, _add_push, _add_doctor, _add_app),
 )
 
@@ -220,7 +230,9 @@ def _init(options: argparse.Namespace) -> int:
     if path.exists():
         raise ValueError(f"{path} is there already; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    command = f"# sfumato train {path}"
+    path.write_text(f"{command}\n{rest}" if first.startswith("# ") else text, encoding="utf-8")
     print(f"wrote {path}. Look at it, then:  sfumato doctor {path}  and  sfumato train {path}")
     return 0
 
@@ -229,6 +241,25 @@ def _sample(options: argparse.Namespace) -> int:
     from sfumato.pipelines.sample import SampleOptions, sample
 
     sample(SampleOptions(**{field.name: getattr(options, field.name) for field in fields(SampleOptions)}))
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+
+    from sfumato.pipelines import SfumatoPipeline
+    from sfumato.pipelines.card import recommended_settings
+    from sfumato.pipelines.explain import explain
+    from sfumato.pipelines.locate import locate_pipeline
+
+    model = locate_pipeline(options.model)
+    pipe = SfumatoPipeline.from_pretrained(model)
+    generator = torch.Generator().manual_seed(options.seed)
+    explanation = explain(pipe, options.prompt, ablate=options.without, generator=generator, **recommended_settings(model))
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    explanation.figure().save(options.out)
+    second = "; below, what changes without it" if options.without else ""
+    print(f"wrote {options.out}: the image, and in red where each word was read{second}")
     return 0
 
 
@@ -318,7 +349,8 @@ def _push(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from sfumato import api
 
-    config = api.load_config(options.config, options.overrides)
+    inside = Path(options.config) / "config.yaml"  # of a run folder
+    config = api.load_config(inside if inside.is_file() else options.config, options.overrides)
     if options.gpu is not None:
         findings = api.plan(config, gpu=options.gpu, gpus=options.gpus, images=options.images)
     else:

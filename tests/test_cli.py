@@ -106,6 +106,34 @@ def test_the_device_may_be_named(model, tmp_path, capsys):
     assert "leave --device cuda out" in capsys.readouterr().err
 
 
+def test_a_prompt_is_explained(model, tmp_path, capsys):
+    sizes = []
+    for more in ([], ["--without"]):
+        out = tmp_path / "new" / f"why{len(more)}.png"
+        assert main(["explain", "a red circle", "--model", str(model.parent), "--out", str(out), *more]) == 0
+        sizes.append(Image.open(out).size)
+    assert sizes[0][0] == sizes[1][0] and sizes[1][1] > 1.8 * sizes[0][1]  # a row more
+    assert "below, what changes without it" in capsys.readouterr().out
+    assert main(["explain", "", "--model", str(model), "--out", str(out)]) == 2
+
+
+def test_a_model_is_opened_by_what_names_it(model):
+    """From Python as on the command line: a run folder, its pipeline, the packaged model."""
+    for name in (model.parent, model, "openmoji"):
+        assert SfumatoPipeline.from_pretrained(name).unet is not None
+
+
+def test_a_config_begins_with_its_own_command_and_its_run_is_looked_at(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "mine"), "--preset", "shapes"]) == 0
+    path = tmp_path / "mine" / "config.yaml"
+    assert path.read_text().splitlines()[0] == f"# sfumato train {path}"
+    assert main(["doctor", str(tiny.config_file(tmp_path))]) == 0
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "config.yaml").write_text(tiny.config_file(tmp_path).read_text())
+    assert main(["doctor", str(tmp_path / "run")]) == 0
+    assert "training images" in capsys.readouterr().out
+
+
 def test_export_takes_a_run_folder(model, tmp_path, capsys):
     assert main(["export", str(model.parent), str(tmp_path / "shared")]) == 0
     assert (tmp_path / "shared" / "pipeline.py").is_file()

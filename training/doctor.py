@@ -113,15 +113,16 @@ def _data(config: Config, images: ArraySet) -> list[Finding]:
         Finding("note", f"{len(names)} left out, {why}: {', '.join(names[:3])}") for why, names in images.left_out.items()
     ]
     findings += [Finding("note", f"{count} {what}") for what, count in images.noted.items()]
-    same = len(values) - len({value.tobytes() for value in values})
-    if same:
-        share = same / len(values)
+    first: dict[bytes, int] = {}
+    copies = [images[int(i)]["id"] for i, value in zip(sample, values) if first.setdefault(value.tobytes(), int(i)) != int(i)]
+    if copies:
+        share = len(copies) / len(values)
         findings.append(
             Finding(
                 "warning" if share > 0.05 else "note",
-                f"{share:.1%} of {len(values)} images looked at are copies of another",
+                f"{share:.1%} of {len(values)} images looked at are copies of another: {', '.join(copies[:3])}",
                 "Copies are learned by heart first.",
-                "Remove them.",
+                "Remove them, or join their captions.",
             )
         )
     if len(train) < 100:
@@ -177,7 +178,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     terminal = float(scheduler.snr(scheduler.training_levels()[-1]))
     # An image's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
     mean_snr = terminal * height * width
-    what = f"last noise level: SNR {terminal:.1e} a value, {mean_snr:.1e} for an image's mean at {height} x {width}"
+    what = f"the last noise level leaves a signal of {mean_snr:.1e} of an image's mean, {terminal:.1e} of a value (SNR)"
     findings = [
         Finding("fine", what)
         if mean_snr < 0.05

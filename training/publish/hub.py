@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
@@ -151,7 +151,7 @@ def push(
     target = replace(target, repo_id=check(target.repo_id, target.pull_request, target.private))
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _push_once(folder, names, target, message)
+            return _push_once(folder, names, target, message, say)
         except (httpx2.TransportError, OSError, RuntimeError) as error:  # the client wraps what an upload raises
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             if isinstance(cause, OSError) and getattr(cause, "filename", None):
@@ -172,12 +172,17 @@ def push(
     raise AssertionError("unreachable")
 
 
-def stale_files(repo_id: str, branch: str, names: list[str]) -> list[str]:
-    """What the branch holds that the folder does not, and that a push therefore removes."""
+def look_at_branch(repo_id: str, branch: str) -> ModelInfo | None:
+    """What the Hub says of a branch; None where there is none yet."""
     try:
-        there = {file.rfilename for file in HfApi().model_info(repo_id, revision=branch).siblings or []}
+        return HfApi().model_info(repo_id, revision=branch)
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return []
+        return None
+
+
+def stale_files(info: ModelInfo | None, names: list[str]) -> list[str]:
+    """What a branch holds that the folder does not, and that a push therefore removes."""
+    there = {file.rfilename for file in (info.siblings if info is not None else None) or []}
     return sorted(there - set(names) - HUB_FILES)
 
 
@@ -193,19 +198,25 @@ def describe_push(folder: Path, target: Target) -> list[str]:
         unknown = "(there is no Hub token, so rights and what is there were not looked at: `hf auth login`)"
         return [f"would push to {target.repo_id}, {target.branch}: {unknown}", *sizes]
     repo_id = check(target.repo_id, target.pull_request, target.private)
-    removed = [f"     removed {name}" for name in stale_files(repo_id, target.branch, names)]
-    sizes = [f"{(folder / name).stat().st_size:12,} {name}" for name in names]
-    return [f"would push to {repo_id}, {target.branch}:", *removed, *sizes]
+    info = look_at_branch(repo_id, target.branch)
+    removed = [f"     removed {name}" for name in stale_files(info, names)]
+    bytes_of = {name: (folder / name).stat().st_size for name in names}
+    sizes = [f"{size:12,} {name}" for name, size in bytes_of.items()]
+    kind = "private" if (info.private if info is not None else target.private) else "public"
+    there = f"a new branch or repository, {kind}" if info is None else f"there already, {kind}"
+    total = f"{len(names)} files, {sum(bytes_of.values()) / 1e6:.1f} MB; what is there and the same is not sent"
+    return [f"would push to {repo_id}, {target.branch} ({there}): {total}", *removed, *sizes]
 
 
-def _push_once(folder: Path, names: list[str], target: Target, message: str) -> str:
+def _push_once(folder: Path, names: list[str], target: Target, message: str, say: Callable[[str], None]) -> str:
     api, repo_id = HfApi(), target.repo_id
     if not target.pull_request:
         api.create_repo(repo_id, private=target.private or None, exist_ok=True)
     if target.branch != "main" and not target.pull_request:
         api.create_branch(repo_id, branch=target.branch, exist_ok=True)
     additions = [CommitOperationAdd(name, _content(folder / name, repo_id, name.rpartition("/")[0])) for name in names]
-    removals = [CommitOperationDelete(name) for name in stale_files(repo_id, target.branch, names)]
+    before = look_at_branch(repo_id, target.branch)
+    removals = [CommitOperationDelete(name) for name in stale_files(before, names)]
     commit = api.create_commit(
         repo_id,
         [*additions, *removals],
@@ -213,6 +224,8 @@ def _push_once(folder: Path, names: list[str], target: Target, message: str) -> 
         revision=target.branch,
         create_pr=target.pull_request or None,
     )
+    if before is not None and before.sha == commit.oid:
+        say("the Hub holds all of this already; no commit was made")
     if target.tag and not target.pull_request:
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tags.get(target.tag, commit.oid) != commit.oid:
