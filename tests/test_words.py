@@ -34,8 +34,9 @@ def test_words_that_no_caption_has_are_told_once(tmp_path, caplog):
     pipe = SfumatoPipeline.from_pretrained(tmp_path / "model")
     for _ in range(2):
         pipe.encode_prompt(["a red circle", "a quokka on a 披萨饼"])
-    told = [record.getMessage() for record in caplog.records if "No caption" in record.getMessage()]
-    assert told == ["No caption that this model was trained on has 'quokka', '饼': it can only guess what is meant."]
+    told = [record.getMessage() for record in caplog.records if "no caption" in record.getMessage()]
+    told_of = "no caption that this model was trained on has 'quokka', '饼'; it can only guess what is meant."
+    assert told == [f"Prompt 'a quokka on a 披萨饼': {told_of}"]
     CLIPTokenizer.from_pretrained(tmp_path / "model/tokenizer").save_pretrained(tmp_path / "again")
     assert "circle" in json.loads((tmp_path / "again/tokenizer_config.json").read_text(encoding="utf-8"))[CAPTION_WORDS]
 
