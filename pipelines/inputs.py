@@ -49,7 +49,8 @@ def warn_of_unknown_words(tokenizer, prompts: list[str]) -> None:
     if known and unknown:
         words = ", ".join(repr(word) for word in list(unknown)[:10])
         prompt = next(prompt for prompt in prompts if set(unknown) & set(split_words(prompt)))
-        warn_once(f"Prompt {prompt!r}: no caption that this model was trained on has {words}; it can only guess what is meant.")
+        has = f"no caption that this model was trained on has {words}"
+        warn_once(f"Prompt {prompt!r}: {has}; it can only guess what is meant.")
 
 
 @dataclass(frozen=True, kw_only=True)
