@@ -1,5 +1,6 @@
 """The tabs of runs: watch them, look at their data, start new ones, report on them."""
 
+import math
 import secrets
 import shlex
 from functools import partial
@@ -14,6 +15,7 @@ from sfumato.training.config.load import config_names
 
 MAX_PROCESSES = 64
 ALL = ""  # prompts
+ERROR = "log10 of the error"
 
 
 def build(pages: gr.Blocks, runs: Path, places: Path, token: str, say) -> None:
@@ -54,8 +56,8 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
         buttons = {kind: gr.Button(say(text)) for kind, text in _BUTTONS.items()}
     answer = gr.Markdown()
     with gr.Row():
-        losses = gr.LinePlot(x="step", y="loss", color="of", title=say("Loss"), height=280)
-        bands = gr.LinePlot(x="step", y="error", color="log-SNR", title=say("Held-out error by noise level"), height=280)
+        losses = gr.LinePlot(x="step", y="loss", title=say("Loss"), height=280)
+        bands = gr.LinePlot(x="step", y=ERROR, color="log-SNR", title=say("Held-out error by noise level"), height=280)
         rates = gr.LinePlot(x="step", y="rate", title=say("Learning rate"), height=280)
     prompt = gr.Dropdown([(say("all prompts"), ALL)], value=ALL, label=say("Samples of"), interactive=True)
     gallery = gr.Gallery(label=say("Samples"), columns=4, object_fit="contain", format="png")
@@ -67,10 +69,13 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
             return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None, None, gr.skip(), [], None
         chosen = chosen if chosen in names else names[0]
         run = watch.read_run(folder, chosen)
-        curves = [(*point, say("trained on")) for point in run.losses] + [(*point, say("held out")) for point in run.held_out]
+        held_out = [(step, error, say("all")) for step, error in run.held_out] + run.bands
         tables = (
-            pd.DataFrame(curves, columns=["step", "loss", "of"]),
-            pd.DataFrame(run.bands, columns=["step", "error", "log-SNR"]),
+            pd.DataFrame(run.losses, columns=["step", "loss"]),
+            pd.DataFrame(
+                [(step, math.log10(max(error, 1e-9)), band) for step, error, band in held_out],
+                columns=["step", ERROR, "log-SNR"],
+            ),
             pd.DataFrame(run.rates, columns=["step", "rate"]),
         )
         prompts = watch.sampled_prompts(folder, chosen)

@@ -40,6 +40,7 @@ CHINESE = {
     "Samples of": "样图的提示词",
     "all prompts": "全部提示词",
     "Held-out error by noise level": "各噪声水平的留出误差",
+    "all": "全部",
     "Learning rate": "学习率",
     "Loss": "损失",
     "Stop and save": "停止并保存",
