@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,30 +84,49 @@ def test_a_run_that_has_become_slow_says_so_once():
 
 
 def test_half_a_minute_into_a_run_its_speed_is_judged_once(tmp_path, monkeypatch):
-    """Others use the cores: read off its processor time. Few steps will be made: read off the first ones."""
-    clock = {"cpu": 0.0, "wall": 0.0}
-    monkeypatch.setattr("sfumato.training.engine.tracking.time.process_time", lambda: clock["cpu"])
-    monkeypatch.setattr("sfumato.training.engine.tracking.time.monotonic", lambda: clock["wall"])
+    """Others use the cores: read off how long its threads waited. Few steps will be made: read off the first ones."""
+    clock = {"waited": 0.0}
+    monkeypatch.setattr("sfumato.training.engine.tracking.seconds_waited", lambda: clock["waited"])
     monkeypatch.setattr("sfumato.training.engine.tracking.torch.get_num_threads", lambda: 2)
 
-    def words(share, seconds_a_step, **settings):
+    def words(waits, seconds_a_step, **settings):
         config = load_config(tiny.config_file(tmp_path, train={"max_steps": None, **settings}))
         outlook, found = Outlook(config, on_cpu=True), []
-        clock.update(cpu=0.0, wall=0.0)
         for step in range(100):
             found += outlook.look(step * seconds_a_step, step)
-            clock["wall"] += seconds_a_step
-            clock["cpu"] += 2 * share * seconds_a_step
+            clock["waited"] += 2 * waits * seconds_a_step
         return found
 
-    assert words(0.95, 1.0, max_minutes=60) == []
+    assert words(0.05, 1.0, max_minutes=60) == []
     (crowded,) = words(0.4, 1.0, max_minutes=60)
-    assert (
-        crowded.startswith("other programs use these cores: this one gets 0.8 of the 2") and "train.num_threads=1" in crowded
-    )
-    (few,) = words(0.95, 5.0, max_minutes=12)
+    assert crowded.startswith("other programs use these cores: of 30 s the 2 threads waited 12 s for one.")
+    assert "train.num_threads=1" in crowded
+    (few,) = words(0.05, 5.0, max_minutes=12)
     assert few.startswith("at this speed the run makes about 144 steps in its 12 minutes")
-    assert words(0.95, 5.0, max_minutes=12, max_steps=100) == []  # as many as were asked for
+    assert words(0.05, 5.0, max_minutes=12, max_steps=100) == []  # as many as were asked for
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux with figures of its scheduler")
+def test_the_time_that_threads_wait_for_a_core_is_known():
+    """On one core two busy threads wait for each other about half of the time."""
+    code = """
+import os, threading, time
+from sfumato.training.engine.tracking import seconds_waited
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+def work(end):
+    while time.monotonic() < end:
+        sum(range(1000))
+rival = os.fork()
+if not rival:
+    work(time.monotonic() + 3)
+    os._exit(0)
+before, start = seconds_waited(), time.monotonic()
+work(start + 2)
+print((seconds_waited() - before) / (time.monotonic() - start))
+os.waitpid(rival, 0)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) > 0.25
 
 
 def test_the_doctor_tells_where_one_thread_is_faster(monkeypatch):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import statistics
-import time
 from collections import deque
 from pathlib import Path
 
@@ -67,33 +66,47 @@ class SlowWatch:
         return f"a step takes {now:.1f} s, {now / before:.0f} times as long as at first ({before:.2g} s): is the machine busy?"
 
 
+def seconds_waited() -> float:
+    """How long the threads of this process together have waited for a core since they began, by Linux; elsewhere 0."""
+    waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            waited += int(path.read_text().split()[1])
+        except (OSError, ValueError, IndexError):  # a thread that has just ended
+            continue
+    return waited / 1e9
+
+
 class Outlook:
     """Says once, half a minute into a run, what its speed means: that other programs use the cores, and how few steps a run
     by minutes will make.
     """
 
-    AFTER, SHARE, ENOUGH = 30.0, 0.75, 1000
+    AFTER, SHARE, ENOUGH = 30.0, 0.2, 1000
 
     def __init__(self, config: Config, on_cpu: bool):
         self.config, self.threads = config, torch.get_num_threads() if on_cpu else 0
-        self.start: tuple[float, float, float, int] | None = None
+        self.start: tuple[float, float, int] | None = None
         self.done = False
 
     def look(self, seconds: float, step: int) -> list[str]:
         """What to say, if anything, after a step, at so many seconds of training."""
-        now = (time.process_time(), time.monotonic(), seconds, step)
+        if self.done:
+            return []
         if self.start is None:
-            self.start = now
-        cpu, wall, trained, steps = (end - begin for end, begin in zip(now, self.start))
-        if self.done or trained < self.AFTER or steps < 5:
+            self.start = (seconds_waited(), seconds, step)
+        before, seconds_then, step_then = self.start
+        trained, steps = seconds - seconds_then, step - step_then
+        if trained < self.AFTER or steps < 5:
             return []
         self.done = True
         lines = []
-        if self.threads > 1 and cpu < self.SHARE * wall * self.threads:
+        waited = seconds_waited() - before
+        if self.threads > 1 and waited > self.SHARE * trained * self.threads:
             lines.append(
-                f"other programs use these cores: this one gets {cpu / wall:.1f} of the {self.threads} that it computes on."
-                " One thread is often several times as fast then: Ctrl-C, and go on with"
-                " train.num_threads=1 checkpoint.resume=auto"
+                f"other programs use these cores: of {trained:.0f} s the {self.threads} threads waited"
+                f" {waited / self.threads:.0f} s for one. One thread is often several times as fast then:"
+                " Ctrl-C, and go on with train.num_threads=1 checkpoint.resume=auto"
             )
         minutes = self.config.train.max_minutes
         total = step + (60 * minutes - seconds) * steps / trained if minutes else math.inf
