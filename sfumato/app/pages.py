@@ -219,8 +219,10 @@ def _draw_from_image(studio: Studio, say) -> None:
             read = flatten(image)
             if follows:
                 read = _fit(read, width, height)
-                read = read if is_map else Image.fromarray(np.uint8(255 * find_edges(np.asarray(read)))).convert("RGB")
-            for moment in studio.draw(prompt or "", seed=int(seed or 0), steps=steps, **{studio.image_input: read}):
+                edges = (255 * find_edges(np.asarray(read))).astype(np.uint8)
+                read = read if is_map else Image.fromarray(edges).convert("RGB")
+            inputs: dict[str, Any] = {str(studio.image_input): read}
+            for moment in studio.draw(prompt or "", seed=int(seed or 0), steps=steps, **inputs):
                 yield moment.expected, moment.done
 
     go.click(draw, [image, is_map, prompt, seed, steps], [live, gallery], api_name="from_image")
