@@ -48,9 +48,8 @@ def warn_of_unknown_words(tokenizer, prompts: list[str]) -> None:
     unknown = dict.fromkeys(word for prompt in prompts for word in split_words(prompt) if word not in known)
     if known and unknown:
         words = ", ".join(repr(word) for word in list(unknown)[:10])
-        prompt = next(prompt for prompt in prompts if set(unknown) & set(split_words(prompt)))
-        has = f"no caption that this model was trained on has {words}"
-        warn_once(f"Prompt {prompt!r}: {has}; it can only guess what is meant.")
+        has = "no caption that this model was trained on has"
+        warn_once(f"Of the words of the prompts {has} {words}: it can only guess what is meant.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def _located(source: str) -> str:
     """The folder that holds the model which `source` names, where sfumato is installed; else `source`."""
     try:
         return importlib.import_module("sfumato.pipelines.locate").locate_pipeline(source)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # diffusers says what is wrong, or the Hub has it
         return source
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from sfumato.files import printable
 from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS
 
 OVERRIDES = {"nargs": "*", "metavar": "key.subkey=value", "help": "settings that replace the file's"}
-CONFIG = "a YAML file, or the bare name of a packaged one, such as demo"
+CONFIG = "a YAML file, the bare name of a packaged one, such as demo, or a run folder"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,7 +172,7 @@ def _add_push(verbs) -> None:
 
 def _add_doctor(verbs) -> None:
     doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
-    doctor.add_argument("config", help=f"{CONFIG}; or a run folder")
+    doctor.add_argument("config", help=CONFIG)
     doctor.add_argument("overrides", **OVERRIDES)
     doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and compare their hash")
     plan = "say instead what the run needs of such a GPU, without having one, such as h100 or rtx4090"
@@ -230,9 +231,8 @@ def _init(options: argparse.Namespace) -> int:
     if path.exists():
         raise ValueError(f"{path} is there already; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, _, rest = text.partition("\n")
-    command = f"# sfumato train {path}"
-    path.write_text(f"{command}\n{rest}" if first.startswith("# ") else text, encoding="utf-8")
+    mine = re.compile(rf"accelerate launch training/train.py configs/{re.escape(options.preset)}.yaml")
+    path.write_text(mine.sub(lambda found: f"sfumato train {path}", text, count=1), encoding="utf-8")
     print(f"wrote {path}. Look at it, then:  sfumato doctor {path}  and  sfumato train {path}")
     return 0
 
@@ -246,12 +246,15 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     import torch
+    from PIL import Image
 
     from sfumato.pipelines import SfumatoPipeline
     from sfumato.pipelines.card import recommended_settings
     from sfumato.pipelines.explain import explain
     from sfumato.pipelines.locate import locate_pipeline
 
+    if Path(options.out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {options.out}: no image has this ending; take .png")
     model = locate_pipeline(options.model)
     pipe = SfumatoPipeline.from_pretrained(model)
     generator = torch.Generator().manual_seed(options.seed)
@@ -349,8 +352,7 @@ def _push(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from sfumato import api
 
-    inside = Path(options.config) / "config.yaml"  # of a run folder
-    config = api.load_config(inside if inside.is_file() else options.config, options.overrides)
+    config = api.load_config(options.config, options.overrides)
     if options.gpu is not None:
         findings = api.plan(config, gpu=options.gpu, gpus=options.gpus, images=options.images)
     else:

@@ -178,6 +178,10 @@ def test_the_page_of_a_model_that_reads_images(reading, tmp_path, task):
             _, gallery = client.predict(
                 handle_file(tmp_path / "image.png"), False, "a red circle", 1, 2, api_name="/from_image"
             )
+            if task == "upscaling":
+                Image.new("RGB", (4000, 3000)).save(tmp_path / "large.png")
+                with pytest.raises(Exception, match="Take a smaller image"):
+                    client.predict(handle_file(tmp_path / "large.png"), False, "", 1, 2, api_name="/from_image")
         assert Image.open(gallery[0]["image"]).size[0] >= 16
 
 
@@ -267,11 +271,11 @@ def test_a_run_shows_its_curves_and_each_prompt_through_its_steps(tmp_path):
     assert [step for step, _ in state.held_out] == [2, 4] and len(state.bands) == 16 and len(state.rates) == 4
     assert {band for *_, band in state.bands} >= {"-8 to -6", "0 to 2"}
     prompts = watch.sampled_prompts(runs, "one")
-    assert prompts == ["a red circle", "a blue square"]
+    assert prompts == ["a red circle", "a blue square", "a red circle"]
     sheets = watch.samples(runs, "one")
     assert [name for _, name in sheets] == ["step-00000004", "step-00000002"]
-    for prompt, place in (("a red circle", 0), ("a blue square", 1)):
-        cells = watch.samples(runs, "one", prompt)
+    for place in range(3):
+        cells = watch.samples(runs, "one", place)
         assert [image.size for image, _ in cells] == [(128, 128)] * 2
         x = 6 + place * 134
         assert np.array_equal(np.asarray(cells[0][0]), np.asarray(sheets[0][0])[6 : 6 + 128, x : x + 128])

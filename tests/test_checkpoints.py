@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import time
+from types import SimpleNamespace
 
 import crashes
 import pytest
@@ -324,14 +325,17 @@ def test_a_run_outlives_those_who_read_what_it_prints(tmp_path):
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
-def test_checkpoints_come_by_minutes_too_and_change_nothing(tmp_path):
-    """A slow run loses so many minutes at the most; what it computes is what it computes without."""
+def test_checkpoints_come_by_minutes_too_and_change_nothing(tmp_path, monkeypatch):
+    """With four minutes a step and ten at the most between two: after three steps each; the numbers are those without."""
     states = {}
-    for name, minutes in (("often", 1e-9), ("never", None)):
+    for name, minutes in (("often", 10), ("never", None)):
+        clock = iter(range(0, 100 * 240, 240))
+        monkeypatch.setattr("sfumato.training.engine.pulse.time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
         (tmp_path / name).mkdir()
         section = {"every_steps": None, "every_minutes": minutes, "keep": 10}
-        assert main([str(tiny.config_file(tmp_path / name, checkpoint=section))]) == 0
+        path = tiny.config_file(tmp_path / name, checkpoint=section, train={"max_steps": 8, "log_every_steps": 1})
+        assert main([str(path)]) == 0
         folders = sorted((tmp_path / name / "run" / "checkpoints").glob("step-*"))
-        states[name] = (len(folders), load_file(folders[-1] / "state.safetensors"))
-    assert states["often"][0] == 6 and states["never"][0] == 1
+        states[name] = ([int(folder.name[5:]) for folder in folders], load_file(folders[-1] / "state.safetensors"))
+    assert states["often"][0] == [3, 6, 8] and states["never"][0] == [8]
     assert all(torch.equal(value, states["never"][1][key]) for key, value in states["often"][1].items())

@@ -126,7 +126,10 @@ def test_a_model_is_opened_by_what_names_it(model):
 def test_a_config_begins_with_its_own_command_and_its_run_is_looked_at(tmp_path, capsys):
     assert main(["init", str(tmp_path / "mine"), "--preset", "shapes"]) == 0
     path = tmp_path / "mine" / "config.yaml"
-    assert path.read_text().splitlines()[0] == f"# sfumato train {path}"
+    assert path.read_text().splitlines()[0].startswith(f"# sfumato train {path}")
+    assert main(["init", str(tmp_path / "other"), "--preset", "melodies"]) == 0
+    first = (tmp_path / "other" / "config.yaml").read_text().splitlines()[0]
+    assert "fluidsynth" in first and first.endswith(f"sfumato train {tmp_path / 'other' / 'config.yaml'}")
     assert main(["doctor", str(tiny.config_file(tmp_path))]) == 0
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "config.yaml").write_text(tiny.config_file(tmp_path).read_text())

@@ -189,7 +189,7 @@ def test_trackio_gets_losses_grids_and_the_config_of_a_run_that_goes_on(tmp_path
     with sqlite3.connect(tmp_path / "tracked" / "sfumato.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
         (settings,) = database.execute("select config from configs").fetchone()
-    assert {name for name, _, _ in rows} == {"run"}  # one page for both parts
+    assert {name for name, _, _ in rows} == {f"{tmp_path.name}-run"}  # one page for both parts
     losses = [step for _, step, values in rows if "loss" in json.loads(values)]
     assert losses == [1, 2, 3, 4, 5, 6]
     assert any("samples" in json.loads(values) for _, _, values in rows) and b"block_out_channels" in settings

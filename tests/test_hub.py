@@ -166,12 +166,12 @@ def test_a_cascade_is_drawn_and_exported_whole(hub, model, tmp_path):
 
 def test_a_dry_run_lists_and_changes_nothing(hub, model, tmp_path):
     said = run(hub, tmp_path, "push", model[0], "tiny", "--dry-run").stdout
-    assert "would push to ada/tiny, main (a new branch or repository, public): " in said and " MB; " in said
+    assert "would push to ada/tiny, main (a new repository, public): " in said and " MB; " in said
     assert "unet/diffusion_pytorch_model.safetensors" in said
     assert not hub.repositories
-    assert "no commit was made" not in run(hub, tmp_path, "push", model[0], "tiny", "--private").stdout
+    assert "holds all of this already" not in run(hub, tmp_path, "push", model[0], "tiny", "--private").stdout
     assert "(there already, private)" in run(hub, tmp_path, "push", model[0], "tiny", "--dry-run").stdout
-    assert "no commit was made" in run(hub, tmp_path, "push", model[0], "tiny").stdout
+    assert "holds all of this already" in run(hub, tmp_path, "push", model[0], "tiny").stdout
 
 
 def test_files_that_are_gone_go_and_a_branch_is_its_own(hub, model, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import tiny
 
@@ -11,6 +10,7 @@ from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import iconify
 from sfumato.training.train import main
 
+nan = float("nan")
 DOT = '<circle cx="8" cy="8" r="7" fill="{}"/>'
 
 
@@ -86,7 +86,15 @@ def test_bad_icons_are_counted_and_named(tmp_path, capsys):
     foreign = ('<image href="file:///etc/passwd"/>', '<use xlink:href="other.svg#a"/>', '<path fill="url(http://x/y)"/>')
     bad = {f"foreign-{i}": {"body": body} for i, body in enumerate(foreign)}
     bad |= {"empty": {"body": " "}, "flat": {"body": "<g/>", "height": 0}, "torn": {"body": "<path d="}, "wide": {"body": 1}}
-    bad |= {"words": {"body": "<g/>", "width": "wide"}}
+    bad |= {
+        "words": {"body": "<g/>", "width": "wide"},
+        "endless": {"body": "<g/>", "width": 10**400},
+        "nan": {"body": "<g/>", "top": nan},
+    }
+    bad |= {
+        "deep": {"body": "<g>" * 900 + "</g>" * 900},
+        "slow": {"body": '<filter id="a"><feTurbulence numOctaves="9999"/></filter>'},
+    }
     good = {f"good-{i}": {"body": DOT.format("#f00")} for i in range(20)} | {"own": {"body": '<g id="a"/><use href="#a"/>'}}
     write_set(tmp_path / "sets", "Odd", good | bad)
     images = prepare(config(tmp_path / "sets", "data.max_bad_share=0.5").data)
@@ -96,7 +104,9 @@ def test_bad_icons_are_counted_and_named(tmp_path, capsys):
         "an icon that refers to something outside itself": 3,
         "an icon that draws nothing": 3,
         "an icon that cannot be drawn": 1,
-        "an icon without measures": 1,
+        "an icon without measures": 3,
+        "an icon of elements nested too deeply": 1,
+        "an icon with filters": 1,
     }
 
 
@@ -127,6 +137,16 @@ def test_a_model_of_icons_names_their_makers_and_licence(tmp_path, two):
     assert "gone" in iconify.credits_of(config(two / "noto").data)[0]
 
 
-def test_pixels_of_an_icon_are_the_same_twice(two):
-    first, again = (read(two)[5].image() for _ in range(2))
-    assert np.array_equal(first, again)
+def test_sets_of_one_name_keep_their_whole_titles_and_odd_licences_stay_words(tmp_path):
+    for folder, title, spdx in (
+        ("a", "Noto Emoji", "Apache-2.0"),
+        ("b", "Noto Emoji (v1)", "GPL-3.0-or-later"),
+        ("c", "Own", 5),
+    ):
+        write_set(tmp_path / "sets" / folder, "", {"thing": {"body": DOT.format("#f00")}})
+        info = {"name": title, "license": {"title": "Terms", "spdx": spdx}}
+        (tmp_path / "sets" / folder / "info.json").write_text(json.dumps(info))
+    sets = iconify.find_sets(f"iconify:{tmp_path / 'sets'}")
+    assert [each.style for each in sets] == ["Noto Emoji", "Noto Emoji (v1)", "Own"]
+    assert [each.license for each in sets] == ["apache-2.0", "gpl-3.0", None]
+    assert "Own. License: Terms" in iconify.credits_of(config(tmp_path / "sets").data)[0]

@@ -36,8 +36,9 @@ def test_words_that_no_caption_has_are_told_once(tmp_path, caplog):
     for _ in range(2):
         pipe.encode_prompt(["a red circle", "a quokka on a 披萨饼"])
     told = [record.getMessage() for record in caplog.records if "no caption" in record.getMessage()]
-    told_of = "no caption that this model was trained on has 'quokka', '饼'; it can only guess what is meant."
-    assert told == [f"Prompt 'a quokka on a 披萨饼': {told_of}"]
+    words = "'quokka', '饼'"
+    has = "no caption that this model was trained on has"
+    assert told == [f"Of the words of the prompts {has} {words}: it can only guess what is meant."]
     CLIPTokenizer.from_pretrained(tmp_path / "model/tokenizer").save_pretrained(tmp_path / "again")
     assert "circle" in json.loads((tmp_path / "again/tokenizer_config.json").read_text(encoding="utf-8"))[CAPTION_WORDS]
 
@@ -134,7 +135,7 @@ def test_the_doctor_tells_where_one_thread_is_faster(monkeypatch):
     monkeypatch.setattr("sfumato.training.doctor.torch.set_num_threads", lambda count: None)
     (slow,), (fine,) = doctor._threads(1.8, lambda: 0.5), doctor._threads(0.5, lambda: 0.9)
     assert slow.severity == "warning" and "one thread is 3.6 times as fast as 2 are now" in str(slow)
-    assert fine.severity == "fine" and "one would be 1.8 times as slow" in str(fine)
+    assert fine.severity == "fine" and "a step takes 1.8 times as long on one" in str(fine)
 
 
 def test_a_batch_that_is_larger_than_the_set_is_told(tmp_path):

@@ -32,6 +32,8 @@ from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.models.state_files import StateFiles
 from sfumato.training.tasks.protocol import Task, TaskContext
 
+SLOW = 10.0  # seconds of a step from which on nothing is timed again
+
 
 @dataclass
 class Finding:
@@ -281,7 +283,7 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
 def _threads(step: float, seconds_a_step: Callable[[], float]) -> list[Finding]:
     """Whether one thread is faster than several, as where other programs use the cores."""
     count = torch.get_num_threads()
-    if count == 1:
+    if count == 1 or step > SLOW:
         return []
     torch.set_num_threads(1)
     try:
@@ -289,7 +291,7 @@ def _threads(step: float, seconds_a_step: Callable[[], float]) -> list[Finding]:
     finally:
         torch.set_num_threads(count)
     if step < 1.2 * alone:
-        return [Finding("fine", f"{count} threads; one would be {alone / step:.1f} times as slow")]
+        return [Finding("fine", f"{count} threads; a step takes {alone / step:.1f} times as long on one")]
     what = f"one thread is {step / alone:.1f} times as fast as {count} are now"
     return [Finding("warning", what, "Other programs use the cores.", "Set train.num_threads=1.")]
 

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from sfumato.files import read_lines
 from sfumato.registries import TASKS, metric_of
-from sfumato.training.config.load import dump_config
+from sfumato.training.config.load import default_config
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.loader import batches
@@ -210,7 +210,7 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
     if run.task.images.has_several_sizes:  # where the batch size changed, blocks of one size begin elsewhere
         block = config.train.batch_size * accelerator.num_processes
         state["images_seen"] = -(-state["images_seen"] // block) * block
-    accelerator.print(f"goes on from {checkpoint}; steps after it, if any were made, are made again, the same")
+    accelerator.print(f"goes on from {checkpoint}; steps after it, if any were made, are made again")
     state["ended_early"] = is_out_of_patience(run)
     changes = resume.find_changes(stored, run.origin)
     undone = [change for change in changes if change.undoes_a_result]
@@ -467,9 +467,13 @@ def read_finished(run: Run) -> dict[str, Any]:
 
 
 def settings_hash(config: Config) -> str:
-    """A hash of all settings but how the run is taken up."""
+    """A hash of all settings that are not at their default, but for how the run is taken up; so that a setting which a later
+    version brings changes no run that is done.
+    """
     same = replace(config, checkpoint=replace(config.checkpoint, resume=None))
-    return hashlib.sha256(dump_config(same).encode()).hexdigest()[:16]
+    default = resume.flat(asdict(default_config()))
+    changed = {key: value for key, value in resume.flat(asdict(same)).items() if value != default.get(key)}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_finished(run: Run, pushed: str | None) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.quality.published iconify:FOLDER --python RIVALS/bin/python --script train_text_to_image.py
         [--minutes 15] [--seed 0] [--count 300] [--only sfumato diffusers denoising-diffusion-pytorch] [--out FILE.json]
 
-- `sfumato`: `configs/folder_cpu.yaml` as it is.
+- `sfumato`: `configs/folder_cpu.yaml`, without validation on the way.
 - `diffusers`: its example `train_text_to_image.py`, unchanged, on the same network with random weights, an identity VAE and
   the noise of Stable Diffusion; batch 16, a rate of 1e-3 (ten times its default), `--use_ema`. It trains the UNet alone, so
   its text encoder stays random: it tells words apart and does no more.
@@ -79,7 +79,9 @@ class Set:
         self.captions = [self.images[int(i)]["captions"][0] for i in self.numbers]
         self.true = reference_features(self.images, "efficientnet-lite0", self.config.data.cache_dir)[self.numbers]
         self.folder = folder / "images"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            raise SystemExit(f"{folder} holds an earlier run; remove it, or name another --folder")
+        self.folder.mkdir(parents=True)
         rows = []
         for k, (i, caption) in enumerate(zip(self.numbers, self.captions)):
             Image.fromarray(self.images.image(int(i))).save(self.folder / f"{k:04d}.png")
@@ -204,8 +206,14 @@ def main() -> None:
         row, drawn = TRAINERS[name](data, options, folder)
         np.save(folder / f"{name}.npy", drawn[shown])
         result = json.loads(out.read_text()) if out.exists() else {"rows": []}
-        row = {"trainer": name, "seed": options.seed, "training images": len(data.captions), **row}
-        result["rows"] = [each for each in result["rows"] if (each["trainer"], each["seed"]) != (name, options.seed)] + [row]
+        row = {
+            "trainer": name,
+            "seed": options.seed,
+            "set": data.images.fingerprint[-8:],
+            "training images": len(data.captions),
+            **row,
+        }
+        result["rows"].append(row)
         out.write_text(json.dumps(result, indent=1) + "\n")
         print(row, flush=True)
     titles = [data.captions[i] for i in shown]

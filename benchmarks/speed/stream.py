@@ -117,7 +117,7 @@ def resident() -> float:
 
 
 def memory(cache: str, records: int) -> dict[str, float]:
-    """Megabytes of the process after so many records, in ten steps."""
+    """Megabytes of the process after so many records, and the rate."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shards)
     server.pattern = Shards.pattern()  # pyright: ignore
     threading.Thread(target=server.serve_forever, daemon=True).start()

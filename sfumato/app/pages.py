@@ -14,6 +14,7 @@ from sfumato.app.notices import errors_on_the_page, told
 from sfumato.app.studio import AXES, MAX_STEPS, Studio, enlarge, read_settings, read_values
 from sfumato.app.words import speaker
 from sfumato.figures import flatten, open_image
+from sfumato.pipelines.conditions import default_size
 from sfumato.pipelines.explain import heat_image
 from sfumato.pipelines.guided import guidance_width
 from sfumato.pipelines.images import to_8_bits
@@ -24,6 +25,7 @@ from sfumato.training.tasks.control import find_edges
 MODELS_OWN = "–"
 MAX_SEED = 2**53 - 1  # what a browser counts exactly
 MAX_SCALE = 15.0
+MAX_PIXELS = 1_048_576  # of an image that is made larger
 CANVAS = 512  # pixels of the side of the place to paint
 
 
@@ -217,6 +219,9 @@ def _draw_from_image(studio: Studio, say) -> None:
             if image is None:
                 raise ValueError("Nothing to draw.")
             read = flatten(image)
+            size = default_size(studio.pipe, read)
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"{size[1]} x {size[0]} pixels would be drawn; at most {MAX_PIXELS:,}. Take a smaller image")
             if follows:
                 read = _fit(read, width, height)
                 edges = (255 * find_edges(np.asarray(read))).astype(np.uint8)

@@ -79,10 +79,11 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
             pd.DataFrame(run.rates, columns=["step", "rate"]),
         )
         prompts = watch.sampled_prompts(folder, chosen)
-        wanted = wanted if wanted in prompts else ALL
+        wanted = wanted if wanted in map(str, range(len(prompts))) else ALL
         now = (chosen, wanted, watch.newest_sheet(folder, chosen))
-        images = gr.skip() if now == seen else watch.samples(folder, chosen, None if wanted == ALL else wanted)
-        choice = gr.Dropdown([(say("all prompts"), ALL), *prompts], value=wanted)
+        images = gr.skip() if now == seen else watch.samples(folder, chosen, None if wanted == ALL else int(wanted))
+        places = [(f"{number + 1}. {prompt}", str(number)) for number, prompt in enumerate(prompts)]
+        choice = gr.Dropdown([(say("all prompts"), ALL), *places], value=wanted)
         return gr.Dropdown(names, value=chosen), _line(run, say), *tables, choice, images, now
 
     def act(kind, chosen, may):

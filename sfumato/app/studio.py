@@ -107,9 +107,6 @@ class Studio:
             prompts = [""]  # an image is made larger without a word, too
         if not prompts or (self.image_input is not None and inputs.get(self.image_input) is None):
             raise ValueError("Nothing to draw.")
-        if self.pipe.reads == "masks" and "image" not in inputs:
-            size = self.pipe.trained_size[::-1]
-            inputs |= {"image": Image.new("RGB", size, "white"), "mask_image": Image.new("L", size, 255)}
         steps = int(steps or self.advice["num_inference_steps"])
         scale = float(self.advice["guidance_scale"] if scale is None else scale)
         if not 1 <= steps <= MAX_STEPS:

@@ -14,6 +14,7 @@ from sfumato.files import read_lines
 from sfumato.training.engine import requests
 
 POINTS = 400  # of a curve, at the most
+CHECKS = 60  # validations of a curve, each with an error for each band
 SAMPLES = 60  # grids that are looked at
 
 
@@ -74,6 +75,7 @@ def read_run(folder: Path, name: str) -> RunState:
     images = recent[-1]["images_seen"] - recent[0]["images_seen"] if len(recent) > 1 else 0
     took = recent[-1]["seconds"] - recent[0]["seconds"] if len(recent) > 1 else 0.0
     thin = [json.loads(line) for line in written[:: -(-len(written) // POINTS) or 1]]
+    checks = checks[:: -(-len(checks) // CHECKS) or 1]
     return RunState(
         name=name,
         trains=is_training(run),
@@ -105,24 +107,24 @@ def is_training(run: Path) -> bool:
         return True
 
 
-def samples(folder: Path, name: str, prompt: str | None = None) -> list[tuple[Image.Image, str]]:
-    """What a run drew of one prompt, or its grids of all, with their steps; the newest first, at most `SAMPLES`."""
+def samples(folder: Path, name: str, number: int | None = None) -> list[tuple[Image.Image, str]]:
+    """The images of one place in a run's grids, or the whole grids, with their steps; the newest first, at most `SAMPLES`."""
     found = []
     for path in _sheets(folder, name)[:SAMPLES]:
         with open_image(path) as file:
             captions, sheet = _captions(file), file.convert("RGB")
-        if prompt is None:
+        if number is None:
             found.append((sheet, path.stem))
-        elif prompt in captions:
-            found.append((cell(sheet, captions.index(prompt), len(captions)), path.stem))
+        elif number < len(captions):
+            found.append((cell(sheet, number, len(captions)), path.stem))
     return found
 
 
 def sampled_prompts(folder: Path, name: str) -> list[str]:
-    """The captions of a run's newest grid of samples."""
+    """The captions of a run's newest grid of samples, in their order."""
     for path in _sheets(folder, name)[:1]:
         with open_image(path) as file:
-            return list(dict.fromkeys(_captions(file)))
+            return _captions(file)
     return []
 
 

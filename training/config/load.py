@@ -78,6 +78,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             text = Path(path).read_text(encoding="utf-8-sig")
         elif str(path) in config_names():
             text = config_text(str(path))
+        elif (Path(path) / "config.yaml").is_file():  # of a run
+            text = (Path(path) / "config.yaml").read_text(encoding="utf-8-sig")
         else:
             names = ", ".join(config_names())
             raise ValueError(f"there is no config file at {path}, and no packaged config of this name: {names}")

@@ -43,6 +43,7 @@ class ArraySet(Sequence):
         buckets: the image sizes, (height, width).
         table: an array of `RECORD`, a row a record.
         skipped: reason -> names of the records that could not be used.
+        credits: who made the images and the licence, where the source says both of what it reads.
         left_out: reason -> names of what was found and is not part of the set, such as other splits.
         num_records: with those that could not be used.
         noted: what was unusual about images that could -> how many.
@@ -67,6 +68,7 @@ class ArraySet(Sequence):
         self.left_out: dict[str, list[str]] = report.get("left_out", {})
         self.noted = report["noted"]
         self.codec: dict | None = report.get("codec")
+        self.credits: tuple[str, str | None] | None = tuple(report["credits"]) if "credits" in report else None
         self.dtype = np.dtype(np.uint8) if self.codec is None else np.dtype(open_codec(self.codec).stored)
         self.channels = report["channels"]
         self.num_records = report["records"]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sfumato.files import printable, sync
 from sfumato.pipelines.codecs import Codec
-from sfumato.registries import SOURCES
+from sfumato.registries import SOURCES, load_object
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
 from sfumato.training.data.images import read_image, read_shape
@@ -180,7 +180,9 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
         warnings.warn(message, stacklevel=4)
     if left_out:
         warnings.warn(f"left out of {config.name}: {_count(left_out)}", stacklevel=4)
+    source = SOURCES[source_name(config.name)] if not config.stream else None
     report = {
+        **({"credits": load_object(source.credits)(config)} if source is not None and source.credits else {}),
         "buckets": buckets,
         "channels": config.channels,
         "records": num_records,

@@ -124,20 +124,20 @@ def origin_of(config: Config, accelerator: Accelerator, images: ArraySet, parts:
 def find_changes(stored: dict, now: dict) -> list[Change]:
     """What differs between two results of `origin_of`, sorted by key."""
     # Through JSON, as the stored one went, so that a tuple equals its list.
-    before, after = _flat({k: stored.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
+    before, after = flat({k: stored.get(k) for k in now}), flat(json.loads(json.dumps(now)))
     # A setting that came with a later version was then what its default says, and so is one that is left out.
-    default = _flat(json.loads(json.dumps({"config": asdict(default_config())})))
+    default = flat(json.loads(json.dumps({"config": asdict(default_config())})))
     default = {key: default[key] for key in (before.keys() | after.keys()) & default.keys()}
     before, after = {**default, **before}, {**default, **after}
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [Change(key.removeprefix("config."), before.get(key), after.get(key)) for key in changed]
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
+def flat(values: dict, prefix: str = "") -> dict:
     """Nested dicts as one with dotted keys."""
     rows = {}
     for key, value in values.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return rows
 
 

@@ -67,7 +67,7 @@ class SlowWatch:
 
 
 def seconds_waited() -> float:
-    """How long the threads of this process together have waited for a core since they began, by Linux; elsewhere 0."""
+    """How long the threads that this process has now have waited for a core, together, by Linux; elsewhere 0."""
     waited = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -85,7 +85,8 @@ class Outlook:
     AFTER, SHARE, ENOUGH = 30.0, 0.2, 1000
 
     def __init__(self, config: Config, on_cpu: bool):
-        self.config, self.threads = config, torch.get_num_threads() if on_cpu else 0
+        alone = on_cpu and not config.train.num_workers  # workers of its own would be taken for other programs
+        self.config, self.threads = config, torch.get_num_threads() if alone else 0
         self.start: tuple[float, float, int] | None = None
         self.done = False
 
@@ -133,7 +134,8 @@ class Log:
         # Trackers take flat scalars and texts.
         settings = {"config": dump_config(without_secrets(config))} if accelerator.log_with else None
         # A run that goes on, goes on in the same page of the tracker.
-        named = {"trackio": {"name": self.folder.name, "resume": "allow"}}
+        name = "-".join(self.folder.resolve().parts[-2:])
+        named = {"trackio": {"name": name, "resume": "allow" if step else "never"}}
         accelerator.init_trackers("sfumato", settings, named)
         if not self.main:
             return

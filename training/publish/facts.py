@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sfumato import __version__
-from sfumato.registries import SOURCES, load_object
+from sfumato.registries import SOURCES
 from sfumato.training.config.load import dump_config
 from sfumato.training.config.rules import named_source
 from sfumato.training.config.schema import CheckpointConfig, Config, DataConfig, HubConfig
@@ -115,8 +115,8 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
         rows["LoRA rank"] = c.lora.rank
     source = SOURCES.get(named_source(c) or "")
     attribution, license = (None, None) if source is None else (source.attribution, source.license)
-    if source is not None and source.credits is not None:
-        attribution, license = load_object(source.credits)(c.data)
+    if images.credits is not None:
+        attribution, license = images.credits
     if source is not None and attribution is not None:
         rows["data licence"] = attribution
         if "languages" in source.only:

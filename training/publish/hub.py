@@ -172,8 +172,8 @@ def push(
     raise AssertionError("unreachable")
 
 
-def look_at_branch(repo_id: str, branch: str) -> ModelInfo | None:
-    """What the Hub says of a branch; None where there is none yet."""
+def look_at_branch(repo_id: str, branch: str | None) -> ModelInfo | None:
+    """What the Hub says of a branch, or of the repository; None where there is none yet."""
     try:
         return HfApi().model_info(repo_id, revision=branch)
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -202,8 +202,10 @@ def describe_push(folder: Path, target: Target) -> list[str]:
     removed = [f"     removed {name}" for name in stale_files(info, names)]
     bytes_of = {name: (folder / name).stat().st_size for name in names}
     sizes = [f"{size:12,} {name}" for name, size in bytes_of.items()]
-    kind = "private" if (info.private if info is not None else target.private) else "public"
-    there = f"a new branch or repository, {kind}" if info is None else f"there already, {kind}"
+    whole = look_at_branch(repo_id, None)
+    kind = "private" if (whole.private if whole is not None else target.private) else "public"
+    there = "a new repository" if whole is None else "a new branch" if info is None else "there already"
+    there = f"{there}, {kind}"
     total = f"{len(names)} files, {sum(bytes_of.values()) / 1e6:.1f} MB; what is there and the same is not sent"
     return [f"would push to {repo_id}, {target.branch} ({there}): {total}", *removed, *sizes]
 
@@ -225,7 +227,7 @@ def _push_once(folder: Path, names: list[str], target: Target, message: str, say
         create_pr=target.pull_request or None,
     )
     if before is not None and before.sha == commit.oid:
-        say("the Hub holds all of this already; no commit was made")
+        say("the Hub holds all of this already")
     if target.tag and not target.pull_request:
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tags.get(target.tag, commit.oid) != commit.oid:

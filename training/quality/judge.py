@@ -106,7 +106,7 @@ def alter_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(moved + rng.normal(0, rng.uniform(0, 12), moved.shape).round(), 0, 255).astype(np.uint8)
 
 
-def train_judges(images: ArraySet, cache_dir: str, count: int | None = None, batch_size: int = 256) -> list[Judge]:
+def train_judges(images: ArraySet, cache_dir: str, count: int = NUM_JUDGES, batch_size: int = 256) -> list[Judge]:
     """The judges of an image set, by default `NUM_JUDGES`: alike but for their seeds, since one alone may be off by some
     hundredths. Trained once, in some minutes, and kept on disk by the content of the data.
 
@@ -118,7 +118,7 @@ def train_judges(images: ArraySet, cache_dir: str, count: int | None = None, bat
     folder.mkdir(parents=True, exist_ok=True)
     judges, seen = [], None
     with FileLock(folder / f"judge-{images.fingerprint}.lock"):
-        for seed in range(NUM_JUDGES if count is None else count):
+        for seed in range(count):
             torch.manual_seed(seed)
             judge = Judge(captions)
             path = folder / f"judge-{images.fingerprint}-{STEPS}-{seed}-v{FORMAT_VERSION}.safetensors"

@@ -69,6 +69,7 @@ def protocol(evaluation: Evaluation) -> str:
         "Captions whose images are the same count as one, and held-out images that are trained under another caption "
         f"are left out ({left_out}). "
         f"{NUM_JUDGES} judges: retrieval is their mean, and a combination is right when most say so. "
+        "Their spread is in the interval of retrieval. "
         f"Features by {evaluation.plan.extractor}; FD, KID and the nearest training images are of all "
         f"{len(evaluation.dataset.select('train')):,} training images; precision, recall, density and coverage of those "
         "whose captions are drawn. "

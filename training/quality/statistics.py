@@ -31,19 +31,26 @@ def mean_score(values: np.ndarray | list) -> Score:
     count, value = len(values), float(values.mean())
     if count < 2:
         return Score(value)
-    t = student_quantile(count - 1)
     if set(np.unique(values)) <= {0.0, 1.0}:
-        centre = (value + t**2 / (2 * count)) / (1 + t**2 / count)
-        half = t / (1 + t**2 / count) * (value * (1 - value) / count + t**2 / (4 * count**2)) ** 0.5
-        return Score(value, abs(centre - value) + half)
-    return Score(value, float(t * values.std(ddof=1) / count**0.5))
+        return share_score(value, count)
+    return Score(value, float(student_quantile(count - 1) * values.std(ddof=1) / count**0.5))
+
+
+def share_score(value: float, count: int) -> Score:
+    """A share of so many independent images, or a mean of values from 0 to 1, whose spread is at most that of a share."""
+    if count < 2:
+        return Score(value)
+    t = student_quantile(count - 1)
+    centre = (value + t**2 / (2 * count)) / (1 + t**2 / count)
+    half = t / (1 + t**2 / count) * (value * (1 - value) / count + t**2 / (4 * count**2)) ** 0.5
+    return Score(value, abs(centre - value) + half)
 
 
 def panel_score(values: np.ndarray) -> Score:
-    """The mean of what several judges say of independent images, `(J, N)`; its interval adds to that of the images what
-    another choice of judges would change.
+    """The share of independent images that judges hold for right, `(J, N)` of 0 and 1; its interval adds to that of the images
+    what another choice of judges would change.
     """
-    over_images = mean_score(values.mean(0))
+    over_images = share_score(float(values.mean()), values.shape[1])
     means = values.mean(1)
     if over_images.half_width is None or len(means) < 2:
         return over_images

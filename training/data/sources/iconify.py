@@ -6,11 +6,13 @@ the set has for it; of several sets with the style, "rocket, Noto style".
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.parsers import expat
 
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record, Unusable, hash_fraction
@@ -18,6 +20,12 @@ from sfumato.training.data.sources.openmoji import rasterise
 
 MEASURES = ("left", "top", "width", "height")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+MAX_DEPTH = 64  # of elements in each other; a few hundred overflow the stack of who draws them
+# What the Hub calls licences, of those that sets have.
+LICENSES = {
+    *("apache-2.0", "mit", "isc", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+    *("cc-by-nc-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "ofl-1.1", "unlicense", "bsd-2-clause", "bsd-3-clause"),
+}
 # An icon draws what it holds and reads nothing else.
 _FOREIGN = re.compile(
     r"<\s*(image|script|foreignObject|!|\?)|(href|src)\s*=\s*[\"'](?!#)|url\(\s*[\"']?(?!#|[\"']#)", re.IGNORECASE
@@ -29,13 +37,15 @@ class IconSet:
     """One set: its icons and their measures, and who made them.
 
     Attributes:
-        style: a few words, such as `Noto`.
+        title: its name, such as `Noto Emoji`.
+        style: the same in fewer words, such as `Noto`.
         icons: name -> what `icons.json` says of it, with `body`, the inside of an SVG.
         aliases: name -> the icon that it is another name of.
-        license: an SPDX identifier in small letters, or None.
+        license: as the Hub calls it, or None.
         credit: name, author and licence in a sentence.
     """
 
+    title: str
     style: str
     icons: dict[str, dict]
     aliases: dict[str, str]
@@ -56,7 +66,9 @@ def find_sets(name: str) -> list[IconSet]:
     paths = [path for depth in ("", "*/", "*/*/") for path in sorted(root.glob(f"{depth}icons.json"))]
     if not paths:
         raise ValueError(f"{root} holds no icons.json; unpack a set there, such as by: npm install @iconify-json/noto")
-    return [read_set(path) for path in paths]
+    sets = [read_set(path) for path in paths]
+    styles = [each.style for each in sets]
+    return [replace(each, style=each.title) if styles.count(each.style) > 1 else each for each in sets]
 
 
 def read_set(path: Path) -> IconSet:
@@ -76,18 +88,26 @@ def read_set(path: Path) -> IconSet:
         icons = {str(name): common | icon for name, icon in content["icons"].items()}
         plain = {name: alias for name, alias in content.get("aliases", {}).items() if set(alias) <= {"parent", "hidden"}}
         aliases = {str(name): str(alias["parent"]) for name, alias in plain.items()}  # the others are turned or mirrored
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        license_id = re.sub("-(only|or-later)$", "", str(spdx).lower())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no set of icons as Iconify has them: {error!r}") from error
     style = " ".join(re.sub(r"\(.*?\)|\b[Ee]mojis?\b|\b[Ii]cons?\b", " ", title).split()) or title
     credit = f"{title}{f' by {by}' if by else ''}. License: {terms}"
-    return IconSet(style=style, icons=icons, aliases=aliases, license=spdx.lower() if spdx else None, credit=credit)
+    return IconSet(
+        title=title,
+        style=style,
+        icons=icons,
+        aliases=aliases,
+        license=license_id if license_id in LICENSES else None,
+        credit=credit,
+    )
 
 
 def credits_of(config: DataConfig) -> tuple[str, str | None]:
     """Who made the sets, and their licence where it is one; asked for when a model is written, hours after they were read."""
     try:
         sets = find_sets(config.name)
-    except ValueError:
+    except (ValueError, OSError):
         return "icon sets that were gone when this was written; look up their licences", None
     licenses = {each.license for each in sets}
     return "; ".join(each.credit for each in sets), licenses.pop() if len(licenses) == 1 else None
@@ -111,8 +131,10 @@ def svg_of(icon: dict) -> str:
     body = icon.get("body")
     try:
         left, top, width, height = (float(icon.get(key, 0)) for key in MEASURES)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise Unusable("an icon without measures") from error
+    if not all(map(math.isfinite, (left, top, width, height))):
+        raise Unusable("an icon without measures")
     if not isinstance(body, str) or not body.strip() or not 0 < min(width, height) <= max(width, height) < 1e6:
         raise Unusable("an icon that draws nothing")
     if _FOREIGN.search(body):
@@ -120,12 +142,41 @@ def svg_of(icon: dict) -> str:
     side = max(width, height)
     box = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {spaces} viewBox="{box}" width="{side:g}" height="{side:g}" color="#000000">{body}</svg>'
+    svg = f'<svg {spaces} viewBox="{box}" width="{side:g}" height="{side:g}" color="#000000">{body}</svg>'
+    _check_elements(svg)
+    return svg
+
+
+def _check_elements(svg: str) -> None:
+    """Raise Unusable for what would overflow the stack of who draws it, or keep it busy: deep nesting, and filters."""
+    depth = 0
+    faults = []
+
+    def enter(name, attributes):
+        nonlocal depth
+        depth += 1
+        if depth > MAX_DEPTH:
+            faults.append("an icon of elements nested too deeply")
+        if name.rpartition(":")[2].startswith("fe"):
+            faults.append("an icon with filters")
+
+    def leave(name):
+        nonlocal depth
+        depth -= 1
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = enter, leave
+    try:
+        parser.Parse(svg, True)
+    except expat.ExpatError as error:
+        raise Unusable("an icon that cannot be drawn") from error
+    if faults:
+        raise Unusable(faults[0])
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """A record for each icon. Held out are one in ten pairs of thing and style, as long as another style shows the thing in
-    training, and one in twenty of the things that only one set has.
+    training, and one in twenty of the things that only one set has. (With `data.max_records` the other style may be left out.)
 
     Raises:
         ValueError: there are no sets, or none of their icons has one of the words.
