@@ -90,6 +90,11 @@ def test_ten_lines_of_python_run(tmp_path, monkeypatch):
     assert (tmp_path / "heart.png").stat().st_size > 500
 
 
+def test_every_setting_is_described():
+    rows = [line for line in (DOCS / "reference" / "settings.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) > 120 and not [row for row in rows if row.endswith("|  |")]
+
+
 def test_generated_pages_are_fresh():
     """`python docs/generate.py` makes them anew."""
     module = generated()

@@ -12,8 +12,8 @@ class DataConfig:
     WebDataset .tar, a .parquet file or a folder of them; or the Hub id of a data set (`owner/name`).
     """
 
-    name: str = "openmoji"
-    resolution: int = 32
+    name: str = "openmoji"  # a named source, a folder, a file or a Hub id
+    resolution: int = 32  # pixels of a side
     channels: int = 3  # 1 grey, 3 RGB, 4 RGBA
     buckets: list[list[int]] = field(default_factory=list)  # [height, width] of several sizes, the first one drawn
     resize: Literal["crop", "pad", "stretch"] = "crop"
@@ -40,7 +40,7 @@ class DataConfig:
     max_bad_share: float = 0.01  # a source with a larger share of unusable images stops the run
     cache_latents: bool = False  # encode all images by the VAE once, before training, and keep the result on disk
     cache_embeddings: bool = False  # the same for captions and a frozen text encoder
-    cache_dir: str = "~/.cache/sfumato"
+    cache_dir: str = "~/.cache/sfumato"  # where sets are kept once they are prepared
 
     @property
     def size(self) -> tuple[int, int]:
@@ -52,13 +52,13 @@ class DataConfig:
 class TextEncoderConfig:
     """A CLIP text encoder: small and random, trained with the UNet; or `pretrained` (folder or Hub id), frozen."""
 
-    pretrained: str | None = None
+    pretrained: str | None = None  # a folder or Hub id, frozen unless `train` says otherwise
     train: bool | None = None  # None: train a random one, freeze a pretrained one
     vocab_size: int = 2048  # at most; 514 are bytes and marks, the rest is learned from the captions
     max_length: int = 32  # tokens, two marks included
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
+    hidden_size: int = 128  # width of its layers and of the UNet's cross-attention
+    num_hidden_layers: int = 2  # how many layers
+    num_attention_heads: int = 4  # a divisor of hidden_size
     embedding_std: float = 0.5  # of the random token and position embeddings
 
 
@@ -66,7 +66,7 @@ class TextEncoderConfig:
 class VaeConfig:
     """None: the identity, for a model that works on pixels. Else the folder or Hub id of an `AutoencoderKL`."""
 
-    pretrained: str | None = None
+    pretrained: str | None = None  # a run of task=autoencoder, a folder or a Hub id
 
 
 @dataclass
@@ -75,6 +75,7 @@ class LoraConfig:
 
     rank: int = 0  # 0: train all weights
     alpha: float | None = None  # strength of the addition is alpha / rank; null: as large as the rank
+    # layers of the UNet that get an adapter
     target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -88,20 +89,20 @@ class ObjectiveConfig:
 
     target: Literal["flow"] | None = None
     timesteps: Literal["uniform", "normal", "laplace"] = "uniform"  # the latter two: of log-SNR; see objectives.py
-    log_snr_mean: float = 0.0
-    log_snr_std: float = 2.0
+    log_snr_mean: float = 0.0  # of the noise levels trained on, for timesteps=normal and laplace
+    log_snr_std: float = 2.0  # their spread, in nats
     low_discrepancy: bool = True  # spread the noise levels evenly over every batch, rather than draw each by itself
     importance: bool = False  # draw noise levels as often as their loss is large, and weight them down
     weight: Literal["unit", "min_snr", "soft_min_snr", "p2", "edm", "debiased"] = "unit"  # see objectives.loss_weight
     min_snr_gamma: float = 5.0  # soft_min_snr's too
     min_snr_floor: float = 0.0  # least weight on x_0, for the noisiest steps
-    p2_gamma: float = 1.0
-    edm_sigma_data: float = 0.5
+    p2_gamma: float = 1.0  # of weight=p2
+    edm_sigma_data: float = 0.5  # of weight=edm: deviation of the images' values
     vlb_weight: float = 0.001  # of the variational bound beside the loss, for a learned variance
     offset_noise: float = 0.0  # strength of noise that is the same all over a channel; 0.1 is usual
     noise_candidates: int = 1  # of so many, the noise nearest to the image is taken (immiscible noise); 8 is usual
     self_conditioning: bool = False  # the network also reads its last x_0; such a model opens with trust_remote_code only
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.1  # share of captions left out, which guidance needs
 
 
 @dataclass
@@ -111,7 +112,7 @@ class OptimConfig:
     name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # muon: for matrices and kernels, AdamW beside
     lr: float = 1e-3  # learning rate after the warm-up
     betas: tuple[float, float] = (0.9, 0.99)  # decay of AdamW's averages of gradients and of their squares
-    eps: float = 1e-8
+    eps: float = 1e-8  # of AdamW's denominator
     weight_decay: float = 0.01  # of AdamW; a step shrinks weights by learning rate x this
     lr_warmup_steps: int = 100  # until the learning rate is whole
     lr_decay: Literal["constant", "linear", "cosine", "trapezoid"] = "cosine"
@@ -125,10 +126,10 @@ class TrainConfig:
     Minutes of the clock from the first step on: the grids and saves on the way are part of them, those at the end are not.
     """
 
-    max_steps: int | None = None
-    max_minutes: float | None = None
+    max_steps: int | None = None  # optimizer steps
+    max_minutes: float | None = None  # minutes of the clock
     batch_size: int = 32  # per process
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1  # batches whose gradients add up to one step
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: the setting of `accelerate launch`
     gradient_checkpointing: bool = False  # less memory, a second forward pass
     # torch.compile: of the UNet, whole or block by block; of the whole loss, noise and text encoder with it; or that as
@@ -147,7 +148,7 @@ class TrainConfig:
 class EmaConfig:
     """Averaged weights, which are what is exported. The decay rises as (1 + step) / (10 + step) up to `decay`."""
 
-    decay: float = 0.999
+    decay: float = 0.999  # 0.99 for some hundred steps, 0.9999 for a hundred thousand
     offload: bool = False  # keep the averages on the CPU: frees 4 bytes a parameter of GPU memory
     snapshot_steps: int | None = None  # so often two more averages go to `ema/`: `sfumato ema` makes any length of them
 
@@ -156,15 +157,15 @@ class EmaConfig:
 class ValidationConfig:
     """Sample grids during training, with the same prompts and seeds each time."""
 
-    every_steps: int | None = 1000
+    every_steps: int | None = 1000  # steps between two grids; null: at the end alone
     at_start: bool = False  # a grid of step 0 too
     prompts: list[str] = field(default_factory=list)  # empty: captions of held-out images
     sampler: str = "ddpm"  # ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a or heun; stored in the exported folder
     num_inference_steps: int = 30  # it and the scale go into the exported folder's card
-    guidance_scale: float = 3.0
+    guidance_scale: float = 3.0  # 1: no guidance
     guider: str = "cfg"  # cfg, apg, zero-star, tangential, magnitude-aware, pag, slg or seg
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # the part of the steps that is guided
-    seed: int = 0
+    seed: int = 0  # of the noise of image 0; image i has seed + i
     num_held_out: int = 64  # images of the held-out loss, which goes to validation.jsonl; see training/quality/held_out.py
     num_judged: int = 256  # at the end: held-out captions (shapes), or images (upscaling, control)
 
@@ -173,10 +174,10 @@ class ValidationConfig:
 class CheckpointConfig:
     """`resume`: `auto` takes up the newest checkpoint of `output_dir`, a path that one, null starts a new run."""
 
-    every_steps: int | None = 1000
+    every_steps: int | None = 1000  # steps between two checkpoints
     every_minutes: float | None = 10.0  # of training, since the last one: so much is lost at the most
-    keep: int = 2
-    resume: str | None = None
+    keep: int = 2  # so many, the newest
+    resume: str | None = None  # auto, a checkpoint, or null
     # Keep the best model in `best/`, by held_out_loss, FD, KID, a score of the task's own or a metric's. (Not by
     # held_out_loss where few noise levels are trained: images went on to get better while it got worse.)
     best_by: str | None = None
@@ -188,7 +189,7 @@ class HubConfig:
 
     repo_id: str | None = None  # `name` or `owner/name`
     push: bool = False  # push the result at the end
-    private: bool = False
+    private: bool = False  # make a new repository private
     every_steps: int | None = None  # push checkpoints too, in the background, each to a branch step-N
     tag: str | None = None  # name for the result
     pull_request: bool = False  # propose the result instead of writing it
@@ -203,9 +204,9 @@ T = TypeVar("T")
 class Config:
     """A run. The sections of tasks, such as `upscaling` and `autoencoder`, are mounted by `load.config_class`."""
 
-    output_dir: str = "runs/run"
-    seed: int = 0
-    title: str = "A Sfumato model"
+    output_dir: str = "runs/run"  # the run folder
+    seed: int = 0  # of weights, noise and order
+    title: str = "A Sfumato model"  # the model's name, on its card
     task: str = "text_to_image"  # a name of registries.TASKS
     init_from: str | None = None  # fine-tune the model in this folder, of Stable Diffusion's form, or with this Hub id
     lora: LoraConfig = field(default_factory=LoraConfig)
