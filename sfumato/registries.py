@@ -251,14 +251,6 @@ SOURCES: Registry[Source] = Registry(
             attribution=_OPENMOJI,
             only=("languages", "skin_tones", "colours", "recolours", "words"),
         ),
-        "iconify": Source(
-            target=f"{_SOURCES}.iconify:open_source",
-            named=True,
-            generated=True,
-            packages=("resvg-py",),
-            credits=f"{_SOURCES}.iconify:credits_of",
-            only=("skin_tones", "words"),
-        ),
         "shapes": Source(
             target=f"{_SOURCES}.shapes:open_source",
             check=f"{_SOURCES}.shapes:check",
@@ -359,6 +351,14 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             packages=("matminer",),
             shape=(8, 32, 5),
+        ),
+        "iconify": Source(
+            target=f"{_SOURCES}.iconify:open_source",
+            named=True,
+            generated=True,
+            packages=("resvg-py",),
+            credits=f"{_SOURCES}.iconify:credits_of",
+            only=("skin_tones", "words"),
         ),
         "webdataset": Source(
             target=f"{_SOURCES}.webdataset:open_source", claims=(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

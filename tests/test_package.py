@@ -19,7 +19,9 @@ def test_init_writes_a_commented_config_that_loads(tmp_path, capsys):
     assert main(["init", str(tmp_path / "mine")]) == 0
     path = tmp_path / "mine" / "config.yaml"
     text = path.read_text()
-    assert text == (ROOT / "configs/folder_cpu.yaml").read_text() and text.startswith("# ") and yaml.safe_load(text)
+    packaged = (ROOT / "configs/folder_cpu.yaml").read_text()
+    assert text.startswith(f"# sfumato train {path} ") and yaml.safe_load(text) == yaml.safe_load(packaged)
+    assert text.partition("\n")[2] == packaged.partition("\n")[2]  # all but the command is as it was
     assert f"sfumato train {path}" in capsys.readouterr().out
     assert main(["init", str(tmp_path / "mine")]) == 2
     assert "is there already" in capsys.readouterr().err
