@@ -195,12 +195,7 @@ def find_device(name: str | None = None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.ones(1, device=name).item()  # a device that cannot be read from, such as meta, draws nothing
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-        ImportError,
-    ) as error:  # torch built without it; not here; no such name
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # no such name, or not in this torch
         raise ValueError(f"device {name!r} cannot be used here; torch finds {find_device()}") from error
     return torch.device(name)
 

@@ -9,7 +9,7 @@
   its text encoder stays random: it tells words apart and does no more.
 - `denoising-diffusion-pytorch`: its `Trainer` and its `Unet` of about our size, everything by default. It takes no captions.
 
-The rivals live in an environment of their own, `--python`, with what they need; nothing of them is in this repository.
+The rivals live in an environment of their own, `--python`, with what they need; their code is not in this repository.
 All draw the training captions: ours as its card says, the rivals by 50 steps with raw and with averaged weights, of which the
 better by FD counts. FD and the rest in the features of EfficientNet-Lite0, against the training images.
 """

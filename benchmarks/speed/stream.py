@@ -123,7 +123,9 @@ def memory(cache: str, records: int) -> dict[str, float]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     last = max(records * 21 // 20 // RECORDS_A_SHARD, 64) - 1  # one pass; some records are held out
     batches = iter(open_stream(f"http://127.0.0.1:{server.server_port}/shard-{{00000..{last:05d}}}.tar", 8, 256, cache))
-    seen, sizes, start = 0, {}, time.process_time()
+    seen = 0
+    sizes = {}
+    start = time.process_time()
     marks = [round(10_000 * (records / 10_000) ** (k / 4)) for k in range(5)] if records > 10_000 else [records]
     for mark in marks:
         while seen < mark:

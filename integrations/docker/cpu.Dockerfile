@@ -7,9 +7,9 @@ WORKDIR /src
 COPY . .
 RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "torch>=2.11" \
  && pip install ".[app,metrics,onnx,openmoji]" \
- && useradd --create-home artist && mkdir /work && chown artist /work
+ && useradd --create-home artist && mkdir /studio && chown artist /studio
 USER artist
-WORKDIR /work
+WORKDIR /studio
 EXPOSE 7860
 ENTRYPOINT ["sfumato"]
 # Others than this container can connect only with the password in SFUMATO_PASSWORD.

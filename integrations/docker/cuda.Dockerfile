@@ -5,8 +5,8 @@ WORKDIR /src
 COPY . .
 # A compiler, for torch.compile.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ && rm -rf /var/lib/apt/lists/* \
- && pip install ".[app,metrics,onnx,openmoji]" && mkdir /work
-WORKDIR /work
+ && pip install ".[app,metrics,onnx,openmoji]" && mkdir /studio
+WORKDIR /studio
 # One process on each GPU.
 ENTRYPOINT ["accelerate", "launch", "-m", "sfumato"]
 CMD ["--help"]

@@ -202,7 +202,7 @@ def describe_push(folder: Path, target: Target) -> list[str]:
     removed = [f"     removed {name}" for name in stale_files(info, names)]
     bytes_of = {name: (folder / name).stat().st_size for name in names}
     sizes = [f"{size:12,} {name}" for name, size in bytes_of.items()]
-    whole = look_at_branch(repo_id, None)
+    whole = info or look_at_branch(repo_id, None)
     kind = "private" if (whole.private if whole is not None else target.private) else "public"
     there = "a new repository" if whole is None else "a new branch" if info is None else "there already"
     there = f"{there}, {kind}"

@@ -116,7 +116,7 @@ def train_judges(images: ArraySet, cache_dir: str, count: int = NUM_JUDGES, batc
     captions = [images.captions[i] for i in range(len(images.captions))]
     folder = Path(cache_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    judges, seen = [], None
+    judges, seen, same = [], None, None
     with FileLock(folder / f"judge-{images.fingerprint}.lock"):
         for seed in range(count):
             torch.manual_seed(seed)
@@ -128,8 +128,10 @@ def train_judges(images: ArraySet, cache_dir: str, count: int = NUM_JUDGES, batc
                 judge.mean, judge.std = tensors["mean"], tensors["std"]
                 judge.load_state_dict(tensors)
             else:
-                seen = _sights(images, cache_dir, STEPS * batch_size) if seen is None else seen
-                _fit(judge, images, captions, seen, STEPS, batch_size, seed)
+                if seen is None or same is None:  # as all judges see them
+                    seen = _sights(images, cache_dir, STEPS * batch_size)
+                    same = torch.from_numpy(first_duplicates(images))
+                _fit(judge, images, captions, seen, same, STEPS, batch_size, seed)
                 new = path.with_suffix(".new")
                 save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, new)
                 new.replace(path)
@@ -157,13 +159,20 @@ def _sights(images: ArraySet, cache_dir: str, seen_in_all: int) -> torch.Tensor:
 
 
 def _fit(
-    judge: Judge, images: ArraySet, captions: list[str], seen: torch.Tensor, steps: int, batch_size: int, seed: int
+    judge: Judge,
+    images: ArraySet,
+    captions: list[str],
+    seen: torch.Tensor,
+    same: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    seed: int,
 ) -> None:
+    """Train a judge on what is `seen` of the images `(copies, N, D)`; `same` `(N,)` is the first record of the same image."""
     torch.manual_seed(seed)  # others may have drawn since
     judge.mean, judge.std = seen[0].float().mean(0), seen[0].float().std(0) + 1e-3
     tokens = judge.tokens(captions)
     rng = np.random.default_rng(seed)
-    same = torch.from_numpy(first_duplicates(images))
     judge.embed_images(seen[0, :2].float())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)

@@ -84,7 +84,9 @@ def read_set(path: Path) -> IconSet:
         common = {"width": 16, "height": 16} | {key: content[key] for key in MEASURES if key in content}
         title = str(info.get("name") or content.get("prefix") or path.parent.name)
         license, author = info.get("license") or {}, info.get("author") or {}
-        spdx, by, terms = license.get("spdx"), author.get("name"), license.get("title") or "no licence named"
+        spdx = license.get("spdx")
+        by = author.get("name")
+        terms = license.get("title") or "no licence named"
         icons = {str(name): common | icon for name, icon in content["icons"].items()}
         plain = {name: alias for name, alias in content.get("aliases", {}).items() if set(alias) <= {"parent", "hidden"}}
         aliases = {str(name): str(alias["parent"]) for name, alias in plain.items()}  # the others are turned or mirrored
