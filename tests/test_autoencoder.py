@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.load import load_config
+from sfumato.training.data.prepare import prepare
+from sfumato.training.models.autoencoder import normalise_channels
 from sfumato.training.objectives import autoencoder_loss
 from sfumato.training.quality.fidelity import image_quality
 from sfumato.training.train import main
@@ -57,6 +60,11 @@ def test_the_loss_is_its_formula():
     shifted = autoencoder_loss(pixels + 1, mean * 0, logvar * 0, pixels, 0.0, 5.0)
     torch.testing.assert_close(shifted, torch.tensor(1.0))
     assert autoencoder_loss(rebuilt, mean, logvar, pixels, 0.0, 1.0) > plain
+    # The latents' first channels are to be the image made smaller; what the others are does not matter.
+    small = torch.nn.functional.avg_pool2d(pixels, 2)
+    latents = torch.cat([small + 0.5, mean[:, 3:]], 1)
+    told = autoencoder_loss(rebuilt, latents, logvar, pixels, 0.0, 0.0, thumbnail=2.0)
+    torch.testing.assert_close(told, plain + 2 * torch.tensor(0.25))
 
 
 def test_image_quality_is_psnr_and_ssim():
@@ -86,6 +94,41 @@ def test_it_learns_and_hands_over_a_stock_folder(trained):
     assert early.config.scaling_factor == pytest.approx(vae.config.scaling_factor, rel=0.05)  # from fewer images
     assert (trained / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044  # others may read it
     assert not list(trained.glob(".vae*"))
+
+
+def test_channels_are_normalised_and_images_stay_as_they_are():
+    torch.manual_seed(0)
+    vae, images = tiny.vae().eval(), torch.rand(8, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(images).latent_dist
+        drawn = vae.decode(before.mean).sample
+        details = before.mean[:, 3:]
+        normalise_channels(vae, 3, details.mean((0, 2, 3)), details.std((0, 2, 3)), target=0.5)
+        after = vae.encode(images).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, drawn, atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.mean[:, :3], before.mean[:, :3])
+    torch.testing.assert_close(after.mean[:, 3:].std(), torch.tensor(0.5))
+    torch.testing.assert_close(after.mean[:, 3:].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close((after.std / before.std)[:, 3:], (0.5 / details.std()).expand(8, 1, 8, 8))
+
+
+def test_latents_can_be_a_small_image_and_details(tmp_path):
+    config = vae_config(tmp_path / "x", autoencoder={"model": MODEL, "thumbnail_weight": 10.0})
+    assert main([config, "train.max_steps=100", "optim.name=muon", "optim.lr=1e-2"]) == 0
+    run = tmp_path / "x" / "run"
+    vae, scores = AutoencoderKL.from_pretrained(run / "vae"), json.loads((run / "evaluation.json").read_text())
+    assert vae.config.scaling_factor == 1.0
+    assert scores["latent mean"][3] == pytest.approx(0, abs=1e-4)
+    images = torch.stack([torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1) for image in shapes_of(tmp_path)]).float()
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+    small = torch.nn.functional.avg_pool2d(images, 2)
+    assert (latents[:, :3] - small).square().mean() < 0.3 * small.var()
+
+
+def shapes_of(folder):
+    images = prepare(load_config(tiny.config_file(folder)).data)
+    return [images.image(i) for i in range(16)]
 
 
 def test_resume_is_exact(tmp_path):

@@ -308,6 +308,35 @@ def test_an_image_is_recoloured_and_says_so(tmp_path):
     assert len(plain) < len(fewer) < len(told)
 
 
+def test_a_recoloured_image_says_so_in_chinese_too(tmp_path):
+    settings = {
+        "languages": ["en", "zh"],
+        "skin_tones": False,
+        "words": ["book", "heart", "apple"],
+        "cache_dir": str(tmp_path),
+    }
+    images = prepare.prepare(schema.DataConfig(**settings, recolours=8))
+    captions = {record["captions"][0]: record["captions"][1:] for record in (images[i] for i in range(len(images)))}
+    assert captions["pink beating heart"] == ["粉色心跳"] and captions["purple book"] == ["紫色书本"]
+    assert sum("色" in text for texts in captions.values() for text in texts) > 50
+
+
+@pytest.mark.parametrize(
+    "caption, colour, pair",
+    [
+        ("铃铛", "yellow", "绿色铃铛"),
+        ("蓝色圆", "blue", "绿色圆"),
+        ("蓝色的书", "blue", "绿色书"),
+        ("绿叶蔬菜", "brown", None),
+        ("红苹果", "red", "绿色苹果"),
+        ("青苹果", "red", None),
+        ("蓝色", "blue", None),
+    ],
+)
+def test_a_chinese_caption_takes_another_colour(caption, colour, pair):
+    assert openmoji.chinese_pair(caption, colour, "green" if colour != "green" else "red") == pair
+
+
 def test_a_colour_takes_anothers_place_shade_by_shade():
     svg = '<path fill="#92d3f5"/><path fill="#1E50A0"/><path fill="#fcea2b"/>'
     assert openmoji.recolour(svg, "blue", "green") == '<path fill="#B1CC33"/><path fill="#5C9E31"/><path fill="#fcea2b"/>'

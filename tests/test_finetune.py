@@ -16,6 +16,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.load import load_config
+from sfumato.training.models import build
+from sfumato.training.models.text import extend_vocabulary, remember_words, train_tokenizer
 from sfumato.training.train import main
 
 
@@ -88,6 +91,75 @@ def test_a_resumed_fine_tuning_keeps_its_tokenizer(tmp_path, base):
     file.write_text(json.dumps(content))
     main([path, "text_encoder.train=true", "train.max_steps=3", "checkpoint.resume=auto"])
     assert (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text() == words
+
+
+def test_a_tokenizer_grows_and_known_words_keep_their_tokens():
+    captions = ["a red circle", "a blue square on white", "Ärzte"]
+    old = train_tokenizer(captions, 600, 20)
+    remember_words(old, captions)
+    new = extend_vocabulary(old, [*captions, *["a zebra 斑马", "斑马", "zebras"] * 3], 40, 24)
+    assert len(old) < len(new) <= len(old) + 40 and new.model_max_length == 24
+    assert new(captions).input_ids == old(captions).input_ids
+    assert len(new.tokenize("zebra 斑马")) < len(old.tokenize("zebra 斑马"))
+    assert new.eos_token_id == old.eos_token_id and new.decode(new("斑马").input_ids[1:-1]).strip() == "斑马"
+    old.init_kwargs.pop("caption_words")
+    with pytest.raises(ValueError, match="which words it has seen"):
+        extend_vocabulary(old, captions, 40, 24)
+
+
+def test_a_model_learns_words_of_another_language_and_goes_on_after_a_break(tmp_path, base):
+    data = {"name": "openmoji", "words": ["heart"], "languages": ["en", "zh"], "resolution": 16}
+    path = str(finetune_config(tmp_path, base, data=data, text_encoder={}, optim={"lr_decay": "constant"}))
+    content = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    content["text_encoder"] = {"train": True, "extra_vocab": 200, "max_length": 40}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    assert main([path, "train.max_steps=2"]) == 0
+    assert main([path, "train.max_steps=3", "checkpoint.resume=auto"]) == 0
+    before, after = (SfumatoPipeline.from_pretrained(folder) for folder in (base, tmp_path / "run" / "pipeline"))
+    assert len(after.tokenizer) > len(before.tokenizer) and after.tokenizer.model_max_length == 40
+    assert after.text_encoder.config.vocab_size == len(after.tokenizer)
+    assert len(after.tokenizer.tokenize("红心")) < len(before.tokenizer.tokenize("红心"))
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    np.testing.assert_allclose(draw(stock, "红心"), draw(after, "红心"), atol=1e-5)
+    assert main([path, "text_encoder.train=false", "output_dir=" + str(tmp_path / "other")]) == 2
+
+
+def test_a_pixel_model_goes_on_in_latents(tmp_path, base):
+    """At once it predicts what it predicted, of the image made smaller; of the other channels nothing."""
+    torch.manual_seed(0)
+    vae = tiny.vae()
+    vae.save_pretrained(tmp_path / "vae")
+    path = finetune_config(tmp_path, base, data={"resolution": 32}, vae={"pretrained": str(tmp_path / "vae")}, text_encoder={})
+    before, after = SfumatoPipeline.from_pretrained(base), build.build_pipeline(load_config(path), [])
+    assert after.unet.config.in_channels == after.unet.config.out_channels == 4 and after.unet.config.sample_size == 16
+    noisy, t, text = torch.randn(2, 4, 16, 16), torch.tensor([10, 500]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        old = before.unet(noisy[:, :3], t, text).sample
+        new = after.unet(noisy, t, text).sample
+    torch.testing.assert_close(new[:, :3], old)
+    assert (new[:, 3:] == 0).all() and not after.scheduler.config.thresholding
+    assert main([str(path)]) == 0
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    ours = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert draw(stock).shape == (32, 32, 3)
+    np.testing.assert_allclose(draw(stock), draw(ours), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "source, task, message",
+    [("latents", "text_to_image", "of pixels moves into latents"), ("base", "inpainting", "task=text_to_image")],
+)
+def test_what_cannot_move_into_latents_is_told(tmp_path, base, capsys, source, task, message):
+    tiny.vae().save_pretrained(tmp_path / "vae")
+    vae = {"pretrained": str(tmp_path / "vae")}
+    if source == "latents":
+        assert main([str(tiny.config_file(tmp_path, vae=vae, train={"max_steps": 1}))]) == 0
+        source = (tmp_path / "run").rename(tmp_path / "first")
+    else:
+        source = base
+    path = finetune_config(tmp_path, source, vae=vae, task=task, data={"resolution": 32}, text_encoder={})
+    assert main([str(path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect")

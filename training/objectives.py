@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float = 0.0, std: float = 2.0) -> torch.Tensor:
@@ -155,17 +156,23 @@ def autoencoder_loss(
     pixels: torch.Tensor,
     kl_weight: float,
     sharpness: float,
+    thumbnail: float = 0.0,
 ) -> torch.Tensor:
     """Mean squared error + kl_weight * KL(N(mean, exp(logvar)) || N(0, 1)) for each latent number, in float32.
 
     `sharpness` times the mean absolute error of the differences of neighbouring pixels is added: a squared error alone
-    blurs edges (after the gradient difference loss; Mathieu et al. 2016, arXiv 1511.05440).
+    blurs edges (after the gradient difference loss; Mathieu et al. 2016, arXiv 1511.05440). `thumbnail` times the mean squared
+    error between the latents' first channels and the image, averaged down to their size, makes those a small image.
     """
     rebuilt, pixels, mean, logvar = (x.float() for x in (rebuilt, pixels, mean, logvar))
     error = rebuilt - pixels
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.square().mean() + kl_weight * kl + sharpness * edges
+    loss = error.square().mean() + kl_weight * kl + sharpness * edges
+    if thumbnail:
+        small = F.adaptive_avg_pool2d(pixels, mean.shape[-2:])
+        loss = loss + thumbnail * F.mse_loss(mean[:, : pixels.shape[1]], small)
+    return loss
 
 
 def lr_scale(step: int, fraction_done: float, warmup_steps: int, decay: str) -> float:

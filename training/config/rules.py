@@ -33,6 +33,7 @@ LIMITS = {
     "data.num_pictures": (1, 10**8),
     "text_encoder.vocab_size": (514, 10**6),
     "text_encoder.max_length": (3, 4096),
+    "text_encoder.extra_vocab": (0, 10**6),
     "text_encoder.hidden_size": (1, 16384),
     "text_encoder.num_hidden_layers": (0, 100),
     "text_encoder.num_attention_heads": (1, 1024),
@@ -228,7 +229,8 @@ def _check_init_from(config: Config, need: Need) -> None:
     need(config.objective.target != "flow", "objective.target", rule)
     need(not config.unet, "unet", f"{rule} (on the command line: unet={{}})")
     need(not config.scheduler, "scheduler", f"{rule} (on the command line: scheduler={{}})")
-    need(config.vae.pretrained is None, "vae.pretrained", rule)
+    latents = config.vae.pretrained is None or config.task == "text_to_image"
+    need(latents, "vae.pretrained", f"{rule} (a pixel model moves into latents by task=text_to_image)")
     need(config.text_encoder.pretrained is None, "text_encoder.pretrained", rule)
 
 
@@ -344,7 +346,8 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
     data = config.data
     name = named_source(config)
     grown, learned = config.init_from is not None, config.scheduler.get("variance_type") == "learned_range"
-    sizes = ("vocab_size", "max_length", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_std")
+    sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_std"]
+    sizes += [] if config.text_encoder.extra_vocab else ["max_length"]
     pushes = config.hub.push or bool(config.hub.every_steps)
     on_hub = name is None and "/" in data.name and not Path(data.name).expanduser().exists()
     judged = bool(TASKS[config.task].scores) or any(m.at_end for m in metrics_for(name, config.task).values())
@@ -358,11 +361,13 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
         (not learned and not grown, "scheduler.variance_type=learned_range", ("objective.vlb_weight",)),
         (not config.lora.rank, "lora.rank", ("lora.alpha", "lora.target_modules")),
         (bool(config.lora.rank), "lora.rank=0", ("text_encoder.train",)),
+        (grown and not config.text_encoder.train, "text_encoder.train=true", ("text_encoder.extra_vocab",)),
         (
             grown or config.text_encoder.pretrained is not None,
             "a text encoder that is built from random weights",
             tuple(f"text_encoder.{key}" for key in sizes),
         ),
+        (not grown, "init_from", ("text_encoder.extra_vocab",)),
         (not judged and not by_drawings, "a task or data whose images are judged", ("validation.num_judged",)),
         (not pushes, "hub.push", ("hub.repo_id", "hub.private")),
         (not config.hub.push, "hub.push", ("hub.tag", "hub.pull_request")),

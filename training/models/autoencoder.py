@@ -97,6 +97,30 @@ def identity_vae(
     return vae.requires_grad_(False).eval()
 
 
+def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: torch.Tensor, target: float) -> None:
+    """Let the latent channels from number `first` on have mean 0 and standard deviation `target`; images stay.
+
+    Args:
+        mean, std: of those channels until now.
+
+    Raises:
+        ValueError: the VAE has none of the 1 x 1 convolutions that can take up the change.
+    """
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+    channels = vae.config["latent_channels"]
+    by = target / std
+    encoding: Any = vae.quant_conv
+    decoding: Any = vae.post_quant_conv
+    with torch.no_grad():
+        encoding.bias[first:channels] -= mean
+        encoding.bias[first:channels] *= by
+        encoding.weight[first:channels] *= by[:, None, None, None]
+        encoding.bias[channels + first :] += 2 * torch.log(by)  # the log-variance
+        decoding.bias += decoding.weight[:, first:, 0, 0] @ mean
+        decoding.weight[:, first:] /= by[:, None, None]
+
+
 def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
     """Let the VAE's own latents be larger or smaller, so that its scaling factor is `factor`; scaled latents stay as they are.
 

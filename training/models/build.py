@@ -28,7 +28,7 @@ from sfumato.training.models.stock_classes import (
     check_divisible,
     lists_to_tuples,
 )
-from sfumato.training.models.text import build_text_encoder, remember_words
+from sfumato.training.models.text import build_text_encoder, extend_vocabulary, fit_text_encoder, remember_words
 
 MAX_LAYERS = 200
 MAX_PARAMETERS = 50_000_000_000
@@ -46,11 +46,16 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     """
     needs: ModelNeeds = TASKS.load(config.task).model_needs(config)
     if config.init_from is not None:
-        pipe = load_pipeline(config, needs)
-        if tokenizer is not None:
-            pipe.register_modules(tokenizer=tokenizer)
-        elif pipe.tokenizer.init_kwargs.get(CAPTION_WORDS):
-            remember_words(pipe.tokenizer, captions)
+        vae = build_vae(config, needs) if config.vae.pretrained is not None else None
+        pipe = load_pipeline(config, needs, vae)
+        if tokenizer is None:
+            tokenizer, text = pipe.tokenizer, config.text_encoder
+            if text.extra_vocab:
+                tokenizer = extend_vocabulary(tokenizer, captions, text.extra_vocab, text.max_length)
+            if tokenizer.init_kwargs.get(CAPTION_WORDS):
+                remember_words(tokenizer, captions)
+        pipe.register_modules(tokenizer=tokenizer)
+        fit_text_encoder(pipe.text_encoder, tokenizer)
         return pipe
     check_arguments(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.locate import SHIPPED, shipped_model
@@ -56,14 +56,40 @@ def add_guidance_input(unet: UNet2DConditionModel, width: int, seed: int) -> Any
     return told.to(unet.device, unet.dtype)
 
 
-def load_pipeline(config: Config, needs: ModelNeeds) -> SfumatoPipeline:
+def move_into_latents(pipe: SfumatoPipeline, vae: AutoencoderKL) -> SfumatoPipeline:
+    """A pixel model that goes on in the latents of a VAE: its UNet gets their further channels, with weights of zero.
+
+    It draws at once what it drew before where the latents' first channels are the image made smaller, as
+    `autoencoder.thumbnail_weight` makes them.
+
+    Raises:
+        ValueError: the model works in latents already, or the VAE has fewer channels than its images.
+    """
+    channels = pipe.unet.config.in_channels
+    if not is_identity(pipe.vae) or channels > vae.config["latent_channels"]:
+        raise ValueError(
+            "vae.pretrained: only a text-to-image model of pixels moves into latents, of at least its own number of channels; "
+            "leave it out to go on in those of init_from"
+        )
+    widen(pipe.unet, vae.config["latent_channels"], vae.config["latent_channels"])
+    # Latents are not bounded as pixels are.
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, thresholding=False, clip_sample=False)
+    return SfumatoPipeline(**{**pipe.components, "vae": vae, "scheduler": scheduler})
+
+
+def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None = None) -> SfumatoPipeline:
     """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
+
+    Args:
+        vae: of `vae.pretrained`, into whose latents a pixel model moves.
 
     Raises:
         ValueError: no such model, one that this trainer cannot train, or one of another resolution factor.
         ModuleNotFoundError: LoRA needs the package peft.
     """
     pipe = _open(str(config.init_from))
+    if vae is not None:
+        pipe = move_into_latents(pipe, vae)
     if pipe.config.self_conditioning != config.objective.self_conditioning:
         raise ValueError(f"objective.self_conditioning: init_from={config.init_from!r} has {pipe.config.self_conditioning}")
     if needs.motion is not None:

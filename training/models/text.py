@@ -14,6 +14,7 @@ from sfumato.training.config.schema import TextEncoderConfig
 from sfumato.training.models.pretrained import load_part
 
 MOST_WORDS = 20_000
+NUM_BASE_TOKENS = 514  # 256 bytes, alone and at a word's end, and two marks
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -43,6 +44,65 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     # The same in every process by now; should another learner break ties at random, all speak the first one's tokens.
     vocab, merges = broadcast_object_list([vocab, merges])
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def extend_vocabulary(old: CLIPTokenizer, captions: list[str], extra_vocab: int, max_length: int) -> CLIPTokenizer:
+    """A trained model's tokenizer with at most `extra_vocab` further tokens, learned from those `captions` with words that the
+    model has not seen.
+
+    Words that it has seen keep their tokens, so what it draws stays as it is until it is trained.
+
+    Args:
+        max_length: of captions from now on, in tokens; the model's own where that is longer.
+
+    Raises:
+        ValueError: the tokenizer does not say which words its model has seen.
+    """
+    seen = old.init_kwargs.get(CAPTION_WORDS)
+    if not seen:
+        raise ValueError("text_encoder.extra_vocab: the tokenizer of init_from does not say which words it has seen")
+    unseen = [caption for caption in captions if not set(split_words(caption)) <= set(seen)]
+    learned = train_tokenizer(unseen, NUM_BASE_TOKENS + extra_vocab, max_length)
+    vocab, merges = _vocabulary(old)
+    kept = set(merges)
+    for tokens in map(old.tokenize, seen):
+        kept.update(zip(tokens, tokens[1:]))  # a merge of these would change a word that the model has seen
+    for left, right in _vocabulary(learned)[1]:
+        if (left, right) not in kept and left in vocab and right in vocab and left + right not in vocab:
+            merges.append((left, right))
+            vocab[left + right] = len(vocab)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max(max_length, old.model_max_length))
+    tokenizer.init_kwargs[CAPTION_WORDS] = seen
+    return tokenizer
+
+
+def _vocabulary(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Numbers of the tokens, and merges."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return dict(model["vocab"]), [(left, right) for left, right in model["merges"]]
+
+
+def fit_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    """Let a text encoder read a tokenizer that has grown: new embeddings are random, of the old ones' standard deviation."""
+    embeddings = getattr(encoder, "text_model", encoder).embeddings
+    tokens, places = len(tokenizer), tokenizer.model_max_length
+    if tokens > embeddings.token_embedding.num_embeddings:
+        embeddings.token_embedding = _longer(embeddings.token_embedding, tokens)
+        encoder.config.vocab_size = tokens
+    if places > embeddings.position_embedding.num_embeddings:
+        embeddings.position_embedding = _longer(embeddings.position_embedding, places)
+        embeddings.register_buffer("position_ids", torch.arange(places).expand((1, -1)), persistent=False)
+        encoder.config.max_position_embeddings = places
+
+
+def _longer(embedding: torch.nn.Embedding, rows: int) -> torch.nn.Embedding:
+    """The same rows and random ones behind them."""
+    new = torch.nn.Embedding(rows, embedding.embedding_dim)
+    old = embedding.weight.detach()
+    with torch.no_grad():
+        new.weight.normal_(std=float(old.std()))
+        new.weight[: len(old)] = old
+    return new.requires_grad_(embedding.weight.requires_grad)
 
 
 def remember_words(tokenizer: CLIPTokenizer, captions: list[str]) -> None:

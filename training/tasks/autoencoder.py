@@ -16,7 +16,7 @@ from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.loader import SampleData, to_device
 from sfumato.training.data.streams import Stream
 from sfumato.training.engine.ema import EMA
-from sfumato.training.models.autoencoder import build_autoencoder, downsampling_factor
+from sfumato.training.models.autoencoder import build_autoencoder, downsampling_factor, normalise_channels
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
@@ -65,8 +65,9 @@ class Autoencoder:
         shape = (vae.config["latent_channels"], *size)
         noise = self.streams.normal(batch["sample_key"], Stream.NOISE, shape)
         rebuilt, mean, logvar = model(pixels, noise)
-        kl_weight, sharpness = self.settings.kl_weight, self.settings.sharpness_weight
-        return autoencoder_loss(rebuilt, mean, logvar, pixels, kl_weight=kl_weight, sharpness=sharpness)
+        s = self.settings
+        weights = {"kl_weight": s.kl_weight, "sharpness": s.sharpness_weight, "thumbnail": s.thumbnail_weight}
+        return autoencoder_loss(rebuilt, mean, logvar, pixels, **weights)
 
     def check(self) -> None:
         """Nothing to look at."""
@@ -116,11 +117,23 @@ class Autoencoder:
         """Nothing: it is never sharded."""
 
     def _set_scale(self, count: int) -> np.ndarray:
-        """Set the scaling factor, so that latents have variance 1; returns those of `count` training images."""
+        """Set the scaling factor, so that latents have variance 1 or are as large as the image; returns those of `count`
+        training images.
+        """
         train = self.images.select("train")
         latents = self._reconstruct(train[evenly_spaced(len(train), count)])[2]
-        self.module.vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        factor = 1.0 if self.settings.thumbnail_weight else float(1 / latents.std())  # an image stays in [-1, 1]
+        self.module.vae.register_to_config(scaling_factor=factor)
         return latents
+
+    def _normalise_details(self, latents: np.ndarray) -> np.ndarray:
+        """Let latent channels behind the thumbnail vary as much as the thumbnail does; returns the latents so changed."""
+        colours = self.config.data.channels
+        image, details = latents[:, :colours], latents[:, colours:]
+        mean, std, target = details.mean((0, 2, 3)), details.std((0, 2, 3)), float(image.std())
+        normalise_channels(self.module.vae, colours, torch.from_numpy(mean), torch.from_numpy(std), target)
+        level = (details - mean[:, None, None]) * (target / std)[:, None, None]
+        return np.concatenate([image, level], axis=1)
 
     def scores(self) -> tuple[dict[str, float], str]:
         """How near images come back: PSNR and, where it can be had, SSIM."""
@@ -131,6 +144,8 @@ class Autoencoder:
         """Set the scaling factor, so that latents have variance 1, and write `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
         latents = self._set_scale(512)
+        if self.settings.thumbnail_weight and latents.shape[1] > self.config.data.channels:
+            latents = self._normalise_details(latents)
         figures: dict[str, Any] = dict(outcome.scores)
         figures["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]
         figures["latent standard deviation"] = [float(v) for v in latents.std((0, 2, 3))]

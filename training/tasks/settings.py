@@ -21,6 +21,9 @@ class AutoencoderConfig:
     model: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' AutoencoderKL
     kl_weight: float = 1e-4  # on the Kullback-Leibler divergence of each latent number from N(0, 1)
     sharpness_weight: float = 0.0  # on the error of differences between neighbouring pixels
+    # On the squared error between the first channels of the latents and the image made smaller: a pixel model of that size
+    # can go on in such latents (`init_from` and `vae.pretrained` together), and they can be looked at without decoding.
+    thumbnail_weight: float = 0.0
 
 
 @dataclass

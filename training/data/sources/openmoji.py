@@ -44,7 +44,8 @@ def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -
     """Every OpenMoji image that `emoji` names, in a fixed order.
 
     Returns:
-        Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `split`, `svg` (a path).
+        Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `chinese` (that one, or None),
+        `split`, `svg` (a path).
 
     Raises:
         ModuleNotFoundError: the packages of the extra `sfumato[openmoji]` are missing.
@@ -75,13 +76,21 @@ def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -
         captions = []
         if "en" in languages:
             captions += [english] + [_plain(alias) for alias in entry.get("alias", [])]
-        if code in chinese:
-            captions.append(_plain(chinese[code]) + ("国旗" if flag else ""))
+        translated = _plain(chinese[code]) + ("国旗" if flag else "") if code in chinese else None
+        captions += [translated] if translated else []
         unique = {}  # the tokenizer lowers case, so captions that differ in case only are one
         for caption in captions:
             unique.setdefault(caption.lower(), caption)
         if captions := list(unique.values()):
-            found.append({"id": name, "captions": captions, "split": _split(code, english), "svg": str(svgs[name])})
+            found.append(
+                {
+                    "id": name,
+                    "captions": captions,
+                    "chinese": translated,
+                    "split": _split(code, english),
+                    "svg": str(svgs[name]),
+                }
+            )
     return found
 
 
@@ -142,6 +151,18 @@ def recolour(svg: str, colour: str, other: str) -> str:
     return re.sub("#([0-9a-fA-F]{6})", lambda found: f"#{new.get(found[1].lower(), found[1])}", svg)
 
 
+CHINESE = {
+    "red": "红", "orange": "橙", "yellow": "黄", "green": "绿", "blue": "蓝", "purple": "紫", "pink": "粉", "brown": "棕",
+    "grey": "灰", "black": "黑", "white": "白",
+}  # fmt: skip
+
+
+def chinese_pair(caption: str, colour: str, other: str) -> str | None:
+    """A Chinese caption of an image whose main colour became another one; None where more of it says a colour."""
+    thing = re.sub(f"{CHINESE[colour]}色的?|^{CHINESE[colour]}(?!$)", "", caption)
+    return None if not thing or set(thing) & {*CHINESE.values(), "青"} else f"{CHINESE[other]}色{thing}"
+
+
 def split_colour(caption: str) -> tuple[str | None, str]:
     """The colour that a caption begins with, and the rest; None where it begins with none."""
     first, _, rest = caption.partition(" ")
@@ -149,7 +170,8 @@ def split_colour(caption: str) -> tuple[str | None, str]:
 
 
 def recoloured(record: dict, count: int, taken: set[str]) -> Iterator[dict]:
-    """An image of one main colour in up to `count` others, as `records` has them, with the colour before its name.
+    """An image of one main colour in up to `count` others, as `records` has them, with the colour before its name, in English
+    and, where `records` has Chinese, in that too.
 
     One in ten pairs of colour and thing is held out whole. None whose caption is one of `taken`, to which each adds its own;
     none of images that are held out, of people and of flags; none where the colour is not seen in the result.
@@ -168,7 +190,12 @@ def recoloured(record: dict, count: int, taken: set[str]) -> Iterator[dict]:
             continue
         taken.add(new.lower())
         split = "held_out_pair" if hash_fraction(f"pair {new}") < 0.1 else "train"
-        yield {"id": f"{record['id']}-{other}", "captions": [new], "split": split, "svg": text}
+        captions = [new]
+        chinese = chinese_pair(record["chinese"], colour, other) if record["chinese"] else None
+        if chinese and chinese not in taken:
+            taken.add(chinese)
+            captions.append(chinese)
+        yield {"id": f"{record['id']}-{other}", "captions": captions, "split": split, "svg": text}
 
 
 def add_main_colour(caption: str, image: np.ndarray) -> list[str]:
