@@ -50,7 +50,7 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         pipe = load_pipeline(config, needs, vae)
         if tokenizer is None:
             tokenizer, text = pipe.tokenizer, config.text_encoder
-            if text.extra_vocab:
+            if text.extra_vocab and text.train:
                 tokenizer = extend_vocabulary(tokenizer, captions, text.extra_vocab, text.max_length)
             if tokenizer.init_kwargs.get(CAPTION_WORDS):
                 remember_words(tokenizer, captions)
