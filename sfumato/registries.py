@@ -464,6 +464,9 @@ METRICS: Registry[Metric] = Registry(
             at_end="objects of held-out captions, judged by a program",
         ),
         "retrieval": Metric(target=f"{_QUALITY}.retrieval:retrieval", needs=_FEATURES, figures=(), not_sources=("shapes",)),
+        "retrieval in Chinese": Metric(
+            target=f"{_QUALITY}.retrieval:retrieval_in_chinese", needs=_FEATURES, figures=(), sources=("openmoji",)
+        ),
         "attributes": Metric(target=f"{_QUALITY}.attributes:attributes", needs=_FEATURES, figures=(), sources=("openmoji",)),
         "pairs": Metric(target=f"{_QUALITY}.attributes:pairs", needs=_FEATURES, figures=(), sources=("openmoji",)),
         "diversity": Metric(target=f"{_QUALITY}.diversity:diversity", needs=_FEATURES, figures=()),

@@ -31,7 +31,7 @@ from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.features import compute_features
 from sfumato.training.quality.judge import Judge, alter_image
 from sfumato.training.quality.memorisation import flat_rows, memorisation, nearest, nearest_training
-from sfumato.training.quality.retrieval import retrieval
+from sfumato.training.quality.retrieval import retrieval, retrieval_in_chinese
 from sfumato.training.quality.statistics import jackknife_score, mean_score, student_quantile
 from sfumato.training.train import main
 
@@ -156,6 +156,33 @@ def test_captions_of_the_same_image_count_as_one(tmp_path):
     found = retrieval(evaluation)
     assert len(several) >= 2 and found["retrieval at 1, training captions"].value == 0
     assert found["retrieval at 5, training captions"].value == 1
+
+
+class Eye:
+    """A judge that knows every image of a set by heart."""
+
+    def __init__(self, images):
+        self.captions = {images.image(i).tobytes(): images[i]["captions"][0] for i in range(len(images))}
+
+    def scores(self, images, captions, seen):
+        return np.array([[caption == self.captions[image.tobytes()] for caption in captions] for image in images], float)
+
+
+def test_chinese_prompts_are_judged_by_the_english_captions_of_their_images(tmp_path):
+    images = prepare(configs.DataConfig(languages=["en", "zh"], words=["cat", "dog"], resolution=16, cache_dir=str(tmp_path)))
+    chinese = {images[i]["captions"][-1]: images.image(i) for i in range(len(images))}
+    evaluation = object.__new__(Evaluation)
+    evaluation.dataset, evaluation.judges = images, [Eye(images)]
+    evaluation.parts = {"train": images.select("train"), "held_out": images.select("held_out")}
+    evaluation.draw = lambda captions: np.stack([chinese[caption] for caption in captions])
+    found = retrieval_in_chinese(evaluation)
+    assert found["retrieval at 1, training captions in Chinese"].value == 1
+    evaluation.draw = lambda captions: np.stack([chinese[caption] for caption in captions[1:] + captions[:1]])
+    assert retrieval_in_chinese(evaluation)["retrieval at 1, training captions in Chinese"].value < 0.2
+    evaluation.dataset = prepare(configs.DataConfig(languages=["en"], words=["cat"], resolution=16, cache_dir=str(tmp_path)))
+    evaluation.parts = {"train": evaluation.dataset.select("train"), "held_out": evaluation.dataset.select("held_out")}
+    del evaluation.duplicates
+    assert retrieval_in_chinese(evaluation) == {}
 
 
 def test_a_caption_that_many_images_have_counts_once(tmp_path):

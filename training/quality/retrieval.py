@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from sfumato.training.data.sources.openmoji import chinese_caption
 from sfumato.training.quality.evaluation import Evaluation
+from sfumato.training.quality.features import compute_features
 from sfumato.training.quality.statistics import Score, panel_score
 
 LABELS = {"train": "training captions", "held_out": "held-out captions"}
@@ -11,23 +13,51 @@ LABELS = {"train": "training captions", "held_out": "held-out captions"}
 def retrieval(evaluation: Evaluation) -> dict[str, Score]:
     """How often a judge finds an image's own caption first, or among the first five, of all captions of the set; the mean
     over judges.
-
-    The captions of images that are the same count as one, and so does a caption that several images have.
     """
-    captions = list(dict.fromkeys(evaluation.caption(i) for i in range(len(evaluation.dataset))))
-    groups, group_of = _caption_groups(evaluation, captions)
+    choice = _Choice(evaluation)
     scores: dict[str, Score] = {}
     for part, label in LABELS.items():
         numbers = evaluation.parts[part]
         if not len(numbers):
             continue
-        for ending, by_caption in evaluation.judge_scores(part, captions).items():
-            by_group = np.stack([by_caption[:, :, columns].max(2) for columns in groups], axis=2)
-            own = by_group[:, np.arange(len(numbers)), [group_of[int(evaluation.duplicates[i])] for i in numbers]]
-            place = (by_group >= own[:, :, None]).sum(2) - 1  # ties count against the model
-            scores[f"retrieval at 1, {label}{ending}"] = panel_score(place < 1)
-            scores[f"retrieval at 5, {label}{ending}"] = panel_score(place < 5)
+        for ending, by_caption in evaluation.judge_scores(part, choice.captions).items():
+            scores |= choice.scores(numbers, by_caption, f"{label}{ending}")
     return scores
+
+
+def retrieval_in_chinese(evaluation: Evaluation) -> dict[str, Score]:
+    """The same where the model draws from Chinese: of the same images, among the same captions, so by the same judges."""
+    choice = _Choice(evaluation)
+    scores: dict[str, Score] = {}
+    for part, label in LABELS.items():
+        chinese = {int(i): chinese_caption(evaluation.dataset[int(i)]["captions"]) for i in evaluation.parts[part]}
+        prompts = {i: caption for i, caption in chinese.items() if caption is not None}
+        if not prompts:
+            continue
+        images = evaluation.draw(list(prompts.values()))
+        seen = compute_features(images)
+        by_caption = np.stack([judge.scores(images, choice.captions, seen) for judge in evaluation.judges])
+        scores |= choice.scores(np.array(list(prompts)), by_caption, f"{label} in Chinese")
+    return scores
+
+
+class _Choice:
+    """All first captions of a set, from which a judge chooses that of an image.
+
+    The captions of images that are the same count as one, and so does a caption that several images have.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        self.captions = list(dict.fromkeys(evaluation.caption(i) for i in range(len(evaluation.dataset))))
+        self.groups, self.group_of = _caption_groups(evaluation, self.captions)
+        self.duplicates = evaluation.duplicates
+
+    def scores(self, numbers: np.ndarray, by_caption: np.ndarray, label: str) -> dict[str, Score]:
+        """Retrieval of records `numbers`, from each judge's scores `(J, N, len(captions))` of what was drawn of them."""
+        by_group = np.stack([by_caption[:, :, columns].max(2) for columns in self.groups], axis=2)
+        own = by_group[:, np.arange(len(numbers)), [self.group_of[int(self.duplicates[i])] for i in numbers]]
+        place = (by_group >= own[:, :, None]).sum(2) - 1  # ties count against the model
+        return {f"retrieval at {k}, {label}": panel_score(place < k) for k in (1, 5)}
 
 
 def _caption_groups(evaluation: Evaluation, captions: list[str]) -> tuple[list[list[int]], dict[int, int]]:

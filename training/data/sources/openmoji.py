@@ -157,6 +157,11 @@ CHINESE = {
 }  # fmt: skip
 
 
+def chinese_caption(captions: Sequence[str]) -> str | None:
+    """The first of an image's captions that has Chinese characters; None where none has."""
+    return next((caption for caption in captions if re.search(r"[\u4e00-\u9fff]", caption)), None)
+
+
 def chinese_pair(caption: str, colour: str, other: str) -> str | None:
     """A Chinese caption of an image whose main colour became another one; None where more of it says a colour."""
     thing = re.sub(f"{CHINESE[colour]}色的?|^{CHINESE[colour]}(?!$)", "", caption)
