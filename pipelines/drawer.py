@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sfumato.pipelines.card import recommended_settings
-from sfumato.pipelines.locate import SHIPPED, locate_pipeline
+from sfumato.pipelines.locate import DEFAULT, locate_pipeline
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.pipelines.runtimes import with_runtime
 
@@ -28,7 +28,7 @@ class Drawer:
 
     def __init__(
         self,
-        model: str = SHIPPED,
+        model: str = DEFAULT,
         *,
         runtime: str = "onnx",
         num_inference_steps: int | None = None,

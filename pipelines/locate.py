@@ -3,18 +3,20 @@
 from importlib.resources import files
 from pathlib import Path
 
-SHIPPED = "openmoji"  # the model that comes with the package
+# The models that come with the package: emoji of 32 pixels, of 128, and of 128 in four steps.
+PACKAGED = ("openmoji", "openmoji_128", "openmoji_128_few")
+DEFAULT = "openmoji_128"  # what draws where no model is named
 
 
 def locate_pipeline(source: str) -> str:
-    """The pipeline in a run folder or checkpoint (the one written last), the shipped model, or the folder or Hub id itself.
+    """The pipeline in a run folder or checkpoint (the one written last), a packaged model, or the folder or Hub id itself.
 
     Raises:
         ValueError: there is no model.
     """
     folder = Path(source)
-    if source == SHIPPED and not folder.exists():
-        return str(shipped_model())
+    if source in PACKAGED and not folder.exists():
+        return str(packaged_model(source))
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             return str(folder)
@@ -27,13 +29,13 @@ def locate_pipeline(source: str) -> str:
     return source
 
 
-def shipped_model() -> Path:
-    """The folder of the model that comes with the package.
+def packaged_model(name: str = DEFAULT) -> Path:
+    """The folder of a model that comes with the package.
 
     Raises:
         ValueError: the package was installed without it.
     """
-    folder = Path(str(files("sfumato") / "models" / SHIPPED))
+    folder = Path(str(files("sfumato") / "models" / name))
     if not (folder / "model_index.json").is_file():
-        raise ValueError("the packaged model is not here; name another one")
+        raise ValueError(f"the packaged model {name} is not here; name another one")
     return folder

@@ -16,7 +16,7 @@ from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.cascade import UPSCALER, Cascade
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.pipelines.codecs import Codec, object_endings, to_pictures
-from sfumato.pipelines.locate import SHIPPED, locate_pipeline
+from sfumato.pipelines.locate import DEFAULT, locate_pipeline
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 from sfumato.pipelines.runtimes import find_device, with_runtime
 from sfumato.pipelines.trust import UNREAD
@@ -27,7 +27,7 @@ class SampleOptions:
     """What is drawn, by what, and where it goes; each as the option of the command."""
 
     prompts: list[str]
-    model: str = SHIPPED
+    model: str = DEFAULT
     out: str = "grid.png"
     each: str | None = None
     seed: int = 0

@@ -169,14 +169,15 @@ def tune(
     """
     from sfumato.pipelines import SfumatoPipeline
     from sfumato.pipelines.card import recommended_settings, sample_prompts
-    from sfumato.pipelines.locate import locate_pipeline, shipped_model
+    from sfumato.pipelines.locate import PACKAGED, locate_pipeline, packaged_model
     from sfumato.pipelines.tune import keep
     from sfumato.pipelines.tune import tune as try_all
 
     source = Path(locate_pipeline(str(model)))
     if not source.is_dir():
         raise ValueError(f"{model} is on the Hub; download it, or name a folder")
-    if out is None and source.resolve() == shipped_model().resolve():
+    packaged = packaged_model().parent.resolve()
+    if out is None and source.resolve() in [packaged / name for name in PACKAGED]:
         raise ValueError("this model belongs to the package; name a folder for yours with --out")
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")

@@ -119,7 +119,7 @@ def test_the_wheel_holds_every_file_of_the_tree_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = {f"sfumato/{path.relative_to(ROOT)}" for path in SOURCES} | {str(path.relative_to(ROOT)) for path in OWN}
     expected |= {f"sfumato/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
-    expected |= {f"sfumato/{path.relative_to(ROOT)}" for path in (ROOT / "models/openmoji").rglob("*") if path.is_file()}
+    expected |= {f"sfumato/{path.relative_to(ROOT)}" for path in (ROOT / "models").rglob("*") if path.is_file()}
     fonts = {f"sfumato/fonts/{path.name}" for path in (ROOT / "sfumato/fonts").iterdir()}
     assert names == expected | fonts | {"sfumato/py.typed"}
 

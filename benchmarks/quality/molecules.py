@@ -48,6 +48,8 @@ def main() -> None:
     print(text)
     for out in (item for item in sys.argv[2:] if item.endswith(".json")):
         Path(out).write_text(text + "\n")
+        lines = [codec.smiles(thing) or "invalid" for thing in drawn]
+        Path(out).with_suffix(".smi").write_text("\n".join(lines) + "\n")  # what moses_metrics.py reads
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Other trainers as they are published, on images that nothing here was tuned on: same images, one thread each.
 
     python -m benchmarks.quality.published iconify:FOLDER --python RIVALS/bin/python --script train_text_to_image.py
-        [--minutes 15] [--seed 0] [--count 300] [--only sfumato diffusers denoising-diffusion-pytorch] [--out FILE.json]
+        --k-diffusion CHECKOUT [--minutes 15] [--seed 0] [--count 300] [--only sfumato diffusers ...] [--out FILE.json]
 
 - `sfumato`: `configs/folder_cpu.yaml`, without validation on the way.
 - `diffusers`: its example `train_text_to_image.py`, unchanged, on the same network with random weights, an identity VAE and
   the noise of Stable Diffusion; batch 16, a rate of 1e-3 (ten times its default), `--use_ema`. It trains the UNet alone, so
   its text encoder stays random: it tells words apart and does no more.
 - `denoising-diffusion-pytorch`: its `Trainer` and its `Unet` of about our size, everything by default. It takes no captions.
+- `smalldiffusion`: the loop, schedules, rate and sampler of its example `cifar_unet.py`, its `Unet` of our size, batch 16
+  (the example's 256 would be three steps a minute). It takes classes at most.
+- `k-diffusion`: its `train.py` and `configs/config_32x32_small.json`, channels [32, 64, 128] in place of [128, 256, 512] and
+  batch 16; drawn as its demos are. It takes classes at most.
 
 The rivals live in an environment of their own, `--python`, with what they need; their code is not in this repository.
 All draw the training captions: ours as its card says, the rivals by 50 steps with raw and with averaged weights, of which the
@@ -65,6 +69,87 @@ for name, network in (("raw", diffusion), ("ema", trainer.ema.ema_model)):
     network.eval()
     drawn = torch.cat([network.sample(batch_size=min(50, int(count) - i)) for i in range(0, int(count), 50)])
     torch.save({"images": drawn, "steps": trainer.step, "seconds": spent}, f"{out}/{name}.pt")
+"""
+
+SMALLDIFFUSION = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from smalldiffusion import ScheduleLogLinear, ScheduleSigmoid, Scaled, Unet, img_train_transform, samples, training_loop
+from torch.utils.data import DataLoader
+from torch_ema import ExponentialMovingAverage
+
+folder, out = sys.argv[1:3]
+minutes, seed, size, count = map(float, sys.argv[3:])
+torch.set_num_threads(1)
+torch.manual_seed(int(seed))
+paths = sorted(Path(folder).glob("*.png"))
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(paths)
+
+    def __getitem__(self, i):
+        return img_train_transform(Image.open(paths[i]).convert("RGB"))
+
+
+accelerator = Accelerator(cpu=True)
+loader = DataLoader(Images(), batch_size=16, shuffle=True)
+model = Scaled(Unet)(int(size), 3, 3, ch=32, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,))
+print(sum(p.numel() for p in model.parameters()), "numbers", flush=True)
+ema = ExponentialMovingAverage(model.parameters(), decay=0.9999)
+start, steps = time.time(), 0
+for _ in training_loop(loader, model, ScheduleSigmoid(N=1000), epochs=10**6, lr=2e-4, accelerator=accelerator):
+    ema.update()
+    steps += 1
+    if time.time() - start > 60 * minutes:
+        break
+spent = time.time() - start
+sigmas = ScheduleLogLinear(sigma_min=0.01, sigma_max=35, N=1000).sample_sigmas(10)
+
+
+def draw():
+    parts = []
+    for i in range(0, int(count), 50):
+        parts.append(list(samples(model, sigmas, gam=2.1, batchsize=min(50, int(count) - i), accelerator=accelerator))[-1])
+    return torch.cat(parts) / 2 + 0.5
+
+
+facts = {"steps": steps, "seconds": spent}
+torch.save({"images": draw(), **facts}, f"{out}/raw.pt")
+with ema.average_parameters():
+    torch.save({"images": draw(), **facts}, f"{out}/ema.pt")
+"""
+K_DIFFUSION = """
+import json
+import sys
+
+import k_diffusion as K
+import torch
+
+config, weights, out = sys.argv[1:4]
+count, steps, seconds = map(float, sys.argv[4:])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = K.config.load_config(config)
+settings = config["model"]
+kept = torch.load(weights, map_location="cpu", weights_only=False)
+sigmas = K.sampling.get_sigmas_karras(50, settings["sigma_min"], settings["sigma_max"], rho=7.0, device="cpu")
+for name, key in (("raw", "model"), ("ema", "model_ema")):
+    inner = K.config.make_model(config).eval()
+    inner.load_state_dict(kept[key])
+    model = K.config.make_denoiser_wrapper(config)(inner)
+    parts = []
+    for i in range(0, int(count), 50):
+        noise = torch.randn([min(50, int(count) - i), 3, *settings["input_size"]]) * settings["sigma_max"]
+        with torch.no_grad():
+            parts.append(K.sampling.sample_dpmpp_2m_sde(model, noise, sigmas, eta=0.0, solver_type="heun", disable=True))
+    torch.save({"images": torch.cat(parts) / 2 + 0.5, "steps": int(steps), "seconds": seconds}, f"{out}/{name}.pt")
 """
 
 
@@ -166,22 +251,75 @@ def diffusers(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
 def lucidrains(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
     """The package's trainer."""
-    out = folder / "lucidrains"
+    return scripted(LUCIDRAINS, data, options, folder / "lucidrains")
+
+
+def smalldiffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
+    """The package's loop, as its example for CIFAR-10 has it."""
+    return scripted(SMALLDIFFUSION, data, options, folder / "smalldiffusion")
+
+
+def scripted(script: str, data: Set, options, out: Path) -> tuple[dict, np.ndarray]:
+    """A script of a rival's environment that trains, draws, and leaves `raw.pt` and `ema.pt`."""
     out.mkdir(exist_ok=True)
     given = [data.folder, out, options.minutes, options.seed, data.config.data.resolution, len(data.captions)]
-    with open(folder / "lucidrains.log", "w") as log:
-        command = [options.python, "-c", LUCIDRAINS, *map(str, given)]
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    run(options, out.with_suffix(".log"), "-c", script, *given)
+    return best(kept(data, out))
+
+
+def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
+    """Its script for some steps, to see how many it makes in a minute, then from the start for as many as there is time."""
+    out, checkout = folder / "k-diffusion", Path(options.k_diffusion).resolve()
+    out.mkdir(exist_ok=True)
+    config = json.loads((checkout / "configs" / "config_32x32_small.json").read_text())
+    config["model"]["channels"] = [32, 64, 128]
+    config["dataset"]["location"] = str(data.folder.resolve())
+    (out / "config.json").write_text(json.dumps(config))
+    quiet = ["--evaluate-every", 0, "--demo-every", 10**9, "--save-every", 10**9, "--num-workers", 1, "--seed", options.seed]
+    first, spent = 40, []
+
+    def train(name: str, steps: int) -> None:
+        start = time.time()
+        given = ["--config", (out / "config.json").resolve(), "--name", name, "--batch-size", 16, "--end-step", steps, *quiet]
+        run(options, out / f"{name}.log", checkout / "train.py", *given, cwd=out)
+        spent.append(time.time() - start)
+
+    train("try-1", first)
+    train("try-2", 2 * first)
+    rate = first / (spent[1] - spent[0])  # without what starting takes
+    steps = int(60 * options.minutes * rate)
+    train("whole", steps)
+    weights = out / f"whole_{steps:08}.pth"
+    facts = [len(data.captions), steps, spent[2] - (spent[0] - first / rate)]
+    run(options, out / "draw.log", "-c", K_DIFFUSION, (out / "config.json").resolve(), weights, out, *facts)
+    return best(kept(data, out))
+
+
+def run(options, log: Path, *command, cwd: Path | None = None) -> None:
+    """A command of the rivals' environment; what it prints goes into a file."""
+    with open(log, "w") as file:
+        whole = [str(Path(options.python).absolute()), *map(str, command)]
+        subprocess.run(whole, check=True, stdout=file, stderr=subprocess.STDOUT, cwd=cwd)
+
+
+def kept(data: Set, out: Path) -> list[tuple[dict, np.ndarray]]:
+    """What a rival drew with raw and with averaged weights, and how near it comes."""
     candidates = []
     for weights in ("raw", "ema"):
-        kept = torch.load(out / f"{weights}.pt", weights_only=True)
-        drawn = (kept["images"].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        facts = {"weights": weights, "images_seen": 16 * kept["steps"], "minutes": round(kept["seconds"] / 60, 2)}
+        left = torch.load(out / f"{weights}.pt", weights_only=True)
+        drawn = (left["images"].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        facts = {"weights": weights, "images_seen": 16 * left["steps"], "minutes": round(left["seconds"] / 60, 2)}
         candidates.append(({**data.figures(drawn, captioned=False), **facts}, drawn))
-    return best(candidates)
+    return candidates
 
 
-TRAINERS = {"sfumato": sfumato, "diffusers": diffusers, "denoising-diffusion-pytorch": lucidrains}
+TRAINERS = {
+    "sfumato": sfumato,
+    "diffusers": diffusers,
+    "denoising-diffusion-pytorch": lucidrains,
+    "smalldiffusion": smalldiffusion,
+    "k-diffusion": k_diffusion,
+}
 
 
 def main() -> None:
@@ -190,6 +328,7 @@ def main() -> None:
     parser.add_argument("name", help="what data.name takes")
     parser.add_argument("--python", help="of the rivals' environment")
     parser.add_argument("--script", help="diffusers' train_text_to_image.py")
+    parser.add_argument("--k-diffusion", help="a checkout of k-diffusion, for its train.py")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=300, help="records that are read (default: %(default)s)")

@@ -1,6 +1,7 @@
 """The packaged model of emoji and its student: how near their images come to true ones, and how long one takes.
 
-    python -m benchmarks.sampling.few_steps_emoji --students runs/openmoji_few [...] [--images 256] [--out FILE.json]
+    python -m benchmarks.sampling.few_steps_emoji --students runs/openmoji_few [...] [--teacher openmoji] [--data openmoji_32]
+        [--images 256] [--out FILE.json]
 
 FD, KID, recall, coverage and retrieval in the features of EfficientNet-Lite0, of training captions against the whole set, as
 `sfumato evaluate` has them; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
@@ -29,9 +30,10 @@ PROMPTS = ("red heart", "grinning face", "rocket", "soccer ball", "blue book", "
 SCALE = 1.5
 
 
-def measure(pipe: SfumatoPipeline, steps: int, images, count: int, scale: float = SCALE) -> dict[str, float]:
-    """Figures of what a model draws in so many steps."""
-    config = load_config("openmoji_32", [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={scale}"])
+def measure(pipe: SfumatoPipeline, steps: int, data: str, count: int, scale: float = SCALE) -> dict[str, float]:
+    """Figures of what a model draws in so many steps, of the captions of a config's data."""
+    config = load_config(data, [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={scale}"])
+    images = prepare(config.data)
     plan = Plan(count=count, parts=("train",), intervals=False)
     evaluation = Evaluation(pipe, config, images, Accelerator(cpu=True), plan)
     scores = {}
@@ -54,6 +56,8 @@ def main() -> None:
     """Run the benchmark; see above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--students", nargs="+", default=["runs/openmoji_few"], help="of several seeds; the first is timed")
+    parser.add_argument("--teacher", default="openmoji")
+    parser.add_argument("--data", default="openmoji_32", help="a config, whose data are drawn (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--time-only", action="store_true", help="leave the figures of an earlier run as they are")
     parser.add_argument("--figures-only", action="store_true", help="leave the seconds of an earlier run as they are")
@@ -65,7 +69,7 @@ def main() -> None:
     kept = json.loads(out.read_text()) if options.time_only or options.figures_only else {}
     result = {**kept, "images": options.images, "guidance_scale": SCALE}
     start = time.perf_counter()
-    drawers = {"teacher, 60 passes": Drawer("openmoji", num_inference_steps=30, guidance_scale=SCALE)}
+    drawers = {"teacher, 60 passes": Drawer(options.teacher, num_inference_steps=30, guidance_scale=SCALE)}
     of_students = {"guidance_scale": options.student_scale}
     for steps in (1, 2, 4):
         drawers[f"student, {steps} passes"] = Drawer(options.students[0], num_inference_steps=steps, **of_students)
@@ -74,16 +78,15 @@ def main() -> None:
         result["seconds an image, one thread, onnx"] = {name: seconds(drawer) for name, drawer in drawers.items()}
     print(json.dumps(result, indent=1), flush=True)
     if not options.time_only:
-        images = prepare(load_config("openmoji_32").data)
         rows = result["figures"] = {}
         for seed, folder in enumerate(options.students):
             student = SfumatoPipeline.from_pretrained(locate_pipeline(folder))
             for steps in (1, 2, 4, 8):
                 rows[f"student {seed}, {steps} passes"] = measure(
-                    student, steps, images, options.images, options.student_scale
+                    student, steps, options.data, options.images, options.student_scale
                 )
-        teacher = SfumatoPipeline.from_pretrained(locate_pipeline("openmoji"))
-        rows["teacher, 60 passes"] = measure(teacher, 30, images, options.images)
+        teacher = SfumatoPipeline.from_pretrained(locate_pipeline(options.teacher))
+        rows["teacher, 60 passes"] = measure(teacher, 30, options.data, options.images)
         titles, cells = [], []
         for name, drawer in drawers.items():
             titles += [f"{name}: {prompt}" for prompt in PROMPTS]

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.locate import SHIPPED, shipped_model
+from sfumato.pipelines.locate import PACKAGED, packaged_model
 from sfumato.schedulers import training_scheduler
 from sfumato.training.config.schema import Config
 from sfumato.training.models.autoencoder import identity_vae
@@ -123,12 +123,12 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
 
 
 def _open(source: str) -> SfumatoPipeline:
-    """The model in a folder, a run folder or a repository, or the one that comes along, with the noise schedule that it was
+    """The model in a folder, a run folder or a repository, or a packaged one, with the noise schedule that it was
     trained with.
     """
     check_predecessor("init_from", source)
-    if source == SHIPPED and not Path(source).exists():
-        source = str(shipped_model())
+    if source in PACKAGED and not Path(source).exists():
+        source = str(packaged_model(source))
     inside = Path(source) / "pipeline"  # of a run folder
     try:
         pipe = SfumatoPipeline.from_pretrained(
