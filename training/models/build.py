@@ -48,14 +48,17 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
     if config.init_from is not None:
         vae = build_vae(config, needs) if config.vae.pretrained is not None else None
         pipe = load_pipeline(config, needs, vae)
+        text = config.text_encoder
+        grows = bool(text.extra_vocab and text.train)
         if tokenizer is None:
-            tokenizer, text = pipe.tokenizer, config.text_encoder
-            if text.extra_vocab and text.train:
+            tokenizer = pipe.tokenizer
+            if grows:
                 tokenizer = extend_vocabulary(tokenizer, captions, text.extra_vocab, text.max_length)
             if tokenizer.init_kwargs.get(CAPTION_WORDS):
                 remember_words(tokenizer, captions)
         pipe.register_modules(tokenizer=tokenizer)
-        fit_text_encoder(pipe.text_encoder, tokenizer)
+        if grows:
+            fit_text_encoder(pipe.text_encoder, tokenizer)
         return pipe
     check_arguments(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)
