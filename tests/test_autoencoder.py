@@ -13,13 +13,14 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.cli import main as cli
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.models.autoencoder import normalise_channels
+from sfumato.training.models.autoencoder import VariationalAutoencoder, normalise_channels
 from sfumato.training.objectives import autoencoder_loss
 from sfumato.training.quality.fidelity import image_quality
 from sfumato.training.train import main
@@ -112,6 +113,34 @@ def test_channels_are_normalised_and_images_stay_as_they_are():
     torch.testing.assert_close((after.std / before.std)[:, 3:], (0.5 / details.std()).expand(8, 1, 8, 8))
 
 
+def test_a_decoder_is_trained_alone_and_latents_stay(trained, tmp_path, capsys):
+    own = {"model": {}, "train_encoder": False, "latent_noise": 0.05}
+    empty = ["unet={}", "scheduler={}", "text_encoder={}"]
+    assert main([vae_config(tmp_path / "x", autoencoder=own, init_from=str(trained), train={"max_steps": 3}), *empty]) == 0
+    before, after = (load_file(run / "vae" / "diffusion_pytorch_model.safetensors") for run in (trained, tmp_path / "x/run"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    configs = [AutoencoderKL.load_config(run / "vae") for run in (trained, tmp_path / "x/run")]
+    assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]
+    assert main([vae_config(tmp_path / "y", autoencoder=own, init_from=str(tmp_path / "nothing")), *empty]) == 2
+    assert "init_from=" in capsys.readouterr().err
+    (tmp_path / "one").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "one" / "grey.png")
+    grey = vae_config(tmp_path / "y", autoencoder=own, init_from=str(trained), data={"name": str(tmp_path), "channels": 1})
+    assert main([grey, *empty]) == 2
+    assert "init_from takes 3" in capsys.readouterr().err
+
+
+def test_noise_on_latents_is_as_large_as_said():
+    torch.manual_seed(0)
+    vae, images, noise = tiny.vae(), torch.rand(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        drawn, mean, logvar = VariationalAutoencoder(vae, latent_noise=0.5)(images, noise)
+        torch.testing.assert_close(drawn, vae.decode(mean + 0.5 * noise).sample)
+        drawn = VariationalAutoencoder(vae)(images, noise)[0]
+        torch.testing.assert_close(drawn, vae.decode(mean + (logvar / 2).exp() * noise).sample)
+
+
 def test_latents_can_be_a_small_image_and_details(tmp_path):
     config = vae_config(tmp_path / "x", autoencoder={"model": MODEL, "thumbnail_weight": 10.0})
     assert main([config, "train.max_steps=100", "optim.name=muon", "optim.lr=1e-2"]) == 0
@@ -172,7 +201,9 @@ def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_pa
         ("data.resolution=17", "must be a multiple of 8"),
         ("autoencoder.kl_weight=-1", "must not be negative"),
         ("hub.push=true", "which task=autoencoder does not make"),
-        ("init_from=somewhere", "is not for task=autoencoder"),
+        ("init_from=somewhere", "comes from init_from; leave it out"),
+        ("autoencoder.train_encoder=false", "set init_from"),
+        ("autoencoder.latent_noise=-1", "must not be negative"),
         ("task=magic", "choose one of text_to_image, inpainting, upscaling, control, motion, distillation, autoencoder"),
     ],
 )

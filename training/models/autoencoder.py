@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from sfumato.training.config.schema import Config
+from sfumato.training.models.pretrained import load_part
 from sfumato.training.models.stock_classes import (
     build_stock,
     check_arguments,
@@ -16,29 +17,40 @@ from sfumato.training.models.stock_classes import (
 
 
 class VariationalAutoencoder(torch.nn.Module):
-    """Encoder, a latent drawn by given noise, and decoder as one forward pass (Kingma and Welling 2014)."""
+    """Encoder, a latent drawn by given noise, and decoder as one forward pass (Kingma and Welling 2014).
 
-    def __init__(self, vae: AutoencoderKL):
+    Args:
+        latent_noise: standard deviation of the noise; None: as the encoder says.
+    """
+
+    def __init__(self, vae: AutoencoderKL, latent_noise: float | None = None):
         super().__init__()
         self.vae = vae
+        self.latent_noise = latent_noise
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
         (latent,) = self.vae.encode(pixels, return_dict=False)
-        sample: Any = latent.mean + latent.std * noise
+        sample: Any = latent.mean + noise * (latent.std if self.latent_noise is None else self.latent_noise)
         (rebuilt,) = self.vae.decode(sample, return_dict=False)
         return rebuilt, latent.mean, latent.logvar
 
 
-def build_autoencoder(config: Config, arguments: dict) -> VariationalAutoencoder:
-    """A stock `AutoencoderKL` of random weights, drawn from `config.seed`.
+def build_autoencoder(config: Config, arguments: dict) -> AutoencoderKL:
+    """A stock `AutoencoderKL`: that of `init_from`, or of random weights, drawn from `config.seed`.
 
     Args:
         arguments: of the class, from `autoencoder.model`.
 
     Raises:
-        ValueError: an argument that the class does not have, or that contradicts `data`.
+        ValueError: an argument that the class does not have, or that contradicts `data`; nothing to go on from.
     """
+    if config.init_from is not None:
+        vae, _ = load_part(AutoencoderKL, "init_from", config.init_from, "vae")
+        if vae.config.in_channels != config.data.channels:
+            raise ValueError(f"data.channels={config.data.channels}: init_from takes {vae.config.in_channels}")
+        check_divisible(config, downsampling_factor(vae))
+        return vae
     check_arguments(arguments, AutoencoderKL, "autoencoder.model")
     channels = config.data.channels
     derived = {"sample_size": max(config.data.size), "in_channels": channels, "out_channels": channels}
@@ -46,7 +58,7 @@ def build_autoencoder(config: Config, arguments: dict) -> VariationalAutoencoder
     torch.manual_seed(config.seed)
     vae = build_stock("autoencoder.model", AutoencoderKL, {**lists_to_tuples(arguments), **derived})
     check_divisible(config, downsampling_factor(vae))
-    return VariationalAutoencoder(vae)
+    return vae
 
 
 def downsampling_factor(vae: AutoencoderKL) -> int:

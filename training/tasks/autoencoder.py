@@ -16,7 +16,12 @@ from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.loader import SampleData, to_device
 from sfumato.training.data.streams import Stream
 from sfumato.training.engine.ema import EMA
-from sfumato.training.models.autoencoder import build_autoencoder, downsampling_factor, normalise_channels
+from sfumato.training.models.autoencoder import (
+    VariationalAutoencoder,
+    build_autoencoder,
+    downsampling_factor,
+    normalise_channels,
+)
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.objectives import autoencoder_loss
@@ -44,7 +49,12 @@ class Autoencoder:
         self.streams = context.streams
         check_not_sharded(context)
         self.settings = config.section(AutoencoderConfig)
-        self.module = build_autoencoder(config, self.settings.model).to(self.accelerator.device)
+        vae = build_autoencoder(config, self.settings.model).to(self.accelerator.device)
+        if not self.settings.train_encoder:
+            vae.encoder.requires_grad_(False)
+            if vae.quant_conv is not None:
+                vae.quant_conv.requires_grad_(False)
+        self.module = VariationalAutoencoder(vae, self.settings.latent_noise)
         self.frozen_parts = (self.module.vae,)
         no_texts = np.zeros((len(self.images.captions) + 1, 1), np.int64)  # captions are not read
         self.data = SampleData(images=self.images, texts=no_texts, streams=self.streams)
@@ -122,8 +132,9 @@ class Autoencoder:
         """
         train = self.images.select("train")
         latents = self._reconstruct(train[evenly_spaced(len(train), count)])[2]
-        factor = 1.0 if self.settings.thumbnail_weight else float(1 / latents.std())  # an image stays in [-1, 1]
-        self.module.vae.register_to_config(scaling_factor=factor)
+        if self.settings.train_encoder:
+            factor = 1.0 if self.settings.thumbnail_weight else float(1 / latents.std())  # an image stays in [-1, 1]
+            self.module.vae.register_to_config(scaling_factor=factor)
         return latents
 
     def _normalise_details(self, latents: np.ndarray) -> np.ndarray:
@@ -144,7 +155,7 @@ class Autoencoder:
         """Set the scaling factor, so that latents have variance 1, and write `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
         latents = self._set_scale(512)
-        if self.settings.thumbnail_weight and latents.shape[1] > self.config.data.channels:
+        if self.settings.thumbnail_weight and self.settings.train_encoder and latents.shape[1] > self.config.data.channels:
             latents = self._normalise_details(latents)
         figures: dict[str, Any] = dict(outcome.scores)
         figures["latent mean"] = [float(v) for v in latents.mean((0, 2, 3))]

@@ -24,6 +24,8 @@ class AutoencoderConfig:
     # On the squared error between the first channels of the latents and the image made smaller: a pixel model of that size
     # can go on in such latents (`init_from` and `vae.pretrained` together), and they can be looked at without decoding.
     thumbnail_weight: float = 0.0
+    train_encoder: bool = True  # false, with init_from: the decoder alone, so models that work in the latents stay as good
+    latent_noise: float | None = None  # standard deviation of noise on latents in training; null: as the encoder says
 
 
 @dataclass
@@ -93,7 +95,11 @@ def check_autoencoder(config: Config, need) -> None:
     settings = config.section(AutoencoderConfig)
     need(settings.kl_weight >= 0, "autoencoder.kl_weight", "must not be negative")
     need(settings.sharpness_weight >= 0, "autoencoder.sharpness_weight", "must not be negative")
-    need(config.init_from is None, "init_from", "is not for task=autoencoder")
+    need(settings.thumbnail_weight >= 0, "autoencoder.thumbnail_weight", "must not be negative")
+    need(settings.latent_noise is None or settings.latent_noise >= 0, "autoencoder.latent_noise", "must not be negative")
+    need(config.init_from is None or not settings.model, "autoencoder.model", "comes from init_from; leave it out")
+    alone = settings.train_encoder or config.init_from is not None
+    need(alone, "autoencoder.train_encoder", "false needs a VAE to go on from: set init_from")
     need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")
     need(config.train.compile in ("no", "unet"), "train.compile", "choose no or unet for task=autoencoder")
     need(not config.ema.snapshot_steps, "ema.snapshot_steps", "is not for task=autoencoder")
