@@ -124,9 +124,9 @@ def test_a_decoder_is_trained_alone_and_latents_stay(trained, tmp_path, capsys):
     assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]
     assert main([vae_config(tmp_path / "y", autoencoder=own, init_from=str(tmp_path / "nothing")), *empty]) == 2
     assert "init_from=" in capsys.readouterr().err
-    (tmp_path / "one").mkdir()
-    Image.new("L", (16, 16)).save(tmp_path / "one" / "grey.png")
-    grey = vae_config(tmp_path / "y", autoencoder=own, init_from=str(trained), data={"name": str(tmp_path), "channels": 1})
+    (tmp_path / "greys" / "one").mkdir(parents=True)
+    Image.new("L", (16, 16)).save(tmp_path / "greys" / "one" / "grey.png")
+    grey = vae_config(tmp_path / "y", autoencoder=own, init_from=str(trained), data={"name": str(tmp_path / "greys"), "channels": 1})
     assert main([grey, *empty]) == 2
     assert "init_from takes 3" in capsys.readouterr().err
 
