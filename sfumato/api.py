@@ -133,7 +133,7 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
     return evaluate(locate_pipeline(str(model)), EvaluateOptions(data=data, **options))
 
 
-def drawer(model: str = "openmoji", **settings) -> Drawer:
+def drawer(model: str = "openmoji_128", **settings) -> Drawer:
     """A model that stays open and warm: `drawer(model).draw("red heart")`, or `.follow(prompts)` while somebody types.
 
     Args:

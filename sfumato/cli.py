@@ -72,7 +72,7 @@ def _add_sample(verbs) -> None:
     sample = verbs.add_parser("sample", help="draw images with a trained model")
     sample.add_argument("prompts", nargs="+", help="what to draw; one image for each")
     sample.add_argument(
-        "--model", default="openmoji", help="an exported folder, a run folder, or a Hub id (default: ours, of emoji)"
+        "--model", default="openmoji_128", help="an exported folder, a run folder, or a Hub id (default: ours, of emoji)"
     )
     sample.add_argument("--out", "--grid", default="grid.png", help="where the grid goes (default: %(default)s)")
     sample.add_argument("--each", metavar="FOLDER", help="write each image by itself too, as it is, in this folder")
@@ -106,7 +106,7 @@ def _add_sample(verbs) -> None:
 def _add_explain(verbs) -> None:
     explain = verbs.add_parser("explain", help="show where in an image each word of its prompt was read")
     explain.add_argument("prompt", help="what to draw")
-    explain.add_argument("--model", default="openmoji", help="a run, a folder or a Hub id (default: ours, of emoji)")
+    explain.add_argument("--model", default="openmoji_128", help="a run, a folder or a Hub id (default: ours, of emoji)")
     explain.add_argument("--out", default="explained.png", help="where the figure goes (default: %(default)s)")
     explain.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     explain.add_argument("--without", action="store_true", help="also what changes without each word: one image more for each")
@@ -119,7 +119,7 @@ def _add_evaluate(verbs) -> None:
         help="measure how good a model is; the figures go into its card",
         epilog=f"metrics: {', '.join(name for name, metric in METRICS.items() if metric.of == 'drawings')}",
     )
-    evaluate.add_argument("--model", default="openmoji", help="a run folder, a pipeline or a Hub id (default: ours, of emoji)")
+    evaluate.add_argument("--model", default="openmoji_128", help="a run folder, a pipeline or a Hub id (default: ours, of emoji)")
     evaluate.add_argument("--data", help="a config, or what data.name takes (default: what the model was trained on)")
     evaluate.add_argument(
         "--images", "--pictures", type=int, default=512, help="captions that are drawn (default: %(default)s)"
@@ -194,7 +194,7 @@ def _add_tune(verbs) -> None:
 
 def _add_app(verbs) -> None:
     app = verbs.add_parser("app", help="draw, redraw, ask why, compare, train and watch runs in a browser (extra app)")
-    app.add_argument("model", nargs="?", default="openmoji", help="a run, a folder or a Hub id (default: ours, of emoji)")
+    app.add_argument("model", nargs="?", default="openmoji_128", help="a run, a folder or a Hub id (default: ours, of emoji)")
     app.add_argument("--runs", default="runs", help="a folder of run folders to watch (default: %(default)s)")
     app.add_argument("--host", default="127.0.0.1", help="another one needs --password (default: %(default)s)")
     app.add_argument("--port", type=int, default=7860, help="0: a free one (default: %(default)s)")

@@ -38,6 +38,7 @@ def test_its_card_tells_figures_licence_and_protocol(name):
 def test_sample_draws_by_it_by_default(tmp_path):
     assert cli.main(["sample", "red heart", "--each", str(tmp_path), "--out", str(tmp_path / "grid.png")]) == 0
     pixels = np.asarray(Image.open(tmp_path / "00000.png").convert("RGB")).astype(int)
+    assert pixels.shape == (128, 128, 3)
     red = (pixels[..., 0] > 180) & (pixels[..., 1] < 130) & (pixels[..., 2] < 130)
     assert 0.15 < red.mean() < 0.7, "a red heart has a lot of red, and white around it"
     assert (pixels[0].min(-1) > 200).mean() > 0.8

@@ -12,7 +12,7 @@ __all__ = ["LANGUAGES", "launch"]
 
 
 def launch(
-    model: str = "openmoji",
+    model: str = "openmoji_128",
     *,
     runs: str = "runs",
     host: str = "127.0.0.1",
