@@ -169,8 +169,8 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Open a folder or Hub repository of Stable Diffusion's form, the newest model of a run folder, or `openmoji`, the
-        packaged model. Arguments as for `DiffusionPipeline`.
+        """Open a folder or Hub repository of Stable Diffusion's form, the newest model of a run folder, or a
+        packaged one, `openmoji_128`. Arguments as for `DiffusionPipeline`.
 
         Only safetensors are opened, and no code of the folder runs.
 

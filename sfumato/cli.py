@@ -119,7 +119,9 @@ def _add_evaluate(verbs) -> None:
         help="measure how good a model is; the figures go into its card",
         epilog=f"metrics: {', '.join(name for name, metric in METRICS.items() if metric.of == 'drawings')}",
     )
-    evaluate.add_argument("--model", default="openmoji_128", help="a run folder, a pipeline or a Hub id (default: ours, of emoji)")
+    evaluate.add_argument(
+        "--model", default="openmoji_128", help="a run folder, a pipeline or a Hub id (default: ours, of emoji)"
+    )
     evaluate.add_argument("--data", help="a config, or what data.name takes (default: what the model was trained on)")
     evaluate.add_argument(
         "--images", "--pictures", type=int, default=512, help="captions that are drawn (default: %(default)s)"

@@ -64,8 +64,8 @@ def test_the_loss_is_its_formula():
     # The latents' first channels are to be the image made smaller; what the others are does not matter.
     small = torch.nn.functional.avg_pool2d(pixels, 2)
     latents = torch.cat([small + 0.5, mean[:, 3:]], 1)
-    told = autoencoder_loss(rebuilt, latents, logvar, pixels, 0.0, 0.0, thumbnail=2.0)
-    torch.testing.assert_close(told, plain + 2 * torch.tensor(0.25))
+    loss = autoencoder_loss(rebuilt, latents, logvar, pixels, 0.0, 0.0, thumbnail=2.0)
+    torch.testing.assert_close(loss, plain + 2 * torch.tensor(0.25))
 
 
 def test_image_quality_is_psnr_and_ssim():
@@ -126,7 +126,9 @@ def test_a_decoder_is_trained_alone_and_latents_stay(trained, tmp_path, capsys):
     assert "init_from=" in capsys.readouterr().err
     (tmp_path / "greys" / "one").mkdir(parents=True)
     Image.new("L", (16, 16)).save(tmp_path / "greys" / "one" / "grey.png")
-    grey = vae_config(tmp_path / "y", autoencoder=own, init_from=str(trained), data={"name": str(tmp_path / "greys"), "channels": 1})
+    grey = vae_config(
+        tmp_path / "y", autoencoder=own, init_from=str(trained), data={"name": str(tmp_path / "greys"), "channels": 1}
+    )
     assert main([grey, *empty]) == 2
     assert "init_from takes 3" in capsys.readouterr().err
 
@@ -204,6 +206,8 @@ def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_pa
         ("init_from=somewhere", "comes from init_from; leave it out"),
         ("autoencoder.train_encoder=false", "set init_from"),
         ("autoencoder.latent_noise=-1", "must not be negative"),
+        ("autoencoder={thumbnail_weight: 1.0, model: {latent_channels: 2}}", "3 latent channels or more"),
+        ("autoencoder={thumbnail_weight: 1.0, model: {use_quant_conv: false}}", "no quant_conv"),
         ("task=magic", "choose one of text_to_image, inpainting, upscaling, control, motion, distillation, autoencoder"),
     ],
 )

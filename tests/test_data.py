@@ -328,13 +328,14 @@ def test_a_recoloured_image_says_so_in_chinese_too(tmp_path):
         ("蓝色圆", "blue", "绿色圆"),
         ("蓝色的书", "blue", "绿色书"),
         ("绿叶蔬菜", "brown", None),
-        ("红苹果", "red", "绿色苹果"),
+        ("黄油", "yellow", None),
         ("青苹果", "red", None),
         ("蓝色", "blue", None),
     ],
 )
 def test_a_chinese_caption_takes_another_colour(caption, colour, pair):
     assert openmoji.chinese_pair(caption, colour, "green" if colour != "green" else "red") == pair
+    assert openmoji.chinese_pair("红苹果", "red", "green", named=True) == "绿色苹果"
 
 
 def test_a_colour_takes_anothers_place_shade_by_shade():

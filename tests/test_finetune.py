@@ -94,16 +94,17 @@ def test_a_resumed_fine_tuning_keeps_its_tokenizer(tmp_path, base):
 
 
 def test_a_tokenizer_grows_and_known_words_keep_their_tokens():
-    captions = ["a red circle", "a blue square on white", "Ärzte"]
+    captions = ["a red circle", "a blue square on white", "Ärzte", "红心", "蓝书"]
     old = train_tokenizer(captions, 600, 20)
     remember_words(old, captions)
-    new = extend_vocabulary(old, [*captions, *["a zebra 斑马", "斑马", "zebras"] * 3], 40, 24)
-    assert len(old) < len(new) <= len(old) + 40 and new.model_max_length == 24
+    new = extend_vocabulary(old, [*captions, *["a zebra 斑马", "斑马", "zebras", "红心脏"] * 3], 60, 24)
+    assert len(old) < len(new) <= len(old) + 60 and new.model_max_length == 20  # no caption is longer
     assert new(captions).input_ids == old(captions).input_ids
     assert len(new.tokenize("zebra 斑马")) < len(old.tokenize("zebra 斑马"))
     assert new.eos_token_id == old.eos_token_id and new.decode(new("斑马").input_ids[1:-1]).strip() == "斑马"
+    assert extend_vocabulary(old, [*captions, "zebra " * 22], 60, 24).model_max_length == 24
     old.init_kwargs.pop("caption_words")
-    with pytest.raises(ValueError, match="which words it has seen"):
+    with pytest.raises(ValueError, match="which words its model knows"):
         extend_vocabulary(old, captions, 40, 24)
 
 
@@ -116,7 +117,7 @@ def test_a_model_learns_words_of_another_language_and_goes_on_after_a_break(tmp_
     assert main([path, "train.max_steps=2"]) == 0
     assert main([path, "train.max_steps=3", "checkpoint.resume=auto"]) == 0
     before, after = (SfumatoPipeline.from_pretrained(folder) for folder in (base, tmp_path / "run" / "pipeline"))
-    assert len(after.tokenizer) > len(before.tokenizer) and after.tokenizer.model_max_length == 40
+    assert len(after.tokenizer) > len(before.tokenizer) and 20 <= after.tokenizer.model_max_length <= 40
     assert after.text_encoder.config.vocab_size == len(after.tokenizer)
     assert len(after.tokenizer.tokenize("红心")) < len(before.tokenizer.tokenize("红心"))
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
@@ -124,6 +125,9 @@ def test_a_model_learns_words_of_another_language_and_goes_on_after_a_break(tmp_
     with pytest.warns(UserWarning, match="extra_vocab=200 has no effect without text_encoder.train"):
         frozen = load_config(path, ["text_encoder.train=false"])
     assert len(build.build_pipeline(frozen, ["红心"]).tokenizer) == len(before.tokenizer)
+    with pytest.warns(UserWarning, match="extra_vocab=200 has no effect without .*lora.rank"):
+        adapted = load_config(path, ["lora.rank=2"])
+    assert len(build.build_pipeline(adapted, ["红心"]).tokenizer) == len(before.tokenizer)
 
 
 def test_a_pixel_model_goes_on_in_latents(tmp_path, base):
@@ -148,10 +152,14 @@ def test_a_pixel_model_goes_on_in_latents(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    "source, task, message",
-    [("latents", "text_to_image", "moves into latents, of at least"), ("base", "inpainting", "task=text_to_image")],
+    "source, task, rank, message",
+    [
+        ("latents", "text_to_image", 0, "moves into latents, of at least"),
+        ("base", "inpainting", 0, "task=text_to_image"),
+        ("base", "text_to_image", 2, "without lora.rank"),
+    ],
 )
-def test_what_cannot_move_into_latents_is_told(tmp_path, base, capsys, source, task, message):
+def test_what_cannot_move_into_latents_is_told(tmp_path, base, capsys, source, task, rank, message):
     tiny.vae().save_pretrained(tmp_path / "vae")
     vae = {"pretrained": str(tmp_path / "vae")}
     if source == "latents":
@@ -160,7 +168,7 @@ def test_what_cannot_move_into_latents_is_told(tmp_path, base, capsys, source, t
     else:
         source = base
     path = finetune_config(tmp_path, source, vae=vae, task=task, data={"resolution": 32}, text_encoder={})
-    assert main([str(path)]) == 2
+    assert main([str(path), f"lora.rank={rank}"]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -14,8 +14,9 @@
   batch 16; drawn as its demos are. It takes classes at most.
 
 The rivals live in an environment of their own, `--python`, with what they need; their code is not in this repository.
-All draw the training captions: ours as its card says, the rivals by 50 steps with raw and with averaged weights, of which the
-better by FD counts. FD and the rest in the features of EfficientNet-Lite0, against the training images.
+All draw the training captions: ours as its card says, the rivals by 50 steps (smalldiffusion by its example's 10) with raw and
+with averaged weights, of which the better by FD counts. One thread each; k-diffusion's script has a further process that loads
+images. FD and the rest in the features of EfficientNet-Lite0, against the training images.
 """
 
 import argparse
@@ -126,7 +127,6 @@ with ema.average_parameters():
     torch.save({"images": draw(), **facts}, f"{out}/ema.pt")
 """
 K_DIFFUSION = """
-import json
 import sys
 
 import k_diffusion as K
@@ -251,20 +251,20 @@ def diffusers(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
 def lucidrains(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
     """The package's trainer."""
-    return scripted(LUCIDRAINS, data, options, folder / "lucidrains")
+    return run_script(LUCIDRAINS, data, options, folder / "lucidrains")
 
 
 def smalldiffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
     """The package's loop, as its example for CIFAR-10 has it."""
-    return scripted(SMALLDIFFUSION, data, options, folder / "smalldiffusion")
+    return run_script(SMALLDIFFUSION, data, options, folder / "smalldiffusion")
 
 
-def scripted(script: str, data: Set, options, out: Path) -> tuple[dict, np.ndarray]:
+def run_script(script: str, data: Set, options, out: Path) -> tuple[dict, np.ndarray]:
     """A script of a rival's environment that trains, draws, and leaves `raw.pt` and `ema.pt`."""
     out.mkdir(exist_ok=True)
-    given = [data.folder, out, options.minutes, options.seed, data.config.data.resolution, len(data.captions)]
-    run(options, out.with_suffix(".log"), "-c", script, *given)
-    return best(kept(data, out))
+    arguments = [data.folder, out, options.minutes, options.seed, data.config.data.resolution, len(data.captions)]
+    run_apart(options, out.with_suffix(".log"), "-c", script, *arguments)
+    return best(read_drawings(data, out))
 
 
 def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
@@ -280,8 +280,8 @@ def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
     def train(name: str, steps: int) -> None:
         start = time.time()
-        given = ["--config", (out / "config.json").resolve(), "--name", name, "--batch-size", 16, "--end-step", steps, *quiet]
-        run(options, out / f"{name}.log", checkout / "train.py", *given, cwd=out)
+        own = ["--config", (out / "config.json").resolve(), "--name", name, "--batch-size", 16, "--end-step", steps, *quiet]
+        run_apart(options, out / f"{name}.log", checkout / "train.py", *own, cwd=out)
         spent.append(time.time() - start)
 
     train("try-1", first)
@@ -291,18 +291,18 @@ def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
     train("whole", steps)
     weights = out / f"whole_{steps:08}.pth"
     facts = [len(data.captions), steps, spent[2] - (spent[0] - first / rate)]
-    run(options, out / "draw.log", "-c", K_DIFFUSION, (out / "config.json").resolve(), weights, out, *facts)
-    return best(kept(data, out))
+    run_apart(options, out / "draw.log", "-c", K_DIFFUSION, (out / "config.json").resolve(), weights, out, *facts)
+    return best(read_drawings(data, out))
 
 
-def run(options, log: Path, *command, cwd: Path | None = None) -> None:
+def run_apart(options, log: Path, *command, cwd: Path | None = None) -> None:
     """A command of the rivals' environment; what it prints goes into a file."""
     with open(log, "w") as file:
         whole = [str(Path(options.python).absolute()), *map(str, command)]
         subprocess.run(whole, check=True, stdout=file, stderr=subprocess.STDOUT, cwd=cwd)
 
 
-def kept(data: Set, out: Path) -> list[tuple[dict, np.ndarray]]:
+def read_drawings(data: Set, out: Path) -> list[tuple[dict, np.ndarray]]:
     """What a rival drew with raw and with averaged weights, and how near it comes."""
     candidates = []
     for weights in ("raw", "ema"):
@@ -336,6 +336,11 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/published")
     parser.add_argument("--out", default="benchmarks/results/published.json")
     options = parser.parse_args()
+    needed = {"diffusers": ("python", "script"), "k-diffusion": ("python", "k_diffusion")}
+    for name in options.only:
+        for option in needed.get(name, () if name == "sfumato" else ("python",)):
+            if getattr(options, option) is None:
+                parser.error(f"{name} needs --{option.replace('_', '-')}")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     folder, out = Path(options.folder) / f"seed-{options.seed}", Path(options.out)

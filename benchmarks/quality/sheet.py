@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from sfumato.figures import grid, to_pil
 from sfumato.pipelines import SfumatoPipeline
@@ -19,7 +20,8 @@ from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.locate import locate_pipeline
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.data.sources.openmoji import chinese_caption
+from sfumato.training.data.sources.openmoji import chinese_caption, is_combination
+from sfumato.training.quality.evaluation import Evaluation, Plan
 
 SPLITS = {"train": 24, "held_out": 8, "held_out_combination": 8, "held_out_pair": 8}
 COLUMNS = 8
@@ -34,16 +36,23 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/openmoji_128_sheet.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    images = prepare(load_config(options.config).data)
+    config = load_config(options.config)
+    images = prepare(config.data)
+    folder = locate_pipeline(options.model)
+    pipe = SfumatoPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    evaluation = Evaluation(pipe, config, images, Accelerator(cpu=True), Plan())
     rng = np.random.default_rng(options.seed)
-    chosen = [int(i) for split, n in SPLITS.items() for i in rng.choice(images.select(split), n, replace=False)]
+    chosen = []
+    for split, count in SPLITS.items():
+        numbers = images.select("train") if split == "train" else evaluation.unseen(split)
+        if split == "held_out_combination":
+            numbers = [i for i in numbers if is_combination(evaluation.caption(i))]
+        chosen += [int(i) for i in rng.choice(numbers, count, replace=False)]
     captions = []
     for place, i in enumerate(chosen):
         own = images[i]["captions"]
         captions.append((place % 3 == 2 and chinese_caption(own)) or own[0])
-    folder = locate_pipeline(options.model)
-    pipe = SfumatoPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
     advice = recommended_settings(folder)
     generators = [torch.Generator().manual_seed(options.seed + k) for k in range(len(chosen))]
     drawn = pipe(captions, generator=generators, **advice).images

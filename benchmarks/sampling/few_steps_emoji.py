@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sfumato.figures import grid
 from sfumato.pipelines import SfumatoPipeline
@@ -33,6 +33,8 @@ SCALE = 1.5
 def measure(pipe: SfumatoPipeline, steps: int, data: str, count: int, scale: float = SCALE) -> dict[str, float]:
     """Figures of what a model draws in so many steps, of the captions of a config's data."""
     config = load_config(data, [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={scale}"])
+    if pipe.trained_size != config.data.size:
+        raise SystemExit(f"--data {data} has images of {config.data.size}, the model draws {pipe.trained_size}")
     images = prepare(config.data)
     plan = Plan(count=count, parts=("train",), intervals=False)
     evaluation = Evaluation(pipe, config, images, Accelerator(cpu=True), plan)
@@ -91,7 +93,8 @@ def main() -> None:
         for name, drawer in drawers.items():
             titles += [f"{name}: {prompt}" for prompt in PROMPTS]
             cells += [
-                drawer.draw(prompt, seed=i).resize((96, 96), Image.Resampling.NEAREST) for i, prompt in enumerate(PROMPTS)
+                ImageOps.contain(drawer.draw(prompt, seed=i), (96, 96), Image.Resampling.BOX)
+                for i, prompt in enumerate(PROMPTS)
             ]
         grid(cells, titles).save(out.with_suffix(".png"))
     out.write_text(json.dumps(result, indent=1) + "\n")

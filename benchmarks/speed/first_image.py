@@ -1,6 +1,6 @@
 """From nothing to a first image in the app: what a newcomer waits for, with a real browser.
 
-    python -m benchmarks.speed.first_image [--model openmoji] [--out FILE.json]
+    python -m benchmarks.speed.first_image [--model openmoji_128] [--out FILE.json]
 
 A wheel is built of this checkout, a fresh environment made, the wheel installed with the extra `app`, `sfumato app` started
 from it, its page opened in Chromium (extra `app` and `playwright` here; `apt install chromium`), a prompt typed, and Draw
@@ -20,6 +20,8 @@ import venv
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
+
+from sfumato.pipelines.locate import DEFAULT
 
 ROOT = Path(__file__).parents[2]
 MINUTE = 60_000  # milliseconds
@@ -78,7 +80,7 @@ def draw(address: str, out: Path, watch: Watch) -> None:
 def main() -> None:
     """Run the benchmark; see above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openmoji")
+    parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--out", default="benchmarks/results/first_image.json")
     options = parser.parse_args()
     watch = Watch()

@@ -229,8 +229,9 @@ def _check_init_from(config: Config, need: Need) -> None:
     need(config.objective.target != "flow", "objective.target", rule)
     need(not config.unet, "unet", f"{rule} (on the command line: unet={{}})")
     need(not config.scheduler, "scheduler", f"{rule} (on the command line: scheduler={{}})")
-    latents = config.vae.pretrained is None or config.task == "text_to_image"
-    need(latents, "vae.pretrained", f"{rule} (a pixel model moves into latents by task=text_to_image)")
+    moves = config.task == "text_to_image" and not config.lora.rank
+    wish = f"{rule} (a pixel model moves into latents by task=text_to_image, without lora.rank)"
+    need(config.vae.pretrained is None or moves, "vae.pretrained", wish)
     need(config.text_encoder.pretrained is None, "text_encoder.pretrained", rule)
 
 
@@ -347,7 +348,7 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
     name = named_source(config)
     grown, learned = config.init_from is not None, config.scheduler.get("variance_type") == "learned_range"
     sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_std"]
-    sizes += [] if config.text_encoder.extra_vocab else ["max_length"]
+    sizes += [] if config.text_encoder.extra_vocab and config.text_encoder.train else ["max_length"]
     pushes = config.hub.push or bool(config.hub.every_steps)
     on_hub = name is None and "/" in data.name and not Path(data.name).expanduser().exists()
     judged = bool(TASKS[config.task].scores) or any(m.at_end for m in metrics_for(name, config.task).values())
@@ -361,7 +362,11 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
         (not learned and not grown, "scheduler.variance_type=learned_range", ("objective.vlb_weight",)),
         (not config.lora.rank, "lora.rank", ("lora.alpha", "lora.target_modules")),
         (bool(config.lora.rank), "lora.rank=0", ("text_encoder.train",)),
-        (grown and not config.text_encoder.train, "text_encoder.train=true", ("text_encoder.extra_vocab",)),
+        (
+            grown and (not config.text_encoder.train or bool(config.lora.rank)),
+            "text_encoder.train=true, without lora.rank",
+            ("text_encoder.extra_vocab",),
+        ),
         (
             grown or config.text_encoder.pretrained is not None,
             "a text encoder that is built from random weights",

@@ -60,8 +60,8 @@ class TextEncoderConfig:
     num_hidden_layers: int = 2  # how many layers
     num_attention_heads: int = 4  # a divisor of hidden_size
     embedding_std: float = 0.5  # of the random token and position embeddings
-    # With init_from: so many further tokens, learned from words of the captions that the model has not seen (another language,
-    # names of one's own). Those that it has seen keep theirs. `max_length` may then be longer than the model's.
+    # With init_from: so many further tokens, learned from words of the captions that the model does not know (of another
+    # language, names of one's own). Those that it knows keep theirs. `max_length` may then be longer than the model's.
     extra_vocab: int = 0
 
 

@@ -1,12 +1,14 @@
 """Autoencoders: one to train, the identity for pixel models, and latents in another scale."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
+from sfumato.pipelines.locate import locate_pipeline
 from sfumato.training.config.schema import Config
-from sfumato.training.models.pretrained import load_part
+from sfumato.training.models.pretrained import check_predecessor, load_part
 from sfumato.training.models.stock_classes import (
     build_stock,
     check_arguments,
@@ -46,7 +48,14 @@ def build_autoencoder(config: Config, arguments: dict) -> AutoencoderKL:
         ValueError: an argument that the class does not have, or that contradicts `data`; nothing to go on from.
     """
     if config.init_from is not None:
-        vae, _ = load_part(AutoencoderKL, "init_from", config.init_from, "vae")
+        check_predecessor("init_from", config.init_from)
+        folder = Path(config.init_from)
+        alone = (folder / "vae").is_dir() or (folder / "config.json").is_file()
+        try:
+            source = config.init_from if alone else locate_pipeline(config.init_from)
+        except ValueError as error:
+            raise ValueError(f"init_from={config.init_from!r}: {error}") from error
+        vae, _ = load_part(AutoencoderKL, "init_from", source, "vae")
         if vae.config.in_channels != config.data.channels:
             raise ValueError(f"data.channels={config.data.channels}: init_from takes {vae.config.in_channels}")
         check_divisible(config, downsampling_factor(vae))
@@ -109,21 +118,27 @@ def identity_vae(
     return vae.requires_grad_(False).eval()
 
 
+def check_has_quant_convs(vae: AutoencoderKL) -> None:
+    """Raise ValueError for a VAE without the 1 x 1 convolutions that can take up another scale of its latents."""
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+
+
 def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: torch.Tensor, target: float) -> None:
     """Let the latent channels from number `first` on have mean 0 and standard deviation `target`; images stay.
 
     Args:
-        mean, std: of those channels until now.
+        mean, std: of those channels until now. One that says nothing, whose deviation is below 0.001, is not blown up.
 
     Raises:
-        ValueError: the VAE has none of the 1 x 1 convolutions that can take up the change.
+        ValueError: see `check_has_quant_convs`.
     """
-    if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+    check_has_quant_convs(vae)
     channels = vae.config["latent_channels"]
-    by = target / std
     encoding: Any = vae.quant_conv
     decoding: Any = vae.post_quant_conv
+    mean, std = mean.to(encoding.bias), std.to(encoding.bias)
+    by = torch.where(std < 1e-3, 1.0, target / std)
     with torch.no_grad():
         encoding.bias[first:channels] -= mean
         encoding.bias[first:channels] *= by
@@ -139,10 +154,9 @@ def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
     Stable Diffusion's upscaling sets the factor to 0.08333 whatever the config says.
 
     Raises:
-        ValueError: the VAE has none of the 1 x 1 convolutions that can take up the change.
+        ValueError: see `check_has_quant_convs`.
     """
-    if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+    check_has_quant_convs(vae)
     by, channels = vae.config["scaling_factor"] / factor, vae.config["latent_channels"]
     weight: torch.Tensor = vae.quant_conv.weight
     bias: Any = vae.quant_conv.bias

@@ -49,7 +49,8 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         vae = build_vae(config, needs) if config.vae.pretrained is not None else None
         pipe = load_pipeline(config, needs, vae)
         text = config.text_encoder
-        grows = bool(text.extra_vocab and text.train)
+        trained = any(parameter.requires_grad for parameter in pipe.text_encoder.parameters())
+        grows = bool(text.extra_vocab and text.train and trained)
         if tokenizer is None:
             tokenizer = pipe.tokenizer
             if grows:

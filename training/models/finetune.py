@@ -68,8 +68,8 @@ def move_into_latents(pipe: SfumatoPipeline, vae: AutoencoderKL) -> SfumatoPipel
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.in_channels}
     if not is_identity(pipe.vae) or len(channels) > 1 or max(channels) > vae.config["latent_channels"]:
         raise ValueError(
-            "vae.pretrained: only a text-to-image model of pixels, which reads and predicts them alone, moves into latents, of at "
-            "least its own number of channels; leave it out to go on in those of init_from"
+            "vae.pretrained: only a text-to-image model of pixels, which reads and predicts them alone, moves into latents, "
+            "of at least its own number of channels; leave it out to go on in those of init_from"
         )
     widen(pipe.unet, vae.config["latent_channels"], vae.config["latent_channels"])
     # Latents are not bounded as pixels are.

@@ -48,31 +48,37 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
 
 def extend_vocabulary(old: CLIPTokenizer, captions: list[str], extra_vocab: int, max_length: int) -> CLIPTokenizer:
     """A trained model's tokenizer with at most `extra_vocab` further tokens, learned from those `captions` with words that the
-    model has not seen.
+    model does not know.
 
-    Words that it has seen keep their tokens, so what it draws stays as it is until it is trained.
+    Words that it knows keep their tokens, and so do those of `captions` that hold no other ones: what it draws of them stays
+    as it is until it is trained. (Scripts without spaces are read in whole runs, so that a known character may be read with an
+    unknown one beside it.)
 
     Args:
-        max_length: of captions from now on, in tokens; the model's own where that is longer.
+        max_length: of captions from now on, in tokens, where they need more than the model's own.
 
     Raises:
-        ValueError: the tokenizer does not say which words its model has seen.
+        ValueError: the tokenizer does not say which words its model knows.
     """
-    seen = old.init_kwargs.get(CAPTION_WORDS)
-    if not seen:
-        raise ValueError("text_encoder.extra_vocab: the tokenizer of init_from does not say which words it has seen")
-    unseen = [caption for caption in captions if not set(split_words(caption)) <= set(seen)]
-    learned = train_tokenizer(unseen, NUM_BASE_TOKENS + extra_vocab, max_length)
+    words = old.init_kwargs.get(CAPTION_WORDS)
+    if not words:
+        raise ValueError("text_encoder.extra_vocab: the tokenizer of init_from does not say which words its model knows")
+    known = set(words)
+    new_captions = [caption for caption in captions if not known.issuperset(split_words(caption))]
+    old_captions = [caption for caption in captions if known.issuperset(split_words(caption))]
     vocab, merges = _vocabulary(old)
-    kept = set(merges)
-    for tokens in map(old.tokenize, seen):
-        kept.update(zip(tokens, tokens[1:]))  # a merge of these would change a word that the model has seen
-    for left, right in _vocabulary(learned)[1]:
-        if (left, right) not in kept and left in vocab and right in vocab and left + right not in vocab:
+    protected = set(merges)
+    for tokens in map(old.tokenize, [*words, *old_captions]):
+        protected.update(zip(tokens, tokens[1:]))  # a merge of these would change what the model knows
+    further = _vocabulary(train_tokenizer(new_captions, NUM_BASE_TOKENS + extra_vocab, max_length))[1]
+    for left, right in further:
+        if (left, right) not in protected and left in vocab and right in vocab and left + right not in vocab:
             merges.append((left, right))
             vocab[left + right] = len(vocab)
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max(max_length, old.model_max_length))
-    tokenizer.init_kwargs[CAPTION_WORDS] = seen
+    longest = max(map(len, CLIPTokenizer(vocab=vocab, merges=merges)(captions, verbose=False).input_ids), default=0)
+    length = max(old.model_max_length, min(longest, max_length))
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    tokenizer.init_kwargs[CAPTION_WORDS] = words
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from sfumato.training.engine.ema import EMA
 from sfumato.training.models.autoencoder import (
     VariationalAutoencoder,
     build_autoencoder,
+    check_has_quant_convs,
     downsampling_factor,
     normalise_channels,
 )
@@ -50,6 +51,10 @@ class Autoencoder:
         check_not_sharded(context)
         self.settings = config.section(AutoencoderConfig)
         vae = build_autoencoder(config, self.settings.model).to(self.accelerator.device)
+        if self.settings.thumbnail_weight:
+            check_has_quant_convs(vae)
+            if vae.config["latent_channels"] < config.data.channels:
+                raise ValueError(f"autoencoder.thumbnail_weight: needs {config.data.channels} latent channels or more")
         if not self.settings.train_encoder:
             vae.encoder.requires_grad_(False)
             if vae.quant_conv is not None:

@@ -98,6 +98,8 @@ def check_autoencoder(config: Config, need) -> None:
     need(settings.thumbnail_weight >= 0, "autoencoder.thumbnail_weight", "must not be negative")
     need(settings.latent_noise is None or settings.latent_noise >= 0, "autoencoder.latent_noise", "must not be negative")
     need(config.init_from is None or not settings.model, "autoencoder.model", "comes from init_from; leave it out")
+    rule = "says how latents are to be; leave it out where the decoder alone is trained"
+    need(settings.train_encoder or not settings.thumbnail_weight, "autoencoder.thumbnail_weight", rule)
     alone = settings.train_encoder or config.init_from is not None
     need(alone, "autoencoder.train_encoder", "false needs a VAE to go on from: set init_from")
     need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")

@@ -162,9 +162,13 @@ def chinese_caption(captions: Sequence[str]) -> str | None:
     return next((caption for caption in captions if re.search(r"[\u4e00-\u9fff]", caption)), None)
 
 
-def chinese_pair(caption: str, colour: str, other: str) -> str | None:
-    """A Chinese caption of an image whose main colour became another one; None where more of it says a colour."""
-    thing = re.sub(f"{CHINESE[colour]}色的?|^{CHINESE[colour]}(?!$)", "", caption)
+def chinese_pair(caption: str, colour: str, other: str, *, named: bool = False) -> str | None:
+    """A Chinese caption of an image whose main colour became another one; None where more of it says a colour.
+
+    Args:
+        named: whether the thing is called by its colour, as a red apple is and butter, in Chinese "yellow oil", is not.
+    """
+    thing = re.sub(f"{CHINESE[colour]}色的?" + (f"|^{CHINESE[colour]}(?!$)" if named else ""), "", caption)
     return None if not thing or set(thing) & {*CHINESE.values(), "青"} else f"{CHINESE[other]}色{thing}"
 
 
@@ -196,7 +200,7 @@ def recoloured(record: dict, count: int, taken: set[str]) -> Iterator[dict]:
         taken.add(new.lower())
         split = "held_out_pair" if hash_fraction(f"pair {new}") < 0.1 else "train"
         captions = [new]
-        chinese = chinese_pair(record["chinese"], colour, other) if record["chinese"] else None
+        chinese = chinese_pair(record["chinese"], colour, other, named=colour in words) if record["chinese"] else None
         if chinese and chinese not in taken:
             taken.add(chinese)
             captions.append(chinese)
