@@ -170,7 +170,7 @@ def autoencoder_loss(
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     loss = error.square().mean() + kl_weight * kl + sharpness * edges
     if thumbnail:
-        small = F.adaptive_avg_pool2d(pixels, mean.shape[-2:])
+        small = F.adaptive_avg_pool2d(pixels, (mean.shape[-2], mean.shape[-1]))
         loss = loss + thumbnail * F.mse_loss(mean[:, : pixels.shape[1]], small)
     return loss
 

@@ -118,10 +118,15 @@ def identity_vae(
     return vae.requires_grad_(False).eval()
 
 
-def check_has_quant_convs(vae: AutoencoderKL) -> None:
-    """Raise ValueError for a VAE without the 1 x 1 convolutions that can take up another scale of its latents."""
+def quant_convs(vae: AutoencoderKL) -> tuple[Any, Any]:
+    """The 1 x 1 convolutions, of the encoder and of the decoder, that can take up another scale of the latents.
+
+    Raises:
+        ValueError: it has none.
+    """
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+    return vae.quant_conv, vae.post_quant_conv
 
 
 def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: torch.Tensor, target: float) -> None:
@@ -131,12 +136,10 @@ def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: 
         mean, std: of those channels until now. One that says nothing, whose deviation is below 0.001, is not blown up.
 
     Raises:
-        ValueError: see `check_has_quant_convs`.
+        ValueError: see `quant_convs`.
     """
-    check_has_quant_convs(vae)
+    encoding, decoding = quant_convs(vae)
     channels = vae.config["latent_channels"]
-    encoding: Any = vae.quant_conv
-    decoding: Any = vae.post_quant_conv
     mean, std = mean.to(encoding.bias), std.to(encoding.bias)
     by = torch.where(std < 1e-3, 1.0, target / std)
     with torch.no_grad():
@@ -154,15 +157,13 @@ def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
     Stable Diffusion's upscaling sets the factor to 0.08333 whatever the config says.
 
     Raises:
-        ValueError: see `check_has_quant_convs`.
+        ValueError: see `quant_convs`.
     """
-    check_has_quant_convs(vae)
+    encoding, decoding = quant_convs(vae)
     by, channels = vae.config["scaling_factor"] / factor, vae.config["latent_channels"]
-    weight: torch.Tensor = vae.quant_conv.weight
-    bias: Any = vae.quant_conv.bias
     with torch.no_grad():
-        for parameter in (weight, bias):
+        for parameter in (encoding.weight, encoding.bias):
             parameter[:channels] *= by
-        bias[channels:] += 2 * torch.log(torch.tensor(by))  # the log-variance
-        vae.post_quant_conv.weight /= by
+        encoding.bias[channels:] += 2 * torch.log(torch.tensor(by))  # the log-variance
+        decoding.weight /= by
     vae.register_to_config(scaling_factor=factor)

@@ -51,15 +51,16 @@ def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer
         text = config.text_encoder
         trained = any(parameter.requires_grad for parameter in pipe.text_encoder.parameters())
         grows = bool(text.extra_vocab and text.train and trained)
-        if tokenizer is None:
-            tokenizer = pipe.tokenizer
+        if tokenizer is not None:
+            pipe.register_modules(tokenizer=tokenizer)
+        else:
             if grows:
-                tokenizer = extend_vocabulary(tokenizer, captions, text.extra_vocab, text.max_length)
-            if tokenizer.init_kwargs.get(CAPTION_WORDS):
-                remember_words(tokenizer, captions)
-        pipe.register_modules(tokenizer=tokenizer)
+                grown = extend_vocabulary(pipe.tokenizer, captions, text.extra_vocab, text.max_length)
+                pipe.register_modules(tokenizer=grown)
+            if pipe.tokenizer.init_kwargs.get(CAPTION_WORDS):
+                remember_words(pipe.tokenizer, captions)
         if grows:
-            fit_text_encoder(pipe.text_encoder, tokenizer)
+            fit_text_encoder(pipe.text_encoder, pipe.tokenizer)
         return pipe
     check_arguments(config.unet, UNet2DConditionModel, "unet")
     scheduler = build_scheduler(config)

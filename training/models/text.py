@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -82,7 +83,7 @@ def extend_vocabulary(old: CLIPTokenizer, captions: list[str], extra_vocab: int,
     return tokenizer
 
 
-def _vocabulary(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _vocabulary(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[Any]]:
     """Numbers of the tokens, and merges."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     return dict(model["vocab"]), [(left, right) for left, right in model["merges"]]

@@ -38,7 +38,8 @@ def _efficientnet() -> Callable[[torch.Tensor], torch.Tensor]:
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
     layout: Any = torch.channels_last  # twice as fast on a CPU: its convolutions are depthwise
-    network.eval().requires_grad_(False).to(memory_format=layout)
+    network.eval().requires_grad_(False)
+    network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
         pixels = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True).contiguous(memory_format=layout)

@@ -19,9 +19,9 @@ from sfumato.training.engine.ema import EMA
 from sfumato.training.models.autoencoder import (
     VariationalAutoencoder,
     build_autoencoder,
-    check_has_quant_convs,
     downsampling_factor,
     normalise_channels,
+    quant_convs,
 )
 from sfumato.training.models.denoiser import ModelNeeds
 from sfumato.training.models.latent_space import to_pixel_values
@@ -52,7 +52,7 @@ class Autoencoder:
         self.settings = config.section(AutoencoderConfig)
         vae = build_autoencoder(config, self.settings.model).to(self.accelerator.device)
         if self.settings.thumbnail_weight:
-            check_has_quant_convs(vae)
+            quant_convs(vae)
             if vae.config["latent_channels"] < config.data.channels:
                 raise ValueError(f"autoencoder.thumbnail_weight: needs {config.data.channels} latent channels or more")
         if not self.settings.train_encoder:
