@@ -117,7 +117,7 @@ class WeightFiles:
         variants: `fp16`: a copy in half precision; `raw`: a copy of the weights before averaging.
         raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
         max_shard_size: weights are split into files of at most this size.
-        half: store the UNet's weights in half precision, which halves the folder; it opens in float32 all the same.
+        half: store weights in half precision, which halves the folder; it opens in float32 all the same.
     """
 
     variants: Sequence[str] = ()
@@ -154,11 +154,12 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, weights: WeightFiles) -> 
         shutil.rmtree(aside)
 
 
-def _halve(part: Path) -> None:
-    """Store a model's weights in half precision. diffusers opens them in float32; transformers would not, so the text
-    encoder's, which are few, stay as they are.
-    """
-    for file in part.glob("diffusion_pytorch_model*.safetensors"):
+def _halve(folder: Path) -> None:
+    """Store weights in half precision. diffusers opens them in float32, and so does transformers where the config says so."""
+    files = [*folder.glob("unet/diffusion_*.safetensors"), *folder.glob("vae/diffusion_*.safetensors")]
+    if json.loads((folder / "text_encoder" / "config.json").read_text()).get("dtype") == "float32":
+        files += folder.glob("text_encoder/model*.safetensors")
+    for file in files:
         save_file({name: value.half() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
@@ -247,7 +248,7 @@ def export_pipeline(
             ModelCard(card).save(new / "README.md")
         _add_upscaler(pipe, new, where, source, upscaler)
         if weights.half:
-            _halve(new / "unet")
+            _halve(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

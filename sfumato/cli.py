@@ -152,7 +152,7 @@ def _add_export(verbs) -> None:
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
     export.add_argument("folder", help="where to")
-    export.add_argument("--half", action="store_true", help="store the UNet in half precision: half the size")
+    export.add_argument("--half", action="store_true", help="store weights in half precision: half the size")
     export.add_argument("--upscaler", help="a run or folder of an upscaling model, to go with it as a cascade")
     export.add_argument("--variants", nargs="*", default=[], choices=["fp16", "raw"], help="further copies of the weights")
     export.add_argument("--max-shard-size", default="10GB", help="of a file of weights (default: %(default)s)")
