@@ -79,7 +79,7 @@ def test_a_wheel_in_a_fresh_environment_trains_draws_and_shares(tmp_path):
     subprocess.run(build, check=True, env={**os.environ, "DIST_EXTRA_CONFIG": str(config)})
     (wheel,) = tmp_path.glob("*.whl")
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
-    assert wheel.stat().st_size < 25e6
+    assert wheel.stat().st_size < 40e6  # three models
     venv.create(tmp_path / "env", with_pip=True)
     bin_folder, work = tmp_path / "env" / "bin", tmp_path / "work"
     work.mkdir()
