@@ -68,7 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = Path(options.out)
-    kept = json.loads(out.read_text()) if options.time_only or options.figures_only else {}
+    partly = out.exists() and (options.time_only or options.figures_only)
+    kept = json.loads(out.read_text()) if partly else {}
     result = {**kept, "images": options.images, "guidance_scale": SCALE}
     start = time.perf_counter()
     drawers = {"teacher, 60 passes": Drawer(options.teacher, num_inference_steps=30, guidance_scale=SCALE)}
