@@ -1,7 +1,9 @@
 """Pages of the handbook that are made from the code: every setting, every command, the measured tables."""
 
 import io
+import json
 import os
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS
 from sfumato.training.config.comments import sections
 
 FOLDER = Path(__file__).parent / "reference"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MAX_ROWS = 40
 
 
 def settings_page() -> str:
@@ -48,11 +52,46 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
+def figures_page() -> str:
+    """Every file of `benchmarks/results`, as a table of its figures, with the script that wrote it."""
+    scripts = {path: path.read_text(encoding="utf-8") for path in sorted(BENCHMARKS.rglob("*.py"))}
+    lines = [
+        "# All figures",
+        "",
+        "What `benchmarks/results` holds, as it was measured. [Measured](../measured.md) says what it means.",
+        "",
+    ]
+    for path in sorted((BENCHMARKS / "results").glob("*.json")):
+        lines += [f"## {path.stem.replace('_', ' ')}", ""]
+        written = f"`benchmarks/results/{path.name}`"
+        if script := next((script for script, text in scripts.items() if f"/{path.name}" in text), None):
+            about = scripts[script].split('"""')[1].strip().splitlines()[0]
+            written += f", by `{script.relative_to(BENCHMARKS.parent)}`: {about}"
+        rows = list(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+        lines += [written, "", "| | |", "|---|---|"]
+        lines += [f"| {name.replace('|', '/')} | {str(value).replace('|', '/')} |" for name, value in rows[:MAX_ROWS]]
+        lines += ["", f"And {len(rows) - MAX_ROWS} further ones in the file.", ""] if len(rows) > MAX_ROWS else [""]
+    return "\n".join(lines)
+
+
+def _leaves(content, name: str = "") -> Iterator[tuple[str, object]]:
+    """Numbers and texts of a JSON file with the way to each; a list of numbers is one."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _leaves(value, f"{name}, {key}" if name else key)
+    elif isinstance(content, list) and any(isinstance(value, dict | list) for value in content):
+        for number, value in enumerate(content):
+            yield from _leaves(value, f"{name} {number + 1}".strip())
+    else:
+        yield name, ", ".join(map(str, content)) if isinstance(content, list) else content
+
+
 def main() -> None:
     """Write the pages."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "settings.md").write_text(settings_page(), encoding="utf-8")
     (FOLDER / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (FOLDER / "figures.md").write_text(figures_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

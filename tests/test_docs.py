@@ -100,6 +100,9 @@ def test_generated_pages_are_fresh():
     module = generated()
     assert (DOCS / "reference" / "settings.md").read_text() == module.settings_page()
     assert (DOCS / "reference" / "commands.md").read_text() == module.commands_page()
+    assert (DOCS / "reference" / "figures.md").read_text() == (page := module.figures_page())
+    files = [path.stem.replace("_", " ") for path in (DOCS.parent / "benchmarks" / "results").glob("*.json")]
+    assert page.count("\n## ") == len(files) and all(f"\n## {name}\n" in page for name in files)
 
 
 @pytest.mark.slow
