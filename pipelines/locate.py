@@ -35,7 +35,16 @@ def packaged_model(name: str = DEFAULT) -> Path:
     Raises:
         ValueError: the package was installed without it.
     """
-    folder = Path(str(files("sfumato") / "models" / name))
+    folder = _packaged_folder(name)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"the packaged model {name} is not here; name another one")
     return folder
+
+
+def is_packaged(folder: Path) -> bool:
+    """Whether a folder is that of a model that comes with the package."""
+    return folder.resolve() in [_packaged_folder(name).resolve() for name in PACKAGED]
+
+
+def _packaged_folder(name: str) -> Path:
+    return Path(str(files("sfumato") / "models" / name))

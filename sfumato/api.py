@@ -12,7 +12,6 @@ Nothing heavy is imported before a function needs it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,15 +169,14 @@ def tune(
     """
     from sfumato.pipelines import SfumatoPipeline
     from sfumato.pipelines.card import recommended_settings, sample_prompts
-    from sfumato.pipelines.locate import PACKAGED, locate_pipeline
+    from sfumato.pipelines.locate import is_packaged, locate_pipeline
     from sfumato.pipelines.tune import keep
     from sfumato.pipelines.tune import tune as try_all
 
     source = Path(locate_pipeline(str(model)))
     if not source.is_dir():
         raise ValueError(f"{model} is on the Hub; download it, or name a folder")
-    packaged = Path(str(files("sfumato") / "models")).resolve()
-    if out is None and source.resolve() in [packaged / name for name in PACKAGED]:
+    if out is None and is_packaged(source):
         raise ValueError("this model belongs to the package; name a folder for yours with --out")
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")

@@ -129,11 +129,14 @@ def quant_convs(vae: AutoencoderKL) -> tuple[Any, Any]:
     return vae.quant_conv, vae.post_quant_conv
 
 
-def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: torch.Tensor, target: float) -> None:
+def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: torch.Tensor, target: float) -> torch.Tensor:
     """Let the latent channels from number `first` on have mean 0 and standard deviation `target`; images stay.
 
     Args:
         mean, std: of those channels until now. One that says nothing, whose deviation is below 0.001, is not blown up.
+
+    Returns:
+        By what each is multiplied, once its mean is taken off.
 
     Raises:
         ValueError: see `quant_convs`.
@@ -149,6 +152,7 @@ def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: 
         encoding.bias[channels + first :] += 2 * torch.log(by)  # the log-variance
         decoding.bias += decoding.weight[:, first:, 0, 0] @ mean
         decoding.weight[:, first:] /= by[:, None, None]
+    return by
 
 
 def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:

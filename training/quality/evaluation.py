@@ -139,7 +139,8 @@ class Evaluation:
             features = {"": self.of(part, self.features), " by true images": np.array(self.reference[numbers])}
         else:
             features = {ending: compute_features(of_part) for ending, of_part in images.items()}
-        return {
-            ending: np.stack([judge.scores(of_part, captions, features[ending]) for judge in self.judges])
-            for ending, of_part in images.items()
-        }
+        return {ending: self.ask_judges(of_part, captions, features[ending]) for ending, of_part in images.items()}
+
+    def ask_judges(self, images: np.ndarray, captions: list[str], features: np.ndarray) -> np.ndarray:
+        """Each judge's scores of images `(N, H, W, C)` uint8, whose features are known: `(J, N, len(captions))`."""
+        return np.stack([judge.scores(images, captions, features) for judge in self.judges])

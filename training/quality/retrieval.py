@@ -35,8 +35,7 @@ def retrieval_in_chinese(evaluation: Evaluation) -> dict[str, Score]:
         if not prompts:
             continue
         images = evaluation.draw(list(prompts.values()))
-        seen = compute_features(images)
-        by_caption = np.stack([judge.scores(images, choice.captions, seen) for judge in evaluation.judges])
+        by_caption = evaluation.ask_judges(images, choice.captions, compute_features(images))
         scores |= choice.scores(np.array(list(prompts)), by_caption, f"{label} in Chinese")
     return scores
 

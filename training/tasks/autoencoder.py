@@ -146,9 +146,10 @@ class Autoencoder:
         """Let latent channels behind the thumbnail vary as much as the thumbnail does; returns the latents so changed."""
         colours = self.config.data.channels
         image, details = latents[:, :colours], latents[:, colours:]
-        mean, std, target = details.mean((0, 2, 3)), details.std((0, 2, 3)), float(image.std())
-        normalise_channels(self.module.vae, colours, torch.from_numpy(mean), torch.from_numpy(std), target)
-        level = (details - mean[:, None, None]) * (target / std)[:, None, None]
+        mean = torch.from_numpy(details.mean((0, 2, 3)))
+        std = torch.from_numpy(details.std((0, 2, 3)))
+        by = normalise_channels(self.module.vae, colours, mean, std, float(image.std())).cpu()
+        level = (details - mean.numpy()[:, None, None]) * by.numpy()[:, None, None]
         return np.concatenate([image, level], axis=1)
 
     def scores(self) -> tuple[dict[str, float], str]:
@@ -157,7 +158,7 @@ class Autoencoder:
         return image_quality(images, rebuilt), "held-out images"
 
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
-        """Set the scaling factor, so that latents have variance 1, and write `vae/` and the figures."""
+        """Set the scale of the latents, and write `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
         latents = self._set_scale(512)
         if self.settings.thumbnail_weight and self.settings.train_encoder and latents.shape[1] > self.config.data.channels:
