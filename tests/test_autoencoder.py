@@ -135,7 +135,9 @@ def test_a_decoder_is_trained_alone_and_latents_stay(trained, tmp_path, capsys):
 
 def test_noise_on_latents_is_as_large_as_said():
     torch.manual_seed(0)
-    vae, images, noise = tiny.vae(), torch.rand(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
+    vae = tiny.vae()
+    images = torch.rand(2, 3, 16, 16)
+    noise = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         drawn, mean, logvar = VariationalAutoencoder(vae, latent_noise=0.5)(images, noise)
         torch.testing.assert_close(drawn, vae.decode(mean + 0.5 * noise).sample)

@@ -138,7 +138,9 @@ def test_a_pixel_model_goes_on_in_latents(tmp_path, base):
     path = finetune_config(tmp_path, base, data={"resolution": 32}, vae={"pretrained": str(tmp_path / "vae")}, text_encoder={})
     before, after = SfumatoPipeline.from_pretrained(base), build.build_pipeline(load_config(path), [])
     assert after.unet.config.in_channels == after.unet.config.out_channels == 4 and after.unet.config.sample_size == 16
-    noisy, t, text = torch.randn(2, 4, 16, 16), torch.tensor([10, 500]), torch.randn(2, 5, 32)
+    noisy = torch.randn(2, 4, 16, 16)
+    t = torch.tensor([10, 500])
+    text = torch.randn(2, 5, 32)
     with torch.no_grad():
         old = before.unet(noisy[:, :3], t, text).sample
         new = after.unet(noisy, t, text).sample
