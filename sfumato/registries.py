@@ -289,7 +289,7 @@ SOURCES: Registry[Source] = Registry(
             named=True,
             generated=True,
             packages=("qm9pack", "rdkit"),
-            shape=(8, 8, 8),
+            shape=(24, 24, 29),
         ),
         "moses": Source(
             target=f"{_SOURCES}.molecules:open_source",
@@ -297,7 +297,7 @@ SOURCES: Registry[Source] = Registry(
             named=True,
             generated=True,
             packages=("molsets", "rdkit"),
-            shape=(16, 16, 27),
+            shape=(48, 48, 86),
         ),
         "speech": Source(
             target=f"{_SOURCES}.speech:open_source",

@@ -7,6 +7,7 @@ from transformers import CLIPTokenizer
 
 from sfumato.training.data.sources.openmoji import records
 from sfumato.training.models import build, text
+from sfumato.training.models.latent_space import encode, is_identity
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,17 @@ def test_identity_vae_is_the_identity(dtype, tolerance):
     torch.testing.assert_close(vae.encode(x).latent_dist.sample(), x, atol=tolerance, rtol=0)
     edge = torch.tensor([-1.0, 0.0, 1.0]).to(dtype).reshape(1, 3, 1, 1).expand(1, 3, 16, 16)
     torch.testing.assert_close(vae.decode(edge).sample, edge, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("repeat", [2, 8])
+def test_a_repeating_vae_takes_the_first_of_each_square_and_fills_squares(repeat):
+    vae = build.identity_vae(3 * repeat, 5, repeat=repeat)
+    x = torch.rand(2, 5, 3, 3) * 2 - 1
+    squares = x.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)
+    torch.testing.assert_close(vae.decode(x).sample, squares, atol=1e-5, rtol=0)
+    other = squares + torch.rand_like(squares)
+    torch.testing.assert_close(vae.encode(other).latent_dist.mode(), other[:, :, ::repeat, ::repeat], atol=5e-5, rtol=0)
+    assert is_identity(vae) and torch.equal(encode(vae, other), other[:, :, ::repeat, ::repeat])
 
 
 @pytest.mark.parametrize(

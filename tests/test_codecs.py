@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DiffusionPipeline
 from stock_process import run_stock
 
 from sfumato.cli import main as sfumato
@@ -80,7 +81,7 @@ def test_molecules_come_back_as_they_were():
     )
     with pytest.raises(ValueError, match="2 to 1024"):
         MoleculeCodec(atoms=1)
-    with pytest.raises(ValueError, match="of version 1, and here it is 2"):
+    with pytest.raises(ValueError, match="of version 1, and here it is 3"):
         open_codec({"kind": "molecules", "version": 1, "settings": {"atoms": 9}})
     assert codec.caption(codec.read("Oc1ccncc1N")) == "eight atoms, two nitrogen, one oxygen, one ring, aromatic"
     assert codec.judge(codec.read("CCO"), "three atoms, one oxygen, no ring, alcohol")["all"]
@@ -335,12 +336,44 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
     from sfumato.training.data.sources import molecules
 
     monkeypatch.setattr(molecules, "qm9_smiles", lambda: [*SMILES, "not a molecule"])
-    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 8, "channels": 8}))
+    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 24, "channels": 29}))
     config.data.max_bad_share = 0.2
     with pytest.warns(UserWarning, match="1 no molecule"):
         images = prepare(config.data)
     assert len(images) == len(SMILES) and images.picture(0).shape == (128, 128, 3)
+    # Of each square of 8 x 8 pixels that say the same, one is kept.
+    assert images.image(0).shape == (24, 24, 29)
+    assert sum(path.stat().st_size for path in images.folder.glob("pictures-*.bin")) == len(images) * 3 * 3 * 29
     assert all(SOURCES[name].codec for name in CODECS if name != "texts")
+
+
+@pytest.mark.filterwarnings("ignore:validation.prompts")
+def test_a_model_of_squares_works_on_one_number_of_each(tmp_path, monkeypatch):
+    """`vae.repeat`: nine atoms are nine places, and stock pipelines still draw sides that are multiples of 8."""
+    from sfumato.training.data.sources import molecules
+
+    monkeypatch.setattr(molecules, "qm9_smiles", lambda: list(SMILES))
+    unet = {
+        "block_out_channels": [8],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    }
+    settings = {"data": {"name": "molecules", "resolution": 24, "channels": 29}, "vae": {"repeat": 8}, "unet": unet}
+    path = str(tiny.config_file(tmp_path, **settings))
+    assert main([path]) == 0
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    ours = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert stock.unet.config.sample_size == 3 and "sfumato" not in type(stock).__module__
+    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+    drawn = [pipe("four atoms", generator=torch.Generator().manual_seed(0), **call).images[0] for pipe in (stock, ours)]
+    assert drawn[0].shape == (24, 24, 29)
+    np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-5)
+    squares = drawn[1].reshape(3, 8, 3, 8, 29)
+    np.testing.assert_allclose(squares, np.broadcast_to(squares[:, :1, :, :1], squares.shape), atol=1e-5)
+    with pytest.raises(ValueError, match="vae.repeat=8: shapes says its numbers 1 times"):
+        tiny.task(load_config(tiny.config_file(tmp_path, vae={"repeat": 8}, unet=unet)))
+    with pytest.raises(ValueError, match="must be 1, 2, 4 or 8"):
+        load_config(tiny.config_file(tmp_path, vae={"repeat": 3}))
 
 
 @pytest.mark.filterwarnings("ignore:skipped", "ignore:left out", "ignore:validation.prompts")

@@ -1,11 +1,16 @@
 """Noise-level sampling, weights and learning rate against their formulas."""
 
 import json
+import math
 
 import pytest
+import tiny
 import torch
+from diffusers import DDPMScheduler
 
 from sfumato.schedulers import SfumatoDDPMScheduler, SfumatoFlowScheduler
+from sfumato.training.config.load import load_config
+from sfumato.training.data.loader import batches
 from sfumato.training.objectives import (
     LossMoments,
     add_offset,
@@ -149,3 +154,55 @@ def test_learning_rate_warms_up_then_follows_the_fraction_done():
     assert lr_scale(100, 0.9, 0, "constant") == 1
     assert lr_scale(100, 0.7, 9, "trapezoid") == 1 and lr_scale(100, 0.9, 9, "trapezoid") == pytest.approx(0.5)
     assert lr_scale(0, 0.0, 9, "trapezoid") == pytest.approx(0.1) and lr_scale(100, 1.0, 9, "trapezoid") == 0
+
+
+def test_with_noise_for_the_empty_caption_guidance_raises_the_density_to_a_power():
+    """v is zero for pure noise, so guidance by s multiplies v by s, whose score is s grad log p - (s - 1) grad log N(0, 1)."""
+    scheduler = SfumatoDDPMScheduler(beta_schedule="cosine", prediction_type="v_prediction")
+    mean, deviation, scale = 0.7, 0.3, 2.5
+    x_t = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor([1, 50, 200, 500, 800, 990])
+    signal, noise = scheduler.signal_and_noise(t, x_t)
+    variance = (signal * deviation) ** 2 + noise**2
+    x_0 = mean + signal * deviation**2 / variance * (x_t - signal * mean)  # the best estimate for N(mean, deviation^2)
+    guided = scheduler.convert(
+        scale * scheduler.convert(x_0, x_t, t, "sample", "v_prediction"), x_t, t, "v_prediction", "sample"
+    )
+    score = (signal * guided - x_t) / noise**2
+    torch.testing.assert_close(score, -scale * (x_t - signal * mean) / variance + (scale - 1) * x_t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale, least, most", [(1.0, 0.78, 0.82), (1.5, 0.86, 0.96), (2.0, 0.9, 0.99)])
+def test_guidance_away_from_noise_draws_what_is_likelier(scale, least, most):
+    """Of two values, one of them in 80% of the data: the stock sampler draws it more often, and no other values."""
+    scheduler = DDPMScheduler.from_config(SfumatoDDPMScheduler(beta_schedule="cosine", prediction_type="v_prediction").config)
+    scheduler.register_to_config(thresholding=False, clip_sample=False)
+    scheduler.set_timesteps(50)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 1, generator=rng, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        abar = scheduler.alphas_cumprod[t].double()
+        odds = math.log(0.8 / 0.2) + 2 * abar.sqrt() * x / (1 - abar)
+        v = (abar.sqrt() * x - torch.tanh(odds / 2)) / (1 - abar).sqrt()  # of E[x_0 | x_t], by its definition
+        x = scheduler.step(scale * v, int(t), x, generator=rng).prev_sample
+    assert least <= (x > 0).double().mean() <= most
+    assert ((x.abs() - 1).abs() < 0.1).double().mean() > 0.99
+
+
+def test_dropped_captions_go_with_noise(tmp_path):
+    config = load_config(
+        tiny.config_file(tmp_path, objective={"empty_caption": "noise", "caption_dropout": 0.5}, train={"batch_size": 64})
+    )
+    task = tiny.task(config)
+    batch, seen = next(batches(task.data, config)), []
+    predict = task.predict
+    task.predict = lambda model, x_t, *rest: (seen.append(x_t), predict(model, x_t, *rest))[1]
+    task._losses(task.module, {**batch, "t": torch.zeros(64, dtype=torch.long)})  # of next to no noise
+    error = (seen[0] - batch["pixel_values"]).square().mean((1, 2, 3)).sqrt()
+    assert 10 < batch["is_empty"].sum() < 54
+    assert (error[~batch["is_empty"]] < 0.1).all() and (error[batch["is_empty"]] > 0.5).all()
+    noise = seen[0][batch["is_empty"]]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert not task.pipe.scheduler.config.thresholding  # what guidance asks for lies beyond what is clipped
+    with pytest.raises(ValueError, match="empty_caption"):
+        load_config(tiny.config_file(tmp_path, objective={"empty_caption": "noise", "caption_dropout": 0.0}))

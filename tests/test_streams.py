@@ -120,4 +120,5 @@ def test_stream_numbers_never_change():
         "CAPTION": 0, "DROPOUT": 1, "FLIP": 2, "LEVEL": 3, "NOISE": 4, "OFFSET": 5, "MASK": 6, "ESTIMATE": 7,
         "LOW_RES_LEVEL": 8, "LOW_RES_NOISE": 9, "LAYERS": 10, "STEP_KIND": 11, "OWN_STEP": 12, "GUIDANCE": 13,
         "LARGE_GUIDANCE": 14,
+        "EMPTY": 15,
     }  # fmt: skip

@@ -19,7 +19,6 @@ import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.pipelines.codecs.clips import track
-from sfumato.pipelines.codecs.molecules import ORDERS
 from sfumato.training.config.load import load_config
 from sfumato.training.data.array_set import to_unit
 from sfumato.training.data.prepare import prepare
@@ -93,9 +92,9 @@ def molecules(run: str) -> dict[str, float]:
     """Shares of valid molecules in one piece, of fragments kept, and of formulas and captions that are right."""
     pipe, arrays, captions = held_out(run)
     codec = pipe.codec
-    mask = np.ones((codec.side**2, 4 * codec.shape[2]), np.float32)
-    mask[:FRAGMENT, : codec.facts + len(ORDERS) * FRAGMENT] = 0  # known: what they are, and the bonds among them
-    mask = mask.reshape(codec.side, codec.side, 2, 2, -1).transpose(0, 2, 1, 3, 4).reshape(codec.shape)
+    mask = np.ones(codec.side**2, np.float32)
+    mask[:FRAGMENT] = 0  # an atom says what it is and which bonds to earlier ones it has
+    mask = mask.reshape(codec.side, codec.side).repeat(codec.repeat, axis=0).repeat(codec.repeat, axis=1)
     things = [codec.decode(array) for array in draw(pipe, arrays, captions, mask)]
     judged = [codec.judge(thing, caption) for thing, caption in zip(things, captions)]
     kept = [fragment(thing) == fragment(codec.decode(array)) for thing, array in zip(things, arrays)]

@@ -44,6 +44,7 @@ class Codec(Protocol):
         shape: height, width and channels of its arrays.
         stored: `uint8` or `float16`, how finely a prepared set keeps them.
         endings: of the files that `write` makes; the first is the usual one.
+        repeat: where its arrays say each number in a square of pixels, how many a side; see `repeat_of`.
     """
 
     kind: str
@@ -90,6 +91,11 @@ def open_codec(facts: Any) -> Codec:
         return codec(**facts["settings"])
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the codec of this model cannot be used: {type(error).__name__}: {error}") from error
+
+
+def repeat_of(codec: Codec) -> int:
+    """Over how many pixels of a side its arrays repeat each number."""
+    return getattr(codec, "repeat", 1)
 
 
 def object_endings() -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""Molecules as what each of their atoms is and which bonds it has.
+"""Molecules as a square of atoms, each of which says what it is and how it is bound to atoms before it.
 
-A square of 2 x 2 positions for each atom, atoms in the order of canonical SMILES and row by row; so a network that halves its
-grid once sees one atom at each place. What an atom says: its element, its charge, and for every atom whether it is bound to it
-by a single, double or triple bond; to itself by all three, by which the place of an atom is known. A bond too many is seen at
-one place. Every bond is there twice; decoding takes the mean. Hydrogens are what the valences leave.
+Atoms stand in the order of canonical SMILES, row by row. What an atom says: its element, its charge, and for each of the atoms
+before it, the nearest first, whether it is bound to it by a single, double or triple bond. Hydrogens are what the valences
+leave. An array repeats each atom over 8 x 8 pixels, as stock pipelines draw sides that are multiples of 8; a model, by
+`vae.repeat: 8`, works on one number of each square.
 
 Decoding needs numpy alone, and gives atoms and bonds. SMILES, SDF and pictures need RDKit (extra `molecules`).
 """
@@ -34,25 +34,27 @@ class MoleculeCodec:
         elements: their symbols, carbon first.
     """
 
-    kind, version, stored = "molecules", 2, "uint8"
+    kind, version, stored = "molecules", 3, "uint8"
     endings = (".sdf", ".smi", ".png")
+    repeat = 8
 
     def __init__(self, atoms: int = 9, elements=ELEMENTS):
         self.atoms, self.elements = int(atoms), tuple(elements)
         if not 2 <= self.atoms <= 1024 or not self.elements:
             raise ValueError(f"{atoms} atoms; a codec holds 2 to 1024")
         self.facts = len(self.elements) + 1  # of an atom: its element and its charge
-        self.side = 4 * -(-int(np.ceil(self.atoms**0.5)) // 4)  # atoms in a row; the grid's sides are multiples of 8
-        self.said = self.facts + len(ORDERS) * self.atoms  # numbers that an atom says
-        self.shape = (2 * self.side, 2 * self.side, -(-self.said // 4))
+        self.side = int(np.ceil(self.atoms**0.5))  # atoms in a row
+        self.said = self.facts + len(ORDERS) * (self.atoms - 1)  # numbers that an atom says
+        self.shape = (self.repeat * self.side, self.repeat * self.side, self.said)
 
     def describe(self):
         """See the module."""
-        said = [*self.elements, "charge", *(f"{order} bond to atom {j}" for j in range(self.atoms) for order in ORDERS)]
+        said = [*self.elements, "charge"]
+        said += [f"{order} bond to the atom {k} before" for k in range(1, self.atoms) for order in ORDERS]
         return {
             "kind": self.kind, "version": self.version, "settings": {"atoms": self.atoms, "elements": list(self.elements)},
             "shape": list(self.shape),
-            "axes": ["row of an atom, upper and lower half", "its column, left and right half", "quarter of what it says"],
+            "axes": ["row of an atom, 8 times", "its column, 8 times", "what it says"],
             "said": said, "units": "1 where it is so; charge c as 0.5 + c / 2",
         }  # fmt: skip
 
@@ -69,36 +71,33 @@ class MoleculeCodec:
             raise ValueError(f"an element that is not {', '.join(self.elements)}: {', '.join(odd)}")
         if any(abs(charge) > 1 for charge in charges):
             raise ValueError("a charge beyond one")
-        bonds = np.zeros((n, n, len(ORDERS)), np.float32)
-        bonds[np.arange(n), np.arange(n)] = 1
+        said = np.zeros((self.side**2, self.said), np.float32)
+        said[:, self.facts - 1] = 0.5
+        for i, (element, charge) in enumerate(zip(elements, charges)):
+            said[i, self.elements.index(element)] = 1
+            said[i, self.facts - 1] = 0.5 + charge / 2
         for i, j, order in thing["bonds"]:
             if order not in (1, 2, 3) or i == j:
                 raise ValueError(f"a bond of order {order} between atoms {i} and {j}")
-            bonds[i, j, order - 1] = bonds[j, i, order - 1] = 1
-        atoms = np.zeros((n, self.facts), np.float32)
-        atoms[:, -1] = 0.5
-        for i, (element, charge) in enumerate(zip(elements, charges)):
-            atoms[i, self.elements.index(element)] = 1
-            atoms[i, -1] = 0.5 + charge / 2
-        said = np.zeros((self.side**2, 4 * self.shape[2]), np.float32)
-        said[:n, : self.said] = np.concatenate([atoms, bonds.reshape(n, -1)], 1)
-        quarters = said.reshape(self.side, self.side, 2, 2, self.shape[2])
-        return quarters.transpose(0, 2, 1, 3, 4).reshape(self.shape)
+            said[max(i, j), self._place(abs(i - j), order)] = 1
+        rows = said.reshape(self.side, self.side, self.said)
+        return rows.repeat(self.repeat, axis=0).repeat(self.repeat, axis=1)
+
+    def _place(self, distance: int, order: int) -> int:
+        """Which number says that an atom is bound to the one `distance` before it."""
+        return self.facts + len(ORDERS) * (distance - 1) + order - 1
 
     def decode(self, array):
         """What each atom says to atoms and bonds: what is nearer to there than to not there. Nothing is corrected."""
-        n = self.atoms
-        quarters = np.asarray(array, np.float64).reshape(self.side, 2, self.side, 2, self.shape[2])
-        said = quarters.transpose(0, 2, 1, 3, 4).reshape(self.side**2, -1)[:n, : self.said]
-        atoms, bonds = said[:, : self.facts], said[:, self.facts :].reshape(n, n, len(ORDERS))
-        bonds = (bonds + bonds.transpose(1, 0, 2)) / 2
-        there = [i for i in range(n) if atoms[i, :-1].max() > 0.5]
+        said = np.asarray(array, np.float64)[:: self.repeat, :: self.repeat].reshape(-1, self.said)[: self.atoms]
+        atoms, bonds = said[:, : self.facts], said[:, self.facts :].reshape(self.atoms, -1, len(ORDERS))
+        there = [i for i in range(self.atoms) if atoms[i, :-1].max() > 0.5]
         number = {i: k for k, i in enumerate(there)}
         found = []
         for i in there:
             for j in there:
-                if i < j and bonds[i, j].max() > 0.5:
-                    found.append((number[i], number[j], int(bonds[i, j].argmax()) + 1))
+                if j < i and bonds[i, i - j - 1].max() > 0.5:
+                    found.append((number[j], number[i], int(bonds[i, i - j - 1].argmax()) + 1))
         return {
             "elements": [self.elements[int(atoms[i, :-1].argmax())] for i in there],
             "charges": [int(np.clip(np.round((atoms[i, -1] - 0.5) * 2), -1, 1)) for i in there],

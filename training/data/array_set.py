@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato.pipelines.codecs import open_codec
+from sfumato.pipelines.codecs import open_codec, repeat_of
 
 SPLITS = ("train", "held_out", "held_out_combination", "held_out_pair")
 
@@ -48,6 +48,7 @@ class ArraySet(Sequence):
         num_records: with those that could not be used.
         noted: what was unusual about images that could -> how many.
         codec: the facts of the codec, see `pipelines.codecs`; None: pictures.
+        repeat: each number that is kept is said in a square of so many pixels a side.
         fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same one, however they came
             about.
     """
@@ -69,7 +70,9 @@ class ArraySet(Sequence):
         self.noted = report["noted"]
         self.codec: dict | None = report.get("codec")
         self.credits: tuple[str, str | None] | None = tuple(report["credits"]) if "credits" in report else None
-        self.dtype = np.dtype(np.uint8) if self.codec is None else np.dtype(open_codec(self.codec).stored)
+        codec = None if self.codec is None else open_codec(self.codec)
+        self.dtype = np.dtype(np.uint8) if codec is None else np.dtype(codec.stored)
+        self.repeat = 1 if codec is None else repeat_of(codec)
         self.channels = report["channels"]
         self.num_records = report["records"]
         self.buckets = [tuple(size) for size in report["buckets"]]
@@ -79,7 +82,7 @@ class ArraySet(Sequence):
         self._maps = []
         for height, width in self.buckets:
             path = folder / image_file((height, width))
-            shape = (-1, height, width, self.channels)
+            shape = (-1, height // self.repeat, width // self.repeat, self.channels)
             self._maps.append(np.memmap(path, self.dtype, "r").reshape(shape) if path.stat().st_size else None)
 
     def _check_sizes(self) -> None:
@@ -124,7 +127,8 @@ class ArraySet(Sequence):
     def image(self, i: int) -> np.ndarray:
         """Image i, `(H, W, C)` uint8; of a set with a codec, its array, in float16 from -1 to 1 where the codec says so."""
         row = self.table[i]
-        return self._maps[row["bucket"]][row["row"]]
+        image = self._maps[row["bucket"]][row["row"]]
+        return image if self.repeat == 1 else image.repeat(self.repeat, axis=0).repeat(self.repeat, axis=1)
 
     def select(self, split: str) -> np.ndarray:
         """Indices of the records of one of `SPLITS`, `(N,)` int64."""

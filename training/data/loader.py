@@ -154,10 +154,11 @@ def collate(samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
 
 
 def level_and_key(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """`timestep_u` and `sample_key`."""
+    """`timestep_u`, `sample_key` and `is_empty`."""
     return {
         "timestep_u": torch.tensor([sample.level for sample in samples]),
         "sample_key": torch.tensor([sample.key for sample in samples]),
+        "is_empty": torch.tensor([sample.caption < 0 for sample in samples]),
     }
 
 
@@ -178,8 +179,8 @@ def batches(
 
     Yields:
         `pixel_values` (B, C, H, W) float32 in [-1, 1], or `x_0` (B, C, h, w) where there are latents; `text`, which is
-        token ids (B, L) or embeddings (B, L, D); `timestep_u` (B,) in [0, 1); `sample_key` (B,) int64; and what
-        `extra_arrays` makes.
+        token ids (B, L) or embeddings (B, L, D); `timestep_u` (B,) in [0, 1); `sample_key` (B,) int64; `is_empty` (B,), where
+        the caption was dropped; and what `extra_arrays` makes.
     """
     block = config.train.batch_size * num_processes
     return iter(

@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from sfumato.files import printable, sync
-from sfumato.pipelines.codecs import Codec
+from sfumato.pipelines.codecs import Codec, repeat_of
 from sfumato.registries import SOURCES, load_object
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
@@ -232,6 +232,7 @@ def _encode(record: Record, codec: Codec) -> np.ndarray:
         raise Unusable(str(error)) from error
     if array.shape != codec.shape or not np.isfinite(array).all():
         raise Unusable(f"an array of {array.shape} that should be {codec.shape} finite numbers")
+    array = array[:: repeat_of(codec), :: repeat_of(codec)]
     return np.round(array * 255).astype(np.uint8) if codec.stored == "uint8" else (array * 2 - 1).astype(np.float16)
 
 

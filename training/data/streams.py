@@ -33,6 +33,7 @@ class Stream(IntEnum):
     OWN_STEP = 12  # and which one
     GUIDANCE = 13  # the guidance scale that the teacher draws with
     LARGE_GUIDANCE = 14  # whether the student's is a larger one
+    EMPTY = 15  # what stands in place of an image whose caption is dropped
 
 
 @dataclass(frozen=True, kw_only=True)

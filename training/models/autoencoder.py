@@ -76,20 +76,27 @@ def downsampling_factor(vae: AutoencoderKL) -> int:
 
 
 def identity_vae(
-    sample_size: int, channels: int = 3, latent_channels: int | None = None, use_quant_conv: bool = False
+    sample_size: int,
+    channels: int = 3,
+    latent_channels: int | None = None,
+    use_quant_conv: bool = False,
+    repeat: int = 1,
 ) -> AutoencoderKL:
     """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
 
-    Latent channels beyond the image's, if any, are zero: Stable Diffusion's inpainting knows none but 4.
+    Latent channels beyond the image's, if any, are zero: Stable Diffusion's inpainting knows none but 4. With `repeat`, a
+    power of 2, latents are the first of each square of so many pixels a side, and images repeat latents over such squares.
 
     Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
     +-K fix the group norm's variance at K^2 / (channels + 1) whatever the image; its weight undoes the division.
     """
     latent_channels = latent_channels or channels
+    width = 2 * channels + 2
+    levels: dict[str, Any] = {"block_out_channels": (width,)} if repeat == 1 else _halving_levels(width, repeat)
     vae = AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(2 * channels + 2,),
+        **levels,
         latent_channels=latent_channels,
         norm_num_groups=1,
         mid_block_add_attention=False,
@@ -114,8 +121,32 @@ def identity_vae(
                 half.conv_out.weight[colour, 2 * colour + 1, 1, 1] = -1
         for conv in filter(None, (vae.quant_conv, vae.post_quant_conv)):
             torch.nn.init.dirac_(conv.weight)
+        for block in halves[0].down_blocks:
+            for sampler in block.downsamplers or []:  # its padding is on the right and below: each step takes the first of two
+                sampler.conv.weight.copy_(_passing(sampler.conv.weight, 0))
+        for block in halves[1].up_blocks:
+            for sampler in block.upsamplers or []:
+                sampler.conv.weight.copy_(_passing(sampler.conv.weight, 1))
         halves[0].conv_out.bias[latent_channels:] = -30.0  # log-variance: no noise
     return vae.requires_grad_(False).eval()
+
+
+def _halving_levels(width: int, repeat: int) -> dict[str, Any]:
+    """Arguments of an `AutoencoderKL` that halves an image until `repeat` pixels of a side are one, and does nothing else."""
+    count = repeat.bit_length()
+    return {
+        "block_out_channels": (width,) * count,
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "layers_per_block": 0,
+    }
+
+
+def _passing(kernel: torch.Tensor, place: int) -> torch.Tensor:
+    """A kernel of this shape that passes on what lies at row and column `place` of its window."""
+    passing = torch.zeros_like(kernel)
+    passing[:, :, place, place] = torch.eye(len(kernel))
+    return passing
 
 
 def quant_convs(vae: AutoencoderKL) -> tuple[Any, Any]:

@@ -151,8 +151,9 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
         ValueError: it does not go with the data or the task.
     """
     if config.vae.pretrained is None:
-        vae = identity_vae(max(config.data.size), config.data.channels, needs.latent_channels, needs.use_quant_conv)
-        needs.prepare_vae(vae, 1)
+        repeat = config.vae.repeat
+        vae = identity_vae(max(config.data.size), config.data.channels, needs.latent_channels, needs.use_quant_conv, repeat)
+        needs.prepare_vae(vae, repeat)
         return vae
     vae, _ = load_part(AutoencoderKL, "vae.pretrained", config.vae.pretrained, "vae")
     vae.requires_grad_(False).eval()
@@ -168,13 +169,16 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
 
 
 def build_scheduler(config: Config) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
-    """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone."""
+    """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone.
+
+    Not where guidance leads away from noise: what it asks for lies beyond.
+    """
     if config.objective.target == "flow":
         if unknown := set(config.scheduler) - {"num_train_timesteps", "shift"}:  # others do not travel
             raise ValueError(f"scheduler: flow matching takes num_train_timesteps and shift, not {', '.join(sorted(unknown))}")
         return build_stock("scheduler", SfumatoFlowScheduler, config.scheduler)
     arguments = {"timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False, **config.scheduler}
-    if config.vae.pretrained is None:
+    if config.vae.pretrained is None and config.objective.empty_caption == "data":
         arguments = {"thresholding": True, "sample_max_value": 1.0, **arguments}
     check_arguments(arguments, SfumatoDDPMScheduler, "scheduler")
     return build_stock("scheduler", SfumatoDDPMScheduler, arguments)

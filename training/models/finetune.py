@@ -66,7 +66,8 @@ def move_into_latents(pipe: SfumatoPipeline, vae: AutoencoderKL) -> SfumatoPipel
         ValueError: the model works in latents already, or the VAE has fewer channels than its images.
     """
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.in_channels}
-    if not is_identity(pipe.vae) or len(channels) > 1 or max(channels) > vae.config["latent_channels"]:
+    of_pixels = is_identity(pipe.vae) and pipe.vae_scale_factor == 1
+    if not of_pixels or len(channels) > 1 or max(channels) > vae.config["latent_channels"]:
         raise ValueError(
             "vae.pretrained: only a text-to-image model of pixels, which reads and predicts them alone, moves into latents, "
             "of at least its own number of channels; leave it out to go on in those of init_from"
@@ -100,7 +101,8 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels}
     if needs.widens and len(channels) == 1:  # a UNet of latents alone
         if is_identity(pipe.vae):
-            vae = identity_vae(max(config.data.size), pipe.vae.config.in_channels, needs.latent_channels)
+            channels, repeat = pipe.vae.config.in_channels, pipe.vae_scale_factor
+            vae = identity_vae(max(config.data.size), channels, needs.latent_channels, repeat=repeat)
             pipe.register_modules(vae=vae)
         widen(pipe.unet, num_unet_inputs(config, pipe.vae, needs), pipe.vae.config.latent_channels)
     _check_loaded(config, pipe, needs)

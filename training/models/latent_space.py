@@ -11,11 +11,11 @@ from sfumato.pipelines.motion import FrameVae, join_frames, split_frames
 
 
 def is_identity(vae: AutoencoderKL | FrameVae) -> bool:
-    """Whether this VAE passes pixels through unchanged (a single level as narrow as `identity_vae` builds it)."""
+    """Whether this VAE passes numbers through unchanged, each of one pixel or of a square of them, as `identity_vae` does."""
     if isinstance(vae, FrameVae):
         return is_identity(vae.vae)
     channels = vae.config["in_channels"]
-    alike = tuple(vae.config["block_out_channels"]) == (2 * channels + 2,) and vae.config["latent_channels"] in (channels, 4)
+    alike = set(vae.config["block_out_channels"]) == {2 * channels + 2} and vae.config["latent_channels"] in (channels, 4)
     bias: Any = vae.encoder.conv_out.bias
     return alike and bias[-1].item() == -30.0  # the log-variance of no noise
 
@@ -29,7 +29,8 @@ def to_pixel_values(images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor, *, is_pixel_model: bool | None = None) -> torch.Tensor:
-    """`(B, C, H, W)` in [-1, 1] to x_0: the pixels themselves for an identity VAE, else scaled latents `(B, C, h, w)`.
+    """`(B, C, H, W)` in [-1, 1] to x_0: for an identity VAE the pixels themselves, of squares of them the first, else scaled
+    latents `(B, C, h, w)`.
 
     Args:
         is_pixel_model: what `is_identity` says, which reads a weight; for callers that ask often.
@@ -39,5 +40,7 @@ def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor, *, is_pixe
         frames = split_frames(pixel_values, vae.vae.config.in_channels)
         return join_frames(encode(vae.vae, frames, is_pixel_model=is_pixel_model), len(pixel_values))
     if is_pixel_model:
-        return F.pad(pixel_values, (0, 0, 0, 0, 0, vae.config["latent_channels"] - pixel_values.shape[1]))
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        first = pixel_values[:, :, ::factor, ::factor]
+        return F.pad(first, (0, 0, 0, 0, 0, vae.config["latent_channels"] - first.shape[1]))
     return vae.encode(pixel_values, return_dict=False)[0].mode() * vae.config["scaling_factor"]

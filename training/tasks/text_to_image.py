@@ -108,6 +108,8 @@ class TextToImage:
     def _build(self, checkpoint: Path | None) -> SfumatoPipeline:
         """The model, with the tokenizer of the run that it goes on from; its sampler and guider are tried."""
         config, tokenizer = self.config, None
+        if self.images.repeat % config.vae.repeat:
+            raise ValueError(f"vae.repeat={config.vae.repeat}: {config.data.name} says its numbers {self.images.repeat} times")
         if checkpoint is not None:
             if not (checkpoint / "pipeline" / "tokenizer").is_dir():
                 raise ValueError(f"{checkpoint} is of another task than {config.task}")
@@ -177,6 +179,9 @@ class TextToImage:
         o, scheduler = self.config.objective, self.pipe.scheduler
         t = batch["t"]
         x_0 = self.x_0(batch)
+        if o.empty_caption == "noise":
+            empty = self.streams.normal(batch["sample_key"], Stream.EMPTY, tuple(x_0.shape[1:]))
+            x_0 = torch.where(batch["is_empty"].reshape(-1, 1, 1, 1), empty, x_0)
         noise = self.noise(batch["sample_key"], x_0)
         x_t = scheduler.add_noise(x_0, noise, t)
         output = self.predict(model, x_t, t, batch)

@@ -21,9 +21,9 @@ HELD_OUT_SHARE = 0.02
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MoleculeCodec:
-    """Of QM9: nine atoms. Of MOSES: 33, where its own have 27 at most."""
+    """Of QM9: nine atoms. Of MOSES: 27."""
     if config.name == "moses":
-        return MoleculeCodec(atoms=33, elements=("C", "N", "O", "F", "S", "Cl", "Br"))
+        return MoleculeCodec(atoms=27, elements=("C", "N", "O", "F", "S", "Cl", "Br"))
     return MoleculeCodec()
 
 
