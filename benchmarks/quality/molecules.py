@@ -1,9 +1,10 @@
 """A model of molecules by the field's measures: valid and in one piece without correction, unique, new, FCD.
 
-    python -m benchmarks.quality.molecules runs/molecules [count] [out.json]
+    python -m benchmarks.quality.molecules runs/molecules [count] [scale=2.5] [out.json]
 
-Captions are those of molecules of QM9, evenly chosen, so that what is drawn should be distributed as the data are. FCD (Preuer
-et al. 2018) needs fcd_torch; it compares with as many molecules of QM9 as were drawn.
+Captions are those of molecules of QM9, evenly chosen, so that what is drawn should be distributed as the data are. `scale`: of
+guidance; the run's own without it. FCD (Preuer et al. 2018) needs fcd_torch; it compares with as many molecules of QM9 as were
+drawn.
 """
 
 import json
@@ -29,9 +30,10 @@ def main() -> None:
     images, codec, v = prepare(config.data), pipe.codec, config.validation
     train = images.select("train")
     chosen = [train[i * len(train) // count] for i in range(count)]
+    scale = next((float(item[6:]) for item in sys.argv[2:] if item.startswith("scale=")), v.guidance_scale)
     captions, drawn = [images[i]["captions"][0] for i in chosen], []
     for i in range(0, count, 128):
-        call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": v.guidance_scale, "output_type": "np"}
+        call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": scale, "output_type": "np"}
         arrays = pipe(captions[i : i + 128], generator=torch.Generator().manual_seed(i), **call).images
         drawn += [codec.decode(array) for array in arrays]
     judged = [codec.judge(thing, caption) for thing, caption in zip(drawn, captions)]
@@ -44,7 +46,7 @@ def main() -> None:
 
         true = [codec.smiles(codec.decode(to_unit(images.image(i)))) for i in chosen]
         scores["FCD"] = float(FCD(device="cpu", n_jobs=1)(ref=true, gen=smiles))
-    text = json.dumps({"drawn": count, **scores}, indent=1)
+    text = json.dumps({"drawn": count, "guidance scale": scale, **scores}, indent=1)
     print(text)
     for out in (item for item in sys.argv[2:] if item.endswith(".json")):
         Path(out).write_text(text + "\n")
