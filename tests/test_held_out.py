@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.load import load_config
+from sfumato.training.data.prepare import prepare
 from sfumato.training.engine.best import is_better, load_best
 from sfumato.training.quality import drawing, held_out
 from sfumato.training.train import main
@@ -123,3 +125,17 @@ def test_what_is_better():
 def test_an_unknown_score_is_an_error_that_names_the_known_ones(tmp_path, capsys):
     assert main([str(tiny.config_file(tmp_path, checkpoint={"best_by": "beauty"}))]) == 2
     assert "held_out_loss" in capsys.readouterr().err
+
+
+def test_prompts_of_grids_are_different_captions_where_there_are_such(tmp_path):
+    """Of the recordings of fourteen numbers twelve, evenly chosen, were three numbers four times."""
+    (tmp_path / "set").mkdir()
+    for k in range(1200):
+        np.save(tmp_path / "set" / f"{k:04d}.npy", np.full((1, 8, 8), k % 256, np.uint8))
+    rows = [f"{k:04d}.npy,says {k % 5}" for k in range(1200)]
+    (tmp_path / "set" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    data = {"name": str(tmp_path / "set"), "resolution": 8, "channels": 1}
+    images = prepare(load_config(tiny.config_file(tmp_path, data=data)).data)
+    held_out = [images[int(i)]["captions"][0] for i in images.select("held_out")]
+    assert len(held_out) > len(set(held_out)) > 2
+    assert sorted(drawing.sample_captions(images)) == sorted(set(held_out))

@@ -21,8 +21,12 @@ def sample_indices(images: ArraySet, count: int) -> list[int]:
 
 
 def sample_captions(images: ArraySet) -> list[str]:
-    """Captions of up to twelve images that `sample_indices` chooses."""
-    return [images[i]["captions"][0] for i in sample_indices(images, 12)]
+    """Captions of up to twelve images that `sample_indices` chooses; where some are the same, of more images, each once."""
+    captions = [images[i]["captions"][0] for i in sample_indices(images, 12)]
+    if len(set(captions)) == len(captions):
+        return captions
+    distinct = list(dict.fromkeys(images[i]["captions"][0] for i in sample_indices(images, 600)))
+    return [distinct[k] for k in array_set.evenly_spaced(len(distinct), 12)]
 
 
 def sampling_pipeline(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline:
