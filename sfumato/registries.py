@@ -49,6 +49,7 @@ class Source(Entry):
         only: settings of the section `data` that have an effect with this source alone.
         codec: where its records are no pictures, `module:function`, called as `open_source` is, which gives their codec.
         shape: height, width and channels of the arrays, where they are always the same.
+        repeat: of those arrays each value covers so many pixels a side.
     """
 
     named: bool = False
@@ -61,6 +62,7 @@ class Source(Entry):
     only: tuple[str, ...] = ()
     codec: str | None = None
     shape: tuple[int, int, int] | None = None
+    repeat: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +292,7 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             packages=("qm9pack", "rdkit"),
             shape=(24, 24, 29),
+            repeat=8,
         ),
         "moses": Source(
             target=f"{_SOURCES}.molecules:open_source",
@@ -298,6 +301,7 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             packages=("molsets", "rdkit"),
             shape=(48, 48, 86),
+            repeat=8,
         ),
         "speech": Source(
             target=f"{_SOURCES}.speech:open_source",

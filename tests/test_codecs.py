@@ -23,6 +23,7 @@ from sfumato.pipelines.codecs.volumes import everything as all_solids
 from sfumato.pipelines.explain import explain
 from sfumato.registries import CODECS, SOURCES
 from sfumato.training.config.load import load_config
+from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.prepare import prepare
 from sfumato.training.data.sources import moving_emoji
 from sfumato.training.doctor import examine
@@ -30,8 +31,8 @@ from sfumato.training.publish.hub import files_to_push
 from sfumato.training.train import main
 
 SMILES = ["C", "CC(=O)O", "c1ccncc1", "C#N", "C[N+](C)(C)CC(=O)[O-]", "OC1CC1F", "CC12CC1C2=O", "O=C1C=CC=CN1C", "N#CC#CC#N"]
-DRUGS = ["CC(C)(C)c1ccc(S(=O)(=O)NCC2CCCN2C(=O)c2ccc(Br)s2)cc1Cl", "CC(C)(C)C(=O)C(Oc1ccc(Cl)cc1)n1ccnc1"]
-MOSES = {"atoms": 33, "elements": ("C", "N", "O", "F", "S", "Cl", "Br")}
+DRUGS = ["CCc1ccc(S(=O)(=O)NCC2CCCN2C(=O)c2ccc(Br)s2)cc1Cl", "CC(C)(C)C(=O)C(Oc1ccc(Cl)cc1)n1ccnc1"]
+MOSES = {"atoms": 27, "elements": ("C", "N", "O", "F", "S", "Cl", "Br")}
 FIELD = {"data": {"resolution": 16, "channels": 5}, "validation": {"num_judged": 2}}
 
 
@@ -336,7 +337,8 @@ def test_molecules_are_prepared_with_their_captions_held_out(tmp_path, monkeypat
     from sfumato.training.data.sources import molecules
 
     monkeypatch.setattr(molecules, "qm9_smiles", lambda: [*SMILES, "not a molecule"])
-    config = load_config(tiny.config_file(tmp_path, data={"name": "molecules", "resolution": 24, "channels": 29}))
+    data = {"name": "molecules", "resolution": 24, "channels": 29}
+    config = load_config(tiny.config_file(tmp_path, data=data, vae={"repeat": 8}))
     config.data.max_bad_share = 0.2
     with pytest.warns(UserWarning, match="1 no molecule"):
         images = prepare(config.data)
@@ -370,10 +372,28 @@ def test_a_model_of_squares_works_on_one_number_of_each(tmp_path, monkeypatch):
     np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-5)
     squares = drawn[1].reshape(3, 8, 3, 8, 29)
     np.testing.assert_allclose(squares, np.broadcast_to(squares[:, :1, :, :1], squares.shape), atol=1e-5)
-    with pytest.raises(ValueError, match="vae.repeat=8: shapes says its numbers 1 times"):
-        tiny.task(load_config(tiny.config_file(tmp_path, vae={"repeat": 8}, unet=unet)))
-    with pytest.raises(ValueError, match="must be 1, 2, 4 or 8"):
-        load_config(tiny.config_file(tmp_path, vae={"repeat": 3}))
+    with pytest.raises(ValueError, match="vae.repeat=1: must be 8 here"):
+        load_config(tiny.config_file(tmp_path, **{**settings, "vae": {}}))
+    with pytest.raises(ValueError, match="vae.repeat=8: must be 1 here"):
+        load_config(tiny.config_file(tmp_path, vae={"repeat": 8}))
+    (tmp_path / "fields").mkdir()
+    for name in ("one", "two"):
+        np.save(tmp_path / "fields" / f"{name}.npy", np.zeros((29, 24, 24), np.uint8))
+    (tmp_path / "fields" / "metadata.csv").write_text("file_name,text\none.npy,four atoms\ntwo.npy,four atoms")
+    data = {"name": str(tmp_path / "fields"), "resolution": 24, "channels": 29}
+    plain = {"init_from": str(tmp_path / "run"), "data": data}
+    with pytest.raises(ValueError, match="reads one value of each 8 x 8 pixels"):
+        tiny.task(load_config(tiny.config_file(tmp_path, **plain), ["unet={}", "scheduler={}", "text_encoder={}"]))
+
+
+@pytest.mark.parametrize("name", ["molecules", "moses"])
+def test_the_shape_of_molecules_is_what_the_registry_says(name):
+    from sfumato.training.data.sources.molecules import open_codec
+
+    codec = open_codec(DataConfig(name=name), [])
+    assert (codec.shape, codec.repeat) == (SOURCES[name].shape, SOURCES[name].repeat)
+    with pytest.raises(ValueError, match="an array of"):
+        codec.decode(np.zeros((8, 8, 8)))
 
 
 @pytest.mark.filterwarnings("ignore:skipped", "ignore:left out", "ignore:validation.prompts")

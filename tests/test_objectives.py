@@ -198,11 +198,21 @@ def test_dropped_captions_go_with_noise(tmp_path):
     predict = task.predict
     task.predict = lambda model, x_t, *rest: (seen.append(x_t), predict(model, x_t, *rest))[1]
     task._losses(task.module, {**batch, "t": torch.zeros(64, dtype=torch.long)})  # of next to no noise
+    is_empty = batch["is_empty"]
     error = (seen[0] - batch["pixel_values"]).square().mean((1, 2, 3)).sqrt()
-    assert 10 < batch["is_empty"].sum() < 54
-    assert (error[~batch["is_empty"]] < 0.1).all() and (error[batch["is_empty"]] > 0.5).all()
-    noise = seen[0][batch["is_empty"]]
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert 10 < is_empty.sum() < 54
+    assert (error[~is_empty] < 0.1).all() and (error[is_empty] > 0.5).all()
+    assert abs(seen[0][is_empty].mean()) < 0.05 and abs(seen[0][is_empty].std() - 1) < 0.05
+    batch["t"] = torch.full((64,), 500)
+    noise = task.noise(batch["sample_key"], batch["pixel_values"])
+    x_0, noise = task.with_noise_alone(batch["pixel_values"], noise, batch)
+    v = task.pipe.scheduler.training_target(x_0, noise, batch["t"])
+    assert v[is_empty].abs().max() < 1e-6 < v[~is_empty].abs().max()
     assert not task.pipe.scheduler.config.thresholding  # what guidance asks for lies beyond what is clipped
-    with pytest.raises(ValueError, match="empty_caption"):
+    with pytest.raises(ValueError, match="caption_dropout=0.0: must be above 0"):
         load_config(tiny.config_file(tmp_path, objective={"empty_caption": "noise", "caption_dropout": 0.0}))
+    with pytest.raises(ValueError, match="empty_caption"):
+        load_config(tiny.config_file(tmp_path, objective={"empty_caption": "noise", "self_conditioning": True}))
+    tuned = tiny.config_file(tmp_path, objective={"empty_caption": "noise"}, init_from="openmoji")
+    tuned = load_config(tuned, ["unet={}", "scheduler={}", "data.resolution=32"])
+    assert not tiny.task(tuned).pipe.scheduler.config.thresholding

@@ -44,7 +44,7 @@ class Codec(Protocol):
         shape: height, width and channels of its arrays.
         stored: `uint8` or `float16`, how finely a prepared set keeps them.
         endings: of the files that `write` makes; the first is the usual one.
-        repeat: where its arrays say each number in a square of pixels, how many a side; see `repeat_of`.
+        repeat: where each value of its arrays covers a square of pixels, how many a side; see `repeat_of`.
     """
 
     kind: str
@@ -94,7 +94,7 @@ def open_codec(facts: Any) -> Codec:
 
 
 def repeat_of(codec: Codec) -> int:
-    """Over how many pixels of a side its arrays repeat each number."""
+    """How many pixels a side each value of its arrays covers; 1 where it does not say."""
     return getattr(codec, "repeat", 1)
 
 

@@ -44,18 +44,18 @@ class MoleculeCodec:
             raise ValueError(f"{atoms} atoms; a codec holds 2 to 1024")
         self.facts = len(self.elements) + 1  # of an atom: its element and its charge
         self.side = int(np.ceil(self.atoms**0.5))  # atoms in a row
-        self.said = self.facts + len(ORDERS) * (self.atoms - 1)  # numbers that an atom says
-        self.shape = (self.repeat * self.side, self.repeat * self.side, self.said)
+        self.num_values = self.facts + len(ORDERS) * (self.atoms - 1)  # of an atom
+        self.shape = (self.repeat * self.side, self.repeat * self.side, self.num_values)
 
     def describe(self):
         """See the module."""
-        said = [*self.elements, "charge"]
-        said += [f"{order} bond to the atom {k} before" for k in range(1, self.atoms) for order in ORDERS]
+        values = [*self.elements, "charge"]
+        values += [f"{order} bond to the atom {k} places earlier" for k in range(1, self.atoms) for order in ORDERS]
         return {
             "kind": self.kind, "version": self.version, "settings": {"atoms": self.atoms, "elements": list(self.elements)},
             "shape": list(self.shape),
-            "axes": ["row of an atom, 8 times", "its column, 8 times", "what it says"],
-            "said": said, "units": "1 where it is so; charge c as 0.5 + c / 2",
+            "axes": [f"row of an atom, {self.repeat} times", f"its column, {self.repeat} times", "what it says"],
+            "values": values, "units": "1 where it is so; charge c as 0.5 + c / 2",
         }  # fmt: skip
 
     def encode(self, thing):
@@ -71,26 +71,32 @@ class MoleculeCodec:
             raise ValueError(f"an element that is not {', '.join(self.elements)}: {', '.join(odd)}")
         if any(abs(charge) > 1 for charge in charges):
             raise ValueError("a charge beyond one")
-        said = np.zeros((self.side**2, self.said), np.float32)
-        said[:, self.facts - 1] = 0.5
+        places = np.zeros((self.side**2, self.num_values), np.float32)
+        places[:, self.facts - 1] = 0.5
         for i, (element, charge) in enumerate(zip(elements, charges)):
-            said[i, self.elements.index(element)] = 1
-            said[i, self.facts - 1] = 0.5 + charge / 2
+            places[i, self.elements.index(element)] = 1
+            places[i, self.facts - 1] = 0.5 + charge / 2
         for i, j, order in thing["bonds"]:
             if order not in (1, 2, 3) or i == j:
                 raise ValueError(f"a bond of order {order} between atoms {i} and {j}")
-            said[max(i, j), self._place(abs(i - j), order)] = 1
-        rows = said.reshape(self.side, self.side, self.said)
+            places[max(i, j), self._number(abs(i - j), order)] = 1
+        rows = places.reshape(self.side, self.side, self.num_values)
         return rows.repeat(self.repeat, axis=0).repeat(self.repeat, axis=1)
 
-    def _place(self, distance: int, order: int) -> int:
-        """Which number says that an atom is bound to the one `distance` before it."""
+    def _number(self, distance: int, order: int) -> int:
+        """The number of the value that says that an atom is bound to the one `distance` before it."""
         return self.facts + len(ORDERS) * (distance - 1) + order - 1
 
     def decode(self, array):
-        """What each atom says to atoms and bonds: what is nearer to there than to not there. Nothing is corrected."""
-        said = np.asarray(array, np.float64)[:: self.repeat, :: self.repeat].reshape(-1, self.said)[: self.atoms]
-        atoms, bonds = said[:, : self.facts], said[:, self.facts :].reshape(self.atoms, -1, len(ORDERS))
+        """What each atom says to atoms and bonds: what is nearer to there than to not there. Nothing is corrected.
+
+        Raises:
+            ValueError: an array of another shape.
+        """
+        if np.shape(array) != self.shape:
+            raise ValueError(f"an array of {np.shape(array)}; molecules of {self.atoms} atoms have {self.shape}")
+        places = np.asarray(array, np.float64)[:: self.repeat, :: self.repeat].reshape(-1, self.num_values)[: self.atoms]
+        atoms, bonds = places[:, : self.facts], places[:, self.facts :].reshape(self.atoms, -1, len(ORDERS))
         there = [i for i in range(self.atoms) if atoms[i, :-1].max() > 0.5]
         number = {i: k for k, i in enumerate(there)}
         found = []

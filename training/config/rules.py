@@ -142,8 +142,9 @@ def _check_data(config: Config, need: Need) -> None:
         "task",
         f"{config.task} is for pictures, of 1, 3 or 4 channels",
     )
-    need(config.vae.repeat in (1, 2, 4, 8), "vae.repeat", "must be 1, 2, 4 or 8")
-    need(config.vae.repeat == 1 or config.vae.pretrained is None, "vae.repeat", "is of the identity: leave out vae.pretrained")
+    repeat = SOURCES[name].repeat if name is not None else 1
+    of_pixels = config.task != "autoencoder" and config.vae.pretrained is None and config.init_from is None
+    need(config.vae.repeat == (repeat if of_pixels else 1), "vae.repeat", f"must be {repeat if of_pixels else 1} here")
     need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines ask for")
     need(
         all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and not codec and data.buckets),
@@ -174,8 +175,16 @@ def _check_text_encoder(config: Config, need: Need) -> None:
 def _check_objective(config: Config, need: Need) -> None:
     o, flow = config.objective, config.objective.target == "flow"
     need(0 <= o.caption_dropout <= 1, "objective.caption_dropout", "must be in [0, 1]")
-    empty = o.empty_caption == "data" or (config.task == "text_to_image" and o.caption_dropout > 0)
-    need(empty, "objective.empty_caption", "noise is for task=text_to_image, with caption_dropout above 0")
+    of_noise = o.empty_caption == "noise"
+    fits = config.task == "text_to_image" and not flow and not o.self_conditioning and config.validation.guider == "cfg"
+    fits = fits and config.scheduler.get("variance_type") != "learned_range"
+    need(
+        not of_noise or fits,
+        "objective.empty_caption",
+        "noise is for text_to_image by plain guidance, without flow, self_conditioning and a learned variance",
+    )
+    dropout = "must be above 0 and below 1 with empty_caption=noise"
+    need(not of_noise or 0 < o.caption_dropout < 1, "objective.caption_dropout", dropout)
     floor_fits = 0 <= o.min_snr_floor <= o.min_snr_gamma
     need(floor_fits, "objective.min_snr_floor", f"must be in [0, min_snr_gamma={o.min_snr_gamma}]")
     plain = TASKS[config.task].plain and not flow and not config.lora.rank

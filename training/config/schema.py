@@ -70,8 +70,8 @@ class VaeConfig:
     """None: the identity, for a model that works on pixels. Else the folder or Hub id of an `AutoencoderKL`."""
 
     pretrained: str | None = None  # a run of task=autoencoder, a folder or a Hub id
-    # each number of the array stands in so many pixels, 1, 2, 4 or 8 a side: for grids of fewer places than 8, since stock
-    # pipelines draw multiples of 8; the codec has to know of it
+    # each value covers so many pixels a side, as the source has it (molecules: 8): grids of fewer places than 8, in stock
+    # pipelines, whose sides are multiples of 8
     repeat: int = 1
 
 
@@ -109,8 +109,8 @@ class ObjectiveConfig:
     noise_candidates: int = 1  # of so many, the noise nearest to the image is taken (immiscible noise); 8 is usual
     self_conditioning: bool = False  # the network also reads its last x_0; such a model opens with trust_remote_code only
     caption_dropout: float = 0.1  # share of captions left out, which guidance needs
-    # what the empty caption stands for: the data, or pure noise. Guidance by s then draws from p(x | caption)^s: what is
-    # likeliest, with fewer mistakes and less variety
+    # what the empty caption stands for: the data, or pure noise. Guidance by s then draws from about p(x | caption)^s: what
+    # is likeliest, with fewer mistakes and less variety
     empty_caption: Literal["data", "noise"] = "data"
 
 

@@ -1,7 +1,8 @@
 """A prepared set: a folder of flat files, memory-mapped, so that a run holds few bytes a record in memory.
 
-`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; captions and names are texts with their ends; and a
-table holds for each record its bucket, row, split and captions.
+`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; of arrays that repeat each value over a square of pixels,
+one value a square. Captions and names are texts with their ends; and a table holds for each record its bucket, row, split and
+captions.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ class ArraySet(Sequence):
         num_records: with those that could not be used.
         noted: what was unusual about images that could -> how many.
         codec: the facts of the codec, see `pipelines.codecs`; None: pictures.
-        repeat: each number that is kept is said in a square of so many pixels a side.
+        repeat: each stored value covers `repeat` x `repeat` pixels.
         fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same one, however they came
             about.
     """
@@ -126,9 +127,13 @@ class ArraySet(Sequence):
 
     def image(self, i: int) -> np.ndarray:
         """Image i, `(H, W, C)` uint8; of a set with a codec, its array, in float16 from -1 to 1 where the codec says so."""
-        row = self.table[i]
-        image = self._maps[row["bucket"]][row["row"]]
+        image = self.stored(i)
         return image if self.repeat == 1 else image.repeat(self.repeat, axis=0).repeat(self.repeat, axis=1)
+
+    def stored(self, i: int) -> np.ndarray:
+        """Image i as it is kept, one value for `repeat` x `repeat` pixels."""
+        row = self.table[i]
+        return self._maps[row["bucket"]][row["row"]]
 
     def select(self, split: str) -> np.ndarray:
         """Indices of the records of one of `SPLITS`, `(N,)` int64."""

@@ -48,6 +48,7 @@ class SampleData:
         latents: from `cached.cached_latents`, if they were made.
         extra_arrays: what else the task makes of an image `(H, W, C)` uint8, a key and the streams, by name.
         tokenizer: of captions that are read as a stream, where the task reads captions.
+        as_stored: x_0 is what the set keeps, one value for each square of pixels.
     """
 
     images: ArraySet
@@ -56,6 +57,7 @@ class SampleData:
     latents: np.ndarray | None = None
     extra_arrays: Callable[[np.ndarray, int, Streams], dict[str, np.ndarray]] | None = None
     tokenizer: Any = None
+    as_stored: bool = False
 
 
 class TrainingSamples(Dataset):
@@ -148,6 +150,9 @@ def collate(samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
     text = torch.from_numpy(data.texts[captions])
     if data.latents is not None:
         x_0 = torch.from_numpy(data.latents[[sample.index for sample in samples]])
+        return {"x_0": x_0, "text": text, **level_and_key(samples)}
+    if data.as_stored:
+        x_0 = to_pixel_values(np.stack([data.images.stored(sample.index) for sample in samples]))
         return {"x_0": x_0, "text": text, **level_and_key(samples)}
     images = [data.images.image(sample.index) for sample in samples]
     return {"text": text, **level_and_key(samples), **image_tensors(images, samples, data)}

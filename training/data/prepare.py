@@ -224,7 +224,7 @@ def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, not
 
 
 def _encode(record: Record, codec: Codec) -> np.ndarray:
-    """The array of an object, `(H, W, C)`, as the set keeps it."""
+    """The array of an object, `(H, W, C)`, as the set keeps it: of values that repeat the first."""
     try:
         thing = record.image() if callable(record.image) else record.image
         array = codec.encode(thing)

@@ -82,7 +82,7 @@ def identity_vae(
     use_quant_conv: bool = False,
     repeat: int = 1,
 ) -> AutoencoderKL:
-    """A stock `AutoencoderKL` that computes the identity to 6e-7, so that a pixel model is an ordinary folder.
+    """A stock `AutoencoderKL` that computes the identity, of images to 6e-7: a pixel model is an ordinary folder.
 
     Latent channels beyond the image's, if any, are zero: Stable Diffusion's inpainting knows none but 4. With `repeat`, a
     power of 2, latents are the first of each square of so many pixels a side, and images repeat latents over such squares.

@@ -171,7 +171,7 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
 def build_scheduler(config: Config) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
     """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone.
 
-    Not where guidance leads away from noise: what it asks for lies beyond.
+    Not with `empty_caption: noise`, whose guided x_0 lies outside of [-1, 1].
     """
     if config.objective.target == "flow":
         if unknown := set(config.scheduler) - {"num_train_timesteps", "shift"}:  # others do not travel

@@ -73,9 +73,14 @@ def move_into_latents(pipe: SfumatoPipeline, vae: AutoencoderKL) -> SfumatoPipel
             "of at least its own number of channels; leave it out to go on in those of init_from"
         )
     widen(pipe.unet, vae.config["latent_channels"], vae.config["latent_channels"])
-    # Latents are not bounded as pixels are.
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, thresholding=False, clip_sample=False)
-    return SfumatoPipeline(**{**pipe.components, "vae": vae, "scheduler": scheduler})
+    return SfumatoPipeline(
+        **{**pipe.components, "vae": vae, "scheduler": _unbounded(pipe.scheduler)}
+    )  # latents have no bounds
+
+
+def _unbounded(scheduler):
+    """The scheduler without clipping x_0."""
+    return type(scheduler).from_config(scheduler.config, thresholding=False, clip_sample=False)
 
 
 def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None = None) -> SfumatoPipeline:
@@ -89,6 +94,8 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
         ModuleNotFoundError: LoRA needs the package peft.
     """
     pipe = _open(str(config.init_from))
+    if config.objective.empty_caption == "noise":
+        pipe.register_modules(scheduler=_unbounded(pipe.scheduler))
     if vae is not None:
         pipe = move_into_latents(pipe, vae)
     if pipe.config.self_conditioning != config.objective.self_conditioning:
@@ -101,8 +108,9 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels}
     if needs.widens and len(channels) == 1:  # a UNet of latents alone
         if is_identity(pipe.vae):
-            channels, repeat = pipe.vae.config.in_channels, pipe.vae_scale_factor
-            vae = identity_vae(max(config.data.size), channels, needs.latent_channels, repeat=repeat)
+            vae = identity_vae(
+                max(config.data.size), pipe.vae.config.in_channels, needs.latent_channels, repeat=pipe.vae_scale_factor
+            )
             pipe.register_modules(vae=vae)
         widen(pipe.unet, num_unet_inputs(config, pipe.vae, needs), pipe.vae.config.latent_channels)
     _check_loaded(config, pipe, needs)

@@ -85,7 +85,8 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
         "title": c.title,
         "data": f"{public_name(c.data.name)}, {len(images.select('train')):,} training images, "
         f"{len(images) - len(images.select('train')):,} held out",
-        "captions": f"{captions:,} to train on; dropped with probability {o.caption_dropout}, for guidance",
+        "captions": f"{captions:,} to train on; dropped with probability {o.caption_dropout}, for guidance"
+        + (" away from noise, which is what the empty caption draws" if o.empty_caption == "noise" else ""),
         "skipped records": sum(map(len, images.skipped.values())),
         "steps": f"{state['step']:,}",
         "images seen": f"{state['images_seen']:,}",

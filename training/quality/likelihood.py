@@ -11,7 +11,7 @@ from sfumato.pipelines.guided import run_network
 from sfumato.schedulers import SfumatoDDPMScheduler, training_scheduler
 from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.streams import noise_for
-from sfumato.training.models.latent_space import is_identity, to_pixel_values
+from sfumato.training.models.latent_space import encode, is_identity, to_pixel_values
 from sfumato.training.quality.evaluation import Evaluation
 from sfumato.training.quality.statistics import Score, mean_score
 
@@ -64,7 +64,7 @@ def bits_per_dim(
     decoder = []
     embeds = pipe.encode_prompt(captions, device, 1, False)[0]
     for i in tqdm(range(len(images)), desc="bits per dimension", unit="image", disable=not progress):
-        x_0 = to_pixel_values(images[i : i + 1]).to(device)
+        x_0 = encode(pipe.vae, to_pixel_values(images[i : i + 1])).to(device)
         shift = (0.5 + i * 0.6180339887498949) % 1
         levels = (1 + torch.floor((torch.arange(count, dtype=torch.float64) + shift) * (steps - 1) / count)).long()
         levels = torch.cat([levels.new_zeros(1), levels]).to(device)

@@ -88,6 +88,7 @@ class TextToImage:
             streams=self.streams,
             extra_arrays=self.extra_arrays,
             tokenizer=pipe.tokenizer,
+            as_stored=self.is_pixel_model and self.images.repeat > 1,
         )
         self.moments = LossMoments(device="cpu" if device.type == "mps" else device) if config.objective.importance else None
         self.levels = pipe.scheduler.snr(pipe.scheduler.training_levels()).cpu()
@@ -108,8 +109,6 @@ class TextToImage:
     def _build(self, checkpoint: Path | None) -> SfumatoPipeline:
         """The model, with the tokenizer of the run that it goes on from; its sampler and guider are tried."""
         config, tokenizer = self.config, None
-        if self.images.repeat % config.vae.repeat:
-            raise ValueError(f"vae.repeat={config.vae.repeat}: {config.data.name} says its numbers {self.images.repeat} times")
         if checkpoint is not None:
             if not (checkpoint / "pipeline" / "tokenizer").is_dir():
                 raise ValueError(f"{checkpoint} is of another task than {config.task}")
@@ -117,6 +116,11 @@ class TextToImage:
         captions = self.images.training_captions()
         pipe = build_pipeline(config, captions, tokenizer)
         warn_of_long_captions(pipe, captions)
+        if is_identity(pipe.vae) and self.images.repeat != pipe.vae_scale_factor:
+            raise ValueError(
+                f"this model reads one value of each {pipe.vae_scale_factor} x {pipe.vae_scale_factor} pixels, and"
+                f" {config.data.name} has one for {self.images.repeat} x {self.images.repeat}; see vae.repeat"
+            )
         steps, num_steps = pipe.scheduler.config.num_train_timesteps, config.validation.num_inference_steps
         if num_steps > steps:
             raise ValueError(f"validation.num_inference_steps={num_steps}: the model has {steps} steps")
@@ -179,10 +183,9 @@ class TextToImage:
         o, scheduler = self.config.objective, self.pipe.scheduler
         t = batch["t"]
         x_0 = self.x_0(batch)
-        if o.empty_caption == "noise":
-            empty = self.streams.normal(batch["sample_key"], Stream.EMPTY, tuple(x_0.shape[1:]))
-            x_0 = torch.where(batch["is_empty"].reshape(-1, 1, 1, 1), empty, x_0)
         noise = self.noise(batch["sample_key"], x_0)
+        if o.empty_caption == "noise":
+            x_0, noise = self.with_noise_alone(x_0, noise, batch)
         x_t = scheduler.add_noise(x_0, noise, t)
         output = self.predict(model, x_t, t, batch)
         prediction, target = output[:, : x_0.shape[1]], scheduler.training_target(x_0, noise, t)
@@ -191,6 +194,18 @@ class TextToImage:
             halves = torch.cat([prediction.detach(), output[:, x_0.shape[1] :]], dim=1).float()
             losses = losses + o.vlb_weight * len(self.snr) * scheduler.bound_term(halves, x_0, x_t, t)
         return losses
+
+    def with_noise_alone(
+        self, x_0: torch.Tensor, noise: torch.Tensor, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_0 and eps, where captions were dropped, of pure noise: x_t is N(0, 1), and they are what is expected of it.
+
+        Of x_0 from N(0, 1), E[x_0 | x_t] = sqrt(abar) x_t and E[eps | x_t] = sqrt(1 - abar) x_t, so v is zero.
+        """
+        signal, deviation = self.pipe.scheduler.signal_and_noise(batch["t"], x_0)
+        x_t = self.streams.normal(batch["sample_key"], Stream.EMPTY, tuple(x_0.shape[1:]))
+        is_empty = batch["is_empty"].reshape(-1, 1, 1, 1)
+        return torch.where(is_empty, signal * x_t, x_0), torch.where(is_empty, deviation * x_t, noise)
 
     def x_0(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Clean latents or pixels, `(B, C, h, w)`."""
