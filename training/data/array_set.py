@@ -1,7 +1,7 @@
 """A prepared set: a folder of flat files, memory-mapped, so that a run holds few bytes a record in memory.
 
-`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; of arrays that repeat each value over a square, one
-value of each. Captions and names are texts with their ends; and a table holds for each record its bucket, row, split and captions.
+`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; of arrays that repeat each value over a square, one of
+each. Captions and names are texts with their ends; and a table holds for each record its bucket, row, split and captions.
 """
 
 import hashlib
