@@ -56,11 +56,12 @@ def test_identity_vae_is_the_identity(dtype, tolerance):
 
 @pytest.mark.parametrize("repeat", [2, 8])
 def test_a_repeating_vae_takes_the_first_of_each_square_and_fills_squares(repeat):
+    rng = torch.Generator().manual_seed(0)
     vae = build.identity_vae(3 * repeat, 5, repeat=repeat)
-    x = torch.rand(2, 5, 3, 3) * 2 - 1
+    x = torch.rand(2, 5, 3, 3, generator=rng) * 2 - 1
     squares = x.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)
-    torch.testing.assert_close(vae.decode(x).sample, squares, atol=1e-5, rtol=0)
-    other = squares + torch.rand_like(squares)
+    torch.testing.assert_close(vae.decode(x).sample, squares, atol=5e-5, rtol=0)
+    other = squares + torch.rand(squares.shape, generator=rng)
     torch.testing.assert_close(vae.encode(other).latent_dist.mode(), other[:, :, ::repeat, ::repeat], atol=5e-5, rtol=0)
     assert is_identity(vae) and torch.equal(encode(vae, other), other[:, :, ::repeat, ::repeat])
 
