@@ -159,7 +159,9 @@ def test_learning_rate_warms_up_then_follows_the_fraction_done():
 def test_with_noise_for_the_empty_caption_guidance_raises_the_density_to_a_power():
     """v is zero for pure noise, so guidance by s multiplies v by s, whose score is s grad log p - (s - 1) grad log N(0, 1)."""
     scheduler = SfumatoDDPMScheduler(beta_schedule="cosine", prediction_type="v_prediction")
-    mean, deviation, scale = 0.7, 0.3, 2.5
+    mean = 0.7
+    deviation = 0.3
+    scale = 2.5
     x_t = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     t = torch.tensor([1, 50, 200, 500, 800, 990])
     signal, noise = scheduler.signal_and_noise(t, x_t)

@@ -34,7 +34,9 @@ class MoleculeCodec:
         elements: their symbols, carbon first.
     """
 
-    kind, version, stored = "molecules", 3, "uint8"
+    kind = "molecules"
+    version = 3
+    stored = "uint8"
     endings = (".sdf", ".smi", ".png")
     repeat = 8
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from sfumato.pipelines.motion import FrameVae, join_frames, split_frames
+from sfumato.training.models.autoencoder import downsampling_factor
 
 
 def is_identity(vae: AutoencoderKL | FrameVae) -> bool:
@@ -40,7 +41,7 @@ def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor, *, is_pixe
         frames = split_frames(pixel_values, vae.vae.config.in_channels)
         return join_frames(encode(vae.vae, frames, is_pixel_model=is_pixel_model), len(pixel_values))
     if is_pixel_model:
-        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        factor = downsampling_factor(vae)
         first = pixel_values[:, :, ::factor, ::factor]
         return F.pad(first, (0, 0, 0, 0, 0, vae.config["latent_channels"] - first.shape[1]))
     return vae.encode(pixel_values, return_dict=False)[0].mode() * vae.config["scaling_factor"]
