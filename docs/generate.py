@@ -75,15 +75,22 @@ def figures_page() -> str:
 
 
 def _leaves(content, name: str = "") -> Iterator[tuple[str, object]]:
-    """Numbers and texts of a JSON file with the way to each; a list of numbers is one."""
-    if isinstance(content, dict):
+    """Numbers and texts of a JSON file with the way to each; a list of numbers is one, and so are those of one name."""
+    if isinstance(content, dict) and name and not any(isinstance(value, dict | list) for value in content.values()):
+        yield name, "; ".join(f"{key} {_short(value)}" for key, value in content.items())
+    elif isinstance(content, dict):
         for key, value in content.items():
             yield from _leaves(value, f"{name}, {key}" if name else key)
     elif isinstance(content, list) and any(isinstance(value, dict | list) for value in content):
         for number, value in enumerate(content):
             yield from _leaves(value, f"{name} {number + 1}".strip())
     else:
-        yield name, ", ".join(map(str, content)) if isinstance(content, list) else content
+        yield name, ", ".join(map(_short, content)) if isinstance(content, list) else _short(content)
+
+
+def _short(value) -> str:
+    """A number in four digits, and all of it where it is whole."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

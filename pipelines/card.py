@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
 from sfumato import __version__
+from sfumato.pipelines.codecs import repeat_of
 from sfumato.pipelines.guided import guidance_width
 from sfumato.pipelines.images import MODES
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
@@ -448,7 +449,11 @@ def _describe(pipe: SfumatoPipeline, variants: Sequence[str]) -> str:
     height, width = (size, size) if isinstance(size, int) else size
     counts = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")}
     factor = pipe.vae_scale_factor
-    space = "on pixels: its VAE is the identity" if factor == 1 else f"on latents of {channels} channels at {height} x {width}"
+    space = f"on latents of {channels} channels at {height} x {width}"
+    if factor == 1:
+        space = "on pixels: its VAE is the identity"
+    elif pipe.codec is not None and repeat_of(pipe.codec) == factor:
+        space = f"on one of each {factor} x {factor}: its VAE repeats values over such squares"
     scheduler = pipe.scheduler.config
     notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
     schedule = notes or {"beta_schedule": scheduler.get("beta_schedule")}
