@@ -50,6 +50,7 @@ class Source(Entry):
         codec: where its records are no pictures, `module:function`, called as `open_source` is, which gives their codec.
         shape: height, width and channels of the arrays, where they are always the same.
         repeat: of those arrays each value covers so many pixels a side.
+        version: raised with a change of its own code that changes its records, so that sets of the older ones are not taken.
     """
 
     named: bool = False
@@ -63,6 +64,7 @@ class Source(Entry):
     codec: str | None = None
     shape: tuple[int, int, int] | None = None
     repeat: int = 1
+    version: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +308,7 @@ SOURCES: Registry[Source] = Registry(
         "speech": Source(
             target=f"{_SOURCES}.speech:open_source",
             codec=f"{_SOURCES}.speech:open_codec",
+            version=2,
             named=True,
             generated=True,
             shape=(32, 32, 4),

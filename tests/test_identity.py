@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from sfumato.registries import METRICS
+from sfumato.registries import METRICS, SOURCES
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data import prepare
 from sfumato.training.data.array_set import hash_content
@@ -66,6 +67,13 @@ def test_the_key_follows_settings_and_files_and_not_what_changes_no_image(tmp_pa
     config.resolution = 16
     (tmp_path / "images" / "grey.txt").write_text("another caption")
     assert prepare.cache_key(config) != key
+
+
+def test_a_source_whose_code_changed_is_prepared_anew_and_no_other(monkeypatch):
+    speech, notes = DataConfig(name="speech"), DataConfig(name="notes")
+    keys = prepare.cache_key(speech), prepare.cache_key(notes)
+    monkeypatch.setitem(SOURCES._entries, "speech", replace(SOURCES["speech"], version=SOURCES["speech"].version + 1))
+    assert prepare.cache_key(speech) != keys[0] and prepare.cache_key(notes) == keys[1]
 
 
 def test_the_same_bytes_are_the_same_data_wherever_they_lie(tmp_path):

@@ -186,12 +186,21 @@ def judged_share(source, codec, name, count):
     return np.mean([codec.judge(codec.decode(array), record.captions[0])[name] for array, record in zip(arrays, records)])
 
 
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+@pytest.mark.parametrize("accent", speech.ACCENTS.values())
+def test_every_accent_has_men_and_women(accent):
+    """espeak-ng takes the name of a voice that it does not know for the accent's own man, and says nothing of it."""
+    names = [name for names in speech.VOICES.values() for name in names]
+    said = {speech.with_espeak("nine", f"{accent}+{name}", 160, 50).tobytes() for name in names}
+    assert len(said) == len(names)
+
+
 @pytest.mark.skipif(shutil.which("espeak-ng") is None or shutil.which("flite") is None, reason="needs espeak-ng and flite")
 @pytest.mark.slow
 def test_speech_is_heard_through_the_codec():
     codec = speech.open_codec(None, [])
     assert isinstance(codec, SpeechCodec)
-    assert judged_share(speech, codec, "word", 30) > 0.7 and judged_share(speech, codec, "voice", 30) > 0.7
+    assert judged_share(speech, codec, "word", 30) > 0.7 and judged_share(speech, codec, "voice", 30) > 0.9
     silent = codec.judge(np.zeros(codec.length, np.float32), "a Scottish woman says seven quickly")
     assert not any(silent.values())
     with pytest.raises(ValueError, match="no caption of this kind"):

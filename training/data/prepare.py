@@ -25,7 +25,8 @@ from sfumato.training.data.records import HELD_OUT_SHARE, Record, Unusable, hash
 from sfumato.training.data.sources.registry import open_codec, open_source, source_name
 from sfumato.training.data.stream import sample_of
 
-# Raise this by hand with every change of code that changes a prepared byte: tests/test_identity.py has golden hashes.
+# Raise this by hand with every change of code that changes a prepared byte of every source (of one alone: `Source.version`):
+# tests/test_identity.py has golden hashes.
 FORMAT_VERSION = 2
 # Settings that change no prepared image.
 NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings", "stream_buffer")
@@ -36,7 +37,7 @@ LATER = {"recolours": 0}
 
 
 def cache_key(config: DataConfig) -> str:
-    """A hash of what decides the prepared images: settings, `FORMAT_VERSION`, packages, and the files of a source.
+    """A hash of what decides the prepared images: settings, `FORMAT_VERSION`, packages, a source's version and its files.
 
     It names a folder in the cache and says only where to look. What a set *is* says `ArraySet.fingerprint`.
     """
@@ -44,7 +45,10 @@ def cache_key(config: DataConfig) -> str:
     parts = {key: value for key, value in parts.items() if config.stream or key not in OF_STREAMS}
     parts = {key: value for key, value in parts.items() if key not in LATER or value != LATER[key]}
     parts["format"] = FORMAT_VERSION
-    for package in ("pillow", *(() if config.stream else SOURCES[source_name(config.name)].packages)):
+    source = None if config.stream else SOURCES[source_name(config.name)]
+    if source is not None and source.version > 1:
+        parts["source"] = source.version
+    for package in ("pillow", *(source.packages if source is not None else ())):
         try:
             parts[package] = version(package)
         except PackageNotFoundError:
