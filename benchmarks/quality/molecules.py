@@ -1,14 +1,16 @@
 """A model of molecules by the field's measures: valid and in one piece without correction, unique, new, FCD.
 
-    python -m benchmarks.quality.molecules runs/molecules [count] [scale=2.5] [out.json]
+    python -m benchmarks.quality.molecules runs/molecules [--count 10000] [--scale 2.5] [--start 0.3] [--split held_out]
+        [--out FILE.json]
 
-Captions are those of molecules of QM9, evenly chosen, so that what is drawn should be distributed as the data are. `scale`: of
-guidance; the run's own without it. FCD (Preuer et al. 2018) needs fcd_torch; it compares with as many molecules of QM9 as were
-drawn.
+Captions are those of molecules of the set, evenly chosen, so that what is drawn should be distributed as the data are. Steps
+are the run's own, and so is the scale unless it is given; `--start` leaves the first part of the steps without guidance. FCD
+(Preuer et al. 2018) needs fcd_torch; it compares with the molecules whose captions were drawn.
 """
 
+import argparse
 import json
-import sys
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.choices import with_guider
 from sfumato.training.config.load import load_config
 from sfumato.training.data.array_set import to_unit
 from sfumato.training.data.prepare import prepare
@@ -23,35 +26,50 @@ from sfumato.training.data.prepare import prepare
 
 def main() -> None:
     """See the module."""
-    run, count = sys.argv[1], int(next((item for item in sys.argv[2:] if item.isdigit()), 1000))
-    pipe = SfumatoPipeline.from_pretrained(Path(run) / "pipeline")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--count", type=int, default=1000, help="molecules that are drawn (default: %(default)s)")
+    parser.add_argument("--scale", type=float, help="of guidance")
+    parser.add_argument("--start", type=float, default=0.0, help="the share of the steps before guidance begins")
+    parser.add_argument("--split", choices=["train", "held_out"], default="train", help="whose captions")
+    parser.add_argument("--out", type=Path, help="the figures; the molecules go into a .smi beside them")
+    options = parser.parse_args()
+    config = load_config(options.run / "config.yaml")
+    images, v = prepare(config.data), config.validation
+    scale = v.guidance_scale if options.scale is None else options.scale
+    numbers = images.select(options.split)
+    chosen = [numbers[i * len(numbers) // options.count] for i in range(options.count)]
+    captions = [images[i]["captions"][0] for i in chosen]
+    pipe = SfumatoPipeline.from_pretrained(options.run / "pipeline")
+    if options.start:
+        pipe = with_guider(pipe, "cfg", None, start=options.start, stop=1.0)
     pipe.set_progress_bar_config(disable=True)
-    config = load_config(Path(run) / "config.yaml")
-    images, codec, v = prepare(config.data), pipe.codec, config.validation
-    train = images.select("train")
-    chosen = [train[i * len(train) // count] for i in range(count)]
-    scale = next((float(item[6:]) for item in sys.argv[2:] if item.startswith("scale=")), v.guidance_scale)
-    captions, drawn = [images[i]["captions"][0] for i in chosen], []
-    for i in range(0, count, 128):
-        call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": scale, "output_type": "np"}
-        arrays = pipe(captions[i : i + 128], generator=torch.Generator().manual_seed(i), **call).images
-        drawn += [codec.decode(array) for array in arrays]
+    call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": scale, "output_type": "decoded"}
+    drawn = []
+    for i in range(0, options.count, 128):
+        drawn += pipe(captions[i : i + 128], generator=torch.Generator().manual_seed(i), **call).images
+    codec = pipe.codec
     judged = [codec.judge(thing, caption) for thing, caption in zip(drawn, captions)]
     scores = {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
+    of_caption = defaultdict(list)
+    for caption, each in zip(captions, judged):
+        of_caption[caption].append(each["all"])
+    scores["all, each caption once"] = float(np.mean([np.mean(right) for right in of_caption.values()]))
     smiles = [text for text in (codec.smiles(thing) for thing in drawn) if text is not None and "." not in text]
-    known = {codec.smiles(codec.decode(to_unit(images.image(i)))) for i in train}
-    scores |= {"unique": len(set(smiles)) / len(smiles), "not in QM9": float(np.mean([text not in known for text in smiles]))}
+    known = {codec.smiles(codec.decode(to_unit(images.image(i)))) for i in images.select("train")}
+    scores |= {"unique": len(set(smiles)) / len(smiles), "new": float(np.mean([text not in known for text in smiles]))}
     if find_spec("fcd_torch") is not None:
         from fcd_torch import FCD
 
         true = [codec.smiles(codec.decode(to_unit(images.image(i)))) for i in chosen]
         scores["FCD"] = float(FCD(device="cpu", n_jobs=1)(ref=true, gen=smiles))
-    text = json.dumps({"drawn": count, "guidance scale": scale, **scores}, indent=1)
+    facts = {"drawn": options.count, "captions": options.split, "guidance scale": scale, "guidance from": options.start}
+    text = json.dumps({**facts, **{name: round(value, 4) for name, value in scores.items()}}, indent=1)
     print(text)
-    for out in (item for item in sys.argv[2:] if item.endswith(".json")):
-        Path(out).write_text(text + "\n")
+    if options.out:
+        options.out.write_text(text + "\n")
         lines = [codec.smiles(thing) or "invalid" for thing in drawn]
-        Path(out).with_suffix(".smi").write_text("\n".join(lines) + "\n")  # what moses_metrics.py reads
+        options.out.with_suffix(".smi").write_text("\n".join(lines) + "\n")  # what moses_metrics.py reads
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""A model of sounds, to listen to: its sample captions one after the other in one file.
+
+    python -m benchmarks.quality.listen runs/speech [--seed 0] [--out benchmarks/results/speech.ogg]
+
+The captions are those of the run's grids of samples, evenly chosen from what is held out; nothing is chosen by hand.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from sfumato.pipelines import SfumatoPipeline
+from sfumato.training.config.load import load_config
+from sfumato.training.data.prepare import prepare
+from sfumato.training.quality.drawing import sample_captions
+
+PAUSE = 0.4  # seconds between two
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="its ending says the format (default: benchmarks/results/NAME.ogg)")
+    options = parser.parse_args()
+    config = load_config(options.run / "config.yaml")
+    pipe = SfumatoPipeline.from_pretrained(options.run / "pipeline")
+    captions = config.validation.prompts or sample_captions(prepare(config.data))
+    call = {name: getattr(config.validation, name) for name in ("num_inference_steps", "guidance_scale")}
+    sounds = pipe(captions, generator=torch.Generator().manual_seed(options.seed), output_type="decoded", **call).images
+    pause = np.zeros(int(PAUSE * pipe.codec.rate), np.float32)
+    out = options.out or Path("benchmarks/results", f"{config.data.name}.ogg")
+    soundfile.write(out, np.concatenate([part for sound in sounds for part in (sound, pause)]), pipe.codec.rate)
+    print(f"wrote {out}:", "; ".join(captions))
+
+
+if __name__ == "__main__":
+    main()
