@@ -195,6 +195,13 @@ def test_every_accent_has_men_and_women(accent):
     assert len(said) == len(names)
 
 
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs flite")
+def test_every_recorded_voice_is_there():
+    """flite, too, takes a voice of its own for one that it does not know."""
+    names = [name for names in speech.RECORDED.values() for name in names] + ["nobody"]
+    assert len({speech._said("flite", "-voice", name, "-t", "nine", "-o").tobytes() for name in names}) == len(names)
+
+
 @pytest.mark.skipif(shutil.which("espeak-ng") is None or shutil.which("flite") is None, reason="needs espeak-ng and flite")
 @pytest.mark.slow
 def test_speech_is_heard_through_the_codec():
