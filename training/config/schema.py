@@ -29,6 +29,8 @@ class DataConfig:
     skin_tones: bool = True  # openmoji, iconify: with the variants that differ only in skin tone
     colours: bool = False  # openmoji: also captions that begin with the image's main colour, such as "pink pig face"
     recolours: int = 0  # openmoji: an image of one main colour also in so many others, such as "green soccer ball"; at most 8
+    # openmoji: the unpacked folder of npm's emojibase-data, whose names, keywords and groups are captions too
+    keywords: str | None = None
     words: list[str] = field(default_factory=list)  # openmoji, iconify: only images with one of these in the English name
     num_pictures: int = 16384  # shapes: how many to draw
     num_figures: int = 1  # shapes: in each image, 1 or 2

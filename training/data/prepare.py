@@ -33,7 +33,7 @@ NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cac
 # Settings that decide the images of a set that is read as a stream, and of no other.
 OF_STREAMS = ("stream", "stream_sample")
 # Settings that came later, with the value at which a set is what it was before.
-LATER = {"recolours": 0}
+LATER = {"recolours": 0, "keywords": None}
 
 
 def cache_key(config: DataConfig) -> str:
@@ -56,10 +56,11 @@ def cache_key(config: DataConfig) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode())
     named, _, argument = config.name.partition(":")
     path = Path(argument if named in SOURCES and SOURCES[named].named and argument else config.name).expanduser()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            status = file.stat()
-            digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "replace"))
+    for root in (path, *([Path(config.keywords).expanduser()] if config.keywords else [])):
+        for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if file.is_file():
+                status = file.stat()
+                digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "replace"))
     return digest.hexdigest()[:16]
 
 

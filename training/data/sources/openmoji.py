@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from PIL import Image
 
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record, hash_fraction
+from sfumato.training.data.sources.keywords import plain_code, read_keywords
 
 _TONES = range(0x1F3FB, 0x1F400)
 
@@ -40,8 +41,13 @@ def _plain(name: str) -> str:
     return name.strip(":").replace("_", " ").strip()
 
 
-def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -> list[dict]:
+def records(
+    languages: list[str], skin_tones: bool, words: Sequence[str] = (), keywords: Mapping[str, list[str]] | None = None
+) -> list[dict]:
     """Every OpenMoji image that `emoji` names, in a fixed order.
+
+    Args:
+        keywords: further captions, see `keywords.read_keywords`.
 
     Returns:
         Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `chinese` (that one, or None),
@@ -78,6 +84,7 @@ def records(languages: list[str], skin_tones: bool, words: Sequence[str] = ()) -
             captions += [english] + [_plain(alias) for alias in entry.get("alias", [])]
         translated = _plain(chinese[code]) + ("国旗" if flag else "") if code in chinese else None
         captions += [translated] if translated else []
+        captions += (keywords or {}).get(plain_code(name), [])
         unique = {}  # the tokenizer lowers case, so captions that differ in case only are one
         for caption in captions:
             unique.setdefault(caption.lower(), caption)
@@ -255,10 +262,11 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """The emoji that `config` chooses, drawn in its resolution when they are read.
 
     Raises:
-        ValueError: no name has one of the words.
+        ValueError: no name has one of the words, or the keywords cannot be read.
         ModuleNotFoundError: the packages of the extra `sfumato[openmoji]` are missing.
     """
-    found = records(config.languages, config.skin_tones, config.words)
+    keywords = read_keywords(Path(config.keywords).expanduser(), config.languages) if config.keywords else None
+    found = records(config.languages, config.skin_tones, config.words, keywords)
     if not any(record["split"] == "train" for record in found):
         raise ValueError(f"no OpenMoji image has a name with one of data.words={config.words}")
 
