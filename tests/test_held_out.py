@@ -139,3 +139,20 @@ def test_prompts_of_grids_are_different_captions_where_there_are_such(tmp_path):
     held_out = [images[int(i)]["captions"][0] for i in images.select("held_out")]
     assert len(held_out) > len(set(held_out)) > 2
     assert sorted(drawing.sample_captions(images)) == sorted(set(held_out))
+
+
+def test_prompts_of_grids_follow_no_rhythm_of_the_captions(tmp_path, monkeypatch):
+    """Of spoken words held out with each of three paces, every sixth was slow."""
+    (tmp_path / "set").mkdir()
+    paces = ("slowly", "calmly", "quickly")
+    rows = ["file_name,text"]
+    for k in range(144):
+        np.save(tmp_path / "set" / f"{k:04d}.npy", np.full((1, 8, 8), k, np.uint8))
+        rows.append(f"{k:04d}.npy,says {k % 72 // 3} {paces[k % 3]}")
+    (tmp_path / "set" / "metadata.csv").write_text("\n".join(rows))
+    images = prepare(
+        load_config(tiny.config_file(tmp_path, data={"name": str(tmp_path / "set"), "resolution": 8, "channels": 1})).data
+    )
+    monkeypatch.setattr(images, "select", lambda split: np.arange(144))
+    captions = drawing.sample_captions(images)
+    assert len(set(captions)) == 12 and {caption.split()[-1] for caption in captions} == set(paces)

@@ -21,12 +21,15 @@ def sample_indices(images: ArraySet, count: int) -> list[int]:
 
 
 def sample_captions(images: ArraySet) -> list[str]:
-    """Captions of up to twelve images that `sample_indices` chooses; where some are the same, of more images, each once."""
+    """Captions of up to twelve images that `sample_indices` chooses; where some are the same, of more images twelve that a
+    seed chooses, since captions of a made set repeat in a rhythm of their own ("slowly", "quickly").
+    """
     captions = [images[i]["captions"][0] for i in sample_indices(images, 12)]
     if len(set(captions)) == len(captions):
         return captions
     distinct = list(dict.fromkeys(images[i]["captions"][0] for i in sample_indices(images, 600)))
-    return [distinct[k] for k in array_set.evenly_spaced(len(distinct), 12)]
+    chosen = np.random.default_rng(0).permutation(len(distinct))[:12]
+    return [distinct[k] for k in sorted(chosen)]
 
 
 def sampling_pipeline(pipe: SfumatoPipeline, config: ValidationConfig) -> SfumatoPipeline:
