@@ -89,8 +89,10 @@ def _leaves(content, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _short(value) -> str:
-    """A number in four digits, and all of it where it is whole."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A number in four digits, or as many as it has before the point."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def main() -> None:

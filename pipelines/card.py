@@ -453,7 +453,7 @@ def _describe(pipe: SfumatoPipeline, variants: Sequence[str]) -> str:
     if factor == 1:
         space = "on pixels: its VAE is the identity"
     elif pipe.codec is not None and repeat_of(pipe.codec) == factor:
-        space = f"on one of each {factor} x {factor}: its VAE repeats values over such squares"
+        space = f"on one value of each square of {factor} x {factor} pixels, over which its VAE repeats it"
     scheduler = pipe.scheduler.config
     notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
     schedule = notes or {"beta_schedule": scheduler.get("beta_schedule")}

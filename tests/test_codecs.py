@@ -366,7 +366,8 @@ def test_a_model_of_squares_works_on_one_number_of_each(tmp_path, monkeypatch):
     stock = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     ours = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert stock.unet.config.sample_size == 3 and "sfumato" not in type(stock).__module__
-    assert "works on one of each 8 x 8: its VAE repeats values" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "works on one value of each square of 8 x 8 pixels, over which its VAE repeats it" in card
     call = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
     drawn = [pipe("four atoms", generator=torch.Generator().manual_seed(0), **call).images[0] for pipe in (stock, ours)]
     assert drawn[0].shape == (24, 24, 29)

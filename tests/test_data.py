@@ -310,19 +310,22 @@ def test_an_image_is_recoloured_and_says_so(tmp_path):
 
 
 def keywords_folder(root):
-    """Two emoji as emojibase-data has them."""
-    english = [
-        {"label": "red heart", "hexcode": "2764", "tags": ["love", "emotion", "care", "red heart"], "subgroup": 14},
-        {"label": "bookmark tabs", "hexcode": "1F4D1", "tags": ["mark"], "subgroup": 70},
-        {"label": "regional indicator A", "hexcode": "1F1E6"},
-    ]
-    chinese = [{"label": "心", "hexcode": "2764", "tags": ["喜欢", "情感", "爱"], "subgroup": 14}]
-    for language, entries in (("en", english), ("zh", chinese)):
+    """Two emoji as emojibase-data has them, one of a group whose number another has too."""
+    emoji = {
+        "en": [
+            {"label": "red heart", "hexcode": "2764", "tags": ["love", "emotion", "care", "Red Heart"], "subgroup": 14},
+            {"label": "bookmark tabs", "hexcode": "1F4D1", "tags": ["mark"], "subgroup": 46},
+            {"label": "regional indicator A", "hexcode": "1F1E6", "tags": None, "subgroup": None},
+        ],
+        "zh": [{"label": "心", "hexcode": "2764", "tags": ["喜欢", "爱"], "subgroup": 14}],
+    }
+    groups = {"en": "hearts", "zh": "心形"}
+    for language, entries in emoji.items():
         folder = root / "package" / language
         folder.mkdir(parents=True)
         (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
-        groups = [{"order": 14, "message": "hearts"}, {"order": 70, "message": "book-paper"}]
-        (folder / "messages.json").write_text(json.dumps({"subgroups": groups}), encoding="utf-8")
+        rows = [{"order": 14, "message": groups[language]}, {"order": 46, "message": "one"}, {"order": 46, "message": "two"}]
+        (folder / "messages.json").write_text(json.dumps({"subgroups": rows}), encoding="utf-8")
     return root / "package"
 
 
@@ -334,27 +337,53 @@ def test_keywords_and_groups_are_further_captions(tmp_path):
     more = prepare.prepare(schema.DataConfig(**settings, keywords=str(folder)))
     assert [record["id"] for record in more] == [record["id"] for record in plain]
     captions = {record["id"]: record["captions"] for record in more}
-    for record in plain:
-        own = captions[record["id"]]
-        assert own[: len(record["captions"])] == record["captions"]
-        assert (own != record["captions"]) == (record["id"] in ("2764", "1F4D1"))
-    added = captions["2764"][len(next(record for record in plain if record["id"] == "2764")["captions"]) :]
-    assert added[0] == "red heart, hearts" and added[2:4] == ["心", "心，hearts"]
-    assert set(added[1].split(", ")) == {"love", "emotion", "care"} and set(added[4].split("，")) == {"喜欢", "情感", "爱"}
+    before = {record["id"]: record["captions"] for record in plain}
+    added = {name: captions[name][len(own) :] for name, own in before.items()}
+    assert all(captions[name][: len(own)] == own for name, own in before.items())
+    assert {name for name, new in added.items() if new} == {"2764", "1F4D1"}
+    assert added["1F4D1"] == ["mark"]
+    heart = added["2764"]
+    assert [heart[0], *heart[2:4]] == ["red heart, hearts", "心", "心，心形"]
+    assert set(heart[1].split(", ")) == {"love", "emotion", "care"} and set(heart[4].split("，")) == {"喜欢", "爱"}
     english = prepare.prepare(schema.DataConfig(**settings, languages=["en"], keywords=str(folder)))
     assert all(caption.isascii() for record in english for caption in record["captions"])
 
 
 @pytest.mark.parametrize(
-    "content", [None, "[", "{}", "[1]", '[{"label": "x"}]', '[{"label": "x", "hexcode": "2764", "subgroup": 3}]']
+    ("content", "reason"),
+    [
+        (None, "en.data.json cannot be read"),
+        ("[", "en.data.json is damaged"),
+        ("{}", "en.data.json is no list of emoji"),
+        ("[]", "en.data.json is no list of emoji"),
+        ("[1]", "en.data.json is no list of emoji"),
+        ('[{"label": "x"}]', "an emoji without hexcode"),
+        ('[{"label": null, "hexcode": "2764"}]', "an emoji without hexcode, label"),
+        ('[{"label": "x", "hexcode": "2764", "tags": "love"}]', "a list of tags"),
+    ],
 )
-def test_a_folder_without_keywords_is_named(tmp_path, content):
+def test_a_folder_without_keywords_is_named(tmp_path, content, reason):
     folder = keywords_folder(tmp_path)
     (folder / "en" / "data.json").unlink()
     if content is not None:
         (folder / "en" / "data.json").write_text(content)
-    with pytest.raises(ValueError, match="data.keywords=.*npm pack emojibase-data"):
+    with pytest.raises(ValueError, match=f"data.keywords: .*{reason}.*npm pack emojibase-data"):
         read_keywords(folder, ["en", "zh"])
+
+
+def test_a_folder_of_keywords_that_is_not_there_is_told_at_once(tmp_path):
+    with pytest.raises(ValueError, match="data.keywords.*names no folder: npm pack emojibase-data"):
+        load_config(tiny.config_file(tmp_path, data={"name": "openmoji", "keywords": str(tmp_path / "nowhere")}))
+
+
+def test_a_touched_keyword_makes_another_key_and_no_other_file_does(tmp_path):
+    folder = keywords_folder(tmp_path)
+    config = schema.DataConfig(keywords=str(folder), languages=["en"])
+    key = prepare.cache_key(config)
+    (folder / "zh" / "data.json").write_text("[]")
+    assert prepare.cache_key(config) == key
+    (folder / "en" / "data.json").write_text("[]")
+    assert prepare.cache_key(config) != key
 
 
 def test_a_recoloured_image_says_so_in_chinese_too(tmp_path):

@@ -25,7 +25,8 @@ from sfumato import cli, files
 from sfumato.pipelines import SfumatoPipeline, export_pipeline
 from sfumato.pipelines.export import RunRecord, WeightFiles, joined_source
 from sfumato.schedulers import SfumatoDDPMScheduler
-from sfumato.training.config.load import dump_config, load_config
+from sfumato.training.config.load import default_config, dump_config, load_config
+from sfumato.training.publish.facts import public_settings
 from sfumato.training.train import main
 
 FILES = {
@@ -358,6 +359,16 @@ def test_a_crash_while_exporting_leaves_the_old_folder(exported, tmp_path, monke
     with pytest.raises(OSError, match="No space"):
         export_pipeline(pipe, tmp_path / "model")
     assert {p: p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()} == before
+
+
+def test_shared_settings_hold_no_place_of_this_machine():
+    """Of every setting that may name a folder or a file."""
+    place, config = "/home/somebody/private/thing", default_config()
+    config.output_dir = config.init_from = config.checkpoint.resume = place
+    config.data.name = config.data.keywords = config.data.links_into = config.data.cache_dir = place
+    config.vae.pretrained = config.text_encoder.pretrained = place
+    text = public_settings(config)
+    assert "somebody" not in text and "keywords: thing" in text
 
 
 def test_what_a_run_shares_tells_how_it_was_made_and_repeats_it(tmp_path):

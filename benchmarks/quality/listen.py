@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality.listen runs/speech [--seed 0] [--out benchmarks/results/speech.ogg]
 
-The captions are those of the run's grids of samples, evenly chosen from what is held out; nothing is chosen by hand.
+The captions are those of the run's grids of samples: `validation.prompts`, or without them twelve of what is held out, chosen
+by a seed.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from sfumato.pipelines import SfumatoPipeline
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
-from sfumato.training.quality.drawing import sample_captions
+from sfumato.training.quality.drawing import sample_captions, sampling_pipeline
 
 PAUSE = 0.4  # seconds between two
 
@@ -25,15 +26,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="its ending says the format (default: benchmarks/results/NAME.ogg)")
+    parser.add_argument(
+        "--out", type=Path, help="its ending says the format (default: NAME.ogg of the run, in benchmarks/results)"
+    )
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
-    pipe = SfumatoPipeline.from_pretrained(options.run / "pipeline")
+    pipe = sampling_pipeline(SfumatoPipeline.from_pretrained(options.run / "pipeline"), config.validation)
+    if getattr(pipe.codec, "rate", None) is None:
+        parser.error(f"{options.run} is no model of sounds")
     captions = config.validation.prompts or sample_captions(prepare(config.data))
     call = {name: getattr(config.validation, name) for name in ("num_inference_steps", "guidance_scale")}
     sounds = pipe(captions, generator=torch.Generator().manual_seed(options.seed), output_type="decoded", **call).images
     pause = np.zeros(int(PAUSE * pipe.codec.rate), np.float32)
-    out = options.out or Path("benchmarks/results", f"{config.data.name}.ogg")
+    out = options.out or Path("benchmarks/results", f"{options.run.name}.ogg")
     soundfile.write(out, np.concatenate([part for sound in sounds for part in (sound, pause)]), pipe.codec.rate)
     print(f"wrote {out}:", "; ".join(captions))
 

@@ -3,14 +3,15 @@
     python -m benchmarks.quality.molecules runs/molecules [--count 10000] [--scale 2.5] [--start 0.3] [--split held_out]
         [--out FILE.json]
 
-Captions are those of molecules of the set, evenly chosen, so that what is drawn should be distributed as the data are. Steps
-are the run's own, and so is the scale unless it is given; `--start` leaves the first part of the steps without guidance. FCD
-(Preuer et al. 2018) needs fcd_torch; it compares with the molecules whose captions were drawn.
+Captions are those of molecules of the set, evenly chosen, so that what is drawn should be distributed as the data are. It is
+drawn as the run says, but for what is given; `--start` leaves the first part of the steps without guidance. New are molecules
+that were not trained on. FCD (Preuer et al. 2018) needs fcd_torch; it compares with those whose captions were drawn.
 """
 
 import argparse
 import json
 from collections import defaultdict
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.choices import with_guider
 from sfumato.training.config.load import load_config
 from sfumato.training.data.array_set import to_unit
 from sfumato.training.data.prepare import prepare
+from sfumato.training.quality.drawing import sampling_pipeline
 
 
 def main() -> None:
@@ -30,21 +31,24 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--count", type=int, default=1000, help="molecules that are drawn (default: %(default)s)")
     parser.add_argument("--scale", type=float, help="of guidance")
-    parser.add_argument("--start", type=float, default=0.0, help="the share of the steps before guidance begins")
+    parser.add_argument("--start", type=float, help="the share of the steps before guidance begins")
     parser.add_argument("--split", choices=["train", "held_out"], default="train", help="whose captions")
     parser.add_argument("--out", type=Path, help="the figures; the molecules go into a .smi beside them")
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
     images, v = prepare(config.data), config.validation
-    scale = v.guidance_scale if options.scale is None else options.scale
+    if options.scale is not None:
+        v = replace(v, guidance_scale=options.scale)
+    if options.start is not None:
+        v = replace(v, guidance_interval=[options.start, v.guidance_interval[1]])
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     numbers = images.select(options.split)
     chosen = [numbers[i * len(numbers) // options.count] for i in range(options.count)]
     captions = [images[i]["captions"][0] for i in chosen]
-    pipe = SfumatoPipeline.from_pretrained(options.run / "pipeline")
-    if options.start:
-        pipe = with_guider(pipe, "cfg", None, start=options.start, stop=1.0)
+    pipe = sampling_pipeline(SfumatoPipeline.from_pretrained(options.run / "pipeline"), v)
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": scale, "output_type": "decoded"}
+    call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": v.guidance_scale, "output_type": "decoded"}
     drawn = []
     for i in range(0, options.count, 128):
         drawn += pipe(captions[i : i + 128], generator=torch.Generator().manual_seed(i), **call).images
@@ -57,13 +61,15 @@ def main() -> None:
     scores["all, each caption once"] = float(np.mean([np.mean(right) for right in of_caption.values()]))
     smiles = [text for text in (codec.smiles(thing) for thing in drawn) if text is not None and "." not in text]
     known = {codec.smiles(codec.decode(to_unit(images.image(i)))) for i in images.select("train")}
-    scores |= {"unique": len(set(smiles)) / len(smiles), "new": float(np.mean([text not in known for text in smiles]))}
-    if find_spec("fcd_torch") is not None:
+    if smiles:
+        scores |= {"unique": len(set(smiles)) / len(smiles), "new": float(np.mean([text not in known for text in smiles]))}
+    if len(smiles) > 1 and find_spec("fcd_torch") is not None:
         from fcd_torch import FCD
 
         true = [codec.smiles(codec.decode(to_unit(images.image(i)))) for i in chosen]
         scores["FCD"] = float(FCD(device="cpu", n_jobs=1)(ref=true, gen=smiles))
-    facts = {"drawn": options.count, "captions": options.split, "guidance scale": scale, "guidance from": options.start}
+    facts = {"drawn": options.count, "captions": options.split, "guidance scale": v.guidance_scale}
+    facts["guidance from, to"] = v.guidance_interval
     text = json.dumps({**facts, **{name: round(value, 4) for name, value in scores.items()}}, indent=1)
     print(text)
     if options.out:

@@ -22,6 +22,7 @@ from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import RECORD, SPLITS, ArraySet, hash_content, image_file
 from sfumato.training.data.images import read_image, read_shape
 from sfumato.training.data.records import HELD_OUT_SHARE, Record, Unusable, hash_fraction
+from sfumato.training.data.sources.keywords import keyword_files
 from sfumato.training.data.sources.registry import open_codec, open_source, source_name
 from sfumato.training.data.stream import sample_of
 
@@ -56,11 +57,15 @@ def cache_key(config: DataConfig) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode())
     named, _, argument = config.name.partition(":")
     path = Path(argument if named in SOURCES and SOURCES[named].named and argument else config.name).expanduser()
-    for root in (path, *([Path(config.keywords).expanduser()] if config.keywords else [])):
-        for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if file.is_file():
-                status = file.stat()
-                digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "replace"))
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    places = {file: file.relative_to(path) for file in files}
+    if config.keywords:
+        folder = Path(config.keywords).expanduser()
+        places |= {file: file.relative_to(folder) for file in keyword_files(folder, config.languages)}
+    for file, place in places.items():
+        if file.is_file():
+            status = file.stat()
+            digest.update(f"{place} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "replace"))
     return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Names, keywords and groups of emoji, English and Chinese, as further captions; of npm's package `emojibase-data` (MIT)."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ COMMAS = {"en": ", ", "zh": "，"}
 NUM_KEYWORDS = 3  # in a caption
 
 
+def keyword_files(folder: Path, languages: Sequence[str]) -> list[Path]:
+    """The files that are read: of each language its emoji, then its groups."""
+    return [folder / language / f"{name}.json" for language in languages for name in ("data", "messages")]
+
+
 def read_keywords(folder: Path, languages: Sequence[str]) -> dict[str, list[str]]:
-    """Further captions of each emoji, by its code points (hexadecimal, FE0F left out): its name in Unicode's CLDR, this with
-    its group ("nerd face, with glasses"), and some of its keywords ("clever, geek, glasses").
+    """Further captions of emoji, by code points (hexadecimal, FE0F left out): the name in Unicode's CLDR, this with its group
+    ("nerd face, with glasses"), and up to three keywords ("clever, brainy, gifted"). None of variants in skin tone, whose
+    names say it already.
 
     Args:
         folder: as npm packs it, with `LANGUAGE/data.json` and `LANGUAGE/messages.json`.
@@ -23,34 +30,53 @@ def read_keywords(folder: Path, languages: Sequence[str]) -> dict[str, list[str]
         ValueError: it is another folder, or damaged.
     """
     captions: dict[str, list[str]] = {}
-    for language in languages:
-        try:
-            entries, messages = (
-                json.loads((folder / language / f"{name}.json").read_bytes()) for name in ("data", "messages")
-            )
-            if not isinstance(entries, list) or not entries:
-                raise ValueError("no list of emoji")
-            groups = {group["order"]: str(group["message"]) for group in messages["subgroups"]}
-            for entry in entries:
-                captions.setdefault(plain_code(entry["hexcode"]), []).extend(_captions(entry, groups, COMMAS[language]))
-        except OSError as error:
-            raise ValueError(f"data.keywords={folder} has no {language}/data.json and messages.json: {HOW}") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"data.keywords={folder}: {language}/ is damaged ({type(error).__name__}: {error}): {HOW}"
-            ) from error
+    files = keyword_files(folder, languages)
+    for language, data, messages in zip(languages, files[::2], files[1::2]):
+        groups = _groups(_read(messages))
+        for entry in _list(_read(data), data):
+            code, added = _captions(entry, groups, COMMAS[language], data)
+            captions.setdefault(plain_code(code), []).extend(added)
     return captions
 
 
 def plain_code(code: str) -> str:
     """Hexadecimal code points without the sign that asks for an image in place of a letter."""
-    return "-".join(point for point in code.split("-") if point != "FE0F")
+    return "-".join(point for point in code.upper().split("-") if point != "FE0F")
 
 
-def _captions(entry: dict[str, Any], groups: dict[int, str], comma: str) -> list[str]:
-    name = str(entry["label"])
-    found = [name]
-    if "subgroup" in entry:
-        found.append(f"{name}{comma}{groups[entry['subgroup']]}")
-    words = sorted(set(map(str, entry.get("tags", []))) - {name}, key=lambda word: hash_fraction(f"keyword {name} {word}"))
-    return [*found, comma.join(words[:NUM_KEYWORDS])] if len(words) >= NUM_KEYWORDS else found
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"data.keywords: {file} cannot be read ({error.strerror}): {HOW}") from error
+    except ValueError as error:
+        raise ValueError(f"data.keywords: {file} is damaged ({error}): {HOW}") from error
+
+
+def _list(content: Any, file: Path) -> list[dict[str, Any]]:
+    if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
+        raise ValueError(f"data.keywords: {file} is no list of emoji: {HOW}")
+    return content
+
+
+def _groups(messages: Any) -> dict[int, str]:
+    """Number of a group -> its name; none of numbers that two groups have, as 46 in version 17."""
+    rows = messages.get("subgroups") if isinstance(messages, dict) else None
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    named = [(row["order"], row["message"]) for row in rows if isinstance(row.get("order"), int) and row.get("message")]
+    count = Counter(order for order, _ in named)
+    return {order: str(message) for order, message in named if count[order] == 1}
+
+
+def _captions(entry: dict[str, Any], groups: dict[int, str], comma: str, file: Path) -> tuple[str, list[str]]:
+    """Code and captions of one emoji; keywords in an order of their own, so that not those of the first letters are taken."""
+    code, name, tags = entry.get("hexcode"), entry.get("label"), entry.get("tags") or []
+    if not (isinstance(code, str) and isinstance(name, str) and name and isinstance(tags, list)):
+        raise ValueError(f"data.keywords: {file} has an emoji without hexcode, label or a list of tags: {entry}: {HOW}")
+    captions = [name]
+    number = entry.get("subgroup")
+    if isinstance(number, int) and number in groups:
+        captions.append(f"{name}{comma}{groups[number]}")
+    words = {str(tag) for tag in tags if str(tag).lower() != name.lower()}
+    chosen = sorted(words, key=lambda word: hash_fraction(f"keyword {name} {word}"))[:NUM_KEYWORDS]
+    return code, captions + ([comma.join(chosen)] if chosen else [])

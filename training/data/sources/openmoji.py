@@ -13,7 +13,7 @@ from PIL import Image
 
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record, hash_fraction
-from sfumato.training.data.sources.keywords import plain_code, read_keywords
+from sfumato.training.data.sources.keywords import HOW, plain_code, read_keywords
 
 _TONES = range(0x1F3FB, 0x1F400)
 
@@ -255,6 +255,9 @@ def check(config, need) -> None:
     need(0 <= config.data.recolours <= 8, "data.recolours", "must be from 0 to 8")
     english = not config.data.recolours or "en" in config.data.languages
     need(english, "data.recolours", "are said in English: data.languages=[en]")
+    folder = config.data.keywords
+    there = folder is None or Path(folder).expanduser().is_dir()
+    need(there, "data.keywords", f"names no folder: {HOW}")
     need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
 
 
