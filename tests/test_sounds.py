@@ -189,7 +189,7 @@ def judged_share(source, codec, name, count):
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
 @pytest.mark.parametrize("accent", speech.ACCENTS.values())
 def test_every_accent_has_men_and_women(accent):
-    """espeak-ng takes the name of a voice that it does not know for the accent's own man, and says nothing of it."""
+    """espeak-ng takes the name of a voice that it does not know for the accent's own man, without a warning."""
     names = [name for names in speech.VOICES.values() for name in names]
     said = {speech.with_espeak("nine", f"{accent}+{name}", 160, 50).tobytes() for name in names}
     assert len(said) == len(names)

@@ -30,8 +30,8 @@ def read_keywords(folder: Path, languages: Sequence[str]) -> dict[str, list[str]
         ValueError: it is another folder, or damaged.
     """
     captions: dict[str, list[str]] = {}
-    files = keyword_files(folder, languages)
-    for language, data, messages in zip(languages, files[::2], files[1::2]):
+    for language in languages:
+        data, messages = keyword_files(folder, [language])
         groups = _groups(_read(messages))
         for entry in _list(_read(data), data):
             code, added = _captions(entry, groups, COMMAS[language], data)
@@ -70,7 +70,9 @@ def _groups(messages: Any) -> dict[int, str]:
 
 def _captions(entry: dict[str, Any], groups: dict[int, str], comma: str, file: Path) -> tuple[str, list[str]]:
     """Code and captions of one emoji; keywords in an order of their own, so that not those of the first letters are taken."""
-    code, name, tags = entry.get("hexcode"), entry.get("label"), entry.get("tags") or []
+    code = entry.get("hexcode")
+    name = entry.get("label")
+    tags = entry.get("tags") or []
     if not (isinstance(code, str) and isinstance(name, str) and name and isinstance(tags, list)):
         raise ValueError(f"data.keywords: {file} has an emoji without hexcode, label or a list of tags: {entry}: {HOW}")
     captions = [name]

@@ -20,6 +20,7 @@ from sfumato.training.data.records import Record
 from sfumato.training.data.sources.sounds import classifier, read_sound
 
 VOICES = {"man": ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8"), "woman": ("f1", "f2", "f3", "f4", "f5")}
+# `en` is British: of `en-gb` espeak-ng knows no voices but one man's.
 ACCENTS = {"an American": "en-us", "a British": "en", "a Scottish": "en-gb-scotland"}
 RECORDED = {("man", "an American"): ("rms", "kal16"), ("woman", "an American"): ("slt",), ("man", "a Scottish"): ("awb",)}
 HEIGHT = {"man": (20, 45), "woman": (65, 95)}  # of espeak-ng's pitch, 0 to 99
