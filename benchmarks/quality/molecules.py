@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.codecs.molecules import MoleculeCodec
 from sfumato.training.config.load import load_config
-from sfumato.training.data.array_set import to_unit
+from sfumato.training.data.array_set import ArraySet, to_unit
 from sfumato.training.data.prepare import prepare
 from sfumato.training.quality.drawing import sampling_pipeline
 
@@ -43,7 +44,7 @@ def main() -> None:
         v = replace(v, guidance_interval=[options.start, v.guidance_interval[1]])
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-    numbers = images.select(options.split)
+    numbers = images.select(options.split).tolist()
     chosen = [numbers[i * len(numbers) // options.count] for i in range(options.count)]
     captions = [images[i]["captions"][0] for i in chosen]
     pipe = sampling_pipeline(SfumatoPipeline.from_pretrained(options.run / "pipeline"), v)
@@ -59,9 +60,10 @@ def main() -> None:
     for caption, each in zip(captions, judged):
         of_caption[caption].append(each["all"])
     scores["all, each caption once"] = float(np.mean([np.mean(right) for right in of_caption.values()]))
-    smiles = [text for text in (codec.smiles(thing) for thing in drawn) if text is not None and "." not in text]
-    known = {codec.smiles(codec.decode(to_unit(images.image(i)))) for i in images.select("train")}
+    whole = [thing for thing, each in zip(drawn, judged) if each["valid, one piece"]]
+    smiles = [codec.smiles(thing) for thing in whole]
     if smiles:
+        known = _trained(images, codec, {codec.caption(thing) for thing in whole})
         scores |= {"unique": len(set(smiles)) / len(smiles), "new": float(np.mean([text not in known for text in smiles]))}
     if len(smiles) > 1 and find_spec("fcd_torch") is not None:
         from fcd_torch import FCD
@@ -76,6 +78,12 @@ def main() -> None:
         options.out.write_text(text + "\n")
         lines = [codec.smiles(thing) or "invalid" for thing in drawn]
         options.out.with_suffix(".smi").write_text("\n".join(lines) + "\n")  # what moses_metrics.py reads
+
+
+def _trained(images: ArraySet, codec: MoleculeCodec, captions: set[str]) -> set[str | None]:
+    """The SMILES of those trained molecules whose caption is one of these; decoding all of them would take minutes."""
+    alike = [i for i in images.select("train").tolist() if images[i]["captions"][0] in captions]
+    return {codec.smiles(codec.decode(to_unit(images.image(i)))) for i in alike}
 
 
 if __name__ == "__main__":
