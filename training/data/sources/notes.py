@@ -50,9 +50,9 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def combinations() -> list[tuple[tuple[str, int], bool]]:
-    """Instrument and MIDI number, and whether that is held out: one instrument of each number, four numbers of each instrument.
+    """Each instrument with each MIDI number, and whether the pair is held out: one instrument for every number, evenly.
 
-    Held out at random, a note may be left with so few instruments that a model cannot know it.
+    A random choice may leave a note with so few instruments that no model can learn it.
     """
     left_out = np.random.default_rng(0).permutation(len(PITCHES)) % len(PROGRAMS)
     return [
