@@ -1,4 +1,4 @@
-"""A clone of this repository in the working folder is, to Python, a package of the clone's name. Hand over to the real one."""
+"""Python takes a clone of this repository in the working folder for a package of that name; hand over to the real one."""
 
 from pathlib import Path
 

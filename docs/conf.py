@@ -1,4 +1,4 @@
-"""The handbook: `make docs` builds it offline into `docs/_build/html`, with every warning an error."""
+"""The handbook: `make docs` builds it offline into `docs/_build/html`, treating every warning as an error."""
 
 import sys
 from pathlib import Path
@@ -42,6 +42,6 @@ def test_role(name, rawtext, text, lineno, inliner, options=None, content=None):
 
 
 def setup(app):
-    """Make the generated pages, and the role by which a page names a test."""
+    """Write the generated pages, and add the role with which a page names a test."""
     app.add_role("test", test_role)
     app.connect("builder-inited", lambda app: generate.main())

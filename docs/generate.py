@@ -1,4 +1,4 @@
-"""Pages of the handbook that are made from the code: every setting, every command, the measured tables."""
+"""Pages of the handbook that are generated from the code: every setting, every command, the measured tables."""
 
 import io
 import json
@@ -18,18 +18,18 @@ MAX_ROWS = 40
 
 def settings_page() -> str:
     """Every setting of a config, by section."""
-    lines = ["# Settings", "", "Every key of a config. Any can be set on the command line: `train.max_steps=100`.", ""]
+    lines = ["# Settings", "", "Every key of a config. Each can be set on the command line: `train.max_steps=100`.", ""]
     for section in sections():
-        lines += [f"## {section.name or 'At the top'}", "", *([section.words, ""] if section.words else [])]
+        lines += [f"## {section.name or 'Top level'}", "", *([section.words, ""] if section.words else [])]
         lines += ["| setting | default | |", "|---|---|---|"]
         for setting in section.settings:
             words = setting.words.replace("|", "\\|")
             lines.append(f"| `{setting.key}` | `{setting.default}` | {words} |")
         lines.append("")
-    lines += ["## Names", "", "| setting | may be |", "|---|---|"]
+    lines += ["## Names", "", "| setting | possible values |", "|---|---|"]
     for key, registry in (
         ("task", TASKS),
-        ("data.name, beside folders, files and Hub ids", {n: s for n, s in SOURCES.items() if s.named}),
+        ("data.name, besides folders, files and Hub ids", {n: s for n, s in SOURCES.items() if s.named}),
         ("validation.sampler", SAMPLERS),
         ("validation.guider", GUIDERS),
         ("metrics of `sfumato evaluate`", METRICS),
@@ -40,7 +40,7 @@ def settings_page() -> str:
 
 def commands_page() -> str:
     """The help of every verb."""
-    lines = ["# Commands", "", "Exit codes of a training run: [Leave it alone](../guide/running.md).", ""]
+    lines = ["# Commands", "", "Exit codes of a training run: [Long runs](../guide/running.md).", ""]
     os.environ["COLUMNS"] = "100"
     top = parser()
     verbs = next(action for action in top._actions if getattr(action, "choices", None) and action.dest == "verb")
@@ -53,12 +53,12 @@ def commands_page() -> str:
 
 
 def figures_page() -> str:
-    """Every file of `benchmarks/results`, as a table of its figures, with the script that wrote it."""
+    """Every file in `benchmarks/results`, as a table of its figures, with the script that wrote it."""
     scripts = {path: path.read_text(encoding="utf-8") for path in sorted(BENCHMARKS.rglob("*.py"))}
     lines = [
         "# All figures",
         "",
-        "What `benchmarks/results` holds, as it was measured. [Measured](../measured.md) says what it means.",
+        "The contents of `benchmarks/results`, as measured. [Measured](../measured.md) explains what they mean.",
         "",
     ]
     for path in sorted((BENCHMARKS / "results").glob("*.json")):
@@ -70,12 +70,12 @@ def figures_page() -> str:
         rows = list(_leaves(json.loads(path.read_text(encoding="utf-8"))))
         lines += [written, "", "| | |", "|---|---|"]
         lines += [f"| {name.replace('|', '/')} | {str(value).replace('|', '/')} |" for name, value in rows[:MAX_ROWS]]
-        lines += ["", f"And {len(rows) - MAX_ROWS} further ones in the file.", ""] if len(rows) > MAX_ROWS else [""]
+        lines += ["", f"And {len(rows) - MAX_ROWS} more in the file.", ""] if len(rows) > MAX_ROWS else [""]
     return "\n".join(lines)
 
 
 def _leaves(content, name: str = "") -> Iterator[tuple[str, object]]:
-    """Numbers and texts of a JSON file with the way to each; a list of numbers is one, and so are those of one name."""
+    """The numbers and texts of a JSON file with the path to each; a list of numbers is one, and so are those of one name."""
     if isinstance(content, dict) and name and not any(isinstance(value, dict | list) for value in content.values()):
         yield name, "; ".join(f"{key} {_short(value)}" for key, value in content.items())
     elif isinstance(content, dict):
@@ -89,7 +89,7 @@ def _leaves(content, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _short(value) -> str:
-    """A number in four digits, or as many as it has before the point."""
+    """A number in four digits, or as many as it has before the decimal point."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,9 +1,9 @@
-"""Pipeline, export, and choices by name. What needs torch is imported when it is asked for."""
+"""Pipeline, export, and choices by name. Modules that need torch are imported on first access."""
 
 import importlib
 
 _HOMES = {
-    "SfumatoDDPMScheduler": "sfumato.schedulers",  # here too, since diffusers' loader looks beside the pipeline
+    "SfumatoDDPMScheduler": "sfumato.schedulers",  # also here, since diffusers' loader looks beside the pipeline
     "Cascade": "sfumato.pipelines.cascade",
     "SfumatoPipeline": "sfumato.pipelines.pipeline_sfumato",
     "export_pipeline": "sfumato.pipelines.export",

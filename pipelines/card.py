@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the run knows, snippets that run, and nothing left to fill in."""
+"""The model card of an exported folder: what the run knows, snippets that work, and nothing left to fill in."""
 
 import html
 import json
@@ -34,8 +34,8 @@ _CARD = """---
 {training}
 ## Intended use and limits
 
-{limits} It has not been checked for bias or for harmful images, and it can reproduce training images. It is not for
-images that are taken for records of real persons or events.
+{limits} It has not been checked for bias or for harmful images, and it can reproduce training images. It is not meant
+for images that could be taken for records of real people or events.
 {again}
 Made by Sfumato {version}.
 """
@@ -53,7 +53,7 @@ pipe = DiffusionPipeline.from_pretrained("{where}"{flag})
              generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
-Another sampler, here one that needs few steps; the trained noise schedule goes with it:
+Another sampler, here one that needs few steps; it keeps the trained noise schedule:
 
 ```python
 from diffusers import DiffusionPipeline, {solver}
@@ -63,7 +63,7 @@ pipe.scheduler = {solver}.from_config(pipe.scheduler.config)
 {given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps=12).images[0]
 ```
 
-Half of the memory:
+With half the memory:
 
 ```python
 import torch
@@ -73,7 +73,7 @@ pipe = DiffusionPipeline.from_pretrained("{where}"{flag}, torch_dtype=torch.bflo
 {given}image = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
 ```
 
-With `pip install sfumato`, other guidance, and a check of every argument:
+With `pip install sfumato`, other kinds of guidance and a check of every argument:
 
 ```python
 from sfumato.pipelines import SfumatoPipeline
@@ -87,8 +87,8 @@ pipe = with_guider(SfumatoPipeline.from_pretrained("{where}"), "apg", guidance_s
 
 _USE_FEW = """## Use it
 
-{doors} It draws in one to four steps, one pass each: the network is told `guidance_scale`, so a large one costs
-nothing, above 2.5 little changes, and negative prompts have no effect.
+{doors} It draws in one to four steps with one pass each: `guidance_scale` is an input of the network, so a large
+value costs nothing, values above 2.5 change little, and negative prompts have no effect.
 
 ```python
 import torch
@@ -113,7 +113,7 @@ pipe = with_runtime(SfumatoPipeline.from_pretrained("{where}"), "onnx")
 
 _USE_CODEC = """## Use it
 
-The model draws arrays of {shape}; `codec.py` here, with numpy alone, says what they are: {kind}. {doors}
+The model draws arrays of {shape}; `codec.py` in this folder, which needs only numpy, decodes them: {kind}. {doors}
 
 ```python
 import sys
@@ -133,7 +133,7 @@ array = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_i
 thing = codec.decode(array)
 ```
 
-`codec.write(thing, "thing{ending}")` keeps it. With `pip install sfumato` one call does it all:
+`codec.write(thing, "thing{ending}")` saves it. With `pip install sfumato`, one call does it all:
 
 ```python
 from sfumato.pipelines import SfumatoPipeline
@@ -147,7 +147,7 @@ thing = pipe({call}, guidance_scale={guidance_scale}, num_inference_steps={num_i
 
 _USE_MOTION = """## Use it
 
-diffusers draws clips by it. {doors}
+diffusers draws clips with it. {doors}
 
 ```python
 import torch
@@ -173,14 +173,14 @@ pipe.codec.write(clip, "clip.gif")
 
 """
 
-_STOCK = "No flag and no other package than diffusers, transformers and torch is needed."
-_REMOTE = """The network reads its own last estimate beside the noise (self-conditioning), which no stock pipeline does.
-The class that does is in `pipeline.py` here, and runs only with `trust_remote_code=True`. With sfumato no flag is needed."""
+_STOCK = "The model loads without any flag and needs only diffusers, transformers and torch."
+_REMOTE = """The network reads its own last estimate besides the noise (self-conditioning), which no stock pipeline does.
+The class that does is in `pipeline.py` here and runs only with `trust_remote_code=True`. With sfumato no flag is needed."""
 
-_LIMITS = """To draw images like those it was trained on, from captions like theirs, for study and play. It draws only what
-its training images show, at the resolution given above; words that no caption had mean nothing to it."""
-_OTHER_LIMITS = """To draw images from text, for study and play. Beside what Sfumato trained, the limits and licences of the
-model or the parts it started from hold."""
+_LIMITS = """For drawing images like those it was trained on, from captions like theirs, for study and play. It draws only
+what its training images show, at the resolution given above; words that no caption had mean nothing to it."""
+_OTHER_LIMITS = """For drawing images from text, for study and play. The limits and licences of the model or the parts that it
+started from also apply."""
 
 _TRAINING = """
 ## How it was trained
@@ -197,7 +197,7 @@ _AGAIN = """
 sfumato train training_args.yaml output_dir=runs/again
 ```
 
-(Images of one's own are named by `data.name=FOLDER` behind it.)
+(For your own images, append `data.name=FOLDER`.)
 """
 
 _EVALUATION = """## How good it is
@@ -207,16 +207,16 @@ _EVALUATION = """## How good it is
 {rows}
 {protocol}
 {image}
-Measured again by `sfumato evaluate --model FOLDER` (with `--data FOLDER` for images of one's own).
+To measure again: `sfumato evaluate --model FOLDER` (add `--data FOLDER` for your own images).
 
 """
 
 _SECTION = re.compile(r"^## How good it is\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
-# How to draw where a card does not say it.
+# How to draw if a card does not say.
 ADVICE = {"num_inference_steps": 30, "guidance_scale": 3.0}
 
-# Facts in the order of the card; others follow.
+# Facts that come first on the card, in this order.
 ORDER = ("data", "data licence", "captions", "skipped records", "steps", "images seen", "training time", "hardware")
 
 
@@ -230,17 +230,17 @@ def model_card(
     settings: bool = False,
     variants: Sequence[str] = (),
 ) -> str:
-    """Text of the card.
+    """The text of the card.
 
     Args:
         pipe: the model.
         where: the path or repository that the snippets name.
-        facts: what the trainer knows. `title`, `license`, `language`, `datasets`, `base_model` and what `ADVICE` names are
-            placed; the rest is listed.
-        gallery: pairs of prompt and image, the latter relative to the folder.
+        facts: what the trainer knows. `title`, `license`, `language`, `datasets`, `base_model` and the keys of `ADVICE` have
+            their own places; the rest is listed.
+        gallery: pairs of prompt and image path, the latter relative to the folder.
         curve: an image of the training loss, relative to the folder.
-        settings: whether `training_args.yaml` lies beside.
-        variants: of the weights, beside float32.
+        settings: whether `training_args.yaml` is in the folder.
+        variants: variants of the weights, in addition to float32.
     """
     facts = dict(facts or {})
     base, title = facts.pop("base_model", None), facts.pop("title", "A Sfumato model")
@@ -284,19 +284,19 @@ def model_card(
 def add_evaluation(
     folder: Path, scores: dict[str, tuple[float, float | None]], protocol: str, data: str, sheet: str | None = None
 ) -> None:
-    """Put figures into the card of a folder, for readers and as the metadata that the Hub knows; older ones are replaced.
+    """Put scores into the card of a folder, for readers and as metadata for the Hub; older ones are replaced.
 
     Args:
-        scores: name -> figure, and half the width of its confidence interval.
-        protocol: how they came about.
+        scores: name -> score, and half the width of its confidence interval.
+        protocol: how they were measured.
         data: name of the data set.
-        sheet: drawings beside the training images nearest to them, relative to the folder.
+        sheet: image of samples beside the training images nearest to them, relative to the folder.
 
     Raises:
         ValueError: the folder has no card.
     """
     if not (folder / "README.md").is_file():
-        raise ValueError(f"{folder} has no README.md to put the figures into")
+        raise ValueError(f"{folder} has no README.md to put the scores into")
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     title = re.search(r"^# (.+)$", card.text, flags=re.M)
     front: Any = card.data
@@ -312,7 +312,7 @@ def add_evaluation(
         for name, (value, half) in scores.items()
     )
     image_line = (
-        f"\n![Drawings, and the training images nearest to them in pixels and in features]({sheet})\n" if sheet else ""
+        f"\n![Generated images, and the training images nearest to them in pixels and in features]({sheet})\n" if sheet else ""
     )
     section = _EVALUATION.format(rows=rows, protocol=protocol, image=image_line)
     text = _SECTION.sub("", card.text)
@@ -322,7 +322,7 @@ def add_evaluation(
 
 
 def remove_figures(folder: Path, weights: str) -> None:
-    """Take out of a folder what was measured of, or drawn by, other weights than its own, which the card calls `weights`."""
+    """Remove from a folder what was measured or drawn with other weights; the card then calls its own weights `weights`."""
     for path in [folder / "evaluation.json", folder / "memorisation.png", *(folder / "samples").glob("[0-9]*.png")]:
         path.unlink(missing_ok=True)
     if (folder / "README.md").is_file():
@@ -346,7 +346,7 @@ def _kind(pipe: SfumatoPipeline) -> str:
 
 
 def _doors(pipe: SfumatoPipeline, where: str) -> dict[str, str]:
-    """What opens the folder: its name, words, an argument; and a sampler of few steps that can draw it."""
+    """How to open the folder: its name, an explanation, a flag; and a sampler of few steps that can draw it."""
     learned = pipe.scheduler.config.get("variance_type") == "learned_range"
     more = {"where": where, "solver": "DPMSolverMultistepScheduler" if learned else "UniPCMultistepScheduler"}
     if pipe.reads == "estimate":
@@ -374,12 +374,12 @@ def _flows(pipe: SfumatoPipeline) -> bool:
 
 
 def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
-    """The arguments of the snippets' calls, in stock pipelines and in ours, and the lines that they need before."""
+    """The arguments of the snippets' calls, for stock pipelines and for ours, and the lines that must come before."""
     factor, (height, width) = pipe.vae_scale_factor, pipe.trained_size
     mode = MODES[pipe.vae.config.in_channels]
     if pipe.reads == "low_res":
         lines = (
-            "# The smaller image, here a white one, in the size of the latents.\nfrom PIL import Image\n"
+            "# The smaller image, here a white one, at the size of the latents.\nfrom PIL import Image\n"
             f'small = Image.new("{mode}", {(width // factor, height // factor)}, "white")\n'
         )
         call = f"{prompt!r}, image=small, noise_level={min(20, pipe.config['max_noise_level'])}"
@@ -393,7 +393,7 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
     if pipe.reads != "masks":
         return {"call": repr(prompt), "ours": repr(prompt), "given": ""}
     lines = (
-        "# The image to change, and white where: here all of a white one.\nfrom PIL import Image\n"
+        "# The image to change, and a mask that is white where to change it: here everywhere.\nfrom PIL import Image\n"
         f"size = {pipe.trained_size[::-1]}\n"
         f'original, mask = Image.new("{mode}", size, "white"), Image.new("L", size, 255)\n'
     )
@@ -402,7 +402,7 @@ def _call(pipe: SfumatoPipeline, prompt: str) -> dict[str, str]:
 
 
 def recommended_settings(source: str) -> dict:
-    """How the card of a folder or Hub id says to draw: `num_inference_steps` and `guidance_scale`, `ADVICE` where it does not.
+    """The `num_inference_steps` and `guidance_scale` that the card of a folder or Hub id recommends, else `ADVICE`.
 
     In the card they are `inference.parameters`, which the Hub knows.
     """
@@ -433,7 +433,7 @@ def sample_prompts(folder: Path) -> list[str]:
 
 
 def _tell(facts: dict, curve: str | None, settings: bool) -> str:
-    """The section on training; empty where nothing is known of it."""
+    """The section on training; empty if nothing is known about it."""
     if not facts:
         return ""
     ordered = {name: facts.pop(name) for name in ORDER if name in facts} | facts
@@ -453,7 +453,7 @@ def _describe(pipe: SfumatoPipeline, variants: Sequence[str]) -> str:
     if factor == 1:
         space = "on pixels: its VAE is the identity"
     elif pipe.codec is not None and repeat_of(pipe.codec) == factor:
-        space = f"on one value of each square of {factor} x {factor} pixels, over which its VAE repeats it"
+        space = f"on one value per square of {factor} x {factor} pixels, which its VAE repeats over the square"
     scheduler = pipe.scheduler.config
     notes = {key: value for key, value in (scheduler.get("_sfumato") or {}).items() if key not in ("run", "trained")}
     schedule = notes or {"beta_schedule": scheduler.get("beta_schedule")}
@@ -471,12 +471,12 @@ def _describe(pipe: SfumatoPipeline, variants: Sequence[str]) -> str:
 
 
 def variants_line(variants: Sequence[str]) -> str:
-    """The line on further copies of the weights."""
+    """The line about further copies of the weights."""
     return "- Variants: " + ", ".join(f'`variant="{name}"`' for name in variants) + "\n"
 
 
 def _plain(text) -> str:
-    """A text as it is, in one line, whatever Markdown or HTML it looks like."""
+    """A text on one line, escaped so that nothing in it is read as Markdown or HTML."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
@@ -485,7 +485,7 @@ def _cell(value) -> str:
 
 
 def public_path(where: str) -> str:
-    """A path for what travels: relative to where we are, or of another place its last part; a repository as it is."""
+    """A path fit to publish: relative to the working folder, or its last part if it is elsewhere; a repository as it is."""
     path = Path(where)
     if not path.is_absolute():
         return where

@@ -1,4 +1,4 @@
-"""From text to a small image, and from that to a larger one: two models as one call and one folder."""
+"""From text to a small image and from that to a larger one: two models in one call and one folder."""
 
 import os
 from pathlib import Path
@@ -18,15 +18,15 @@ UPSCALER = "upscaler"  # the folder of the second model, inside that of the firs
 class Cascade:
     """A cascaded diffusion model (Ho et al. 2022, arXiv 2106.15282).
 
-    `export_pipeline(base, folder, upscaler=...)` or `sfumato export RUN FOLDER --upscaler RUN` makes the folder: that of the
-    first model, which stock diffusers opens as it is, with the second one's in `upscaler/`, which it opens too.
+    `export_pipeline(base, folder, upscaler=...)` or `sfumato export RUN FOLDER --upscaler RUN` writes the folder: that of the
+    first model, with the second one in `upscaler/`. Stock diffusers opens both as they are.
 
     Args:
-        base: text to an image.
-        upscaler: an image to a larger one, by the same text.
+        base: draws an image from text.
+        upscaler: makes the image larger, guided by the same text.
 
     Raises:
-        ValueError: the models are not of these kinds.
+        ValueError: the models are not of these kinds or do not fit together.
     """
 
     def __init__(self, base: SfumatoPipeline, upscaler: SfumatoPipeline):
@@ -39,7 +39,7 @@ class Cascade:
             raise ValueError(f"the first model draws {channels[0]} channels, the second reads {channels[1]}")
         sides = [pipe.trained_size[0] for pipe in (base, upscaler)]
         if sides[1] % sides[0]:
-            raise ValueError(f"the first model draws {sides[0]} pixels, the second {sides[1]}, which is no multiple of it")
+            raise ValueError(f"the first model draws {sides[0]} pixels, the second {sides[1]}, which is not a multiple")
         self.base, self.upscaler = base, upscaler
 
     @classmethod
@@ -73,12 +73,12 @@ class Cascade:
         """Draw small images and make them larger.
 
         Args:
-            prompt, negative_prompt: of both models.
-            generator: as of `SfumatoPipeline`; the second model goes on with it.
-            noise_level: how much noise the small image gets, so that what the first model got wrong is redrawn.
-            upscaling_steps, upscaling_guidance_scale: of the second model.
+            prompt, negative_prompt: for both models.
+            generator: as for `SfumatoPipeline`; the second model continues to draw from it.
+            noise_level: how much noise is added to the small image, so that errors of the first model are redrawn.
+            upscaling_steps, upscaling_guidance_scale: for the second model.
             output_type: `pil`, `np`, `pt` or `latent`.
-            return_dict: return `ImagePipelineOutput` rather than a tuple.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
             call: further arguments of the first model's call.
         """
         small = self.base(prompt, negative_prompt, generator=generator, output_type="pil", return_dict=True, **call).images  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Samplers, guiders and runtimes by name. Importing this loads nothing heavy, so that `--help` may."""
+"""Samplers, guiders and runtimes by name. Importing this module loads nothing heavy, so that `--help` stays fast."""
 
 from inspect import signature
 
@@ -9,7 +9,7 @@ RUNTIMES = {"torch": None, "bf16": None, "onnx": "onnxruntime", "openvino": "ope
 
 
 def replace_components(pipe, **parts):
-    """The same pipeline with other parts; all others are shared, and keep their precision."""
+    """The same pipeline with some parts replaced; the others are shared and keep their precision."""
     from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
     settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level", "self_conditioning")}
@@ -19,10 +19,10 @@ def replace_components(pipe, **parts):
 
 
 def with_sampler(pipe, name: str):
-    """The same `SfumatoPipeline` drawn by another sampler, on the schedule it was trained with.
+    """The same `SfumatoPipeline` with another sampler, on the noise schedule it was trained with.
 
     Raises:
-        ValueError: no such sampler, or one that cannot draw with what the model predicts.
+        ValueError: there is no such sampler, or it cannot use what the model predicts.
     """
     from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 
@@ -32,7 +32,7 @@ def with_sampler(pipe, name: str):
         if not sampler.flow:
             flow = ", ".join(other for other, entry in SAMPLERS.items() if entry.flow)
             raise ValueError(f"{name} cannot draw with a model of flow matching; choose one of {flow}")
-        if name == "lcm":  # which knows no flow; this takes nearly its steps
+        if name == "lcm":  # LCM does not support flow matching; this takes nearly the same steps
             from diffusers import DPMSolverMultistepScheduler
 
             settings = {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}
@@ -40,19 +40,19 @@ def with_sampler(pipe, name: str):
         return replace_components(pipe, scheduler=levels if name == "euler" else levels.to_stock(cls, solver_order=2))
     if name == "euler-a" and pipe.scheduler.config.prediction_type == "sample":
         raise ValueError("diffusers' euler-a cannot draw with a model that predicts the image itself; use dpm++-sde")
-    # What an earlier choice set goes; what it replaced of the trained config comes back, and is kept with the notes.
+    # Drop what an earlier choice set; what it replaced of the trained config is restored, and kept with the notes.
     config, overrides = dict(pipe.scheduler.config), dict(sampler.overrides)
     notes = dict(config.get("_sfumato") or {})
     kept = ("thresholding", "clip_sample", "variance_type")
     original = notes["trained"] = {k: config[k] for k in kept if k in config} | notes.get("trained", {})
     config = {k: v for k, v in config.items() if k not in ("algorithm_type", "use_exponential_sigmas")}
-    if name != "ddpm" and config.get("variance_type") == "learned_range":  # DPM-Solver would cut three channels off
+    if name != "ddpm" and config.get("variance_type") == "learned_range":  # DPM-Solver would cut off three channels
         overrides = {"variance_type": None, **overrides}
     if sampler.max_sigma is not None and (betas := levels.capped_betas(sampler.max_sigma)):
         notes["trained"] = {**original, **{name: config[name] for name in ("trained_betas", "rescale_betas_zero_snr")}}
         overrides |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
     config |= original
-    if not cls._compatibles:  # it would warn of settings of the others
+    if not cls._compatibles:  # it would warn of settings that belong to other classes
         config = {key: value for key, value in config.items() if key in signature(cls.__init__).parameters}
     scheduler = cls.from_config(config, **overrides)
     scheduler.register_to_config(_sfumato=notes)
@@ -60,14 +60,14 @@ def with_sampler(pipe, name: str):
 
 
 def with_guider(pipe, name: str, weak=None, **settings):
-    """The same `SfumatoPipeline` under another guidance.
+    """The same `SfumatoPipeline` with another guider.
 
     Args:
-        weak: the pipeline of a weaker model, for `autoguidance`: an earlier checkpoint of the same run.
-        settings: as diffusers' guider takes them, such as `start`, `stop`, `guidance_rescale`.
+        weak: for `autoguidance`, the pipeline of a weaker model: an earlier checkpoint of the same run.
+        settings: arguments of diffusers' guider, such as `start`, `stop`, `guidance_rescale`.
 
     Raises:
-        ValueError: no such guider, or one that does not go with this model.
+        ValueError: there is no such guider, or it does not work with this model.
     """
     from sfumato.pipelines.guided import build_guider, guidance_width
 
@@ -75,24 +75,24 @@ def with_guider(pipe, name: str, weak=None, **settings):
     if name != "cfg" and guidance_width(pipe.unet) is not None:
         raise ValueError(f"{name}: the guidance scale is an input of this model, which takes no guider")
     if (weak is not None) != entry.weak:
-        raise ValueError("autoguidance, and no other guider, takes a weaker model beside: an earlier checkpoint of the run")
+        raise ValueError("autoguidance, and no other guider, takes a weaker model as well: an earlier checkpoint of the run")
     guider = build_guider(GUIDERS.load(name), **{**_guider_defaults(pipe, name, settings), **settings})
     if weak is not None:
         _check_weak(pipe, weak)
-        setattr(guider, "weak", weak)  # noqa: B010  (no field of diffusers' class)
+        setattr(guider, "weak", weak)  # noqa: B010  (not a field of diffusers' class)
     return replace_components(pipe, guider=guider)
 
 
 def _guider_defaults(pipe, name: str, settings: dict) -> dict:
-    """Settings of a guider that diffusers leaves open, or sets otherwise than its paper."""
-    if name == "apg":  # by diffusers' own defaults (eta 1, no momentum) it is plain guidance; these are the paper's
+    """Settings of a guider that diffusers leaves open or sets differently from the paper."""
+    if name == "apg":  # diffusers' defaults (eta 1, no momentum) amount to plain guidance; these are the paper's
         return {"eta": 0.0, "adaptive_projected_guidance_momentum": -0.5}
     kind = GUIDERS[name].second
     if kind is None:
         return {}
     from diffusers import hooks
 
-    # Where plain guidance is off, diffusers gives their pass the wrong prompt: one interval for both.
+    # Where plain guidance is off, diffusers gives their pass the wrong prompt, so both use one interval.
     interval = {"start": settings.get("start", 0.0), "stop": settings.get("stop", 1.0)}
     defaults = {f"{kind}_{end}": value for end, value in interval.items()}
     if name == "pag":
@@ -108,7 +108,7 @@ def _guider_defaults(pipe, name: str, settings: dict) -> dict:
 
 
 def _check_weak(pipe, weak) -> None:
-    """Raise ValueError for a weaker model that predicts something else, or of something else."""
+    """Raise ValueError for a weaker model that predicts another quantity or reads other inputs."""
     from sfumato.schedulers import training_scheduler
 
     readers = {
@@ -124,9 +124,9 @@ def _check_weak(pipe, weak) -> None:
 
 
 def _innermost_attention(pipe) -> dict:
-    """Where in the UNet its innermost self-attention is, in the words of diffusers' configs."""
+    """Where the innermost self-attention of the UNet is, in the form of diffusers' configs."""
     names = [name for name, _ in pipe.unet.named_modules() if name.endswith(".transformer_blocks")]
     inner = [name for name in names if name.startswith("mid_block")] or [n for n in names if n.startswith("down")][-1:]
     if not inner or getattr(pipe.unet, "runs_elsewhere", False):
-        raise ValueError("this guider reaches into the network's self-attention, which this model or its runtime does not let")
+        raise ValueError("this guider reaches into the network's self-attention, which this model or its runtime forbids")
     return {"fqn": inner[0], "indices": list(range(len(pipe.unet.get_submodule(inner[0]))))}

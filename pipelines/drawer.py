@@ -1,4 +1,4 @@
-"""A model that stays open and warm, for drawing while somebody types."""
+"""A model that stays loaded and warm, for drawing while somebody types."""
 
 from collections.abc import Iterable, Iterator
 from queue import Queue
@@ -15,12 +15,12 @@ from sfumato.pipelines.runtimes import with_runtime
 
 
 class Drawer:
-    """Draws one picture a prompt by a model that is opened once. The same prompt and seed give the same picture.
+    """Draws one image per prompt with a model that is loaded once. The same prompt and seed give the same image.
 
     Args:
         model: an exported folder, a run folder, or a Hub id.
-        runtime: see `runtimes.with_runtime`; `onnx` is the fastest on a CPU and is kept on disk between processes.
-        num_inference_steps, guidance_scale: None: as the card says.
+        runtime: see `runtimes.with_runtime`; `onnx` is the fastest on a CPU, and its engine is kept on disk.
+        num_inference_steps, guidance_scale: if None, the values that the model card recommends.
 
     Raises:
         ValueError: no such model or runtime.
@@ -43,13 +43,13 @@ class Drawer:
         self.draw("")  # builds the engine
 
     def draw(self, prompt: str, seed: int = 0, **call: Any) -> Image.Image:
-        """One picture; `call` as of the pipeline."""
+        """Draw one image; `call` holds further arguments of the pipeline's call."""
         generator = torch.Generator().manual_seed(seed)
         return self.pipe(prompt, generator=generator, **{**self.settings, **call}).images[0]
 
     def follow(self, prompts: Iterable[str], seed: int = 0) -> Iterator[tuple[str, Image.Image]]:
-        """Prompts as they come, such as a text while it is typed, and their pictures; whatever came while one was drawn is
-        passed over but for the last. `prompts` is read in a thread of its own, since it may wait for keys.
+        """Yield prompts as they arrive, such as a text while it is typed, with their images. Of the prompts that arrive while
+        an image is drawn, only the last is used. `prompts` is read in its own thread, since it may wait for key presses.
         """
         waiting: Queue = Queue()
         end = object()

@@ -1,6 +1,6 @@
 """Why an image looks as it does: where each word was read, what changes without it, what was expected at each step.
 
-Works with every `SfumatoPipeline`, foreign Stable Diffusion folders included, and changes nothing in how it draws.
+Works with every `SfumatoPipeline`, including Stable Diffusion folders made elsewhere, and does not change how it draws.
 """
 
 import re
@@ -26,12 +26,12 @@ class Explanation:
 
     Attributes:
         image: the image.
-        words: the prompt's words, as far as the text encoder reads.
-        heat: `(words, H, W)`: the share of cross-attention that each place gives to each word, averaged over layers, heads
-            and steps (DAAM; Tang et al. 2022, arXiv 2210.04885). With the share of the marks before and after the text it
-            adds up to 1 at each place.
-        ablation: `(words, H, W)` in [0, 1]: how much each place changes, on average over the colours, when the word is left
-            out and the noise is the same; None unless asked for.
+        words: the prompt's words, as far as the text encoder reads them.
+        heat: `(words, H, W)`: the share of cross-attention that each position gives to each word, averaged over layers,
+            heads and steps (DAAM; Tang et al. 2022, arXiv 2210.04885). Together with the shares of the tokens that mark the
+            start and end of the text it adds up to 1 at each position.
+        ablation: `(words, H, W)` in [0, 1]: how much each position changes, averaged over the colour channels, if the word
+            is left out and the noise stays the same; None unless requested.
         expected: `(steps, H, W, C)` in [0, 1]: the image that the network expected at each step, x_0 of its prediction.
     """
 
@@ -42,7 +42,7 @@ class Explanation:
     expected: np.ndarray
 
     def figure(self, min_side: int = 128) -> Image.Image:
-        """One image: the result, then each word's heat over it, then, where known, what changes without the word."""
+        """One image: the result, then each word's heat over it, then, if computed, what changes without the word."""
         scale = max(1, min_side // self.image.width)
         rows = [self.heat] + ([self.ablation] if self.ablation is not None else [])
         width = self.image.width * scale + 6
@@ -62,8 +62,8 @@ class Explanation:
 
 
 def heat_image(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A map `(H, W)` in red over an image in grey: the redder the farther above its least value, as a share of its largest; so
-    a map that is the same everywhere stays grey.
+    """A map `(H, W)` in red over the image in grey. How red follows the value minus the minimum, as a share of the maximum,
+    so a constant map stays grey.
     """
     pixels = np.asarray(image.convert("RGB"), float)
     share = ((heat - heat.min()) / max(float(heat.max()), 1e-9))[..., None] * 0.8
@@ -72,13 +72,13 @@ def heat_image(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 class Recorder(SfumatoPipeline):
-    """The same pipeline, which keeps the image that the network expected at each step."""
+    """The same pipeline, which also records the image that the network expected at each step."""
 
     expected: list[np.ndarray]
 
     @classmethod
     def of(cls, pipe: SfumatoPipeline) -> "Recorder":
-        """One that shares all parts of `pipe`."""
+        """A recorder that shares all parts of `pipe`."""
         settings = {name: pipe.config[name] for name in ("requires_safety_checker", "max_noise_level", "self_conditioning")}
         recorder = cls(**pipe.components, **settings)
         recorder.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
@@ -86,7 +86,7 @@ class Recorder(SfumatoPipeline):
         return recorder
 
     def predict(self, guider, latents, t, prompt_embeds, negative_prompt_embeds, inputs=None):
-        """As of `SfumatoPipeline`."""
+        """As in `SfumatoPipeline`."""
         output = super().predict(guider, latents, t, prompt_embeds, negative_prompt_embeds, inputs)
         self.expected.append(_expected(self, output[:1], latents[:1, : self.vae.config.latent_channels], t))
         return output
@@ -94,16 +94,16 @@ class Recorder(SfumatoPipeline):
 
 @torch.no_grad()
 def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) -> Explanation:
-    """Draw one image and keep what shows why it looks so.
+    """Draw one image and record what shows why it looks the way it does.
 
     Args:
         pipe: the model.
         prompt: one text.
-        ablate: draw again without each word, which takes as many images more.
-        call: arguments of the pipeline's call. `generator` must be a fresh one where `ablate` is set: its state is used again.
+        ablate: also draw without each word, which takes one more image per word.
+        call: arguments of the pipeline's call. With `ablate`, `generator` must be a fresh one: its state is used again.
 
     Raises:
-        ValueError: several prompts or images; a model without cross-attention; an empty prompt.
+        ValueError: several prompts or images, a model without cross-attention, or an empty prompt.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"`prompt` must be one text with words, got {prompt!r}")
@@ -112,7 +112,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
     generator = call.pop("generator", None) or torch.Generator().manual_seed(0)
     state, _ = generator.get_state(), call.pop("output_type", None)
     if getattr(pipe.unet, "runs_elsewhere", False):
-        raise ValueError("another runtime shows nothing of what the network does inside; explain with the plain pipeline")
+        raise ValueError("other runtimes do not show what happens inside the network; explain with the plain pipeline")
     layers = [m for name, m in pipe.unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
     if not layers:
         raise ValueError("this model has no cross-attention, so there is nothing to show")
@@ -155,7 +155,7 @@ def explain(pipe: SfumatoPipeline, prompt: str, ablate: bool = False, **call) ->
 
 
 def _attention(layer: Attention, inputs: tuple, keywords: dict, output) -> torch.Tensor:
-    """The layer's attention of the image with the prompt, `(places, tokens)`, mean over heads."""
+    """The layer's cross-attention from image to prompt, `(positions, tokens)`, averaged over heads."""
     hidden = inputs[0] if inputs else keywords["hidden_states"]
     text = keywords["encoder_hidden_states"] if "encoder_hidden_states" in keywords else inputs[1]
     to_q: Any = layer.to_q
@@ -166,12 +166,12 @@ def _attention(layer: Attention, inputs: tuple, keywords: dict, output) -> torch
 
 
 def _flat(drawn) -> Image.Image:
-    """A picture as it is; of an array of many channels, their mean in grey."""
+    """An image as it is; for an array of many channels, their mean in grey."""
     return drawn if isinstance(drawn, Image.Image) else Image.fromarray(np.round(drawn.mean(-1) * 255).astype(np.uint8))
 
 
 def _gather(maps: list[torch.Tensor], height: int, width: int) -> np.ndarray:
-    """All layers' and steps' maps as one, `(tokens, height, width)`."""
+    """The mean of the maps of all layers and steps, `(tokens, height, width)`."""
     total = torch.zeros(maps[0].shape[1], height, width)
     for scores in maps:
         h = max(1, round((len(scores) * height / width) ** 0.5))

@@ -32,8 +32,8 @@ CARRIED_FILES = ("README.md", "training_args.yaml", "evaluation.json", "memorisa
 
 _CASCADE = """## Larger images
 
-`upscaler/` holds a second model, which makes the images larger; it opens by itself too.
-With `pip install sfumato`, both as one call:
+`upscaler/` holds a second model, which makes the images larger; it can also be opened on its own.
+With `pip install sfumato`, both run in one call:
 
 ```python
 from sfumato.pipelines import Cascade
@@ -46,7 +46,7 @@ image = Cascade.from_pretrained("{where}")("").images[0]
 
 
 def joined_source() -> str:
-    """`pipeline.py`: what travels, as one file without `sfumato` in its imports."""
+    """The text of `pipeline.py`: the modules that travel, as one file that does not import `sfumato`."""
     schedulers = (scheduling_sfumato_ddpm, scheduling_sfumato_flow)
     modules = (*schedulers, trust, images, inputs, conditions, stock, guided, pipeline_sfumato)
     sources = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules)
@@ -62,7 +62,7 @@ def _prefixed(table: dict) -> dict:
 def _write_for_transformers_4(folder: Path) -> None:
     """Prefix the text encoder's keys and write `vocab.json` and `merges.txt`.
 
-    transformers 5 leaves both out; transformers 4 then loads a random text encoder with only a warning.
+    transformers 5 omits both; transformers 4 would then load a random text encoder with only a warning.
     """
     for file in (folder / "text_encoder").glob("*.safetensors"):
         weights = load_file(file)
@@ -78,7 +78,7 @@ def _write_for_transformers_4(folder: Path) -> None:
 
 
 def _forget_local_paths(folder: Path) -> None:
-    """Drop what diffusers and transformers note of the folder of this machine that a part came from."""
+    """Drop what diffusers and transformers record about the local folder that a part was loaded from."""
     for path in [folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path", "is_local", "local_files_only")}
@@ -94,11 +94,11 @@ def _add_metadata(file: Path, metadata: dict) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What an exported folder keeps of the run that made the model.
+    """What an exported folder keeps about the run that made the model.
 
     Attributes:
         samples: pairs of prompt and image for the card's gallery.
-        metadata: for programs, JSON; goes into the scheduler's config under `_sfumato`, key `run`.
+        metadata: JSON for programs; stored in the scheduler's config under `_sfumato`, key `run`.
         settings: YAML for `training_args.yaml`.
         curve: an image of the training loss.
     """
@@ -114,10 +114,10 @@ class WeightFiles:
     """How weights are stored.
 
     Attributes:
-        variants: `fp16`: a copy in half precision; `raw`: a copy of the weights before averaging.
-        raw: weights before averaging, for the variant; names as `unet.conv_in.weight` and `text_encoder. ...`.
+        variants: `fp16` for a copy in half precision, `raw` for a copy of the weights before averaging.
+        raw: the weights before averaging, for the variant; named like `unet.conv_in.weight` and `text_encoder. ...`.
         max_shard_size: weights are split into files of at most this size.
-        half: store weights in half precision, which halves the folder; it opens in float32 all the same.
+        half: store weights in half precision, which halves the size of the folder; it still opens in float32.
     """
 
     variants: Sequence[str] = ()
@@ -127,12 +127,12 @@ class WeightFiles:
 
 
 def _save_weights(pipe: SfumatoPipeline, folder: Path, weights: WeightFiles) -> None:
-    """All parts in float32, and beside them the copies that `variants` names."""
+    """Save all parts in float32, and next to them the copies that `variants` names."""
     variants = weights.variants
     raw = weights.raw or {}
     max_shard_size = weights.max_shard_size
     if "raw" in variants and not raw:
-        raise ValueError("the variant raw needs the weights before averaging, which a run's checkpoints have")
+        raise ValueError("the variant raw needs the weights before averaging, which the checkpoints of a run contain")
     pipe.save_pretrained(folder, max_shard_size=max_shard_size)
     parts = {name: getattr(pipe, name) for name in NETWORKS}
     copies = []
@@ -143,10 +143,10 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, weights: WeightFiles) -> 
             if tensors := {k.removeprefix(f"{part}."): v for k, v in raw.items() if k.startswith(f"{part}.")}:
                 module = copy.deepcopy(parts[part])
                 if unexpected := module.load_state_dict(tensors, strict=False).unexpected_keys:
-                    raise ValueError(f"raw weights of another model: {', '.join(unexpected[:3])}")
+                    raise ValueError(f"the raw weights belong to another model: {', '.join(unexpected[:3])}")
                 copies.append(("raw", part, module))
     for variant, part, module in copies:
-        # Aside, and then only the weights: a save writes its dtype into config.json and removes the shards of others.
+        # Save elsewhere and move only the weights: a save writes its dtype into config.json and removes the shards of others.
         aside = folder / f".{variant}"
         module.save_pretrained(aside, variant=variant, max_shard_size=max_shard_size)
         for path in aside.glob(f"*.{variant}*"):
@@ -155,7 +155,7 @@ def _save_weights(pipe: SfumatoPipeline, folder: Path, weights: WeightFiles) -> 
 
 
 def _halve(folder: Path) -> None:
-    """Store weights in half precision. diffusers opens them in float32, and so does transformers where the config says so."""
+    """Store weights in half precision. diffusers opens them in float32, and so does transformers if the config says so."""
     files = [*folder.glob("unet/diffusion_*.safetensors"), *folder.glob("vae/diffusion_*.safetensors")]
     if json.loads((folder / "text_encoder" / "config.json").read_text()).get("dtype") == "float32":
         files += folder.glob("text_encoder/model*.safetensors")
@@ -164,15 +164,15 @@ def _halve(folder: Path) -> None:
 
 
 def _take_over(source: Path, new: Path, where: str, variants: list[str]) -> None:
-    """Card, samples, settings of the folder a pipeline came from, but nothing that a link leads out to.
+    """Copy card, samples and settings from the folder a pipeline came from, but nothing that a link outside it points to.
 
-    In a card of ours, the snippets and the list of variants follow.
+    In a card written by Sfumato, the snippets and the list of variants are updated.
     """
     for path in [source / name for name in CARRIED_FILES if (source / name).exists()] + sorted(
         (source / "samples").glob("*.png")
     ):
         if not path.resolve().is_relative_to(source.resolve()) and not _is_hub_cache(path):
-            raise ValueError(f"{path} is a link out of its folder; it is not taken over")
+            raise ValueError(f"{path} is a link out of its folder; it is not copied")
         target = new / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
@@ -187,7 +187,7 @@ def _take_over(source: Path, new: Path, where: str, variants: list[str]) -> None
 
 
 def _is_hub_cache(path: Path) -> bool:
-    """The Hub's own cache keeps files as links from `snapshots/COMMIT/` to `blobs/` beside."""
+    """Whether a path is in the Hub's own cache, where files are links from `snapshots/COMMIT/` to `blobs/` beside it."""
     return path.resolve().parent.name == "blobs" and path.resolve().parents[1] in path.absolute().parents
 
 
@@ -204,28 +204,28 @@ def export_pipeline(
 ) -> Path:
     """Write `pipe` as a complete, shareable folder that plain `DiffusionPipeline.from_pretrained(folder)` opens.
 
-    Written beside, synced to the disk and put into place in one step, so a crash leaves the old folder or the new one.
+    It is written next to `folder`, synced to disk and moved into place in one step, so a crash leaves the old or the new one.
 
     Args:
         pipe: the model to share.
-        folder: where to; an older export there is replaced.
-        facts, where: for the card, see `card.model_card`; its snippets name `folder` where `where` is not given.
-        run: what else is kept of the run that made it.
+        folder: the folder to write; an older export there is replaced.
+        facts, where: for the card, see `card.model_card`; its snippets name `folder` if `where` is not given.
+        run: what else to keep about the run that made the model.
         weights: how the weights are stored.
-        source: the exported folder that `pipe` was opened from; its card, samples and settings are taken over.
-        upscaler: the exported folder of an upscaling model; a copy of it is put inside, which makes a `Cascade`. That of
-            `source`, if it has one, where not given.
+        source: the exported folder that `pipe` was opened from; its card, samples and settings are copied.
+        upscaler: the exported folder of an upscaling model; a copy is put inside, which makes the result a `Cascade`. By
+            default that of `source`, if it has one.
 
     Raises:
-        ValueError: `folder` exists and is not an exported pipeline; an unknown variant; `raw` without its weights.
+        ValueError: `folder` exists and is not an exported pipeline, a variant is unknown, or `raw` lacks its weights.
     """
     where, folder = public_path(where or str(folder)), Path(folder).resolve()
     run, weights = run or RunRecord(), weights or WeightFiles()
     _check_replaceable(folder)
     if unknown := set(weights.variants) - {"fp16", "raw"}:
-        raise ValueError(f"unknown variant {', '.join(sorted(unknown))}; there are fp16 and raw")
+        raise ValueError(f"unknown variant {', '.join(sorted(unknown))}; choose from fp16 and raw")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-    if old.exists() and not folder.exists():  # a crash came between two renames
+    if old.exists() and not folder.exists():  # a crash happened between two renames
         old.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -257,7 +257,7 @@ def export_pipeline(
 
 
 def _write_run(run: RunRecord, new: Path) -> list[tuple[str, str]]:
-    """Write the record of a run; returns pairs of prompt and file name."""
+    """Write the record of a run; return pairs of prompt and file name."""
     if run.metadata:
         _add_metadata(new / "scheduler" / "scheduler_config.json", run.metadata)
     if run.samples or run.curve is not None:
@@ -274,12 +274,12 @@ def _write_run(run: RunRecord, new: Path) -> list[tuple[str, str]]:
 
 
 def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
-    """Make the folder `new` one of a cascade, where there is a second model; arguments as for `export_pipeline`."""
+    """Turn the folder `new` into a cascade if there is a second model; arguments as for `export_pipeline`."""
     if upscaler is None and source is not None and (Path(source) / UPSCALER / "model_index.json").is_file():
         upscaler = Path(source) / UPSCALER
     if upscaler is not None:
         upscaling_pipe = SfumatoPipeline.from_pretrained(str(upscaler))
-        Cascade(pipe, upscaling_pipe)  # or these two do not go together
+        Cascade(pipe, upscaling_pipe)  # raises if the two do not fit together
         export_pipeline(upscaling_pipe, new / UPSCALER, where=f"{where}/{UPSCALER}", source=upscaler)
         card = new / "README.md"
         text = card.read_text("utf-8")
@@ -288,13 +288,13 @@ def _add_upscaler(pipe, new: Path, where: str, source, upscaler) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise ValueError unless there is nothing at `folder`, or an export and nothing but it."""
+    """Raise ValueError unless `folder` does not exist or contains an export and nothing else."""
     if not folder.exists():
         return
     ours = folder.is_dir() and (folder / "pipeline.py").is_file() and (folder / "model_index.json").is_file()
     if not ours or not (folder / "pipeline.py").read_text("utf-8", "replace").startswith("# Written by Sfumato"):
         raise ValueError(
-            f"{folder} exists and is no pipeline that Sfumato exported; export to a new folder or remove it first"
+            f"{folder} exists and is not a pipeline exported by Sfumato; export to a new folder or remove it first"
         )
     parts = json.loads((folder / "model_index.json").read_text("utf-8"))
     known = {
@@ -304,9 +304,9 @@ def _check_replaceable(folder: Path) -> None:
         UPSCALER,
         *CARRIED_FILES,
         *CODEC_FILES,
-        *(path.name for path in folder.glob("*.png")),  # sheets of an evaluation
-        *(".DS_Store", ".cache", ".gitattributes"),  # what Finder and downloads from the Hub leave
+        *(path.name for path in folder.glob("*.png")),  # image sheets of an evaluation
+        *(".DS_Store", ".cache", ".gitattributes"),  # left by Finder and by downloads from the Hub
         *(name for name in parts if not name.startswith("_")),
     }
     if more := sorted(path.name for path in folder.iterdir() if path.name not in known):
-        raise ValueError(f"{folder} holds more than an export, and it would be lost: {', '.join(more[:5])}; export elsewhere")
+        raise ValueError(f"{folder} holds more than an export, which would be lost: {', '.join(more[:5])}; export elsewhere")

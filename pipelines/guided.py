@@ -1,4 +1,4 @@
-"""One guided prediction of the network: which passes it takes, how they run, and what they are given.
+"""One guided prediction of the network: which passes it takes, how they run and what their inputs are.
 
 Self-contained on purpose (torch and diffusers only): this file travels inside shared model folders.
 """
@@ -23,14 +23,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInputs:
-    """What a network is given beside noise, time and text.
+    """What a network reads besides noise, time and text.
 
     Attributes:
-        class_labels: `(B,)`, the noise level of an upscaling model's image.
+        class_labels: `(B,)`, the noise level of the small image of an upscaling model.
         control: `(B, C, H, W)` in [0, 1], the map that a ControlNet follows.
-        control_scale: how strongly it does.
+        control_scale: how strongly it follows the map.
         attention: `cross_attention_kwargs` of the UNet.
-        guidance: `(B, D)`, by which a distilled network is told the guidance scale; see `guidance_embedding`.
+        guidance: `(B, D)`, the guidance scale as input of a distilled network; see `guidance_embedding`.
     """
 
     class_labels: torch.Tensor | None = None
@@ -42,16 +42,16 @@ class NetworkInputs:
 
 @dataclass
 class CallState:
-    """What a call of the pipeline counts and finds out on its way.
+    """What a pipeline call counts and finds out along the way.
 
     Attributes:
-        num_passes: passes of the network so far.
-        one_by_one: whether a batch of the passes of one step has not fitted into memory.
+        num_passes: network passes so far.
+        one_by_one: whether the passes of one step did not fit into memory as one batch.
         num_timesteps: steps of the scheduler.
-        guidance_scale: of the guider; 1 where it has none.
+        guidance_scale: that of the guider; 1 if it has none.
         guided: whether an unconditional prediction is needed.
         guidance_ended: whether a callback has ended guidance.
-        cross_attention_kwargs: of the call.
+        cross_attention_kwargs: those of the call.
     """
 
     num_passes: int = 0
@@ -65,7 +65,7 @@ class CallState:
 
 @dataclass(frozen=True, kw_only=True)
 class Embeds:
-    """Text as the network reads it, `(B, L, D)` each; `negative` is None without guidance."""
+    """Text as the network reads it, each `(B, L, D)`; `negative` is None without guidance."""
 
     positive: torch.Tensor
     negative: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class Embeds:
 
 @dataclass
 class Turn:
-    """Whose turn it is with a scheduler or a network, which keep a state while they draw."""
+    """Which thread is using a scheduler or a network, since both keep state while drawing."""
 
     lock: Any = field(default_factory=threading.Lock)
     thread: int | None = None
@@ -84,10 +84,10 @@ _TURNS_LOCK = threading.Lock()
 
 
 def one_at_a_time(call: Callable) -> Callable:
-    """Have calls of pipelines in several threads that share a scheduler or a network wait for each other.
+    """Make pipeline calls in several threads wait for each other if they share a scheduler or a network.
 
-    Raises (the call does):
-        RuntimeError: this very thread draws with one of them already: the call comes from its callback.
+    Raises (from the call):
+        RuntimeError: the same thread is already drawing with one of them, because the call comes from a callback.
     """
 
     @functools.wraps(call)
@@ -108,7 +108,7 @@ def one_at_a_time(call: Callable) -> Callable:
 
 
 def build_guider(cls: type, **settings) -> BaseGuidance:
-    """A guider of diffusers, without the warning of each construction that guiders are new: we pin what we tested."""
+    """Build a guider of diffusers without its warning that guiders are experimental: the versions we tested are pinned."""
 
     def is_other(record) -> bool:
         return "experimental" not in str(record.msg)
@@ -122,14 +122,14 @@ def build_guider(cls: type, **settings) -> BaseGuidance:
 
 
 def guidance_width(unet) -> int | None:
-    """How wide an embedding of the guidance scale a distilled network reads; None of any other."""
+    """Width of the embedding of the guidance scale that a distilled network reads; None for any other network."""
     return unet.config.get("time_cond_proj_dim")
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """What a distilled network is told of guidance scales `(B,)`, `(B, width)`: sines and cosines of 1000 (scale - 1).
+    """Embed guidance scales `(B,)` for a distilled network, `(B, width)`: sines and cosines of 1000 (scale - 1).
 
-    As `StableDiffusionPipeline.get_guidance_scale_embedding`, which works on the CPU alone.
+    Like `StableDiffusionPipeline.get_guidance_scale_embedding`, which only works on the CPU.
     """
     frequencies = torch.exp(torch.arange(width // 2, device=scale.device) * (-math.log(10000.0) / (width // 2 - 1)))
     angles = 1000.0 * (scale.float() - 1)[:, None] * frequencies
@@ -146,10 +146,10 @@ def guided_prediction(
     inputs: NetworkInputs,
     state: CallState,
 ) -> torch.Tensor:
-    """`(B, C, h, w)`: the guider says which passes are needed and combines them.
+    """The guided prediction, `(B, C, h, w)`: the guider says which passes are needed and combines them.
 
-    The passes run as one batch; one after another where a guider changes the network between passes or has a `weak` model for
-    the second, or once a batch of them has not fitted into memory.
+    The passes run as one batch. They run one after another if the guider changes the network between passes or has a `weak`
+    model for the second, or once a batch has not fitted into memory.
     """
     # Before diffusers 0.36 this was called prepare_inputs.
     prepare: Callable = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
@@ -169,20 +169,20 @@ def guided_prediction(
         except torch.OutOfMemoryError:
             if len(passes) == 1:
                 raise
-            logger.warning("The passes of guidance do not fit into memory as one batch: from here on one by one.")
+            logger.warning("The guidance passes do not fit into memory as one batch; from here on they run one by one.")
             state.one_by_one = True
     for i, each in enumerate(passes):
         guider.prepare_models(pipe.unet)
         model = weak if weak is not None and i > 0 else pipe
         try:
             each.noise_pred = run_network(model.unet, model.controlnet, latents, t, each.encoder_hidden_states, inputs)
-        finally:  # or the network would stay changed for all who share it
+        finally:  # or the network would stay changed for everyone who shares it
             guider.cleanup_models(pipe.unet)
     return guider(passes)[0]
 
 
 def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
-    """What a weaker model's text encoder makes of the prompt; the model follows this one in device and precision."""
+    """The prompt as a weaker model's text encoder encodes it; the model is moved to this one's device and precision."""
     for part in filter(None, (weak.unet, weak.text_encoder, weak.controlnet)):
         part.to(device, pipe.unet.dtype)
     return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
@@ -191,7 +191,7 @@ def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
 def run_network(
     unet, controlnet, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, inputs: NetworkInputs | None = None
 ) -> torch.Tensor:
-    """The network's prediction for each row of `context`, which has one or several for each of `latents`."""
+    """The network's prediction for each row of `context`, which has one or more rows for each of `latents`."""
     times = len(context) // len(latents)
     more = {}
     inputs = inputs or NetworkInputs()

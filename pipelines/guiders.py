@@ -1,10 +1,10 @@
-"""Guiders of diffusers without what is wrong in them in 0.42; each is tested against its formula."""
+"""Guiders of diffusers 0.42 with their faults corrected; each is tested against its formula."""
 
 from diffusers import guiders
 
 
 class MagnitudeAwareGuidance(guiders.MagnitudeAwareGuidance):
-    """The stock one's norm over three dimensions fails: here images come to it as rows."""
+    """The stock class takes a norm over three dimensions, which fails; here each image is passed to it as one row."""
 
     def forward(self, pred_cond, pred_uncond=None):
         """Combine the predictions, `(B, C, h, w)`."""
@@ -14,7 +14,7 @@ class MagnitudeAwareGuidance(guiders.MagnitudeAwareGuidance):
 
 
 class AdaptiveProjectedGuidance(guiders.AdaptiveProjectedGuidance):
-    """The stock one's update starts from the unconditional prediction, which keeps what the projection should leave out."""
+    """The stock update starts from the unconditional prediction, which keeps what the projection should remove."""
 
     def forward(self, pred_cond, pred_uncond=None):
         """Combine the predictions, `(B, C, h, w)`, as cond + (scale - 1) update."""
@@ -27,9 +27,9 @@ class AdaptiveProjectedGuidance(guiders.AdaptiveProjectedGuidance):
 
 
 class SmoothedEnergyGuidance(guiders.SmoothedEnergyGuidance):
-    """The stock one does not count its passes, and so never smooths anything."""
+    """The stock class does not count its passes and therefore never smooths anything."""
 
     def prepare_models(self, denoiser):
-        """Count a pass, and smooth the self-attention of the one that is for it."""
+        """Count a pass, and smooth self-attention in the pass meant for it."""
         self._count_prepared += 1
         super().prepare_models(denoiser)

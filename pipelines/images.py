@@ -1,4 +1,4 @@
-"""One meaning for every image file: upright, in sRGB, 8 bits a channel, on white; in training, in a call, in a command.
+"""One interpretation of every image file in training, calls and commands: upright, sRGB, 8 bits per channel, on white.
 
 Self-contained on purpose (numpy and PIL only): this file travels inside shared model folders.
 """
@@ -11,26 +11,26 @@ from PIL import Image, ImageCms, ImageOps
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-# Files of 16 bits that Pillow opens as 32.
+# Formats whose 16-bit files Pillow opens with 32 bits.
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 
 class UnsupportedImage(ValueError):
-    """An image whose values have no certain meaning; the message says why."""
+    """An image whose values are ambiguous; the message says why."""
 
 
 def to_8_bits(image: Image.Image, channels: int, notes: set[str] | None = None) -> Image.Image:
-    """An image of any mode as 8 bits of grey, RGB or RGBA: turned upright, in sRGB, laid on white unless `channels` is 4.
+    """Convert an image of any mode to 8-bit grey, RGB or RGBA: upright, in sRGB, on white unless `channels` is 4.
 
-    The range follows the file: of 16 bits the upper eight are taken, floats must lie in [0, 1]. Nothing is scaled by what an
-    image happens to hold.
+    The range follows the file format: of 16 bits the upper eight are used, and floats must lie in [0, 1]. No image is scaled
+    by its own contents.
 
     Args:
-        channels: 1 grey, 3 RGB, 4 RGBA.
-        notes: gets what was unusual about the image, such as a palette.
+        channels: 1 is grey, 3 RGB, 4 RGBA.
+        notes: receives what was unusual about the image, such as a palette.
 
     Raises:
-        UnsupportedImage: integers of 32 bits, floats outside of [0, 1], or a mode that cannot be converted.
+        UnsupportedImage: 32-bit integers, floats outside [0, 1], or a mode that cannot be converted.
     """
     notes = set() if notes is None else notes
     if image.getexif().get(0x0112, 1) != 1:
@@ -51,7 +51,7 @@ def to_8_bits(image: Image.Image, channels: int, notes: set[str] | None = None) 
 
 
 def _scale(image: Image.Image, notes: set[str]) -> Image.Image:
-    """Deep images as 8 bits."""
+    """Convert images with more than 8 bits to 8 bits."""
     if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
         notes.add("16 bits scaled to 8")
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
@@ -67,7 +67,7 @@ def _scale(image: Image.Image, notes: set[str]) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, notes: set[str]) -> Image.Image:
-    """Colours by the profile that the file holds, as every viewer shows them."""
+    """Convert colours from the profile in the file to sRGB, as image viewers do."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
@@ -90,7 +90,7 @@ def _to_srgb(image: Image.Image, notes: set[str]) -> Image.Image:
 
 
 def _same_colours(given, srgb) -> bool:
-    """Whether a profile is sRGB under one of its many descriptions."""
+    """Whether a profile is sRGB under one of its many names."""
     named = "srgb" in (given.profile_description or "").lower()
     primaries = [(getattr(p, f"{name}_colorant") or (np.nan,))[0] for p in (given, srgb) for name in ("red", "green", "blue")]
     values = np.array([np.resize(primary, 3) for primary in primaries], float)

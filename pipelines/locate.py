@@ -3,13 +3,13 @@
 from importlib.resources import files
 from pathlib import Path
 
-# The models that come with the package: emoji of 32 pixels, of 128, and of 128 in four steps.
+# The models that come with the package: emoji at 32 pixels, at 128, and at 128 in four steps.
 PACKAGED = ("openmoji", "openmoji_128", "openmoji_128_few")
-DEFAULT = "openmoji_128"  # what draws where no model is named
+DEFAULT = "openmoji_128"  # used if no model is named
 
 
 def locate_pipeline(source: str) -> str:
-    """The pipeline in a run folder or checkpoint (the one written last), a packaged model, or the folder or Hub id itself.
+    """The latest pipeline in a run folder or checkpoint, a packaged model, or the folder or Hub id itself.
 
     Raises:
         ValueError: there is no model.
@@ -23,7 +23,7 @@ def locate_pipeline(source: str) -> str:
         inside = [folder / "pipeline", *sorted(folder.glob("checkpoints/step-*/pipeline"))]
         if found := [path for path in inside if (path / "model_index.json").is_file()]:
             return str(max(reversed(found), key=lambda path: (path / "model_index.json").stat().st_mtime))
-        raise ValueError(f"{source} holds no model: no model_index.json in it, in its pipeline/ or in its checkpoints")
+        raise ValueError(f"{source} contains no model: no model_index.json in it, in its pipeline/ or in its checkpoints")
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(f"there is no folder {source}")
     return source
@@ -37,12 +37,12 @@ def packaged_model(name: str = DEFAULT) -> Path:
     """
     folder = _packaged_folder(name)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"the packaged model {name} is not here; name another one")
+        raise ValueError(f"the packaged model {name} is not installed; name another one")
     return folder
 
 
 def is_packaged(folder: Path) -> bool:
-    """Whether a folder is that of a model that comes with the package."""
+    """Whether a folder is one of the models that come with the package."""
     return folder.resolve() in [_packaged_folder(name).resolve() for name in PACKAGED]
 
 

@@ -1,7 +1,7 @@
-"""Clips by a 2D model and a motion adapter (Guo et al. 2023, arXiv 2307.04725): what `AnimateDiffPipeline` draws.
+"""Clips from a 2D model and a motion adapter (Guo et al. 2023, arXiv 2307.04725), as `AnimateDiffPipeline` draws them.
 
-A clip is an array like any other here, the channels of its frames one after another: `(B, F * C, H, W)`. `MotionUNet` and
-`FrameVae` make frames of it and join them again, so that training, samplers, guiders and judges see one array.
+Here a clip is an array like any other, with the channels of its frames one after another: `(B, F * C, H, W)`. `MotionUNet`
+and `FrameVae` split it into frames and join them again, so that training, samplers, guiders and judges see one array.
 """
 
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ class MotionUNet(UNetMotionModel):
         return own.train(unet.training)
 
     def forward(self, sample, timestep, encoder_hidden_states, *, return_dict=True, **more) -> Any:
-        """As of `UNetMotionModel`, but for the shapes."""
+        """As in `UNetMotionModel`, except for the shapes."""
         clips = sample.unflatten(1, (-1, self.config["in_channels"])).transpose(1, 2)
         context = encoder_hidden_states.repeat_interleave(clips.shape[2], dim=0)
         output = super().forward(clips, timestep, context, return_dict=False, **more)[0]
@@ -43,7 +43,7 @@ class MotionUNet(UNetMotionModel):
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
     def to_stock(self) -> tuple[UNetMotionModel, MotionAdapter]:
-        """diffusers' own two classes; the network shares its weights, the adapter has a copy of its own part."""
+        """The model as diffusers' own two classes; the network shares its weights, the adapter holds a copy of its part."""
         unet: Any = UNetMotionModel.from_config(self.config)
         unet.load_state_dict(self.state_dict(), assign=True)
         adapter: Any = build_adapter(
@@ -57,7 +57,7 @@ class MotionUNet(UNetMotionModel):
 
 
 def build_adapter(config, *, num_attention_heads: int, max_frames: int, mid_block: bool) -> MotionAdapter:
-    """A motion adapter for a UNet of this config, random but for its last layers, which are zero: at first nothing moves."""
+    """A random motion adapter for a UNet with this config; its last layers are zero, so that nothing moves at first."""
     adapter = MotionAdapter(
         block_out_channels=tuple(config["block_out_channels"]),
         motion_layers_per_block=config["layers_per_block"],
@@ -75,12 +75,12 @@ def build_adapter(config, *, num_attention_heads: int, max_frames: int, mid_bloc
 
 
 class FrameVae(torch.nn.Module):
-    """A VAE of pictures that encodes and decodes each frame of `(B, F * C, H, W)` by itself.
+    """An image VAE that encodes and decodes each frame of `(B, F * C, H, W)` separately.
 
     Attributes:
-        vae: that of pictures.
+        vae: the image VAE.
         frames: F.
-        config: as of `vae`, with the channels of all frames.
+        config: that of `vae`, with the channels of all frames.
     """
 
     def __init__(self, vae, frames: int):
@@ -91,7 +91,7 @@ class FrameVae(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.vae.dtype
 
     @property
@@ -100,24 +100,24 @@ class FrameVae(torch.nn.Module):
         return self.vae.device
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        """`latents`, `(B, F * c, h, w)`: the means, not scaled."""
+        """Encode pixels; `latents` `(B, F * c, h, w)` are the means, not scaled."""
         frames = split_frames(pixels, self.vae.config.in_channels)
         return SimpleNamespace(latents=join_frames(self.vae.encode(frames).latent_dist.mode(), len(pixels)))
 
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> Any:
-        """Pixels `(B, F * C, H, W)`."""
+        """Decode latents to pixels `(B, F * C, H, W)`."""
         frames = split_frames(latents, self.vae.config.latent_channels)
         pixels = join_frames(self.vae.decode(frames, return_dict=False)[0], len(latents))
         return SimpleNamespace(sample=pixels) if return_dict else (pixels,)
 
 
 def as_clips(unet: UNetMotionModel, vae) -> tuple[MotionUNet, FrameVae]:
-    """The network and the VAE of an `AnimateDiffPipeline` that Sfumato wrote, for arrays of clips.
+    """The network and the VAE of an `AnimateDiffPipeline` that Sfumato wrote, in the forms that work on clip arrays.
 
     Raises:
-        ValueError: it was not trained here, so it is not known of how many frames its clips are.
+        ValueError: it was not trained here, so the number of frames of its clips is unknown.
     """
     facts = codec_facts(unet)
     if facts is None:
-        raise ValueError("an AnimateDiffPipeline that was not trained here: open it with diffusers' own class")
+        raise ValueError("this AnimateDiffPipeline was not trained with Sfumato; open it with diffusers' own class")
     return MotionUNet.of(unet), FrameVae(vae, facts["shape"][-1] // vae.config.in_channels)

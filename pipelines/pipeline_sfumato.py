@@ -1,7 +1,7 @@
 """Text to image, image to image, inpainting, upscaling, control; any guider and scheduler of diffusers, over stock parts.
 
-Self-contained on purpose (torch, diffusers, transformers and of ours what `export.joined_source` joins): this file travels
-inside shared model folders.
+Self-contained on purpose (torch, diffusers, transformers, and those of our modules that `export.joined_source` joins): this
+file travels inside shared model folders.
 """
 
 import copy
@@ -68,12 +68,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SourceImage:
-    """The image that a call changes, and where it changes it.
+    """The image that a call changes, and where it is changed.
 
     Attributes:
-        pixels: `(B, C, H, W)` in [-1, 1]; None where a call begins with noise alone.
-        mask: `(B, 1, H, W)` in [0, 1], 1 where to redraw; None: everywhere.
-        x_0, latent_mask: both in latent space.
+        pixels: `(B, C, H, W)` in [-1, 1]; None if the call starts from noise alone.
+        mask: `(B, 1, H, W)` in [0, 1], 1 where to redraw; None means everywhere.
+        x_0, latent_mask: the same in latent space.
     """
 
     pixels: Any = None
@@ -83,29 +83,29 @@ class SourceImage:
 
 
 def _located(source: str) -> str:
-    """The folder that holds the model which `source` names, where sfumato is installed; else `source`."""
+    """The folder of the model that `source` names if sfumato is installed, otherwise `source` itself."""
     try:
         return importlib.import_module("sfumato.pipelines.locate").locate_pipeline(source)
-    except (ModuleNotFoundError, ValueError):  # diffusers says what is wrong, or the Hub has it
+    except (ModuleNotFoundError, ValueError):  # diffusers reports what is wrong, or the Hub has it
         return source
 
 
 class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     """Draws images from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
 
-    Opens every folder of Stable Diffusion's form, ours and foreign, with `SfumatoPipeline.from_pretrained(folder)`, and
-    `save_pretrained` writes that form: only stock classes, no `sfumato` needed to load it.
+    `SfumatoPipeline.from_pretrained(folder)` opens any folder in Stable Diffusion's format, whoever made it, and
+    `save_pretrained` writes that format: stock classes only, so that loading it does not need `sfumato`.
 
     Args:
-        vae: turns latents into images; the identity for pixel models.
-        text_encoder, tokenizer: prompt to `(B, L, D)` embeddings.
-        unet: predicts what the scheduler's `prediction_type` says.
-        scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are turned into ours; others stay as they are.
-        guider: how conditional and unconditional predictions are combined; None: `ClassifierFreeGuidance`.
-        low_res_scheduler, max_noise_level: of an upscaling model, how noise is put on the small image, and how much.
-        controlnet: makes the network follow a map, such as edges (Zhang et al. 2023, arXiv 2302.05543).
-        safety_checker, feature_extractor, image_encoder, requires_safety_checker: kept for Stable Diffusion folders that
-            have them, so that nothing is lost on the way back; not used here.
+        vae: turns latents into images; the identity in pixel models.
+        text_encoder, tokenizer: turn prompts into `(B, L, D)` embeddings.
+        unet: predicts the quantity that the scheduler's `prediction_type` names.
+        scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are converted to ours; others stay as they are.
+        guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` if None.
+        low_res_scheduler, max_noise_level: for upscaling models, how noise is added to the small image, and how much at most.
+        controlnet: makes the network follow a map, such as an edge map (Zhang et al. 2023, arXiv 2302.05543).
+        safety_checker, feature_extractor, image_encoder, requires_safety_checker: not used, but kept for the Stable Diffusion
+            folders that have them, so that saving loses nothing.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -139,7 +139,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         stock: Any = scheduler
         if type(stock) in ours:
             scheduler = ours[type(stock)].from_config(stock.config)
-        # What StableDiffusionPipeline makes of every scheduler; or a saved model would draw otherwise than this one.
+        # StableDiffusionPipeline sets this on every scheduler; without it a saved model would not draw the same images.
         given: Any = scheduler
         if given is not None and given.config.get("steps_offset", 1) != 1:
             scheduler = type(given).from_config(given.config, steps_offset=1)
@@ -163,16 +163,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self._call = CallState()
         self._interrupt = False
         if controlnet is not None and self.reads:
-            raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
+            raise ValueError(f"a ControlNet cannot be combined with a UNet that reads {self.reads}")
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Open a folder or Hub repository of Stable Diffusion's form, the newest model of a run folder, or a
-        packaged one, `openmoji_128`. Arguments as for `DiffusionPipeline`.
+        """Open a folder or Hub repository in Stable Diffusion's format, the newest model of a run folder, or a
+        packaged model such as `openmoji_128`. Arguments as for `DiffusionPipeline`.
 
-        Only safetensors are opened, and no code of the folder runs.
+        Only safetensors files are opened, and no code from the folder is run.
 
         Raises:
             ValueError: see `trust.check_folder`.
@@ -187,19 +187,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         try:
             with quiet_transformers():
                 return super().from_pretrained(folder, **kwargs)
-        except (OSError, torch.OutOfMemoryError):  # diffusers' own of files that are not there, and no fault of the folder
+        except (OSError, torch.OutOfMemoryError):  # missing files or memory: diffusers' own error, not a fault of the folder
             raise
-        except Exception as error:  # an odd config raises nearly anything
+        except Exception as error:  # an odd config can raise nearly anything
             raise ValueError(f"{folder} cannot be opened: {type(error).__name__}: {error}") from error
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it. (A model with self-conditioning
-        is opened by this class only; `export_pipeline` puts its code into the folder.)
+        """Save in Stable Diffusion's format: stock classes only, so that plain diffusers opens it. (A model with
+        self-conditioning is opened by this class only; `export_pipeline` puts its code into the folder.)
 
-        The guider is a choice of the call, not of the weights, and is not saved. Arguments as for `DiffusionPipeline`.
+        The guider is not saved, since it belongs to the call and not to the weights. Arguments as for `DiffusionPipeline`.
 
         Raises:
-            ValueError: a LoRA lies beside the weights.
+            ValueError: a LoRA is loaded beside the weights.
         """
         check_no_lora(self)
         with quiet_transformers():
@@ -212,16 +212,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
-        """As diffusers; a folder that names this class in its own `pipeline.py` is opened by this one: no code of it runs."""
+        """As in diffusers, but a folder that names its own `pipeline.py` is opened by this class; that code does not run."""
         config = super()._dict_from_json_file(*args, **kwargs)
         if config.get("_class_name") == REMOTE_CLASS:
             config["_class_name"] = cls.__name__
-        if config.get("_class_name") == "AnimateDiffPipeline":  # whose UNet holds all of the adapter
+        if config.get("_class_name") == "AnimateDiffPipeline":  # its UNet already contains the whole adapter
             config.pop("motion_adapter", None)
         return config
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
-        """Prompts to embeddings `(len(text), L, D)`; a warning names what does not fit, and unknown words."""
+        """Encode prompts as embeddings `(len(text), L, D)`; warns of text that is cut off and of unknown words."""
         warn_of_unknown_words(self.tokenizer, text)
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         ids = tokenize(
@@ -267,19 +267,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return prompt_embeds, negative_prompt_embeds
 
     def prepare_noise(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
-        """Standard normal noise `(num_images, C, h, w)`; `latents` where given."""
+        """Standard normal noise `(num_images, C, h, w)`, or `latents` if given."""
         factor = self.vae_scale_factor
         shape = (num_images, self.vae.config.latent_channels, height // factor, width // factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-            if hasattr(self.vae, "frames"):  # AnimateDiff's noise has the frames inside of the channels
+            if hasattr(self.vae, "frames"):  # AnimateDiff's noise has the frames inside the channels
                 latents = latents.unflatten(1, (-1, self.vae.frames)).transpose(1, 2).flatten(1, 2)
         return latents.to(device, dtype)
 
     def prepare_image(self, image, mask_image, size: tuple[int, int], batch: tuple[int, int], dtype) -> "SourceImage":
-        """The image and the mask that a call is given, in pixels and in latent space.
+        """The image and the mask passed to a call, in pixels and in latent space.
 
-        `size` is height and width; `batch` is the number of prompts and of images for each.
+        `size` is (height, width); `batch` is the number of prompts and the number of images for each.
         """
         device = self._execution_device
         pixels = to_pixels(image, image_channels(self.vae), *size, *batch).to(device, dtype)
@@ -291,19 +291,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def trained_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the model was trained on."""
+        """Height and width of the training images, in pixels."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     @property
     def reads(self) -> str | None:
-        """What the UNet reads beside the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
+        """What the UNet reads besides the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
         return "estimate" if self.config["self_conditioning"] else extra_input_kind(self.unet, self.vae)
 
     @property
     def codec(self) -> Any:
-        """What makes objects of the arrays that the model draws, such as molecules; None where it draws pictures, or where
+        """The codec that turns the arrays that the model draws into objects, such as molecules; None if it draws images or if
         sfumato is not installed.
         """
         facts = codec_facts(self.unet)
@@ -313,7 +313,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             return None
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
-        """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
+        """A fresh guider for a call, so that no state (step, momentum) leaks into the next, and its weaker model."""
         weak = getattr(self.guider, "weak", None)
         guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
         if guidance_width(self.unet) is not None:  # distilled: the scale is an input of the network
@@ -327,7 +327,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def prepare_low_res(
         self, image, noise_level: int | None, size, batch, generator, dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For upscaling the smaller image with noise, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
+        """For upscaling: the smaller image with noise added, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
         level = min(20, self.config["max_noise_level"]) if noise_level is None else noise_level
         height, width = (side // self.vae_scale_factor for side in size)
         channels, device = image_channels(self.vae), self._execution_device
@@ -342,11 +342,11 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return (hint / 2 + 0.5).to(self._execution_device, dtype)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, h, w)` to images `(B, C, H, W)`, about [-1, 1]."""
+        """Decode latents `(B, C, h, w)` to images `(B, C, H, W)`, roughly in [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """`x_0` at the level of timestep `t` of the scheduler, in its own scale."""
+        """Add `noise` to `x_0` at the level of timestep `t`, in the scheduler's own scale."""
         return self.scheduler.add_noise(x_0, noise, t.reshape(1).expand(len(x_0)))
 
     def predict(
@@ -360,7 +360,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     ) -> torch.Tensor:
         """One guided prediction, `(B, C, h, w)`; see `guided.guided_prediction`.
 
-        Of a learned variance, the second half, samplers other than DDPM know nothing; they get the first.
+        Only DDPM can use a learned variance, the second half of the output; other samplers get the first half.
         """
         embeds = Embeds(positive=prompt_embeds, negative=negative_prompt_embeds)
         output = guided_prediction(self, guider, latents, t, embeds=embeds, inputs=inputs or NetworkInputs(), state=self._call)
@@ -368,17 +368,17 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def num_passes(self) -> int:
-        """Passes of the network for each image of the last call: two a step with guidance, one outside its interval."""
+        """Network passes for each image of the last call: two per step with guidance, one outside its interval."""
         return self._call.num_passes
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale of the call under way; 1 where the guider has none."""
+        """Guidance scale of the current call; 1 if the guider has none."""
         return self._call.guidance_scale
 
     @property
     def _guidance_scale(self) -> float:
-        """What diffusers' callbacks set to end guidance: at 1 and below the rest of the call is drawn without it."""
+        """Set by diffusers' callbacks to end guidance: at 1 or below, the rest of the call runs without it."""
         return self._call.guidance_scale
 
     @_guidance_scale.setter
@@ -388,22 +388,22 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def cross_attention_kwargs(self) -> dict | None:
-        """Of the call under way, such as `{"scale": 0.5}` for the strength of a LoRA."""
+        """Those of the current call, such as `{"scale": 0.5}` for the strength of a LoRA."""
         return self._call.cross_attention_kwargs
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `pipe._interrupt`, upon which the call takes no further step."""
+        """Whether a callback has set `pipe._interrupt`, after which the call takes no further step."""
         return self._interrupt
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the call under way needs an unconditional prediction."""
+        """Whether the current call needs an unconditional prediction."""
         return self._call.guided
 
     @property
     def num_timesteps(self) -> int:
-        """Number of scheduler steps of the call under way."""
+        """Number of scheduler steps of the current call."""
         return self._call.num_timesteps
 
     @torch.no_grad()
@@ -434,34 +434,35 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         controlnet_conditioning_scale: float = 1.0,
         cross_attention_kwargs: dict | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw images from text; with `image`, change an image; with `mask_image`, a part of it; or make `image` larger.
+        """Draw images from text; with `image`, change an image; with `mask_image`, redraw a part of it; or upscale `image`.
 
         Args:
             prompt, negative_prompt: one string or a list; the empty string means no condition.
-            image: an image to start from, or of which to redraw a part; for an upscaling model, the smaller image. See
+            image: the image to start from or to redraw in part; for an upscaling model, the smaller image. See
                 `inputs.to_pixels`.
-            mask_image: where to redraw `image`: 1 is redrawn, 0 is kept to the last bit; see `inputs.to_mask`.
-            strength: how much of the way back into noise `image` is sent, over 0 and up to 1; 0.8, and 1 with a mask.
-            height, width: in pixels; the size the model was trained at where not given.
+            mask_image: where to redraw `image`: 1 is redrawn, 0 is kept bit for bit; see `inputs.to_mask`.
+            strength: how far `image` is taken back towards noise, above 0 and at most 1; 0.8 by default, 1 with a mask.
+            height, width: in pixels; the size that the model was trained at by default.
             num_inference_steps: network evaluations (times two with guidance).
             guidance_scale: overrides the guider's own for this call (Ho and Salimans 2022, arXiv 2207.12598, in the form
                 uncond + scale * (cond - uncond)); 1 means no guidance.
             num_images_per_prompt: images for each prompt.
-            generator: one for the batch, or one for each image, whose result then does not depend on its neighbours.
+            generator: one for the batch, or one for each image, which then does not depend on the others in the batch.
             latents: starting noise `(B * num_images_per_prompt, C, h, w)`, standard normal.
-            prompt_embeds, negative_prompt_embeds: `(B, L, D)` in place of text.
-            output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`.
-            return_dict: return `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; returns tensors to go on with.
-            callback_on_step_end_tensor_inputs: which tensors it gets.
-            num_resamples: with a mask, how often each step is taken and all but the last time undone by noise, so that
-                what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
-            noise_level: timestep whose noise an upscaling model puts on `image`: the more, the more is made up. 20 by default.
-            control_image, controlnet_conditioning_scale: the map that the ControlNet follows, as `image`, and how strongly.
-            cross_attention_kwargs: as of the UNet; `{"scale": 0.5}` is the strength of a LoRA.
+            prompt_embeds, negative_prompt_embeds: `(B, L, D)`, in place of text.
+            output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`; for a model with a
+                codec, `decoded`: a list of the objects that its arrays stand for.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; may return replacements.
+            callback_on_step_end_tensor_inputs: which tensors it is passed.
+            num_resamples: with a mask, how many times each step is taken; all but the last are undone by noise, so that the
+                redrawn part fits the rest (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
+            noise_level: timestep whose noise an upscaling model adds to `image` (default 20); more invents more detail.
+            control_image, controlnet_conditioning_scale: the map that the ControlNet follows, given like `image`; its weight.
+            cross_attention_kwargs: passed to the UNet; `{"scale": 0.5}` sets the strength of a LoRA.
 
-        A callback may set `pipe._interrupt = True`, upon which no further step is taken. Calls from several threads that share
-        a scheduler or a network wait for each other.
+        A callback may set `pipe._interrupt = True`, after which no further step is taken. Calls from several threads that
+        share a scheduler or a network wait for each other.
 
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
@@ -517,7 +518,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         timesteps, dtype = self.scheduler.timesteps, positive.dtype
         batch = (len(positive) // num_images_per_prompt, num_images_per_prompt)
 
-        # What the network reads beside noise and text. Its own noise is drawn before the other, as in the stock pipeline.
+        # What the network reads besides noise and text. Its noise is drawn before the starting noise, as in stock pipelines.
         condition = None
         labels = None
         control = None
@@ -529,7 +530,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if (width_told := guidance_width(self.unet)) is not None:
             told = guidance_embedding(torch.full((len(positive),), state.guidance_scale, device=device), width_told)
             if negative_prompt and any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt):
-                warn_once("A negative prompt has no effect on this model, whose guidance scale is an input of the network.")
+                warn_once("A negative prompt has no effect on this model: its guidance scale is an input of the network.")
         inputs = NetworkInputs(
             class_labels=labels,
             control=control,
@@ -595,7 +596,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     progress_bar.update()
 
         if not x.isfinite().all():
-            logger.warning("The drawing is not finite: weights are damaged, or a half precision has overflowed.")
+            logger.warning("The result is not finite: the weights are damaged, or half precision has overflowed.")
         images: Any = x
         if output_type != "latent":
             images = self.decode_latents(x)

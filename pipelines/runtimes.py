@@ -1,7 +1,7 @@
-"""Run the network by another engine, for speed on a CPU: bfloat16, ONNX Runtime or OpenVINO.
+"""Run the network in another engine, for speed on a CPU: bfloat16, ONNX Runtime or OpenVINO.
 
 The text encoder, the VAE and the sampler stay as they are: they take a hundredth of the time. An engine is built for each
-shape that the network is given, at its first call.
+input shape of the network, at the first call with it.
 """
 
 import copy
@@ -24,7 +24,7 @@ from sfumato.pipelines.choices import RUNTIMES, replace_components
 from sfumato.pipelines.pipeline_sfumato import SfumatoPipeline
 
 ENGINES = "~/.cache/sfumato/engines"
-MAX_ENGINES = 16  # the oldest go
+MAX_ENGINES = 16  # the oldest are deleted
 INPUTS = ["x_t", "t", "context", "guidance"]
 
 
@@ -50,7 +50,7 @@ def _bf16(unet, inputs: tuple) -> Callable:
 
 
 def engine_file(unet, inputs: tuple) -> Path:
-    """Where the network is kept in ONNX's form, after a hash of it; named by weights, config, shapes and versions."""
+    """The file that keeps the network in ONNX format, after a hash of it; named by weights, config, shapes and versions."""
     digest = hashlib.sha256(repr((torch.__version__, diffusers.__version__, [x.shape for x in inputs])).encode())
     digest.update(json.dumps(dict(unet.config), sort_keys=True, default=str).encode())
     digest.update(WeightsWatch(unet).state()[1].encode())
@@ -60,14 +60,14 @@ def engine_file(unet, inputs: tuple) -> Path:
 
 
 def _as_onnx(unet, inputs: tuple) -> bytes:
-    """The network in ONNX's form: made once and kept, since that takes seconds and starting from it does not."""
+    """The network in ONNX format, converted once and kept, since converting takes seconds and loading does not."""
     path = engine_file(unet, inputs)
-    with suppress(OSError):  # none yet, or one that cannot be read
+    with suppress(OSError):  # no file yet, or an unreadable one
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() == stored[:32]:
             return stored[32:]
     content = _to_onnx(unet, inputs)
-    with suppress(OSError):  # no room, or a cache that is read-only: it is made again next time
+    with suppress(OSError):  # no space, or a read-only cache: it is made again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.{os.getpid()}")
         new.write_bytes(hashlib.sha256(content).digest() + content)
@@ -79,7 +79,7 @@ def _as_onnx(unet, inputs: tuple) -> bytes:
 
 def _to_onnx(unet, inputs: tuple) -> bytes:
     file: Any = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of tracing: every shape is fixed here
+    with warnings.catch_warnings(action="ignore"):  # from tracing: every shape is fixed here
         torch.onnx.export(_Network(copy.deepcopy(unet).float()), inputs, file, input_names=INPUTS[: len(inputs)], dynamo=False)
     return file.getvalue()
 
@@ -102,7 +102,7 @@ def _openvino(unet, inputs: tuple) -> Callable:
     import openvino
 
     core = openvino.Core()
-    # Where the processor has bfloat16, OpenVINO would take it unasked.
+    # On processors with bfloat16, OpenVINO would use it by default.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = core.compile_model(core.read_model(_as_onnx(unet, inputs)), "CPU", settings)
     return lambda *inputs: torch.from_numpy(compiled([x.numpy() for x in inputs])[0].copy())
@@ -112,9 +112,9 @@ BUILDERS = {"bf16": _bf16, "onnx": _onnx, "openvino": _openvino}
 
 
 class WeightsWatch:
-    """Tells whether a network's weights, or the LoRA layers beside them, are others than before. Reads no weight.
+    """Tells whether a network's weights, or the LoRA layers beside them, have changed, without reading any weight.
 
-    It is asked at every pass, so the tree of modules is walked only where something in it was put in, out or exchanged.
+    It is asked at every pass, so the module tree is walked only after something in it was added, removed or replaced.
     """
 
     def __init__(self, network: torch.nn.Module):
@@ -122,9 +122,9 @@ class WeightsWatch:
         self.parts: tuple[int, ...] = ()
 
     def state(self) -> tuple:
-        """Another value where anything is another."""
+        """A value that differs whenever anything has changed."""
         if not self.parts or self.parts != self._ids():
-            # They are held, or one that is put in could get the number of one that went.
+            # Keep references, or a new object could get the id of a deleted one.
             self.modules = modules = list(self.network.modules())
             self.tables: list[dict] = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
             self.tensors = [*self.network.parameters(), *self.network.buffers()]
@@ -136,15 +136,15 @@ class WeightsWatch:
         return tuple(id(part) for table in self.tables for part in table.values())
 
     def adapters(self) -> str:
-        """Which LoRA layers there are, and how strong; of the last `state`."""
+        """The LoRA layers and their strengths, as of the last `state`."""
         return str([(m.active_adapters, m.disable_adapters, m.merged_adapters, m.scaling) for m in self.layers])
 
 
 class EngineNetwork(torch.nn.Module):
-    """A UNet whose forward pass runs in another engine. All else is asked of the UNet itself.
+    """A UNet whose forward pass runs in another engine. Everything else comes from the UNet itself.
 
-    Engines are built again after a copy or a round through pickle, since they are of one process, and when the weights are
-    others: a LoRA was put on, a file loaded, a step of training taken.
+    Engines are rebuilt after copying or unpickling, since they belong to one process, and when the weights have changed: a
+    LoRA was added, a file loaded, or a training step taken.
 
     Args:
         unet: a stock `UNet2DConditionModel` on the CPU.
@@ -171,11 +171,11 @@ class EngineNetwork(torch.nn.Module):
         return {**self.__dict__, "engines": {}, "weights": (), "watch": None}
 
     def forward(self, x_t, t, encoder_hidden_states, timestep_cond=None, return_dict: bool = False) -> tuple[torch.Tensor]:
-        """As of the UNet, float32 inside."""
+        """As for the UNet, in float32 internally."""
         inputs = (x_t.float().contiguous(), t.reshape(1).float(), encoder_hidden_states.float().contiguous())
         inputs += () if timestep_cond is None else (timestep_cond.float().contiguous(),)
         shapes = tuple(x.shape for x in inputs)
-        if self.watch is None or self.watch.network is not self.unet:  # a copy, or one that went through pickle
+        if self.watch is None or self.watch.network is not self.unet:  # a copy, or unpickled
             self.watch = WeightsWatch(self.unet)
         if (weights := self.watch.state()) != self.weights:
             self.engines, self.weights = {}, weights
@@ -185,30 +185,30 @@ class EngineNetwork(torch.nn.Module):
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """Where a model is to draw under torch: the device named, such as `cuda:1`, `mps`, `xpu` or `cpu`; without a name the
-    accelerator that torch finds, else the CPU.
+    """The torch device to draw on: the one named, such as `cuda:1`, `mps`, `xpu` or `cpu`; without a name the accelerator that
+    torch finds, or the CPU if there is none.
 
     Raises:
-        ValueError: no such device, or none that this torch can use.
+        ValueError: there is no such device, or this torch cannot use it.
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.ones(1, device=name).item()  # a device that cannot be read from, such as meta, draws nothing
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # no such name, or not in this torch
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # unknown, or not in this torch
         raise ValueError(f"device {name!r} cannot be used here; torch finds {find_device()}") from error
     return torch.device(name)
 
 
 def with_runtime(pipe: SfumatoPipeline, name: str) -> SfumatoPipeline:
-    """The same model, its UNet run by another engine on the CPU: `bf16`, `onnx` or `openvino`; `torch` changes nothing.
+    """The same model with its UNet run by another engine on the CPU: `bf16`, `onnx` or `openvino`; `torch` changes nothing.
 
-    OpenVINO 2026.4 is for processes that draw and end: in long-lived ones that did much else, crashes were seen after it.
-    `onnx` and `openvino` compute in float32 and draw the same images to 1e-4; `bf16` differs by what eight bits of
-    mantissa do, and is fast where the processor has AVX512-BF16 or AMX.
+    Use OpenVINO 2026.4 only in processes that draw and exit: long-lived ones that did much else have crashed after it.
+    `onnx` and `openvino` compute in float32 and draw the same images to within 1e-4; `bf16` differs by the rounding of
+    eight bits of mantissa, and is fast on processors with AVX512-BF16 or AMX.
 
     Raises:
-        ValueError: no such runtime; a model that is not on the CPU; a guider that reaches into the network.
+        ValueError: no such runtime, a model that is not on the CPU, or a guider that reaches into the network.
         ModuleNotFoundError: the engine is not installed.
     """
     if name not in RUNTIMES:

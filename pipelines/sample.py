@@ -1,4 +1,4 @@
-"""`sfumato sample`: a model opened as the options say, its images drawn and written with the settings that draw them again."""
+"""`sfumato sample`: opens a model as the options say, draws images and writes them with the settings that reproduce them."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ from sfumato.pipelines.trust import UNREAD
 
 @dataclass(kw_only=True)
 class SampleOptions:
-    """What is drawn, by what, and where it goes; each as the option of the command."""
+    """What to draw, with what, and where to write it; each field is the command-line option of the same name."""
 
     prompts: list[str]
     model: str = DEFAULT
@@ -48,10 +48,10 @@ class SampleOptions:
 
 
 def sample(options: SampleOptions) -> list[Image.Image]:
-    """Draw one image a prompt and write the grid, the images by themselves and the film that the options name.
+    """Draw one image per prompt and write the grid, the single images and the GIF that the options name.
 
     Raises:
-        ValueError: something that cannot be drawn or kept; found before anything is drawn.
+        ValueError: something cannot be drawn or saved; raised before anything is drawn.
     """
     model = locate_pipeline(options.model)
     check_outputs(options, object_endings())
@@ -114,7 +114,7 @@ def open_model(options: SampleOptions, model: str) -> SfumatoPipeline:
 
 
 def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Any]:
-    """The images that a command names, upright and, but for one that is to be made larger, cropped to the model's shape."""
+    """The images that a command names, upright and, unless they are to be upscaled, cropped to the model's aspect ratio."""
     images, (height, width) = {}, pipe.trained_size
     for name, path in (("image", options.image), ("mask_image", options.mask), ("control_image", options.control)):
         if not path:
@@ -132,7 +132,7 @@ def read_images(options: SampleOptions, pipe: SfumatoPipeline) -> dict[str, Any]
 
 
 def crop_middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    """As much of the middle of an image as has the shape `width` x `height`; itself where all of it has."""
+    """The largest centre crop with the aspect ratio of `width` x `height`, or the image itself if it has that ratio."""
     scale = min(image.width / width, image.height / height)
     across, down = round(width * scale), round(height * scale)
     if (across, down) == image.size:
@@ -142,7 +142,7 @@ def crop_middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def find_upscaler(model: str) -> Path | None:
-    """The folder of a cascade's second model, downloaded where the first one is on the Hub; None: there is none."""
+    """The folder of a cascade's second model, downloaded if the first one is on the Hub; None if there is none."""
     if not Path(model).is_dir():
         model = snapshot_download(model, allow_patterns=[f"{UPSCALER}/*"], ignore_patterns=UNREAD)
     folder = Path(model) / UPSCALER
@@ -150,9 +150,9 @@ def find_upscaler(model: str) -> Path | None:
 
 
 def check_outputs(options: SampleOptions, others: tuple[str, ...] = ()) -> None:
-    """Raise ValueError before anything is drawn for a place or a format in which the images could not be kept.
+    """Before anything is drawn, raise ValueError for a path or a file format to which the images could not be saved.
 
-    `others` are the endings of files that hold one object.
+    `others` are the endings of files that hold a single object.
     """
     formats = set(Image.registered_extensions())
     if Path(options.out).suffix.lower() in others:
@@ -161,7 +161,7 @@ def check_outputs(options: SampleOptions, others: tuple[str, ...] = ()) -> None:
             raise ValueError(f"--out={options.out} holds one of {len(options.prompts)} prompts; name a folder with --each")
     for name, path in (("out", options.out), ("gif", options.gif)):
         if path and (Path(path).suffix.lower() not in formats or Path(path).is_dir()):
-            raise ValueError(f"--{name}={path} is no name for an image; end it in .{'png' if name == 'out' else 'gif'}")
+            raise ValueError(f"--{name}={path} does not name an image; end it in .{'png' if name == 'out' else 'gif'}")
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     if options.each:
@@ -169,7 +169,7 @@ def check_outputs(options: SampleOptions, others: tuple[str, ...] = ()) -> None:
 
 
 def write_things(options: SampleOptions, things: list, codec: Codec) -> None:
-    """Write objects where the options say: by themselves with `each`, or one as `out`, which then becomes a picture's name."""
+    """Write objects where the options say: one file each with `each`, or one as `out`, which then becomes an image name."""
     out = Path(options.out)
     if out.suffix.lower() in codec.endings and out.suffix.lower() != ".png" and len(things) == 1:
         codec.write(things[0], str(out))
@@ -178,7 +178,7 @@ def write_things(options: SampleOptions, things: list, codec: Codec) -> None:
     for i, thing in enumerate(things if options.each else ()):
         try:
             codec.write(thing, str(Path(str(options.each)) / f"{options.seed + i:05d}{codec.endings[0]}"))
-        except ValueError as error:  # what was drawn is none
+        except ValueError as error:  # what was drawn is not a valid object
             print(f"{options.prompts[i]!r}, seed {options.seed + i}: {error}", file=sys.stderr)
 
 
@@ -186,7 +186,7 @@ def write_outputs(options: SampleOptions, images: list[Image.Image], frames: lis
     """Write what was drawn where the options say, and print where."""
     settings = {k: v for k, v in asdict(options).items() if k not in ("out", "gif", "each") and v is not None}
     for name in {"model", "image", "mask", "control", "weak"} & settings.keys():
-        if Path(settings[name]).exists():  # a name, not where it lies on this machine
+        if Path(settings[name]).exists():  # the name, not the path on this machine
             settings[name] = Path(settings[name]).resolve().name
     settings["passes"] = num_passes
     sheet = grid(images, options.prompts)
@@ -203,7 +203,7 @@ def write_outputs(options: SampleOptions, images: list[Image.Image], frames: lis
 
 
 def write_image(image: Image.Image, path: Path, settings: dict) -> None:
-    """Save an image; in a PNG, with the settings that draw it again."""
+    """Save an image; a PNG also records the settings that reproduce it."""
     notes = PngInfo()
     notes.add_itxt("sfumato", json.dumps(settings, ensure_ascii=False))
     if path.suffix.lower() == ".png":

@@ -1,4 +1,4 @@
-"""Which sampler of diffusers comes nearest to the end of a model's path in a few steps, tried on the model in hand."""
+"""Find the diffusers sampler that comes nearest to the end of a model's path in a few steps, by trying each on the model."""
 
 import inspect
 import itertools
@@ -19,8 +19,8 @@ from sfumato.pipelines.guided import guidance_width
 from sfumato.registries import SAMPLERS
 from sfumato.schedulers import SfumatoFlowScheduler, training_scheduler
 
-TRIED = ("dpm++", "unipc", "deis", "ddim", "euler")  # deterministic, one pass a step
-CHOICES: dict[str, tuple] = {  # of their settings, each where the class has it
+TRIED = ("dpm++", "unipc", "deis", "ddim", "euler")  # deterministic, one pass per step
+CHOICES: dict[str, tuple] = {  # settings to combine, each if the class has it
     "timestep_spacing": ("trailing", "linspace", "leading"),
     "solver_order": (2, 3),
     "sigmas": (None, "use_karras_sigmas", "use_exponential_sigmas"),
@@ -35,9 +35,9 @@ class Trial:
 
     Attributes:
         sampler: its name in `registries.SAMPLERS`.
-        settings: of its class, beside what that name sets.
-        error: root mean square difference of its images, in [0, 1], to those of many steps from the same noise.
-        scheduler: itself.
+        settings: settings of its class, in addition to those that the name sets.
+        error: root mean square difference of its images, in [0, 1], from those of many steps from the same noise.
+        scheduler: the sampler itself.
     """
 
     sampler: str
@@ -51,19 +51,19 @@ class Trial:
 
 
 def tune(pipe: SfumatoPipeline, prompts: list[str], num_inference_steps: int, guidance_scale: float) -> list[Trial]:
-    """Draw with each sampler, spacing, order and kind of noise levels that a stock folder can name; the best first.
+    """Draw with each sampler, spacing, order and kind of noise levels that a stock folder can name; returns the best first.
 
     Args:
-        prompts: an image is drawn for each, from seeds 0, 1, ...
-        num_inference_steps: how few steps it is to do with.
+        prompts: one image is drawn for each, with seeds 0, 1, ...
+        num_inference_steps: the small number of steps to tune for.
 
     Raises:
-        ValueError: a model that its sampler belongs to: distilled, or one that reads more than noise and text.
+        ValueError: the model is distilled, so that its sampler is fixed, or reads more than noise and text.
     """
     if guidance_width(pipe.unet) is not None:
-        raise ValueError("this model is distilled: its sampler and its steps are what it was taught")
+        raise ValueError("this model is distilled: its sampler and steps are those it was trained for")
     if pipe.reads is not None or pipe.controlnet is not None:
-        raise ValueError("samplers are tuned for models that read noise and text alone")
+        raise ValueError("samplers are tuned only for models that read noise and text alone")
     reference = _draw(with_sampler(pipe, "dpm++"), prompts, REFERENCE_STEPS, guidance_scale)
     trials = []
     for name, settings, scheduler in tqdm(list(_candidates(pipe)), desc="samplers", unit=""):
@@ -74,7 +74,7 @@ def tune(pipe: SfumatoPipeline, prompts: list[str], num_inference_steps: int, gu
             IndexError,
             RuntimeError,
             AssertionError,
-        ):  # settings that do not go together, which each class finds out itself
+        ):  # invalid combinations of settings, which each class detects itself
             continue
         error = float(np.sqrt(np.square(images - reference).mean()))
         if np.isfinite(error):
@@ -83,7 +83,7 @@ def tune(pipe: SfumatoPipeline, prompts: list[str], num_inference_steps: int, gu
 
 
 def _candidates(pipe: SfumatoPipeline):
-    """Name, settings and scheduler of all that is tried."""
+    """Name, settings and scheduler of everything that is tried."""
     flow = isinstance(training_scheduler(pipe.scheduler), SfumatoFlowScheduler)
     for name in TRIED:
         if flow and not SAMPLERS[name].flow:
@@ -99,7 +99,7 @@ def _candidates(pipe: SfumatoPipeline):
             settings = dict(zip(open_choices, values))
             sigmas = settings.pop("sigmas", None)
             if sigmas is not None:
-                if settings.get("timestep_spacing") != "trailing":  # the levels say all
+                if settings.get("timestep_spacing") != "trailing":  # the levels already fix the spacing
                     continue
                 settings[sigmas] = True
             yield name, settings, type(scheduler).from_config(scheduler.config, **settings)
@@ -117,7 +117,7 @@ def _draw(pipe: SfumatoPipeline, prompts: list[str], steps: int, scale: float) -
 
 
 def keep(pipe: SfumatoPipeline, trial: Trial, source: Path, folder: Path, steps: int, scale: float) -> Path:
-    """Write the model of the exported folder `source` with a trial's sampler; card and snippets say the steps."""
+    """Write the model of the exported folder `source` with a trial's sampler; the card and its snippets name the new steps."""
     before = recommended_settings(str(source))["num_inference_steps"]
     export_pipeline(replace_components(pipe, scheduler=trial.scheduler), folder, source=source)
     path = folder / "README.md"

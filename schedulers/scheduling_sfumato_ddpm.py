@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (diffusers' loader looks for the name)
 
-# The schedules that stock DDPMScheduler does not have, with their parameters.
+# The schedules that the stock DDPMScheduler lacks, with their parameters.
 SCHEDULES = {
     "cosine": {"s": 0.008},
     "chen_sigmoid": {"start": -3.0, "end": 3.0, "tau": 1.0},
@@ -24,10 +24,10 @@ MAX_BETA = 0.999
 
 
 def alpha_bar(schedule: str, t: np.ndarray, **params: float) -> np.ndarray:
-    """Signal share abar(t) of a continuous schedule; `t` in [0, 1], 0 is data and 1 is noise.
+    """Signal share abar(t) of a continuous schedule; `t` is in [0, 1], where 0 is data and 1 is noise.
 
     - `cosine` (s): Nichol and Dhariwal 2021, eq. 17 (arXiv 2102.09672).
-    - `chen_sigmoid` (start, end, tau): Chen 2023, section 2 (arXiv 2301.10972). Not stock `sigmoid`, which is GeoDiff's.
+    - `chen_sigmoid` (start, end, tau): Chen 2023, section 2 (arXiv 2301.10972). Not the stock `sigmoid`, which is GeoDiff's.
     - `hang_laplace` (mu, b): log-SNR of t-quantiles of a Laplace distribution; Hang et al. 2024 (arXiv 2407.03297).
     - `shifted_cosine` (resolution, base_resolution): cosine log-SNR plus 2 log(base_resolution / resolution), so that
       large images get more noise; Hoogeboom et al. 2023, eq. 3 (arXiv 2301.11093).
@@ -52,21 +52,21 @@ def alpha_bar(schedule: str, t: np.ndarray, **params: float) -> np.ndarray:
 class SfumatoDDPMScheduler(DDPMScheduler):
     """`DDPMScheduler` with more noise schedules, all conversions, and a config that keeps the schedule it was built with.
 
-    Whatever schedule is asked for, its betas are written to `trained_betas`, so that `Other.from_config(this.config)`
-    uses them, in memory and through disk, for every diffusers scheduler that takes `trained_betas`. What stock classes
-    do not know (the schedule's parameters and notes of the trainer) is kept under one key, `_sfumato`.
+    The betas of any schedule are written to `trained_betas`, so that `Other.from_config(this.config)` uses them, in memory
+    and through disk, for every diffusers scheduler that takes `trained_betas`. What stock classes do not know (the
+    schedule's parameters and notes of the trainer) is kept under one key, `_sfumato`.
 
     Args:
         beta_schedule: a stock name (`linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid`, `laplace`) or one of
             ours (`cosine`, `chen_sigmoid`, `hang_laplace`, `shifted_cosine`; see `alpha_bar`).
         schedule_params: parameters of one of our schedules, by name.
         rescale_betas_zero_snr: make the last step pure noise (Lin et al. 2024, Algorithm 1, arXiv 2305.08891). The stored
-            betas stay un-rescaled; every scheduler rescales them itself.
+            betas are not rescaled; every scheduler rescales them itself.
 
     The other arguments are those of `DDPMScheduler`.
 
     Raises:
-        ValueError: unknown schedule or parameter; epsilon prediction with zero terminal SNR, where it is undefined.
+        ValueError: unknown schedule or parameter, or epsilon prediction with zero terminal SNR, where it is undefined.
     """
 
     @register_to_config
@@ -115,7 +115,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
                 beta_schedule, np.arange(num_train_timesteps + 1) / num_train_timesteps, **(schedule_params or {})
             )
             trained_betas = np.minimum(1 - levels[1:] / np.maximum(levels[:-1], 1e-12), MAX_BETA)
-        if trained_betas is None:  # a stock schedule: let the stock class compute it, un-rescaled
+        if trained_betas is None:  # a stock schedule: let the stock class compute it, without rescaling
             stock: dict = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
             betas = DDPMScheduler(num_train_timesteps=num_train_timesteps, **stock).betas.tolist()
         else:
@@ -140,8 +140,8 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             "rescale_betas_zero_snr": rescale_betas_zero_snr,
         }
         super().__init__(**stock_arguments)
-        self._ends_in_noise = float(self.alphas_cumprod[-1]) == 0  # known to the host
-        # An empty _use_default_values makes an in-memory swap carry every value, as a swap through disk does.
+        self._ends_in_noise = float(self.alphas_cumprod[-1]) == 0  # a Python bool, so that checking it needs no GPU sync
+        # With _use_default_values empty, an in-memory swap carries every value, as a swap through disk does.
         config = {**self.config, "trained_betas": trained_betas, "_use_default_values": [], "_sfumato": notes}
         config.pop("schedule_params")
         self._internal_dict = FrozenDict(config)
@@ -155,13 +155,13 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
-        """Thresholding at 1 is clipping to [-1, 1]: the quantile, which costs a sort, cannot matter."""
+        """Thresholding at 1 is clipping to [-1, 1], so the quantile, which costs a sort, does not matter."""
         return sample.clamp(-1, 1) if self.config["sample_max_value"] == 1 else super()._threshold_sample(sample)
 
     def capped_betas(self, max_sigma: float) -> list[float] | None:
-        """Betas whose noise sigma = sqrt((1 - abar) / abar) ends at `max_sigma`; None where it never exceeds that.
+        """Betas whose noise sigma = sqrt((1 - abar) / abar) ends at `max_sigma`; None if it never exceeds that.
 
-        The levels beyond, which differ in traces of the image that nothing can make use of, are spread evenly below it.
+        The levels beyond it, which differ only in traces of the image too faint to use, are spread evenly below it.
         """
         abar = self.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore"):
@@ -176,14 +176,14 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return [float(f"{beta:.9g}") for beta in 1 - abar / np.concatenate([[1.0], abar[:-1]])]
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t) of timesteps `t`, any shape; 0 at a zero-SNR end."""
+        """Signal-to-noise ratio abar_t / (1 - abar_t) at timesteps `t` of any shape; 0 at a zero-SNR end."""
         abar = self.alphas_cumprod.to(t.device)[t]
         return abar / (1 - abar)
 
     def convert(
         self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int, source: str, target: str
     ) -> torch.Tensor:
-        """Turn one kind of prediction into another, given the noisy sample; Salimans and Ho 2022, appendix D.
+        """Convert one kind of prediction to another, given the noisy sample; Salimans and Ho 2022, appendix D.
 
         Args:
             output: the prediction, `(B, C, H, W)`, of kind `source`.
@@ -192,7 +192,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             source, target: `epsilon`, `sample` (x_0) or `v_prediction` (sqrt(abar) eps - sqrt(1 - abar) x_0).
 
         Raises:
-            ValueError: an unknown kind; x_0 or v asked of eps where the SNR is zero.
+            ValueError: an unknown kind, or x_0 or v requested from eps where the SNR is zero.
         """
         for kind in (source, target):
             if kind not in PREDICTION_TYPES:
@@ -216,15 +216,15 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return self.config["prediction_type"]
 
     def training_levels(self) -> torch.Tensor:
-        """The timesteps that are trained, `(num_train_timesteps,)`, from the least noise to the most."""
+        """The timesteps used in training, `(num_train_timesteps,)`, from least to most noise."""
         return torch.arange(self.config["num_train_timesteps"])
 
     def denoised(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
-        """x_0 that a prediction means, `(B, C, H, W)`; see `convert`."""
+        """The x_0 that a prediction implies, `(B, C, H, W)`; see `convert`."""
         return self.convert(output, x_t, torch.as_tensor(t).long(), self.prediction_type, "sample")
 
     def training_target(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network should output, by `prediction_type`; all `(B, C, H, W)`, `t` is `(B,)`."""
+        """What the network should output, according to `prediction_type`; all `(B, C, H, W)`, `t` is `(B,)`."""
         if self.config["prediction_type"] == "epsilon":
             return noise
         if self.config["prediction_type"] == "sample":
@@ -236,11 +236,11 @@ class SfumatoDDPMScheduler(DDPMScheduler):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean `(B, C, H, W)` and variance `(B, 1, 1, 1)` of q(x_s | x_t, x_0) for s < t.
 
-        Ho et al. 2020, eq. 6-7 (arXiv 2006.11239), for any pair: beta is 1 - abar_t / abar_s, so skipped steps are
-        exact. `s` = -1 stands for clean data, where the variance is 0.
+        Ho et al. 2020, eq. 6-7 (arXiv 2006.11239), for any pair s < t: beta is 1 - abar_t / abar_s, so skipping steps
+        is exact. `s` = -1 stands for clean data, where the variance is 0.
 
         Raises:
-            ValueError: s is not before t.
+            ValueError: s is not smaller than t.
         """
         if bool((torch.as_tensor(s) >= torch.as_tensor(t)).any()):
             raise ValueError(f"the posterior q(x_s | x_t, x_0) needs s < t, got s={s} and t={t}")
@@ -249,7 +249,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
     def _posterior(
         self, x_0: torch.Tensor, x_t: torch.Tensor, s: torch.Tensor | int, t: torch.Tensor | int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`posterior` of timesteps that are known to be in order, which on a GPU could only be asked by waiting for it."""
+        """`posterior` for timesteps known to be in order; on a GPU, checking that would force a synchronisation."""
         signal_t, noise_t = self.signal_and_noise(t, x_t)
         signal_s, noise_s = self.signal_and_noise(s, x_t)
         alpha = (signal_t / signal_s) ** 2
@@ -258,11 +258,11 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return mean, noise_s**2 / noise_t**2 * beta
 
     def log_variance(self, t: torch.Tensor, like: torch.Tensor, learned: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-variance of p(x_{t-1} | x_t) by `variance_type`: `(B, 1, 1, 1)`, or `(B, C, H, W)` where it is `learned`.
+        """Log-variance of p(x_{t-1} | x_t) by `variance_type`: `(B, 1, 1, 1)`, or `(B, C, H, W)` if it is `learned`.
 
-        `fixed_small` is the posterior's, `fixed_large` beta_t; `learned_range` goes from the one to the other, in logarithms,
+        `fixed_small` is the posterior variance, `fixed_large` is beta_t; `learned_range` interpolates between their logarithms
         as `learned`, the second half of the network's output, goes from -1 to 1 (Nichol and Dhariwal 2021, equation 15, arXiv
-        2102.09672). At t = 0, where the posterior's is 0, that of t = 1 stands in.
+        2102.09672). At t = 0, where the posterior variance is 0, that of t = 1 is used.
         """
         small = self._posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
         signal_t, signal_s = self.signal_and_noise(t, like)[0], self.signal_and_noise(t - 1, like)[0]
@@ -275,17 +275,17 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             return share * large + (1 - share) * small
         fixed = {"fixed_small": small, "fixed_small_log": small, "fixed_large": large, "fixed_large_log": large}
         if kind not in fixed:
-            raise ValueError(f"the variational bound knows no variance_type {kind!r}; use learned_range or a fixed one")
+            raise ValueError(f"the variational bound needs variance_type learned_range or a fixed one, got {kind!r}")
         return fixed[kind]
 
     def bound_term(self, output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """One term of the variational bound for each sample, `(B,)`, in bits for each dimension (Ho et al. 2020, equation 5).
+        """One term of the variational bound for each sample, `(B,)`, in bits per dimension (Ho et al. 2020, equation 5).
 
-        For t > 0 the Kullback-Leibler divergence of p(x_{t-1} | x_t) from the posterior; at t = 0 minus the log-likelihood
-        of x_0, as images of 256 levels in [-1, 1]. The bound is the sum over all t and `prior_term`.
+        For t > 0 it is the Kullback-Leibler divergence of p(x_{t-1} | x_t) from the posterior; at t = 0 the negative
+        log-likelihood of x_0, for images with 256 levels in [-1, 1]. The bound is the sum over all t plus `prior_term`.
 
         Args:
-            output: of the network, `(B, C, H, W)`; with a learned variance `(B, 2 C, H, W)`.
+            output: the network's output, `(B, C, H, W)`; with a learned variance `(B, 2 C, H, W)`.
             x_0, x_t: `(B, C, H, W)`.
             t: `(B,)`.
         """
@@ -303,21 +303,21 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return nats.flatten(1).mean(1) / np.log(2)
 
     def prior_term(self, x_0: torch.Tensor) -> torch.Tensor:
-        """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits for each dimension."""
+        """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits per dimension."""
         signal, noise = self.signal_and_noise(self.config["num_train_timesteps"] - 1, x_0)
         nats = 0.5 * (noise**2 + (signal * x_0) ** 2 - 1 - 2 * noise.log())
         return nats.flatten(1).mean(1) / np.log(2)
 
 
 def discrete_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Log of what N(mean, exp(log_variance)) gives the bin around each of 256 levels `x` in [-1, 1]; Ho et al. 2020, eq. 13.
+    """Log-probability under N(mean, exp(log_variance)) of the bin of `x`, 256 levels in [-1, 1]; Ho et al. 2020, eq. 13.
 
-    The outermost bins reach to infinity.
+    The outermost bins extend to infinity.
     """
     scale = (-0.5 * log_variance).exp()
     above, below = ((x - mean + side / 255) * scale for side in (1, -1))
     inside = torch.special.ndtr(above) - torch.special.ndtr(below)
-    # Far out both are 0 or 1 in floating point: there the density times the width.
+    # Far out, both are 0 or 1 in floating point; use the density times the bin width there.
     density = -0.5 * ((x - mean) * scale).square() - 0.5 * (log_variance + np.log(2 * np.pi)) + np.log(2 / 255)
     middle = torch.where(inside > 1e-5, inside.clamp(min=1e-30).log(), density)
     return torch.where(

@@ -1,4 +1,4 @@
-"""The Python interface beside the command line, for notebooks and other programs. What is here stays.
+"""The Python counterpart of the command line, for notebooks and other programs. This interface is stable.
 
     from sfumato import api
 
@@ -41,10 +41,10 @@ __all__ = [
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or the packaged config of that bare name, and `key.subkey=value` overrides.
+    """Read a YAML file, or the packaged config of that name, and apply `key.subkey=value` overrides.
 
     Raises:
-        ValueError: file missing, unknown key, wrong type, or a value that cannot work; all of them are named.
+        ValueError: file missing, unknown key, wrong type, or a value that cannot work; the message names all of them.
     """
     from sfumato.training.config.load import load_config
 
@@ -52,10 +52,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def prepare_data(data: DataConfig) -> ArraySet:
-    """Read, check and resize every image once; later calls with the same settings map the stored result.
+    """Read, check and resize every image once; later calls with the same settings memory-map the stored result.
 
     Raises:
-        ValueError: no such source, no captions, or too many unusable images; each is named.
+        ValueError: no such source, no captions, or too many unusable images; the message names each.
     """
     from sfumato.training.data.prepare import prepare
 
@@ -63,7 +63,7 @@ def prepare_data(data: DataConfig) -> ArraySet:
 
 
 def build_pipeline(config: Config, captions: list[str]) -> SfumatoPipeline:
-    """The model of a config with random weights drawn from `config.seed`, its tokenizer learned from the captions.
+    """Build the model of a config, with random weights drawn from `config.seed` and a tokenizer learned from the captions.
 
     Raises:
         ValueError: an argument that a stock class does not have, or that contradicts another section.
@@ -80,17 +80,17 @@ def read_image(
     resize: str = "crop",
     notes: set[str] | None = None,
 ) -> np.ndarray:
-    """One image as `(*size, channels)` uint8, as training reads it: upright, on white unless `channels` is 4, and fitted.
+    """Read one image as `(*size, channels)` uint8, as training does: upright, on white unless `channels` is 4, and resized.
 
     Args:
-        source: a file or its content.
+        source: a file or its contents.
         size: height and width.
         channels: 1 grey, 3 RGB, 4 RGBA.
         resize: `crop` the longer side, `pad` the shorter one with white, or `stretch`.
-        notes: gets what was unusual about the image, such as a palette.
+        notes: receives anything unusual about the image, such as a palette.
 
     Raises:
-        ValueError: too large, too small or not readable; the reason in a few words.
+        ValueError: too large, too small or not readable; the message gives the reason.
     """
     from sfumato.training.data.images import read_image
 
@@ -98,7 +98,7 @@ def read_image(
 
 
 def train(config: Config) -> int:
-    """Train on one process, or as one of the processes that `accelerate launch` started.
+    """Train in one process, or as one of the processes that `accelerate launch` started.
 
     Returns:
         The exit code of `sfumato train`: 0 done, 3 diverged, 4 no room to save, 5 done but not pushed, 130 or 143 stopped
@@ -118,14 +118,14 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
 
     Args:
         model: a run folder, a pipeline folder or a Hub id.
-        data: a config, or what `data.name` takes; None: what the model was trained on.
-        options: as of `quality.command.EvaluateOptions`, such as `images`, `steps`, `extractor`, `out`.
+        data: a config, or a value for `data.name`; None for the model's training data.
+        options: fields of `quality.command.EvaluateOptions`, such as `images`, `steps`, `extractor`, `out`.
 
     Returns:
-        The report; on all of several processes but the first one None.
+        The report; None on every process but the first.
 
     Raises:
-        ValueError: model, data or a choice that cannot be used.
+        ValueError: the model, the data or an option cannot be used.
     """
     from sfumato.pipelines.locate import locate_pipeline
     from sfumato.training.quality.command import EvaluateOptions, evaluate
@@ -134,7 +134,7 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
 
 
 def drawer(model: str = "openmoji_128", **settings) -> Drawer:
-    """A model that stays open and warm: `drawer(model).draw("red heart")`, or `.follow(prompts)` while somebody types.
+    """Open a model and keep it warm: `drawer(model).draw("red heart")`, or `.follow(prompts)` while the user types.
 
     Args:
         settings: `runtime`, `num_inference_steps`, `guidance_scale`; see `pipelines.drawer.Drawer`.
@@ -152,20 +152,20 @@ def tune(
     prompts: Sequence[str] | None = None,
     out: str | Path | None = None,
 ) -> tuple[list[Trial], Path]:
-    """Find the sampler that comes nearest to many steps in a few, and keep it in the model's folder.
+    """Find the sampler that comes closest to many steps in a few, and save it in the model's folder.
 
     Args:
         model: a run folder or an exported folder.
-        steps: how few it is to do with.
-        guidance_scale: None: as the card says.
-        prompts: what is drawn while trying; None: those of the card's samples.
-        out: a new folder for the model with that sampler, in place of its own.
+        steps: the number of steps to tune for.
+        guidance_scale: None for the one in the card.
+        prompts: what is drawn in the trials; None for those of the card's samples.
+        out: a new folder for the model with that sampler, instead of its own.
 
     Returns:
-        What was tried, the best first, and the folder.
+        The trials, best first, and the folder.
 
     Raises:
-        ValueError: no such folder, or a model whose sampler is not free.
+        ValueError: no such folder, or a model whose sampler cannot be chosen freely.
     """
     from sfumato.pipelines import SfumatoPipeline
     from sfumato.pipelines.card import recommended_settings, sample_prompts
@@ -175,9 +175,9 @@ def tune(
 
     source = Path(locate_pipeline(str(model)))
     if not source.is_dir():
-        raise ValueError(f"{model} is on the Hub; download it, or name a folder")
+        raise ValueError(f"{model} is on the Hub; download it, or give a folder")
     if out is None and is_packaged(source):
-        raise ValueError("this model belongs to the package; name a folder for yours with --out")
+        raise ValueError("this model belongs to the package; give a folder for your copy with --out")
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")
     prompts = list(prompts or sample_prompts(source))
@@ -190,15 +190,15 @@ def tune(
 
 
 def plan(config: Config, *, gpu: str, gpus: int = 1, images: float | None = None) -> list[Finding]:
-    """What a run needs of devices that are not here: memory, time, data and money; see `training.planner`.
+    """What a run would need on devices that are not present: memory, time, data and money; see `training.planner`.
 
     Args:
         gpu: the kind of device, such as `h100`; see `training.planner.DEVICES`.
-        gpus: how many of it.
-        images: how many the run is to see; by default those of `train.max_steps`.
+        gpus: the number of devices.
+        images: the number for the run to see; by default as many as in `train.max_steps`.
 
     Raises:
-        ValueError: the data or the settings cannot be used at all, or nothing is known of the device.
+        ValueError: the data or the settings cannot be used at all, or the device is unknown.
     """
     from sfumato.training import planner
 
@@ -206,9 +206,9 @@ def plan(config: Config, *, gpu: str, gpus: int = 1, images: float | None = None
 
 
 def doctor(config: Config, *, verify: bool = False) -> list[Finding]:
-    """Look at data, settings and, where the run is done, its result; each finding says what to do.
+    """Check the data, the settings and, for a finished run, its result; each finding says what to do.
 
-    With `verify`, all bytes of the prepared set are read and compared with their hash.
+    With `verify`, all bytes of the prepared set are read and checked against their hash.
 
     Raises:
         ValueError: the data or the settings cannot be used at all.

@@ -1,4 +1,4 @@
-"""The command `sfumato`. The parser and its verbs; what they do is in `sfumato.api` and below. Heavy imports are inside."""
+"""The `sfumato` command: its parser and verbs. The work is done in `sfumato.api` and below; heavy imports are local."""
 
 import argparse
 import os
@@ -12,12 +12,12 @@ from sfumato import __version__
 from sfumato.files import printable
 from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS
 
-OVERRIDES = {"nargs": "*", "metavar": "key.subkey=value", "help": "settings that replace the file's"}
-CONFIG = "a YAML file, the bare name of a packaged one, such as demo, or a run folder"
+OVERRIDES = {"nargs": "*", "metavar": "key.subkey=value", "help": "settings that override the file's"}
+CONFIG = "a YAML file, the name of a packaged config such as demo, or a run folder"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (2 for wrong input)."""
+    """Run one verb and return the exit code (2 for invalid input)."""
     options = parser().parse_args(arguments)
     verb: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Build the parser of the whole command line."""
     top = argparse.ArgumentParser(prog="sfumato", description="Train, sample and share text-conditional diffusion models.")
     top.add_argument("--version", action="version", version=f"sfumato {__version__}")
     _add_completion(top)
@@ -50,7 +50,7 @@ def _add_train(verbs) -> None:
     train = verbs.add_parser(
         "train",
         help="train from a config",
-        description="Train from a config. Several GPUs: accelerate launch -m sfumato.training.train CONFIG ...",
+        description="Train from a config. For several GPUs: accelerate launch -m sfumato.training.train CONFIG ...",
         epilog=f"tasks: {', '.join(TASKS)}; data.name: {', '.join(n for n, s in SOURCES.items() if s.named)}, a folder, "
         "a file, or a Hub id",
     )
@@ -60,9 +60,9 @@ def _add_train(verbs) -> None:
 
 
 def _add_init(verbs) -> None:
-    init = verbs.add_parser("init", help="write a commented config to begin from")
-    init.add_argument("folder", help="where to; config.yaml is written there")
-    init.add_argument("--preset", default="folder_cpu", help="a packaged config (default: %(default)s)")
+    init = verbs.add_parser("init", help="write a commented config to start from")
+    init.add_argument("folder", help="the folder in which config.yaml is written")
+    init.add_argument("--preset", default="folder_cpu", help="the packaged config to copy (default: %(default)s)")
     init.set_defaults(run=_init)
 
 
@@ -70,92 +70,92 @@ def _add_sample(verbs) -> None:
     from sfumato.pipelines.choices import RUNTIMES
 
     sample = verbs.add_parser("sample", help="draw images with a trained model")
-    sample.add_argument("prompts", nargs="+", help="what to draw; one image for each")
+    sample.add_argument("prompts", nargs="+", help="what to draw; one image per prompt")
     sample.add_argument(
-        "--model", default="openmoji_128", help="an exported folder, a run folder, or a Hub id (default: ours, of emoji)"
+        "--model", default="openmoji_128", help="an exported folder, a run folder, or a Hub id (default: our emoji model)"
     )
-    sample.add_argument("--out", "--grid", default="grid.png", help="where the grid goes (default: %(default)s)")
-    sample.add_argument("--each", metavar="FOLDER", help="write each image by itself too, as it is, in this folder")
+    sample.add_argument("--out", "--grid", default="grid.png", help="the file for the grid (default: %(default)s)")
+    sample.add_argument("--each", metavar="FOLDER", help="also write each image, unscaled, to a file in this folder")
     sample.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default: %(default)s)")
-    sample.add_argument("--steps", type=int, help="sampling steps (default: what the model's card names, else 30)")
-    sample.add_argument("--guidance-scale", type=float, help="1 is none (default: what the model's card names, else 3)")
+    sample.add_argument("--steps", type=int, help="sampling steps (default: as in the model's card, else 30)")
+    sample.add_argument("--guidance-scale", type=float, help="1 turns guidance off (default: as in the model's card, else 3)")
     sample.add_argument("--negative-prompt", help="what to steer away from")
     sample.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's)")
     sample.add_argument("--guider", default="cfg", help=f"{', '.join(GUIDERS)} (default: %(default)s)")
-    sample.add_argument("--weak", help="for the guider autoguidance: an earlier checkpoint of the same run")
+    sample.add_argument("--weak", help="for the autoguidance guider: an earlier checkpoint of the same run")
     sample.add_argument(
         "--guidance-interval",
         nargs=2,
         type=float,
         default=[0.0, 1.0],
         metavar=("START", "STOP"),
-        help="guide only in this part of the steps; outside it one pass instead of two (default: 0 1)",
+        help="guide only in this part of the steps; the other steps need one pass instead of two (default: 0 1)",
     )
     sample.add_argument("--runtime", default="torch", help=f"on a CPU: {', '.join(RUNTIMES)} (default: %(default)s)")
     sample.add_argument(
-        "--device", help="of the runtime torch: cuda, mps, xpu, cpu (default: the accelerator that torch finds)"
+        "--device", help="for the torch runtime: cuda, mps, xpu, cpu (default: the accelerator that torch finds)"
     )
-    sample.add_argument("--image", help="an image to start from, to redraw a part of, or to make larger")
-    sample.add_argument("--mask", help="an image that is white where --image is redrawn")
+    sample.add_argument("--image", help="an image to start from, to redraw in part, or to enlarge")
+    sample.add_argument("--mask", help="an image that is white where --image is to be redrawn")
     sample.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1")
-    sample.add_argument("--control", help="a map that a model with a ControlNet follows, such as edges")
-    sample.add_argument("--gif", help="show the denoising, step by step, in this file")
+    sample.add_argument("--control", help="a map for a model with a ControlNet to follow, such as edges")
+    sample.add_argument("--gif", help="write an animation of the denoising, step by step, to this file")
     sample.set_defaults(run=_sample)
 
 
 def _add_explain(verbs) -> None:
-    explain = verbs.add_parser("explain", help="show where in an image each word of its prompt was read")
+    explain = verbs.add_parser("explain", help="show where in the image each word of the prompt was read")
     explain.add_argument("prompt", help="what to draw")
-    explain.add_argument("--model", default="openmoji_128", help="a run, a folder or a Hub id (default: ours, of emoji)")
-    explain.add_argument("--out", default="explained.png", help="where the figure goes (default: %(default)s)")
-    explain.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    explain.add_argument("--without", action="store_true", help="also what changes without each word: one image more for each")
+    explain.add_argument("--model", default="openmoji_128", help="a run, a folder or a Hub id (default: our emoji model)")
+    explain.add_argument("--out", default="explained.png", help="the file for the figure (default: %(default)s)")
+    explain.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    explain.add_argument("--without", action="store_true", help="also show what changes without each word (an image per word)")
     explain.set_defaults(run=_explain)
 
 
 def _add_evaluate(verbs) -> None:
     evaluate = verbs.add_parser(
         "evaluate",
-        help="measure how good a model is; the figures go into its card",
+        help="measure the quality of a model; the figures go into its card",
         epilog=f"metrics: {', '.join(name for name, metric in METRICS.items() if metric.of == 'drawings')}",
     )
     evaluate.add_argument(
-        "--model", default="openmoji_128", help="a run folder, a pipeline or a Hub id (default: ours, of emoji)"
+        "--model", default="openmoji_128", help="a run folder, a pipeline or a Hub id (default: our emoji model)"
     )
-    evaluate.add_argument("--data", help="a config, or what data.name takes (default: what the model was trained on)")
+    evaluate.add_argument("--data", help="a config, or a value for data.name (default: the model's training data)")
     evaluate.add_argument(
-        "--images", "--pictures", type=int, default=512, help="captions that are drawn (default: %(default)s)"
+        "--images", "--pictures", type=int, default=512, help="number of captions to draw (default: %(default)s)"
     )
     evaluate.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's)")
-    evaluate.add_argument("--steps", type=int, help="sampling steps (default: what the model's card names, else 30)")
-    evaluate.add_argument("--guidance-scale", type=float, help="(default: what the model's card names, else 3)")
+    evaluate.add_argument("--steps", type=int, help="sampling steps (default: as in the model's card, else 30)")
+    evaluate.add_argument("--guidance-scale", type=float, help="(default: as in the model's card, else 3)")
     evaluate.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default: %(default)s)")
     evaluate.add_argument(
         "--extractor",
         default="efficientnet-lite0",
-        help="whose features: efficientnet-lite0, inception[:WEIGHTS], transformers:FOLDER_OR_HUB_ID (default: %(default)s)",
+        help="features: efficientnet-lite0, inception[:WEIGHTS], transformers:FOLDER_OR_HUB_ID (default: %(default)s)",
     )
-    evaluate.add_argument("--bits", type=int, default=0, help="bound the bits per dimension of so many images, too")
-    evaluate.add_argument("--out", help="a folder for evaluation.json and memorisation.png, in place of the model's own")
+    evaluate.add_argument("--bits", type=int, default=0, help="also bound the bits per dimension of this many images")
+    evaluate.add_argument("--out", help="a folder for evaluation.json and memorisation.png, instead of the model's own")
     evaluate.set_defaults(run=_evaluate)
 
 
 def _add_ema(verbs) -> None:
-    ema = verbs.add_parser("ema", help="average a run's weights over another length, from the snapshots that it kept")
+    ema = verbs.add_parser("ema", help="average a run's weights over a different length, from the snapshots that it saved")
     ema.add_argument("source", metavar="RUN", help="the run folder, trained with ema.snapshot_steps")
-    ema.add_argument("folder", help="where the model goes")
-    ema.add_argument("--length", type=float, default=0.1, help="share of the run that the average spreads over (default: 0.1)")
+    ema.add_argument("folder", help="the folder for the resulting model")
+    ema.add_argument("--length", type=float, default=0.1, help="length of the average, as a share of the run (default: 0.1)")
     ema.set_defaults(run=_ema)
 
 
 def _add_export(verbs) -> None:
     export = verbs.add_parser("export", help="write a run, a checkpoint or any Stable Diffusion folder as a shareable folder")
     export.add_argument("source", help="a run folder, a checkpoint or a pipeline folder")
-    export.add_argument("folder", help="where to")
-    export.add_argument("--half", action="store_true", help="store weights in half precision: half the size")
-    export.add_argument("--upscaler", help="a run or folder of an upscaling model, to go with it as a cascade")
-    export.add_argument("--variants", nargs="*", default=[], choices=["fp16", "raw"], help="further copies of the weights")
-    export.add_argument("--max-shard-size", default="10GB", help="of a file of weights (default: %(default)s)")
+    export.add_argument("folder", help="the folder to write")
+    export.add_argument("--half", action="store_true", help="store the weights in half precision, at half the size")
+    export.add_argument("--upscaler", help="a run or folder of an upscaling model, to form a cascade with it")
+    export.add_argument("--variants", nargs="*", default=[], choices=["fp16", "raw"], help="additional copies of the weights")
+    export.add_argument("--max-shard-size", default="10GB", help="maximum size of a weights file (default: %(default)s)")
     export.set_defaults(run=_export)
 
 
@@ -164,43 +164,43 @@ def _add_push(verbs) -> None:
     push.add_argument("source", help="a run folder, a checkpoint or an exported folder")
     push.add_argument("repo_id", help="NAME or OWNER/NAME")
     push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--branch", default="main", help="where to (default: %(default)s)")
-    push.add_argument("--tag", help="name for the result")
-    push.add_argument("--pull-request", action="store_true", help="propose the change, where one may not write")
-    push.add_argument("--space", metavar="NAME", help="also make or renew a Space that draws with the model")
-    push.add_argument("--dry-run", action="store_true", help="list what would go and change nothing")
+    push.add_argument("--branch", default="main", help="the branch to push to (default: %(default)s)")
+    push.add_argument("--tag", help="a tag for the result")
+    push.add_argument("--pull-request", action="store_true", help="propose the change, for repositories without write access")
+    push.add_argument("--space", metavar="NAME", help="also create or update a Space that draws with the model")
+    push.add_argument("--dry-run", action="store_true", help="list what would be pushed, without changing anything")
     push.set_defaults(run=_push)
 
 
 def _add_doctor(verbs) -> None:
-    doctor = verbs.add_parser("doctor", help="check a config, its data and, once it has run, its result; says what to do")
+    doctor = verbs.add_parser("doctor", help="check a config, its data and, after training, its result, and say what to do")
     doctor.add_argument("config", help=CONFIG)
     doctor.add_argument("overrides", **OVERRIDES)
-    doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and compare their hash")
-    plan = "say instead what the run needs of such a GPU, without having one, such as h100 or rtx4090"
+    doctor.add_argument("--verify", action="store_true", help="read all bytes of the prepared set and check their hash")
+    plan = "say instead what the run needs on a GPU such as h100 or rtx4090, without having one"
     doctor.add_argument("--gpu", help=plan)
-    doctor.add_argument("--gpus", type=int, default=1, help="how many of them (default: %(default)s)")
-    doctor.add_argument("--images", type=float, help="how many images the run is to see, for its hours and its price")
+    doctor.add_argument("--gpus", type=int, default=1, help="number of these GPUs (default: %(default)s)")
+    doctor.add_argument("--images", type=float, help="number of images for the run to see, to estimate its hours and price")
     doctor.set_defaults(run=_doctor)
 
 
 def _add_tune(verbs) -> None:
-    tune = verbs.add_parser("tune", help="find the sampler that draws best in a few steps, and keep it in the model's folder")
+    tune = verbs.add_parser("tune", help="find the sampler that draws best in a few steps and save it in the model's folder")
     tune.add_argument("--model", required=True, help="a run folder or an exported folder")
-    tune.add_argument("--steps", type=int, default=8, help="how few steps it is to do with (default: %(default)s)")
-    tune.add_argument("--guidance-scale", type=float, help="(default: what the model's card names, else 3)")
-    tune.add_argument("--prompts", nargs="+", help="what to draw while trying (default: captions of the card's samples)")
-    tune.add_argument("--out", help="a new folder for the model with that sampler, in place of its own")
+    tune.add_argument("--steps", type=int, default=8, help="number of steps to tune for (default: %(default)s)")
+    tune.add_argument("--guidance-scale", type=float, help="(default: as in the model's card, else 3)")
+    tune.add_argument("--prompts", nargs="+", help="what to draw in the trials (default: captions of the card's samples)")
+    tune.add_argument("--out", help="a new folder for the model with that sampler, instead of its own")
     tune.set_defaults(run=_tune)
 
 
 def _add_app(verbs) -> None:
     app = verbs.add_parser("app", help="draw, redraw, ask why, compare, train and watch runs in a browser (extra app)")
-    app.add_argument("model", nargs="?", default="openmoji_128", help="a run, a folder or a Hub id (default: ours, of emoji)")
+    app.add_argument("model", nargs="?", default="openmoji_128", help="a run, a folder or a Hub id (default: our emoji model)")
     app.add_argument("--runs", default="runs", help="a folder of run folders to watch (default: %(default)s)")
-    app.add_argument("--host", default="127.0.0.1", help="another one needs --password (default: %(default)s)")
-    app.add_argument("--port", type=int, default=7860, help="0: a free one (default: %(default)s)")
-    app.add_argument("--password", help="of the user sfumato (default: what SFUMATO_PASSWORD holds)")
+    app.add_argument("--host", default="127.0.0.1", help="any other host needs --password (default: %(default)s)")
+    app.add_argument("--port", type=int, default=7860, help="0 picks a free port (default: %(default)s)")
+    app.add_argument("--password", help="password of the user sfumato (default: the value of SFUMATO_PASSWORD)")
     app.add_argument("--language", default="en", choices=["en", "zh"], help="(default: %(default)s)")
     app.set_defaults(run=_app)
 
@@ -231,11 +231,11 @@ def _init(options: argparse.Namespace) -> int:
 
     text, path = config_text(options.preset), Path(options.folder) / "config.yaml"
     if path.exists():
-        raise ValueError(f"{path} is there already; choose another folder")
+        raise ValueError(f"{path} already exists; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = re.compile(rf"accelerate launch training/train.py configs/{re.escape(options.preset)}.yaml")
     path.write_text(mine.sub(lambda found: f"sfumato train {path}", text, count=1), encoding="utf-8")
-    print(f"wrote {path}. Look at it, then:  sfumato doctor {path}  and  sfumato train {path}")
+    print(f"wrote {path}. Review it, then:  sfumato doctor {path}  and  sfumato train {path}")
     return 0
 
 
@@ -256,7 +256,7 @@ def _explain(options: argparse.Namespace) -> int:
     from sfumato.pipelines.locate import locate_pipeline
 
     if Path(options.out).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {options.out}: no image has this ending; take .png")
+        raise ValueError(f"--out {options.out}: not an image format; use .png")
     model = locate_pipeline(options.model)
     pipe = SfumatoPipeline.from_pretrained(model)
     generator = torch.Generator().manual_seed(options.seed)
@@ -279,7 +279,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"{name:70} {score.value:.4g}" + ("" if score.half_width is None else f" ± {score.half_width:.2g}"))
     print(report.protocol)
     if report.folder is None:
-        print("The model is on the Hub, so the figures are printed and not kept; name a folder for them with --out")
+        print("The model is on the Hub, so the figures are printed but not saved; give a folder for them with --out")
     else:
         print(f"wrote evaluation.json{' and the card' if options.out is None else ''} of {report.folder}")
     return 0
@@ -295,9 +295,9 @@ def _tune(options: argparse.Namespace) -> int:
         prompts=options.prompts,
         out=options.out,
     )
-    print("difference to many steps, the best first:")
+    print("difference from many steps, best first:")
     print("\n".join(map(str, trials[:5])))
-    print(f"wrote {folder}, which draws by the first of these in {options.steps} steps")
+    print(f"wrote {folder}, which draws with the first of these in {options.steps} steps")
     return 0
 
 
@@ -338,7 +338,7 @@ def _push(options: argparse.Namespace) -> int:
         pull_request=options.pull_request,
     )
     if options.space and options.pull_request:
-        raise ValueError("--space draws with what is on the Hub, and a pull request is not yet; leave one of them out")
+        raise ValueError("--space draws with what is on the Hub, which excludes an open pull request; leave one of them out")
     if options.space:
         space.check_space(model)
     if options.dry_run:

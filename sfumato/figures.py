@@ -16,10 +16,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000"
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """An image file or its content, in a plain format; others, such as EPS, run programs on what a stranger wrote.
+    """Open an image file or its contents, in a plain format; others, such as EPS, run programs on untrusted input.
 
     Raises:
-        PIL.UnidentifiedImageError: something else.
+        PIL.UnidentifiedImageError: any other format.
     """
     _register_heif()
     return Image.open(source if isinstance(source, Path) else BytesIO(source), formats=[n for n in FORMATS if n in Image.OPEN])
@@ -27,7 +27,7 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 @cache
 def _register_heif() -> None:
-    """Have Pillow read HEIC, what telephones make, where the extra `sfumato[heic]` is installed."""
+    """Let Pillow read HEIC, the format of phone cameras, if the extra `sfumato[heic]` is installed."""
     Image.init()
     try:
         import pillow_heif  # pyright: ignore[reportMissingImports]
@@ -41,12 +41,12 @@ def to_arrays(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image).reshape(image.height, image.width, -1) for image in images])
 
 
-GAP, TEXT, COLUMNS = 6, 26, 6  # of a grid: pixels between images, pixels of the caption below, images in a row
+GAP, TEXT, COLUMNS = 6, 26, 6  # in a grid: pixels between images, pixels for the caption below, images per row
 
 
 def grid(images: list[Image.Image], prompts: list[str], columns: int = COLUMNS, min_side: int = 128) -> Image.Image:
-    """One image of many, each enlarged to at least `min_side` pixels without smoothing, its prompt below."""
-    scale = max(1, min_side // images[0].width)
+    """Many images in one, each enlarged to at least `min_side` pixels without smoothing, with its prompt below."""
+    scale = max(1, -(-min_side // images[0].width))
     width = images[0].width * scale
     height = images[0].height * scale
     columns = min(columns, len(images))
@@ -62,7 +62,7 @@ def grid(images: list[Image.Image], prompts: list[str], columns: int = COLUMNS, 
 
 
 def cell(sheet: Image.Image, i: int, count: int) -> Image.Image:
-    """Image `i` of the `count` that a `grid` with the usual columns holds, as large as it is there."""
+    """Image `i` of the `count` in a `grid` with the default columns, at the size that it has there."""
     columns = min(COLUMNS, count)
     width = (sheet.width - GAP) // columns - GAP
     height = (sheet.height - GAP) // -(-count // columns) - GAP - TEXT
@@ -75,7 +75,7 @@ def _corner(i: int, columns: int, width: int, height: int) -> tuple[int, int]:
 
 
 def caption_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font for ASCII, which is all it has; else one with accents, Greek, Cyrillic, Chinese and kana."""
+    """Pillow's own font for ASCII, which is all it covers; otherwise one with accents, Greek, Cyrillic, Chinese and kana."""
     return _unicode_font(size) if re.search(r"[^\x00-\x7f]", text) else ImageFont.load_default(size)
 
 
@@ -83,12 +83,12 @@ def caption_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont | ImageFon
 def _unicode_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     try:
         return ImageFont.truetype(str(files("sfumato").joinpath("fonts/NotoSansSC-subset.woff2")), size)
-    except OSError:  # a Pillow that was built without the compression of web fonts
+    except OSError:  # Pillow was built without the compression of web fonts
         return ImageFont.load_default(size)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words, or between any two characters of Chinese."""
+    """Lines of at most `width` pixels, broken between words, or between any two Chinese characters."""
     lines = [""]
     for word in re.findall(r"(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef]+)\s*", text):
         if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
@@ -98,7 +98,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """`(H, W, C)` uint8 as PIL has it."""
+    """`(H, W, C)` uint8 as a PIL image."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 

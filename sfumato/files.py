@@ -1,4 +1,4 @@
-"""Files that are whole or not there: synced, put into place in one step, read line by line. Standard library only."""
+"""Files that are either complete or absent: synced, moved into place in one step, read line by line. Standard library only."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync_entry(path: Path) -> None:
-    """Force a file, or the list of what a folder holds, to the disk."""
+    """Force a file, or the list of a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -17,13 +17,13 @@ def sync_entry(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder and all in it, to the disk, so that renaming it into place never shows it unwritten."""
+    """Force a file, or a folder and everything in it, to disk, so that renaming it into place never exposes unwritten data."""
     for part in [*path.rglob("*"), path]:
         sync_entry(part)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Sync a folder that is written in full to the disk and put it into place: a crash leaves the old one or the new one."""
+    """Sync a fully written folder to disk and move it into place; a crash leaves either the old one or the new one."""
     old = folder.with_name(f".{folder.name}.old")
     for path in new.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600
@@ -38,7 +38,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is never none; False where the system cannot (other than Linux)."""
+    """Swap two folders in one step, so that one is always in place; False where the system cannot (other than Linux)."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
@@ -48,7 +48,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 class Unbroken:
-    """A text stream that goes silent when nobody reads it any more, as `| head` does, rather than end the run."""
+    """A text stream that goes silent when its reader is gone, as with `| head`, instead of ending the run."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -57,7 +57,7 @@ class Unbroken:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of the stream."""
+        """Like the stream's own."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -65,32 +65,32 @@ class Unbroken:
             return len(text)
 
     def flush(self) -> None:
-        """As of the stream."""
+        """Like the stream's own."""
         try:
             self._stream.flush()
         except BrokenPipeError:
             self._silence()
 
     def _silence(self) -> None:
-        self._stream = open(os.devnull, "w")  # noqa: SIM115  (open for as long as the process is)
+        self._stream = open(os.devnull, "w")  # noqa: SIM115  (stays open as long as the process)
 
 
 def go_on_without_readers() -> None:
-    """Let this process outlive those who read what it prints."""
+    """Let this process outlive the readers of its output."""
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), Unbroken):
             setattr(sys, name, Unbroken(getattr(sys, name)))
 
 
 def printable(text: object) -> str:
-    """A text for the terminal: what a stranger's name may hold to move the cursor or change colours is spelt out."""
+    """Make a text safe for the terminal: characters that could move the cursor or change colours are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class CannotSave(Exception):
-    """A checkpoint could not be written; those before it are untouched."""
+    """A checkpoint could not be written; the earlier ones are untouched."""
 
 
 def read_lines(path: Path) -> list[str]:
-    """The whole lines of a file of JSON lines; none where there is no file."""
+    """The complete lines of a JSON-lines file; none if there is no file."""
     return path.read_text().split("\n")[:-1] if path.is_file() else []

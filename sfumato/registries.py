@@ -1,11 +1,11 @@
-"""What there is by name: sources, tasks, metrics, codecs, samplers, guiders. Standard library only.
+"""Everything that is chosen by name: sources, tasks, metrics, codecs, samplers, guiders. Standard library only.
 
-Every registry maps a name to an entry, whose `target` is `module:object` and is imported when it is asked for. So configs,
-checks and `--help` read the names at once, without torch, and no room imports one above it.
+Every registry maps a name to an entry, whose `target` is `module:object` and is imported on demand. Configs, checks and
+`--help` can therefore read the names at once, without torch, and no room imports one above it.
 
-A new source, task, metric, codec, sampler or guider is one file and one line here. An installed package adds its own by an
-entry point in the group `sfumato.sources`, `sfumato.tasks`, `sfumato.metrics`, `sfumato.codecs`, `sfumato.samplers` or
-`sfumato.guiders`, whose object is an entry; a notebook by `registry.add(name, entry)`.
+A new source, task, metric, codec, sampler or guider is one file and one line here. An installed package adds its own through
+an entry point in the group `sfumato.sources`, `sfumato.tasks`, `sfumato.metrics`, `sfumato.codecs`, `sfumato.samplers`
+or `sfumato.guiders`, whose object is an entry; a notebook calls `registry.add(name, entry)`.
 """
 
 import importlib
@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         target: `module:object`.
         settings: `module:dataclass` of settings, mounted as the config's section `section`.
-        section: the name of that section; the entry's own name where not given.
+        section: the name of that section; by default the entry's own name.
         check: `module:function`, called as `check(config, need)` for the entry that a config names, or whose own settings it
             changes; see `config.rules`. Its module is imported before torch is, so it should be light.
     """
@@ -36,21 +36,21 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Entry):
-    """A source of records: a function of a `DataConfig` and of the files it was found by that yields `records.Record`.
+    """A source of records: a function that takes a `DataConfig` and the files it was found by, and yields `records.Record`.
 
     Attributes:
-        named: whether `data.name` says the name itself, or `NAME:ARGUMENT`, and no path.
+        named: whether `data.name` is the name itself, or `NAME:ARGUMENT`, and not a path.
         claims: endings of the file names that it reads.
-        generated: whether it draws its images in any resolution, square and in RGB.
-        packages: whose versions decide what the images look like, beside Pillow's.
+        generated: whether it draws its images at any resolution, square and in RGB.
+        packages: those whose versions, besides Pillow's, decide what the images look like.
         license, attribution: of the images, for cards.
-        credits: where both depend on what is read, `module:function`, called with the `DataConfig`, which gives attribution
+        credits: where both depend on what is read, `module:function`, called with the `DataConfig`, which returns attribution
             and license.
-        only: settings of the section `data` that have an effect with this source alone.
-        codec: where its records are no pictures, `module:function`, called as `open_source` is, which gives their codec.
-        shape: height, width and channels of the arrays, where they are always the same.
-        repeat: of those arrays each value covers so many pixels a side.
-        version: raised with a change of its own code that changes its records, so that sets of the older ones are not taken.
+        only: settings of the section `data` that have an effect only with this source.
+        codec: where its records are not images, `module:function`, called like `open_source`, which returns their codec.
+        shape: height, width and channels of the arrays, if they are always the same.
+        repeat: each value of those arrays covers this many pixels per side.
+        version: raised when a change to its code changes its records, so that sets of older records are not reused.
     """
 
     named: bool = False
@@ -72,22 +72,20 @@ class Task(Entry):
     """A task: a class that follows the protocol `tasks.protocol.Task`.
 
     Attributes:
-        scores: names of its own scores, by which `checkpoint.best_by` may choose the best model; where there are none, the
-            metrics of drawings serve.
-        lower_scores: those of them of which lower is better, where the name does not tell the metric.
-        arrays: whether it goes with arrays of any number of channels, though it is not `plain`.
-        plain: whether the network reads noise and text alone, so that images of several sizes, cached latents, LoRA and
-            self-conditioning go with it.
-        only: keys of the config that have an effect with this task alone, beside those of its own section.
+        scores: names of its own scores, by which `checkpoint.best_by` may choose the best model; if there are none, the
+            metrics of drawings are used.
+        lower_scores: those of them for which lower is better, where the name does not reveal the metric.
+        arrays: whether it works with arrays of any number of channels, although it is not `plain`.
+        plain: whether the network reads only noise and text, so that images of several sizes, cached latents, LoRA and
+            self-conditioning work with it.
         idle: keys of the config that have no effect with this task.
-        built: keys of its own section that say how a model is built, and so have no effect with `init_from`.
+        built: keys of its own section that define how a model is built, and so have no effect with `init_from`.
     """
 
     scores: tuple[str, ...] = ()
     lower_scores: tuple[str, ...] = ()
     arrays: bool = False
     plain: bool = False
-    only: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     built: tuple[str, ...] = ()
 
@@ -97,19 +95,19 @@ class Metric(Entry):
     """Figures of a model.
 
     Attributes:
-        of: what `target` is a function of. `drawings`: a `quality.evaluation.Evaluation`, and it returns name -> `Score`;
-            such a metric is measured by what is said here. `objects`: the same of models that draw no pictures. `task` (a
-            task; name -> number) and `pairs` (two arrays of images; a number): the tasks call these by themselves, and the
-            entry says how to read the figures.
+        of: what `target` takes. `drawings`: a `quality.evaluation.Evaluation`, and it returns name -> `Score`; such a metric
+            is measured as its entry says. `objects`: the same for models that do not draw images. `task` (takes a task,
+            returns name -> number) and `pairs` (takes two arrays of images, returns a number): the tasks call these
+            themselves, and the entry says how to read the figures.
         better: `higher` or `lower`.
-        lower: figures of which lower is better, where higher is of the others.
-        needs: packages to import; those of the built-in metrics come with the extra `metrics`.
-        figures: names of its figures by which `checkpoint.best_by` may choose; None: its own name alone.
-        sources, not_sources: names of the sources that it is for, empty for all, or is not for.
-        tasks: names of the tasks whose models it measures while they train.
+        lower: figures for which lower is better, where higher is better for the others.
+        needs: packages that it imports; those of the built-in metrics come with the extra `metrics`.
+        figures: names of its figures by which `checkpoint.best_by` may choose; None for its own name only.
+        sources, not_sources: names of the sources that it applies to (empty for all) and does not apply to.
+        tasks: names of the tasks whose models it measures during training.
         label: how the report calls a figure.
-        at_end: what it is called at the end of every run, where it is measured even if nothing asks for it.
-        option: the field of `quality.evaluation.Plan` without which it is left out of the report.
+        at_end: what it is called at the end of every run, if it is measured there even when nothing asks for it.
+        option: the field of `quality.evaluation.Plan` that must be set for it to be in the report.
     """
 
     of: str = "drawings"
@@ -132,12 +130,12 @@ class Metric(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Entry):
-    """A scheduler class of diffusers and what to set beside the trained noise schedule.
+    """A diffusers scheduler class and what to set besides the trained noise schedule.
 
     Attributes:
         overrides: settings for `from_config`.
-        flow: whether it draws models of flow matching too.
-        max_sigma: where it must begin with less noise, in units of the image, than many schedules end with.
+        flow: whether it also samples from flow-matching models.
+        max_sigma: the most noise it can begin with, in units of the image, if that is less than many schedules end with.
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -150,7 +148,7 @@ class Guider(Entry):
     """A guider class.
 
     Attributes:
-        second: how the settings of the guidance begin that it adds to plain guidance, which must then be on.
+        second: the prefix of the settings of the guidance that it adds to plain guidance, which must then be on.
         weak: whether it steers away from a weaker model, which must be given.
     """
 
@@ -162,7 +160,7 @@ E = TypeVar("E", bound=Entry)
 
 
 class Registry(Mapping[str, E], Generic[E]):
-    """Name -> entry, those of installed packages included, in the order in which they are listed.
+    """Name -> entry, including those of installed packages, in the order in which they are listed.
 
     Args:
         kind: singular, for messages and for the entry points' group, `sfumato.{kind}s`.
@@ -180,7 +178,7 @@ class Registry(Mapping[str, E], Generic[E]):
             for point in entry_points(group=f"sfumato.{self.kind}s"):
                 try:
                     self.add(point.name, point.load())
-                except Exception as error:  # whatever a stranger's module raises: the others still work
+                except Exception as error:  # whatever a third-party module raises, the others still work
                     warnings.warn(f"left out the {self.kind} {point.name!r} of {point.value}: {error}", stacklevel=3)
         return self._entries
 
@@ -199,7 +197,7 @@ class Registry(Mapping[str, E], Generic[E]):
         return len(self._all())
 
     def add(self, name: str, entry: E) -> None:
-        """Register an entry from outside of the package.
+        """Register an entry from outside the package.
 
         Raises:
             ValueError: the name is taken by another entry.
@@ -208,21 +206,21 @@ class Registry(Mapping[str, E], Generic[E]):
             raise ValueError(f"there is a {self.kind} {name!r} already: {self._entries[name].target}")
 
     def remove(self, name: str) -> None:
-        """Take an added entry out again."""
+        """Remove an added entry."""
         del self._entries[name]
 
     def check_name(self, name: str) -> E:
         """The entry of a name.
 
         Raises:
-            ValueError: there is none; names those that there are.
+            ValueError: there is none; the message lists those that exist.
         """
         if name not in self:
             raise ValueError(f"unknown {self.kind} {name!r}; choose one of {', '.join(self)}")
         return self[name]
 
     def load(self, name: str) -> Any:
-        """The object that a name stands for; ValueError as of `check_name`."""
+        """The object that a name stands for; raises ValueError like `check_name`."""
         return load_object(self.check_name(name).target)
 
 
@@ -399,20 +397,21 @@ SOURCES: Registry[Source] = Registry(
 TASKS: Registry[Task] = Registry(
     "task",
     {
-        "text_to_image": Task(target=f"{_TASKS}.text_to_image:TextToImage", plain=True, only=("validation.prompts",)),
-        "inpainting": Task(target=f"{_TASKS}.inpainting:Inpainting"),
+        "text_to_image": Task(target=f"{_TASKS}.text_to_image:TextToImage", plain=True),
+        "inpainting": Task(target=f"{_TASKS}.inpainting:Inpainting", idle=("validation.prompts",)),
         "upscaling": Task(
             target=f"{_TASKS}.upscaling:Upscaling",
             settings=f"{_TASKS}.settings:UpscalingConfig",
             check=f"{_TASKS}.settings:check_upscaling",
             scores=("PSNR of model", "SSIM of model", "FD of model", "LD of model"),
+            idle=("validation.prompts",),
             built=("upscaling.max_noise_level",),
         ),
         "control": Task(
             target=f"{_TASKS}.control:Control",
             check=f"{_TASKS}.settings:check_control",
             scores=("F1",),
-            idle=("text_encoder.train",),
+            idle=("text_encoder.train", "validation.prompts"),
         ),
         "motion": Task(
             target=f"{_TASKS}.motion:Motion",
@@ -439,7 +438,13 @@ TASKS: Registry[Task] = Registry(
             settings=f"{_TASKS}.settings:AutoencoderConfig",
             check=f"{_TASKS}.settings:check_autoencoder",
             scores=("PSNR", "SSIM"),
-            idle=("objective.timesteps", "objective.weight", "objective.importance", "objective.noise_candidates"),
+            idle=(
+                "objective.timesteps",
+                "objective.weight",
+                "objective.importance",
+                "objective.noise_candidates",
+                "validation.prompts",
+            ),
         ),
     },
 )
@@ -515,20 +520,20 @@ SAMPLERS: Registry[Sampler] = Registry(
     "sampler",
     {
         "ddpm": Sampler(target="sfumato.schedulers:SfumatoDDPMScheduler"),
-        # diffusers' DDIM clips x_0 but not the eps that goes with it, and many small steps add the difference up.
+        # diffusers' DDIM clips x_0 but not the matching eps, and over many small steps the difference adds up.
         "ddim": Sampler(target="diffusers:DDIMScheduler", overrides={"thresholding": False, "clip_sample": False}),
         "dpm++": Sampler(target="diffusers:DPMSolverMultistepScheduler", flow=True),
         "dpm++-sde": Sampler(target="diffusers:DPMSolverMultistepScheduler", overrides={"algorithm_type": "sde-dpmsolver++"}),
         "unipc": Sampler(target="diffusers:UniPCMultistepScheduler", flow=True),
         "deis": Sampler(target="diffusers:DEISMultistepScheduler"),
         "euler": Sampler(target="diffusers:EulerDiscreteScheduler", flow=True),
-        # Each step draws the whole image and puts noise on it again; for distilled models, and for a look after few steps.
+        # Each step draws the whole image and adds noise to it again; for distilled models, and for a preview in few steps.
         "lcm": Sampler(target="diffusers:LCMScheduler", overrides={"original_inference_steps": 50}, flow=True),
         "tcd": Sampler(target="diffusers:TCDScheduler", overrides={"original_inference_steps": 50}),
-        # Its sigma_down^2 = b^2 - b^2 (a^2 - b^2) / a^2 falls below 0 by rounding where a step leads from a to a b thousands
-        # of times smaller, as a cosine schedule's first one does, and its root is not a number.
+        # Its sigma_down^2 = b^2 - b^2 (a^2 - b^2) / a^2 falls below 0 by rounding if a step goes from a to a b thousands of
+        # times smaller, as the first step of a cosine schedule does, and its square root is then NaN.
         "euler-a": Sampler(target="diffusers:EulerAncestralDiscreteScheduler", max_sigma=200.0),
-        # Its trapezoid in sigma needs steps that shrink evenly: the trained ones leap from 20,000 to 10 at once.
+        # Its trapezoidal rule in sigma needs steps that shrink evenly; the trained sigmas drop from 20,000 to 10 at once.
         "heun": Sampler(target="diffusers:HeunDiscreteScheduler", overrides={"use_exponential_sigmas": True}),
     },
 )
@@ -541,9 +546,9 @@ GUIDERS: Registry[Guider] = Registry(
         "zero-star": Guider(target="diffusers.guiders:ClassifierFreeZeroStarGuidance"),
         "tangential": Guider(target="diffusers.guiders:TangentialClassifierFreeGuidance"),
         "magnitude-aware": Guider(target="sfumato.pipelines.guiders:MagnitudeAwareGuidance"),
-        # Away from what a weaker version of the model draws from the same prompt (Karras et al. 2024, arXiv 2406.02507).
+        # Steers away from what a weaker version of the model draws for the same prompt (Karras et al. 2024, arXiv 2406.02507).
         "autoguidance": Guider(target="diffusers.guiders:ClassifierFreeGuidance", weak=True),
-        # These add to plain guidance, away from what the model draws with its innermost self-attention disturbed.
+        # In addition to plain guidance, these steer away from what the model draws with disturbed innermost self-attention.
         "pag": Guider(target="diffusers.guiders:PerturbedAttentionGuidance", second="perturbed_guidance"),
         "slg": Guider(target="diffusers.guiders:SkipLayerGuidance", second="skip_layer_guidance"),
         "seg": Guider(target="sfumato.pipelines.guiders:SmoothedEnergyGuidance", second="seg_guidance"),
@@ -552,9 +557,9 @@ GUIDERS: Registry[Guider] = Registry(
 
 
 def metric_of(figure: str) -> Metric | None:
-    """The metric that a figure belongs to, the most exactly named one: `FD`, `FD of model`, `held_out_loss -8 to -6`.
+    """The metric that a figure belongs to, by the longest name that fits: `FD`, `FD of model`, `held_out_loss -8 to -6`.
 
-    None where it belongs to none, as a score of a task's own may.
+    None if there is none, as is possible for a task's own score.
     """
     name = figure.replace("training_loss", "held_out_loss")
     owners = {known: metric for entry, metric in METRICS.items() for known in (entry, *(metric.figures or ()))}
@@ -563,7 +568,7 @@ def metric_of(figure: str) -> Metric | None:
 
 
 def lower_is_better(figure: str) -> bool:
-    """Whether a figure, see `metric_of`, should be small."""
+    """Whether a figure (see `metric_of`) should be small."""
     if any(figure in task.lower_scores for task in TASKS.values()):
         return True
     metric = metric_of(figure)
@@ -577,8 +582,8 @@ def figures_of(name: str) -> tuple[str, ...]:
 
 
 def metrics_for(source: str | None, task: str | None = None, *, objects: bool = False) -> dict[str, Metric]:
-    """The metrics of drawings, or of the objects that a source's codec makes of them, that go with a source of data and,
-    where given, with a task while it trains.
+    """The metrics of drawings, or of the objects that a source's codec makes of them, that apply to a source of data and,
+    if given, to a task during training.
     """
     entry = SOURCES.get(source or "")
     of = "objects" if objects or (entry is not None and entry.codec) else "drawings"

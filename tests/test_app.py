@@ -188,14 +188,14 @@ def test_the_page_of_a_model_that_reads_images(reading, tmp_path, task):
 def test_the_data_of_a_run_are_looked_at(model):
     runs = model.parent
     found = desk.read_data(runs, "run")
-    assert found.matching == 64 and len(found.images) == 24 and ("images that are trained on", "64") in found.facts
+    assert found.matching == 64 and len(found.images) == 24 and ("training images", "64") in found.facts
     red = desk.read_data(runs, "run", "red circle left")
     assert 0 < red.matching < 64 and all("red" in captions and "left" in captions for _, captions in red.images)
     assert desk.read_data(runs, "run", page=2).matching == 64 and len(desk.read_data(runs, "run", page=2).images) == 16
     with pytest.raises(ValueError, match="there is no run"):
         desk.read_data(runs, "../run")
     shutil.rmtree(runs / "cache")
-    with pytest.raises(ValueError, match="not there any more"):
+    with pytest.raises(ValueError, match="no longer exists"):
         desk.read_data(runs, "run")
 
 
@@ -205,7 +205,7 @@ def test_the_data_of_a_run_are_looked_at(model):
         ({"preset": "../../etc/passwd"}, "no preset"),
         ({"name": "../elsewhere"}, "needs a name"),
         ({"name": ".hidden"}, "needs a name"),
-        ({"name": "run"}, "is there already"),
+        ({"name": "run"}, "already exists"),
         ({"more": "output_dir=elsewhere"}, "without output_dir"),
         ({"more": "--help"}, "key=value"),
         ({"more": "train.nothing=3"}, "train.nothing"),
@@ -307,7 +307,7 @@ def test_runs_are_read_and_asked(tmp_path, monkeypatch):
         wait_for(lambda: (run / "metrics.jsonl").exists() and watch.read_run(runs, "one").step > 2)
         state = watch.read_run(runs, "one")
         assert state.trains and not state.finished and state.losses and state.images_per_second > 0
-        with pytest.raises(ValueError, match="trains already"):
+        with pytest.raises(ValueError, match="is already training"):
             watch.resume(runs, "one")
         watch.ask(runs, "one", "save")
         wait_for(lambda: list((run / "checkpoints").glob("step-*")))
@@ -321,7 +321,7 @@ def test_runs_are_read_and_asked(tmp_path, monkeypatch):
         except ProcessLookupError:
             pass
     assert not watch.read_run(runs, "one").trains
-    with pytest.raises(ValueError, match="does not train"):
+    with pytest.raises(ValueError, match="is not training"):
         watch.ask(runs, "one", "stop")
     for odd in ("..", "../runs/one", "/etc", "", "two"):
         with pytest.raises(ValueError, match="there is no run"):
@@ -367,7 +367,7 @@ def test_the_page_draws_through_its_own_interface(server):
     assert "sfumato sample 'a red circle'" in command and len(gallery) == 1
     assert Image.open(gallery[0]["image"]).size == (16, 16)
     _, line, *_ = client.predict("one", "", api_name="/look")
-    assert "does not train" in line and "Step 8" in line
+    assert "not training" in line and "Step 8" in line
     with pytest.raises(Exception, match="token"):
         client.predict("one", api_name="/stop_run")  # no token, no power
 

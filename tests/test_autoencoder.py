@@ -208,7 +208,7 @@ def test_a_latent_model_on_it_is_a_plain_stable_diffusion_folder(trained, tmp_pa
         ("init_from=somewhere", "comes from init_from; leave it out"),
         ("autoencoder.train_encoder=false", "set init_from"),
         ("autoencoder.latent_noise=-1", "must not be negative"),
-        ("autoencoder={thumbnail_weight: 1.0, model: {latent_channels: 2}}", "3 latent channels or more"),
+        ("autoencoder={thumbnail_weight: 1.0, model: {latent_channels: 2}}", "at least 3 latent channels"),
         ("autoencoder={thumbnail_weight: 1.0, model: {use_quant_conv: false}}", "no quant_conv"),
         ("task=magic", "choose one of text_to_image, inpainting, upscaling, control, motion, distillation, autoencoder"),
     ],
@@ -230,4 +230,4 @@ def test_another_task_cannot_go_on_from_it(tmp_path, capsys):
     path = vae_config(tmp_path / "x")
     assert main([path]) == 0
     assert main([path, "task=text_to_image", "checkpoint.resume=auto", "train.max_steps=9"]) == 2
-    assert "is of another task than text_to_image" in capsys.readouterr().err
+    assert "belongs to a task other than text_to_image" in capsys.readouterr().err

@@ -85,11 +85,11 @@ def picture(page, label):
 
 def test_an_image_is_drawn_and_its_command_is_shown(page):
     here = tab(page, "Draw")
-    here.get_by_label("Prompts, one a line").fill("a red circle\na blue square")
+    here.get_by_label("Prompts, one per line").fill("a red circle\na blue square")
     here.get_by_role("spinbutton", name="number input for Steps").fill("2")
     here.get_by_role("button", name="Draw", exact=True).click()
     here.locator("button.thumbnail-item, .grid-container button").nth(1).wait_for()
-    command = here.get_by_label("The same as a command")
+    command = here.get_by_label("The equivalent command")
     page.wait_for_function("e => e.value.includes('blue square')", arg=command.element_handle())
     assert command.input_value().startswith("sfumato sample 'a red circle' 'a blue square'")
 
@@ -106,7 +106,7 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(page):
     here.get_by_role("button", name="Draw", exact=True).click()
     before = np.asarray(first_of_gallery(page, here), float)
     here = tab(page, "Redraw")
-    here.get_by_role("button", name="Take what was drawn last").click()
+    here.get_by_role("button", name="Use the last drawn image").click()
     here.get_by_role("button", name="Brush", exact=True).click()
     here.locator("canvas").first.wait_for()
     page.wait_for_timeout(2000)  # the editor has no sign of its own that the image is in it
@@ -142,8 +142,8 @@ def test_a_word_is_clicked_and_shows_where_it_was_read(page):
 
 def test_settings_are_compared_on_the_same_noise(page):
     here = tab(page, "Compare")
-    here.get_by_label("Values, one a line").nth(0).fill("ddpm\nddim")
-    here.get_by_label("Values, one a line").nth(1).fill("1, 2, 3")
+    here.get_by_label("Values, one per line").nth(0).fill("ddpm\nddim")
+    here.get_by_label("Values, one per line").nth(1).fill("1, 2, 3")
     here.get_by_role("button", name="Compare", exact=True).click()
     here.get_by_text("-comparison").locator("visible=true").first.wait_for()
     sheet = picture(page, "The same noise")
@@ -160,27 +160,27 @@ def test_a_run_is_planned_started_watched_stopped_and_resumed(page, place):
     more = [f"{a}.{b}={json.dumps(v)}" for a, section in sections.items() for b, v in section.items()]
     more += ["data.num_pictures=64", f"data.cache_dir={place}/cache", "train.num_threads=1", "train.trackers=[]"]
     more += ["checkpoint.every_steps=50", "checkpoint.keep=1"]
-    here.get_by_label("More settings, key=value, one a line").fill("\n".join(more))
+    here.get_by_label("More settings, key=value, one per line").fill("\n".join(more))
     for key, value in {"data.resolution": 16, "train.batch_size": 4, "train.max_steps": 100000}.items():
         here.get_by_label(key, exact=True).fill(str(value))
     here.get_by_label("Search all settings").fill("warmup")
     here.get_by_text("optim.lr_warmup_steps").locator("visible=true").first.wait_for()
     here.get_by_role("button", name="Show the config").click()
     here.get_by_text("output_dir:").first.wait_for()  # of a long text the first lines are on the page
-    assert "train.max_steps=100000" in here.get_by_label("The same as a command").input_value()
+    assert "train.max_steps=100000" in here.get_by_label("The equivalent command").input_value()
     here.get_by_role("button", name="Ask the doctor").click()
     answer = here.get_by_label("Answer")
     page.wait_for_function("e => e.value.includes('training images')", arg=answer.element_handle())
     here.get_by_role("button", name="Start", exact=True).click()
     run = place / "runs" / "second"
-    page.wait_for_function("e => e.value.startsWith('starts')", arg=answer.element_handle())
+    page.wait_for_function("e => e.value.startsWith('starting')", arg=answer.element_handle())
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and watch.read_run(place / "runs", "second").step > 2, run)
         here = tab(page, "Runs")
-        here.get_by_role("button", name="Look again").click()
+        here.get_by_role("button", name="Refresh").click()
         here.get_by_label("Run", exact=True).click()
         page.get_by_role("option", name="second").click()
-        here.get_by_text("trains", exact=False).first.wait_for()
+        here.get_by_text(": training", exact=False).first.wait_for()
         here.get_by_role("button", name="Sample now").click()
         wait_for(lambda: list((run / "samples").glob("step-*.png")), run)
         here.get_by_role("button", name="Stop and save").click()
@@ -208,9 +208,9 @@ def test_data_and_report_of_a_run(page):
     here = tab(page, "Data")
     here.get_by_label("Run", exact=True).click()
     page.get_by_role("option", name="first").click()
-    here.get_by_role("button", name="Look", exact=True).click()
+    here.get_by_role("button", name="Show", exact=True).click()
     here.locator("button.thumbnail-item, .grid-container button").first.wait_for()
-    here.get_by_text("images that are trained on").first.wait_for()
+    here.get_by_text("training images").first.wait_for()
     here.get_by_label("Page", exact=True).fill("2")
     here.get_by_label("Search captions").fill("red")
     here.get_by_label("Search captions").press("Enter")
@@ -234,6 +234,6 @@ def test_nothing_is_started_without_the_token(browser, server, place):
     here = tab(page, "Train")
     here.get_by_label("Name of the run").fill("third")
     here.get_by_role("button", name="Start", exact=True).click()
-    page.get_by_text("Open the address with its token").first.wait_for()
+    page.get_by_text("Open the address that includes the token").first.wait_for()
     assert not (place / "runs" / "third").exists()
     page.close()

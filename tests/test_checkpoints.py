@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     body = bytearray(weights.read_bytes())
     body[-1] ^= 1  # one bit
     weights.write_bytes(body)
-    with pytest.warns(UserWarning, match="step-00000008: pipeline/unet/.*has changed; goes on from step-00000006"):
+    with pytest.warns(UserWarning, match="step-00000008: pipeline/unet/.*has changed; resuming from step-00000006"):
         assert main([path, "checkpoint.resume=auto"]) == 0
     assert crashes.result(tmp_path / "run") == expected
 
@@ -94,7 +94,7 @@ def test_damaged_newer_checkpoints_do_not_push_out_good_ones(tmp_path):
     main([path, "train.max_steps=6"])
     for name in ("7", "8"):
         (tmp_path / "run" / "checkpoints" / f"step-0000000{name}").mkdir()
-    with pytest.warns(UserWarning, match="goes on from step-00000006"):
+    with pytest.warns(UserWarning, match="resuming from step-00000006"):
         main([path, "checkpoint.resume=auto", "train.max_steps=7"])
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000007"]
     assert all(checkpoints.find_damage(p) is None for p in checkpoints.list_checkpoints(tmp_path / "run"))
@@ -190,7 +190,7 @@ def test_resume_with_other_settings_says_what_is_exact_and_what_is_not(tmp_path,
     assert main([path, "checkpoint.resume=auto", "train.max_steps=7"]) == 0
     assert capsys.readouterr().out.count("the optimizer's moments begin again") == 2
     main([path, "checkpoint.resume=auto", "data.num_pictures=31", "train.max_steps=8"])
-    assert "the images are others" in capsys.readouterr().out
+    assert "the images are different" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_words_of_a_run_whose_data_grew(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_resume_keeps_the_words_of_a_run_whose_data_grew(tmp_path, capsys):
     words = (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text()
     image(tmp_path / "f" / "hippopotamus" / "1.png")
     assert main([path, "checkpoint.resume=auto", "train.max_steps=4"]) == 0
-    assert "the images are others" in capsys.readouterr().out
+    assert "the images are different" in capsys.readouterr().out
     assert (tmp_path / "run" / "pipeline" / "tokenizer" / "vocab.json").read_text() == words
 
 

@@ -113,7 +113,7 @@ def test_both_guidances_have_one_interval_and_need_a_scale(pipe, name):
     draw(chosen, num_inference_steps=8)
     hook.remove()
     assert sum(sizes) == chosen.num_passes == 4 * 1 + 2 + 3 * 3  # diffusers leaves the first step of the interval to one
-    with pytest.raises(ValueError, match="works beside plain guidance"):
+    with pytest.raises(ValueError, match="works on top of plain guidance"):
         draw(chosen, guidance_scale=1.0)
 
 

@@ -149,7 +149,7 @@ def test_export_takes_a_run_folder(model, tmp_path, capsys):
     "arguments, message",
     [
         (["sample", "--model", "/no/such", "x"], "there is no folder"),
-        (["sample", "--model", ".", "x"], "holds no model"),
+        (["sample", "--model", ".", "x"], "contains no model"),
         (["export", "/no/such", "out"], "there is no folder"),
         (["train", "/no/such.yaml"], "no config file"),
     ],

@@ -82,7 +82,7 @@ def test_molecules_come_back_as_they_were():
     )
     with pytest.raises(ValueError, match="2 to 1024"):
         MoleculeCodec(atoms=1)
-    with pytest.raises(ValueError, match="of version 1, and here it is 3"):
+    with pytest.raises(ValueError, match="arrays are version 1; this sfumato has 3"):
         open_codec({"kind": "molecules", "version": 1, "settings": {"atoms": 9}})
     assert codec.caption(codec.read("Oc1ccncc1N")) == "eight atoms, two nitrogen, one oxygen, one ring, aromatic"
     assert codec.judge(codec.read("CCO"), "three atoms, one oxygen, no ring, alcohol")["all"]
@@ -137,7 +137,7 @@ def test_files_that_people_open(tmp_path):
     for ending in codec.endings:
         codec.write(codec.read("CCO"), tmp_path / f"a{ending}")
     assert (tmp_path / "a.smi").read_text() == "CCO\n" and "V2000" in (tmp_path / "a.sdf").read_text()
-    with pytest.raises(ValueError, match="is no molecule"):
+    with pytest.raises(ValueError, match="is not a valid molecule"):
         codec.write({"elements": [], "charges": [], "bonds": []}, tmp_path / "b.sdf")
 
 
@@ -183,7 +183,7 @@ def test_arrays_are_found_used_or_named(tmp_path, fields):
         "small.npy": "an array of shape (5",
         "torn.npy": reasons["torn.npy"][:20],
         "two.npz": "several arrays, none",
-        "words.npy": "<U1 are no real numb",
+        "words.npy": "<U1 are not real num",
     }
     assert images.left_out == {"not in metadata.csv": ["forgotten.npy"]}
     codec = open_codec(images.codec)
@@ -367,7 +367,7 @@ def test_a_model_of_squares_works_on_one_number_of_each(tmp_path, monkeypatch):
     ours = SfumatoPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert stock.unet.config.sample_size == 3 and "sfumato" not in type(stock).__module__
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
-    assert "works on one value of each square of 8 x 8 pixels, over which its VAE repeats it" in card
+    assert "works on one value per square of 8 x 8 pixels, which its VAE repeats over the square" in card
     call = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
     drawn = [pipe("four atoms", generator=torch.Generator().manual_seed(0), **call).images[0] for pipe in (stock, ours)]
     assert drawn[0].shape == (24, 24, 29)
@@ -384,7 +384,7 @@ def test_a_model_of_squares_works_on_one_number_of_each(tmp_path, monkeypatch):
     (tmp_path / "fields" / "metadata.csv").write_text("file_name,text\none.npy,four atoms\ntwo.npy,four atoms")
     data = {"name": str(tmp_path / "fields"), "resolution": 24, "channels": 29}
     plain = {"init_from": str(tmp_path / "run"), "data": data}
-    with pytest.raises(ValueError, match="reads one value of each 8 x 8 pixels"):
+    with pytest.raises(ValueError, match="reads one value per 8 x 8 pixels"):
         tiny.task(load_config(tiny.config_file(tmp_path, **plain), ["unet={}", "scheduler={}", "text_encoder={}"]))
 
 
@@ -401,6 +401,6 @@ def test_the_shape_of_molecules_is_what_the_registry_says(name):
 @pytest.mark.filterwarnings("ignore:skipped", "ignore:left out", "ignore:validation.prompts")
 def test_what_is_for_pictures_alone_is_refused(tmp_path, fields, capsys):
     path = str(field_config(tmp_path, fields))
-    assert main([path, "task=inpainting"]) == 2 and "inpainting is for pictures" in capsys.readouterr().err
+    assert main([path, "task=inpainting"]) == 2 and "inpainting is for images" in capsys.readouterr().err
     assert main([path, "checkpoint.best_by=FD", "validation.every_steps=3"]) == 2
-    assert "best_by=FD is for pictures" in capsys.readouterr().err
+    assert "best_by=FD is for images" in capsys.readouterr().err

@@ -156,6 +156,6 @@ def test_what_cannot_be_is_told(tmp_path, capsys, trained, base):
     with pytest.raises(ValueError, match="has no ControlNet"):
         draw(SfumatoPipeline.from_pretrained(base), control_image=MAP)
     assert main([str(tiny.config_file(tmp_path, task="control"))]) == 2
-    assert "task=control is for a trained model" in capsys.readouterr().err
+    assert "task=control needs a trained model" in capsys.readouterr().err
     assert main([config(tmp_path / "x", trained / "pipeline", task="text_to_image")]) == 2
     assert "has a ControlNet, which only task=control trains" in capsys.readouterr().err

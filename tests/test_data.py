@@ -354,9 +354,9 @@ def test_keywords_and_groups_are_further_captions(tmp_path):
     [
         (None, "en.data.json cannot be read"),
         ("[", "en.data.json is damaged"),
-        ("{}", "en.data.json is no list of emoji"),
-        ("[]", "en.data.json is no list of emoji"),
-        ("[1]", "en.data.json is no list of emoji"),
+        ("{}", "en.data.json is not a list of emoji"),
+        ("[]", "en.data.json is not a list of emoji"),
+        ("[1]", "en.data.json is not a list of emoji"),
         ('[{"label": "x"}]', "an emoji without hexcode"),
         ('[{"label": null, "hexcode": "2764"}]', "an emoji without hexcode, label"),
         ('[{"label": "x", "hexcode": "2764", "tags": "love"}]', "a list of tags"),
@@ -372,7 +372,7 @@ def test_a_folder_without_keywords_is_named(tmp_path, content, reason):
 
 
 def test_a_folder_of_keywords_that_is_not_there_is_told_at_once(tmp_path):
-    with pytest.raises(ValueError, match="data.keywords.*names no folder: npm pack emojibase-data"):
+    with pytest.raises(ValueError, match="data.keywords.*is not a folder: run npm pack emojibase-data"):
         load_config(tiny.config_file(tmp_path, data={"name": "openmoji", "keywords": str(tmp_path / "nowhere")}))
 
 

@@ -227,7 +227,7 @@ def test_a_student_begins_from_another(tmp_path, teacher, student, capsys):
     for name, value in expected.state_dict().items():
         assert torch.allclose(found.state_dict()[name], value, rtol=0, atol=1e-9)
     assert main([path, f"distil.student={teacher}", f"output_dir={tmp_path / 'other'}"]) == 2
-    assert "no student of this teacher" in capsys.readouterr().err
+    assert "not a student of this teacher" in capsys.readouterr().err
 
 
 def test_a_student_is_no_teacher(tmp_path, student, capsys):

@@ -26,7 +26,7 @@ def test_a_sound_config_gets_no_warning_but_for_its_length(tmp_path, capsys):
     found = findings(path)
     assert not [what for severity, what in found if severity in ("warning", "error") and "only 6 steps" not in what]
     assert (tmp_path / "run" / "doctor.png").is_file()
-    assert told(found, "fine", "4 images a step") and told(found, "fine", "weights are trained")
+    assert told(found, "fine", "4 images per step") and told(found, "fine", "weights are trained")
     assert cli.main(["doctor", str(path)]) == 0
     assert "last noise level" in capsys.readouterr().out
     assert told(findings(path, "train.max_steps=1000000000"), "warning", "days on one process")

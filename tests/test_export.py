@@ -331,7 +331,7 @@ def test_export_replaces_an_export_but_nothing_else(exported, tmp_path):
     pipe, _ = exported
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="is no pipeline"):
+    with pytest.raises(ValueError, match="is not a pipeline"):
         export_pipeline(pipe, tmp_path / "precious")
     export_pipeline(pipe, tmp_path / "clone")
     (tmp_path / "clone" / "notes.md").write_text("x")

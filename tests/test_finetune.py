@@ -156,7 +156,7 @@ def test_a_pixel_model_goes_on_in_latents(tmp_path, base):
 @pytest.mark.parametrize(
     "source, task, rank, message",
     [
-        ("latents", "text_to_image", 0, "moves into latents, of at least"),
+        ("latents", "text_to_image", 0, "can move into latents, of at least"),
         ("base", "inpainting", 0, "task=text_to_image"),
         ("base", "text_to_image", 2, "without lora.rank"),
     ],

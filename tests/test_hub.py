@@ -201,7 +201,7 @@ def test_a_pull_request_where_one_may_not_write(hub, model, tmp_path):
     [
         (None, "tiny", "there is no Hub token; run `hf auth login`"),
         ("wrong", "tiny", "the Hub does not know this token"),
-        ("reader", "tiny", "may only read"),
+        ("reader", "tiny", "is read-only"),
         ("writer", "press/tiny", "ada may not write to press, only to ada, lab"),
         ("writer", "a b", "is not allowed"),
         ("writer", "ada/foreign", "holds something that Sfumato did not make"),

@@ -104,8 +104,8 @@ def test_bad_icons_are_counted_and_named(tmp_path, capsys):
         "an icon that refers to something outside itself": 3,
         "an icon that draws nothing": 3,
         "an icon that cannot be drawn": 1,
-        "an icon without measures": 3,
-        "an icon of elements nested too deeply": 1,
+        "an icon without valid dimensions": 3,
+        "an icon with elements nested too deeply": 1,
         "an icon with filters": 1,
     }
 
@@ -116,7 +116,7 @@ def test_bad_icons_are_counted_and_named(tmp_path, capsys):
 def test_what_is_no_set_is_told(tmp_path, text):
     (tmp_path / "sets").mkdir()
     (tmp_path / "sets" / "icons.json").write_text(text)
-    with pytest.raises(ValueError, match="is no set of icons"):
+    with pytest.raises(ValueError, match="is not an icon set"):
         read(tmp_path / "sets")
 
 

@@ -200,6 +200,7 @@ def test_import_and_help_are_instant():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.filterwarnings("error")  # such as that a setting has no effect
 def test_every_config_loads_by_path_and_by_name():
     from sfumato.training.config.load import config_names, load_config
 

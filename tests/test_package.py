@@ -24,7 +24,7 @@ def test_init_writes_a_commented_config_that_loads(tmp_path, capsys):
     assert text.partition("\n")[2] == packaged.partition("\n")[2]  # all but the command is as it was
     assert f"sfumato train {path}" in capsys.readouterr().out
     assert main(["init", str(tmp_path / "mine")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "other"), "--preset", "nothing"]) == 2
     assert "there is no packaged config 'nothing'; there are clips, compositions, demo" in capsys.readouterr().err
 

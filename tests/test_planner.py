@@ -137,11 +137,11 @@ def test_the_command_plans(tmp_path, capsys):
     out = capsys.readouterr().out
     for said in (
         "GB on each h100",
-        "ms at the least",
+        "a step takes at least",
         "images/s on 8 h100",
         "1,000,000 images",
         "dollars",
-        "gradients go round",
+        "gradients are exchanged",
     ):
         assert said in out
     assert cli.main(["doctor", str(path), "--gpu", "voodoo"]) == 2

@@ -155,7 +155,7 @@ def test_a_section_that_is_taken_is_refused():
 
     METRICS.add("toy", Metric(target="a:b", settings="sfumato.training.tasks.settings:UpscalingConfig", section="data"))
     try:
-        with pytest.raises(ValueError, match="the metric 'toy' mounts a section 'data', which there is already"):
+        with pytest.raises(ValueError, match="the metric 'toy' mounts a section 'data', which already exists"):
             config_class()
     finally:
         METRICS.remove("toy")

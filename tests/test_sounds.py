@@ -113,7 +113,7 @@ def test_a_folder_of_sounds_is_found_used_or_named(tmp_path, sounds):
         "silent.wav": "silence",
         "empty.wav": "no sound in it",
         "nan.wav": "samples that are not finite",
-        "fast.wav": "a rate of 700000 a second",
+        "fast.wav": "a sampling rate of 700000 Hz",
         "torn.flac": "damaged sound",
         "text.wav": "damaged sound",
         "gone.wav": "missing",
@@ -123,7 +123,7 @@ def test_a_folder_of_sounds_is_found_used_or_named(tmp_path, sounds):
     for name, frequency in (("0.wav", 2000), ("1.flac", 320)):
         heard = codec.decode(images.image(by_name[name]) / 255.0)
         assert abs(np.log2(peak(heard) / frequency)) < 0.1, "whatever its rate and channels"
-    with pytest.raises(ValueError, match=r"data.channels=3: of sounds one of 1, 4, 16"):
+    with pytest.raises(ValueError, match=r"data.channels=3: sounds need one of 1, 4, 16"):
         prepare(load_config(config_of(tmp_path, sounds), ["data.channels=3"]).data)
     (sounds / "metadata.csv").unlink()
     with pytest.raises(ValueError, match="sounds but no captions"):
@@ -211,7 +211,7 @@ def test_speech_is_heard_through_the_codec():
     assert judged_share(speech, codec, "word", 30) > 0.7 and judged_share(speech, codec, "voice", 30) > 0.9
     silent = codec.judge(np.zeros(codec.length, np.float32), "a Scottish woman says seven quickly")
     assert not any(silent.values())
-    with pytest.raises(ValueError, match="no caption of this kind"):
+    with pytest.raises(ValueError, match="not a caption of this kind"):
         codec.judge(tone(440), "a low tone")
 
 

@@ -64,19 +64,19 @@ def images_and_captions():
     )
     deep = encoded(Image.fromarray(np.full((20, 20), 32768, np.uint16)))
     return {
-        "png that claims 50,000 x 50,000": (claims(50_000, 50_000), "x"),
-        "png that claims 8,000 x 5,000": (claims(8_000, 5_000), "x"),
-        "truncated jpeg": (jpeg[: len(jpeg) // 2], "x"),
-        "truncated png": (encoded(noise)[:2000], "x"),
-        "zero bytes": (b"", "x"),
-        "text named .png": (b"no image", "x"),
-        "1 x 1": (encoded(Image.new("RGB", (1, 1), "red")), "x"),
-        "CMYK jpeg": (encoded(Image.new("CMYK", (20, 20)), "jpeg"), "x"),
-        "16-bit png": (deep, "x"),
-        "palette png": (encoded(Image.new("P", (20, 20), 3)), "x"),
-        "transparent png": (encoded(Image.new("RGBA", (20, 20))), "x"),
-        "animated gif": (animated.getvalue(), "x"),
-        "EXIF-rotated png": (encoded(noise, exif=exif(6)), "x"),
+        "PNG that claims 50,000 x 50,000 pixels": (claims(50_000, 50_000), "x"),
+        "PNG that claims 8,000 x 5,000 pixels": (claims(8_000, 5_000), "x"),
+        "truncated JPEG": (jpeg[: len(jpeg) // 2], "x"),
+        "truncated PNG": (encoded(noise)[:2000], "x"),
+        "empty file": (b"", "x"),
+        "text file named .png": (b"no image", "x"),
+        "1 x 1 pixel": (encoded(Image.new("RGB", (1, 1), "red")), "x"),
+        "CMYK JPEG": (encoded(Image.new("CMYK", (20, 20)), "jpeg"), "x"),
+        "16-bit PNG": (deep, "x"),
+        "palette PNG": (encoded(Image.new("P", (20, 20), 3)), "x"),
+        "transparent PNG": (encoded(Image.new("RGBA", (20, 20))), "x"),
+        "animated GIF": (animated.getvalue(), "x"),
+        "EXIF-rotated PNG": (encoded(noise, exif=exif(6)), "x"),
         "EPS named .png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n", "x"),
         "empty caption": (RED, "  "),
         "null caption": (RED, None),
@@ -120,9 +120,9 @@ def outcomes(folder: Path) -> dict[str, str]:
         judge(label, source, "odd.png")
     names = {
         "file name ../outside.png": "../outside.png",
-        "file name of nothing": "gone.png",
+        "file name of a missing file": "gone.png",
         "file name of 5,000 letters": "n" * 5000,
-        "file name that is half a character": "\ud800.png",
+        "file name with a lone surrogate": "\ud800.png",
     }
     for label, name in names.items():
         source = folder / f"n{len(label)}"
@@ -137,7 +137,7 @@ def outcomes(folder: Path) -> dict[str, str]:
     image(source / "odd.png")
     (folder / "secret.txt").write_text("secret")
     (source / "odd.txt").symlink_to(folder / "secret.txt")
-    judge("caption file that is a link out of the folder", source, "odd.png")
+    judge("caption file that is a link to outside the folder", source, "odd.png")
     source = folder / "csv"
     image(source / "good.png")
     (source / "metadata.csv").write_text("file_name,text\ngood.png,good\nodd.png," + "x" * 11_000_000 + "\n")
@@ -156,14 +156,14 @@ def outcomes(folder: Path) -> dict[str, str]:
             "tar member that is a hard link": ("odd.png", (tarfile.LNKTYPE, "good.png")),
             "tar member that is a device": ("odd.png", (tarfile.CHRTYPE, "")),
             "tar member without a caption": ("odd.png", RED),
-            "tar member with a bomb": ("odd.png", claims(50_000, 50_000)),
+            "tar member that is a decompression bomb": ("odd.png", claims(50_000, 50_000)),
         }.items()
     ):
         members = [*good, odd] + ([("odd.txt", b"x")] if "bomb" in label else [])
         judge(label, tar(folder / f"{number}.tar", members), "odd" if label.endswith(("caption", "bomb")) else odd[0])
     whole = tar(folder / "whole.tar", [*good, ("later.png", RED * 50), ("later.txt", b"x")])
     (folder / "cut.tar").write_bytes(whole.read_bytes()[:4000])
-    judge("tar cut in the middle", folder / "cut.tar", "cut.tar")
+    judge("truncated tar", folder / "cut.tar", "cut.tar")
     for label, odd in parquet_rows().items():
         source = folder / label.replace(" ", "-")
         source.mkdir()
@@ -183,7 +183,7 @@ def parquet_rows():
         "parquet row whose caption is not UTF-8": (RED, b"caf\xe9"),
         "parquet row without an image": (None, b"x"),
         "parquet row without a caption": (RED, None),
-        "parquet row with a bomb": (claims(50_000, 50_000), b"x"),
+        "parquet row with a decompression bomb": (claims(50_000, 50_000), b"x"),
     }
 
 
@@ -199,7 +199,7 @@ def write_parquet(path, rows):
 
 def as_markdown(table: dict[str, str]) -> str:
     rows = "".join(f"| {label} | {got} |\n" for label, got in table.items())
-    return f"| input | what it gets |\n|---|---|\n{rows}"
+    return f"| input | result |\n|---|---|\n{rows}"
 
 
 def test_hostile_input_gets_what_the_table_says(tmp_path):
@@ -275,8 +275,8 @@ def test_a_column_that_a_later_file_lacks_is_told_before_training(tmp_path):
     [
         (b"a cat", (["a cat"], None)),
         (b"caf\xe9", ([], "caption is not UTF-8")),
-        ({"en": "a"}, ([], "caption is no text")),
-        (float("nan"), ([], "caption is no text")),
+        ({"en": "a"}, ([], "caption is not text")),
+        (float("nan"), ([], "caption is not text")),
         (["a", None, " b "], (["a", "b"], None)),
         (7, (["7"], None)),
     ],
@@ -323,7 +323,7 @@ def test_a_folder_of_image_sets_is_told_to_be_one(tmp_path):
     image(tmp_path / "described" / "part" / "1.png")
     (tmp_path / "described" / "part" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}')
     for folder, inner in (("split", "test, train"), ("described", "part")):
-        with pytest.raises(ValueError, match=f"image sets of their own: {inner}; name one"):
+        with pytest.raises(ValueError, match=f"separate image sets: {inner}; name one"):
             prepare.prepare(folder_config(tmp_path, tmp_path / folder))
     prepared = prepare.prepare(folder_config(tmp_path, tmp_path / "split" / "train"))
     assert [prepared[i]["captions"] for i in range(2)] == [["cats"], ["dogs"]]

@@ -178,9 +178,9 @@ def test_workers_change_nothing(config):
 
 def test_processes_that_do_not_go_with_the_lanes_are_told(config):
     state = open_stream(config, batch=8).state(list)
-    with pytest.raises(ValueError, match="by 8 lanes"):
+    with pytest.raises(ValueError, match="in 8 lanes"):
         open_stream(config, 0, 3, state=state)
-    with pytest.raises(ValueError, match="by 8 lanes"):
+    with pytest.raises(ValueError, match="in 8 lanes"):
         open_stream(config, 0, 1, batch=12, state=state)
     with pytest.raises(ValueError, match="data.stream_buffer was 64"):
         open_stream(config, state=state, stream_buffer=128)
@@ -189,7 +189,7 @@ def test_processes_that_do_not_go_with_the_lanes_are_told(config):
 def test_other_shards_are_told(config, shards, tmp_path):
     state = open_stream(config).state(list)
     write_shard(tmp_path / "other.tar", range(64))
-    with pytest.raises(ValueError, match="no more those"):
+    with pytest.raises(ValueError, match="no longer those"):
         open_stream(config, name=str(tmp_path), state={**state, "states": [asdict(LaneState())] * 8})
 
 

@@ -111,7 +111,7 @@ def test_old_runs_keep_their_streams_and_new_ones_have_version_2():
     assert isinstance(old, SeededStreams)
     expected = noise_for(keys, (3, 4, 4), torch.device("cpu"))
     assert torch.equal(old.normal(keys, Stream.NOISE, (3, 4, 4)), expected)
-    with pytest.raises(ValueError, match="version 3 of the streams, which a later sfumato knows"):
+    with pytest.raises(ValueError, match="version 3 of the streams, which needs a later sfumato"):
         streams_of(3, 0)
 
 

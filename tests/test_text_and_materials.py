@@ -36,7 +36,7 @@ def test_names_are_exact_near_or_neither(tmp_path):
     judged = [codec.judge(text, caption) for text in (name, name[:-1], name + "x", name[0] + "q" + name[2:], "Qqqqqq", "")]
     assert [each["exact"] for each in judged] == [True, False, False, False, False, False]
     assert [each["near"] for each in judged] == [True, True, True, True, False, False]
-    with pytest.raises(ValueError, match="no caption of this kind"):
+    with pytest.raises(ValueError, match="not a caption of this kind"):
         codec.judge(name, "a Martian surname")
     codec.write(name, tmp_path / "name.txt")
     assert (tmp_path / "name.txt").read_text(encoding="utf-8") == name + "\n" and codec.picture(name).min() < 100

@@ -137,7 +137,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path):
 def test_resume_that_is_impossible_is_an_error(tmp_path, capsys):
     path = str(tiny.config_file(tmp_path))
     assert main([path, "checkpoint.resume=nowhere"]) == 2
-    assert "no complete checkpoint" in capsys.readouterr().err
+    assert "not a complete checkpoint" in capsys.readouterr().err
     assert main([path, "train.max_steps=3"]) == 0
     assert main([path]) == 2
     assert "checkpoint.resume=auto" in capsys.readouterr().err
@@ -381,7 +381,7 @@ def test_the_config_counts_whatever_the_environment_says(tmp_path, monkeypatch, 
     assert accelerator.gradient_accumulation_steps == 2 and accelerator.mixed_precision == "no"
     said = capsys.readouterr()
     assert "not ACCELERATE_GRADIENT_ACCUMULATION_STEPS=5" in said.err and "not the bf16 of accelerate" in said.err
-    assert "1 process on cpu" in said.out and "8 images a step" in said.out
+    assert "1 process on cpu" in said.out and "8 images per step" in said.out
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(ValueError, match=r"set train\.compile"):
         processes.start_accelerator(config)

@@ -144,13 +144,13 @@ def test_a_list_of_shards_may_name_no_pickle(folder, tmp_path, capsys):
         listing = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
         (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(listing))
         assert sample(folder) == 2
-        assert "no safetensors file beside it" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+        assert "not a safetensors file beside it" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
 def test_a_part_of_another_kind_is_refused_but_for_what_the_caller_brings(folder, tmp_path):
     shutil.copytree(folder / "text_encoder", folder / "safety_checker")
     change(folder / "model_index.json", safety_checker=["transformers", "CLIPModel"])
-    with pytest.raises(ValueError, match="safety_checker is a transformers.CLIPModel, which is no part"):
+    with pytest.raises(ValueError, match="safety_checker is a transformers.CLIPModel, which is not a part"):
         SfumatoPipeline.from_pretrained(folder)
     assert SfumatoPipeline.from_pretrained(folder, safety_checker=None).safety_checker is None
 
@@ -213,7 +213,7 @@ def test_parts_are_looked_at_before_they_are_opened(tmp_path, key):
     weights = next((tmp_path / key).glob("*.safetensors"))
     weights.unlink()
     os.mkfifo(weights)
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         load_part(type(part), f"{key}.pretrained", str(tmp_path / key), key)
 
 

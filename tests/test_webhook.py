@@ -59,9 +59,9 @@ def test_a_stop_is_told_too_and_nobody_there_is_no_failure(tmp_path, listener, c
     assert heard[-1]["exit_code"] == 130 and "was stopped at step" in heard[-1]["text"]
     nobody = ["train.webhook=http://127.0.0.1:9/", f"output_dir={tmp_path}/other", "train.max_steps=1"]
     assert main([str(path), *nobody]) == 0
-    assert "train.webhook could not be told" in capsys.readouterr().err
+    assert "train.webhook could not be notified" in capsys.readouterr().err
     for odd in ("http://127.0.0.1:abc/x", "http://127.0.0.1/with a space"):
-        assert "could not be told" in (webhook.tell(odd, tmp_path, 0, 1, 1.0) or "")
+        assert "could not be notified" in (webhook.tell(odd, tmp_path, 0, 1, 1.0) or "")
 
 
 @pytest.mark.parametrize("address", ["ftp://a.example/x", "file:///etc/passwd", "javascript:1", "https://", "a.example"])

@@ -37,8 +37,8 @@ def test_words_that_no_caption_has_are_told_once(tmp_path, caplog):
         pipe.encode_prompt(["a red circle", "a quokka on a 披萨饼"])
     told = [record.getMessage() for record in caplog.records if "no caption" in record.getMessage()]
     words = "'quokka', '饼'"
-    has = "no caption that this model was trained on has"
-    assert told == [f"Of the words of the prompts {has} {words}: it can only guess what is meant."]
+    has = "that are in no caption this model was trained on"
+    assert told == [f"Words of the prompts {has}: {words}. The model can only guess what they mean."]
     CLIPTokenizer.from_pretrained(tmp_path / "model/tokenizer").save_pretrained(tmp_path / "again")
     assert "circle" in json.loads((tmp_path / "again/tokenizer_config.json").read_text(encoding="utf-8"))[CAPTION_WORDS]
 

@@ -32,7 +32,7 @@ from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.models.state_files import StateFiles
 from sfumato.training.tasks.protocol import Task, TaskContext
 
-SLOW = 10.0  # seconds of a step from which on nothing is timed again
+SLOW = 10.0  # seconds per step above which nothing is timed again
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Finding:
 
 
 def examine(config: Config, *, verify: bool = False) -> list[Finding]:
-    """Everything the doctor can tell of a config, its data and, where the run is done, its result.
+    """Everything the doctor can tell about a config, its data and, if the run is done, its result.
 
     `verify`: whether all bytes of the prepared set are compared with their hash.
 
@@ -123,7 +123,7 @@ def _data(config: Config, images: ArraySet) -> list[Finding]:
             Finding(
                 "warning" if share > 0.05 else "note",
                 f"{share:.1%} of {len(values)} images looked at are copies of another: {', '.join(copies[:3])}",
-                "Copies are learned by heart first.",
+                "Copies are memorised first.",
                 "Remove them, or join their captions.",
             )
         )
@@ -149,7 +149,7 @@ def _captions(config: Config, images: ArraySet, pipe: SfumatoPipeline) -> list[F
     enough = max(16, 2 * lengths.max())  # prompts may be longer than captions
     if enough < limit and config.init_from is None and config.text_encoder.pretrained is None:
         findings.append(
-            Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={enough} does.")
+            Finding("note", "captions fill less than half of the tokens", "", f"text_encoder.max_length={enough} is enough.")
         )
     if len(set(captions)) == 1:
         findings.append(
@@ -180,7 +180,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
     terminal = float(scheduler.snr(scheduler.training_levels()[-1]))
     # An image's mean survives noise that its single pixels do not: averaging n values raises the SNR n times.
     mean_snr = terminal * height * width
-    what = f"the last noise level leaves a signal of {mean_snr:.1e} of an image's mean, {terminal:.1e} of a value (SNR)"
+    what = f"the last noise level leaves an SNR of {mean_snr:.1e} for an image's mean, {terminal:.1e} for a value"
     findings = [
         Finding("fine", what)
         if mean_snr < 0.05
@@ -204,7 +204,7 @@ def _schedule(config: Config, pipe: SfumatoPipeline) -> list[Finding]:
 
 
 def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
-    """Batch arithmetic, and memory, time and disk by three real steps on one process of this machine."""
+    """Batch arithmetic, and memory, time and disk, by three real steps on one process of this machine."""
     device, parameters = task.accelerator.device.type, trained_parameters(task.module)
     optimizer = cast(AcceleratedOptimizer, task.accelerator.prepare(build_optimizer(config.optim, parameters)))
     ema = EMA(parameters, config.ema.decay)
@@ -238,11 +238,11 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
     free_bytes = shutil.disk_usage(config.output_dir).free
     findings = [
         Finding("fine", f"{count:,} weights are trained, of {total:,}"),
-        Finding("fine", f"{a_step} images a step on each process; {train / a_step:.1f} steps are an epoch on one process")
+        Finding("fine", f"{a_step} images per step on each process; {train / a_step:.1f} steps are an epoch on one process")
         if a_step <= train
         else Finding(
             "warning",
-            f"{a_step} images a step on each process, of {train} training images",
+            f"{a_step} images per step on each process, of {train} training images",
             "Each step sees some of them several times.",
             f"Lower train.batch_size to {train // config.train.gradient_accumulation_steps or 1} or less.",
         ),
@@ -262,18 +262,18 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
             "" if run_bytes < free_bytes else "Saving would fail.",
             "" if run_bytes < free_bytes else "Make room, or lower checkpoint.keep.",
         ),
-        Finding("fine", f"weights, gradients, averages and optimizer take {4 * 5 * count / 1e6:.0f} MB, activations beside"),
+        Finding("fine", f"weights, gradients, averages and optimizer take {4 * 5 * count / 1e6:.0f} MB, plus activations"),
     ]
     if device == "cpu":
         findings += _threads(step, seconds_a_step)
     if device == "cuda":
-        findings.append(Finding("fine", f"GPU memory at the most: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"))
+        findings.append(Finding("fine", f"peak GPU memory: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"))
     if steps < 1000:
         findings.append(
             Finding(
                 "warning",
                 f"only {steps} steps",
-                "Images need a thousand and more.",
+                "Images need a thousand or more.",
                 "Train longer, or with a smaller network or batch.",
             )
         )
@@ -281,7 +281,7 @@ def _cost(config: Config, images: ArraySet, task: Task) -> list[Finding]:
 
 
 def _threads(step: float, seconds_a_step: Callable[[], float]) -> list[Finding]:
-    """Whether one thread is faster than several, as where other programs use the cores."""
+    """Whether one thread is faster than several, as when other programs use the cores."""
     count = torch.get_num_threads()
     if count == 1 or step > SLOW:
         return []
@@ -319,7 +319,7 @@ def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:
             )
         )
     pipe = SfumatoPipeline.from_pretrained(folder / "pipeline")
-    if pipe.reads == "low_res" or pipe.controlnet is not None:  # which draw from more than captions; its grids show them
+    if pipe.reads == "low_res" or pipe.controlnet is not None:  # these draw from more than captions; the run's grids show them
         return findings + _skipped(folder)
     pipe.set_progress_bar_config(disable=True)
     train = images.select("train")
@@ -363,7 +363,7 @@ def judge_samples(images: np.ndarray, data: np.ndarray) -> list[Finding]:
             Finding(
                 "error",
                 f"samples are all alike: spread {spread:.3f}, data {data_spread:.3f}",
-                "The captions are not heard.",
+                "The captions have no effect.",
                 "Train longer; see caption_dropout and guidance_scale.",
             )
         )

@@ -50,18 +50,18 @@ NOT_PUSHED = 5
 
 @dataclass(kw_only=True)
 class Run:
-    """All that a training run works with.
+    """Everything that a training run works with.
 
     Attributes:
         model: the task's module as Accelerate runs it.
         state: how far the run is; what a checkpoint keeps.
-        origin: what else its numbers depend on.
+        origin: what else its results depend on.
         checkpoint: the newest one.
         best: the best score by `checkpoint.best_by` so far.
-        pushes: of checkpoints, to the Hub.
+        pushes: pushes checkpoints to the Hub.
         lock: held by the first process: one trainer writes to a folder.
-        stream: of the data, where they are read while training.
-        saver: of checkpoints, where weights are sharded over GPUs: it writes while training goes on.
+        stream: reads the data while training, if they are streamed.
+        saver: writes checkpoints while training continues, if weights are sharded over GPUs.
     """
 
     config: Config
@@ -109,13 +109,13 @@ def prepare(config: Config) -> Run:
 
 
 def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: FileLock) -> Run:
-    """Task, optimizer and averages, from random weights or from a checkpoint."""
+    """Build task, optimizer and averages, from random weights or from a checkpoint."""
     output_dir, every_steps = Path(config.output_dir), config.checkpoint.every_steps
     checkpoint = run_on_main(accelerator, resume.find_checkpoint, config.checkpoint.resume, output_dir, every_steps)
     stored = {} if checkpoint is None else checkpoints.read_state(checkpoint)
     entry = TASKS[config.task]
     if images.codec is not None and not (entry.plain or entry.arrays):
-        raise ValueError(f"task={config.task} is for pictures; {config.data.name} holds none")
+        raise ValueError(f"task={config.task} is for images; {config.data.name} has none")
     _check_best_by(config, images)
     stream_version = stored.get("stream_version", 1) if stored else STREAM_VERSION
     context = TaskContext(
@@ -157,7 +157,7 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
         go_on(run, stored)
     if is_sharded(task.module) and config.hub.every_steps:
         raise ValueError("hub.every_steps: checkpoints of sharded weights hold no model yet; push the result with hub.push")
-    if is_sharded(task.module) and accelerator.device.type != "cpu":  # a copy on the host takes none of their memory
+    if is_sharded(task.module) and accelerator.device.type != "cpu":  # a copy on the host takes no GPU memory
         run.saver = checkpoints.BackgroundSaver()
     if config.data.stream:
         run.stream = Stream(
@@ -174,7 +174,7 @@ def assemble(config: Config, images: ArraySet, accelerator: Accelerator, lock: F
 
 
 def _check_best_by(config: Config, images: ArraySet) -> None:
-    """Raise ValueError where the data do not give the score of `checkpoint.best_by`; compute what it compares with."""
+    """Raise ValueError if the data cannot give the score of `checkpoint.best_by`; compute what it compares with."""
     by, held_out = config.checkpoint.best_by, len(images.select("held_out"))
     if (by == "held_out_loss" and not held_out) or (by == "FD of model" and held_out == 1):
         raise ValueError(f"checkpoint.best_by={by}: {held_out} images are held out, which is too few; choose another score")
@@ -182,7 +182,7 @@ def _check_best_by(config: Config, images: ArraySet) -> None:
         return
     metric = metric_of(by)
     if images.codec is not None and metric is not None and metric.of == "drawings":
-        raise ValueError(f"checkpoint.best_by={by} is for pictures; {config.data.name} holds none")
+        raise ValueError(f"checkpoint.best_by={by} is for images; {config.data.name} has none")
     if metric is not None and metric.of == "drawings" and metric.needs:
         if images.has_several_sizes:
             raise ValueError(f"checkpoint.best_by={by}: needs images of one size")
@@ -190,10 +190,10 @@ def _check_best_by(config: Config, images: ArraySet) -> None:
 
 
 def go_on(run: Run, stored: dict[str, Any]) -> None:
-    """Put the state of the run's checkpoint back, and say what differs from the run that wrote it.
+    """Restore the state of the run's checkpoint, and say what differs from the run that wrote it.
 
     Raises:
-        ValueError: a checkpoint of another model, or of a run that is done and would have to be another.
+        ValueError: a checkpoint of another model, or of a finished run whose result a changed setting would undo.
     """
     config = run.config
     accelerator = run.accelerator
@@ -207,10 +207,10 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
         accelerator.scaler.load_state_dict(stored["scaler"])
     run.state = state = {key: stored.get(key, start) for key, start in run.state.items()}
     run.task.restore(stored.get("task", {}))
-    if run.task.images.has_several_sizes:  # where the batch size changed, blocks of one size begin elsewhere
+    if run.task.images.has_several_sizes:  # if the batch size changed, blocks of one size begin elsewhere
         block = config.train.batch_size * accelerator.num_processes
         state["images_seen"] = -(-state["images_seen"] // block) * block
-    accelerator.print(f"goes on from {checkpoint}; steps after it, if any were made, are made again")
+    accelerator.print(f"resuming from {checkpoint}; steps after it, if any were made, are repeated")
     state["ended_early"] = is_out_of_patience(run)
     changes = resume.find_changes(stored, run.origin)
     undone = [change for change in changes if change.undoes_a_result]
@@ -224,18 +224,18 @@ def go_on(run: Run, stored: dict[str, Any]) -> None:
 
 
 def train(run: Run) -> int:
-    """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, what the task makes.
+    """Train to the end, to a signal, or until the loss diverges; leaves checkpoints and, at the end, the task's result.
 
-    What was owed when the run was cut off, a validation or a push of the checkpoint that it goes on from, is made up for.
+    A validation or a push that was due at the checkpoint that the run resumes from, but was cut off, is made up for.
 
     Returns:
-        0 done, 3 diverged, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the end of its terminal.
+        0 done, 3 diverged, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the closing of its terminal.
     """
     stop = StopSignal()
     try:
         return train_until(run, stop)
     finally:
-        stop.release()  # or, after an error, this process would no longer end by a signal
+        stop.release()  # otherwise, after an error, signals would no longer end this process
 
 
 def train_until(run: Run, stop: StopSignal) -> int:
@@ -265,7 +265,7 @@ def train_until(run: Run, stop: StopSignal) -> int:
     if config.validation.at_start and not state["step"]:
         log.show(0, *task.samples())
     while done < 1 and not stopped and not diverged:
-        # One optimizer step, its loss summed over the accumulated batches. Nothing in it waits for the device.
+        # One optimizer step, its loss averaged over the accumulated batches. Nothing in it waits for the device.
         losses = []
         task.begin_step(done, ema)
         lr = config.optim.lr * lr_scale(state["step"], done, config.optim.lr_warmup_steps, config.optim.lr_decay)
@@ -329,7 +329,7 @@ def train_until(run: Run, stop: StopSignal) -> int:
 
 
 def conclude(run: Run, log: Log, stopped: int, done: float) -> int:
-    """What is left after the last step; the exit code as of `train`."""
+    """Do what is left after the last step; returns the exit code as `train` does."""
     if run.saver is not None:
         run.saver.wait()
     if stopped:
@@ -338,7 +338,7 @@ def conclude(run: Run, log: Log, stopped: int, done: float) -> int:
     if done < 1:
         config = run.config
         log.close(
-            f"stopped: {config.train.max_bad_steps} steps in a row had a gradient that is not finite; none reached the"
+            f"stopped: {config.train.max_bad_steps} steps in a row had a gradient that is not finite; none changed the"
             f" weights. The checkpoints are good. Lower optim.lr (now {config.optim.lr}) and go on with checkpoint.resume=auto"
         )
         return DIVERGED
@@ -348,14 +348,14 @@ def conclude(run: Run, log: Log, stopped: int, done: float) -> int:
 
 
 def wishes_of(run: Run, stop: StopSignal) -> tuple[int, int, int]:
-    """The signal by which this process is to stop, or 0; whether a checkpoint, and whether samples, are asked for."""
+    """The signal by which this process is to stop, or 0; whether a checkpoint and whether samples were requested."""
     asked = requests.take(run.output_dir) if run.accelerator.is_main_process else set()
     number = stop.number or (signal.SIGINT if "stop" in asked else 0)
     return number, "save" in asked, "sample" in asked
 
 
 def open_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of this process, from where the run is."""
+    """The batches of this process, from the run's current position on."""
     if run.stream is not None:
         return iter(run.stream)
     place = {"rank": run.accelerator.process_index, "num_processes": run.accelerator.num_processes}
@@ -363,12 +363,12 @@ def open_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def new_messages(run: Run) -> list[str]:
-    """What pushes in the background and the reading of a stream have to say since the last call."""
+    """Messages from background pushes and from the stream since the last call."""
     return [*run.pushes.new_messages(), *(run.stream.new_messages() if run.stream is not None else [])]
 
 
 def make_up_for(run: Run, log: Log) -> None:
-    """What was due at the step of the checkpoint that the run goes on from, and was cut off."""
+    """Do what was due at the step of the checkpoint that the run resumes from, but was cut off."""
     config, state = run.config, run.state
     if run.checkpoint is None or fraction_done(config, state) >= 1:
         return
@@ -379,7 +379,7 @@ def make_up_for(run: Run, log: Log) -> None:
 
 
 def is_out_of_patience(run: Run) -> bool:
-    """Whether the last `train.patience` validations gave no better score; all processes must call, and get the same."""
+    """Whether the last `train.patience` validations gave no better score; all processes must call this and get the same."""
     patience = run.config.train.patience
     if patience is None:
         return False
@@ -388,7 +388,7 @@ def is_out_of_patience(run: Run) -> bool:
 
 
 def show_what_is_due(run: Run, log: Log, validation_due: bool, samples_asked: bool, done: float) -> float:
-    """Validate, or draw the samples that were asked for; the share that is done, 1 where no score was better for too long."""
+    """Validate, or draw the samples that were requested; returns the fraction done, 1 if no score was better for too long."""
     if not validation_due:
         if samples_asked:
             with averaged_weights(run.ema, run.task.module):
@@ -398,7 +398,7 @@ def show_what_is_due(run: Run, log: Log, validation_due: bool, samples_asked: bo
     if not is_out_of_patience(run):
         return done
     by, patience = run.config.checkpoint.best_by, run.config.train.patience
-    log.say(f"{by} was no better in {patience} validations, so the run ends at step {run.state['step']:,}; see best/")
+    log.say(f"{by} did not improve in {patience} validations, so the run ends at step {run.state['step']:,}; see best/")
     run.state["ended_early"] = True
     is_saved = run.checkpoint is not None and run.checkpoint.name == f"step-{run.state['step']:08d}"
     if not run_on_main(run.accelerator, bool, is_saved):
@@ -408,17 +408,17 @@ def show_what_is_due(run: Run, log: Log, validation_due: bool, samples_asked: bo
 
 
 def show_and_validate(run: Run, log: Log) -> None:
-    """A grid of samples, and what is measured on held-out data, of the averaged weights."""
+    """Show a grid of samples and measure on held-out data, with the averaged weights."""
     with averaged_weights(run.ema, run.task.module):
         log.show(run.state["step"], *run.task.samples())
         validate(run, log)
 
 
 def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], str]:
-    """Measure on held-out data; where `checkpoint.best_by` says that this is the best model so far, keep it in `best/`.
+    """Measure on held-out data; if this is the best model so far by `checkpoint.best_by`, keep it in `best/`.
 
     Returns:
-        The task's own scores and what they are, where `best_by` needs them or this is the `last` time; else nothing.
+        The task's own scores and their label, if `best_by` needs them or this is the `last` time; else nothing.
     """
     by = run.config.checkpoint.best_by
     task = run.task
@@ -433,13 +433,13 @@ def validate(run: Run, log: Log, last: bool = False) -> tuple[dict[str, float], 
         write = task.checkpoint_writer(run.state)
         if run.accelerator.is_main_process:
             best.save_best(write, run.output_dir / "best", name=by, value=run.best, step=run.state["step"])
-    log.write_validation({**progress(run.state), **scores})  # last: a resumed run takes it for the sign that all is done
+    log.write_validation({**progress(run.state), **scores})  # last: a resumed run takes it as the sign that all is done
     return own_scores, label
 
 
 def finish(run: Run, log: Log) -> None:
-    """Last grid, scores where they can be had, and what the task makes."""
-    log.say("trained; now the last samples are drawn, held-out data are measured, and the model is written")
+    """Draw the last grid, compute the scores if there are any, and write the task's result."""
+    log.say("training is done; drawing the last samples, measuring on held-out data and writing the model")
     captions, images = run.task.samples()
     log.show(run.state["step"], captions, images)
     scores, label = validate(run, log, last=True)
@@ -453,7 +453,7 @@ def finish(run: Run, log: Log) -> None:
 
 
 def tell_finished(run: Run) -> bool:
-    """Whether the run had come to its end before; says so, since nothing is done then."""
+    """Whether the run was already finished; says so, since nothing is done then."""
     if run.finished:
         more = "for more, raise train.max_steps or train.max_minutes"
         run.accelerator.print(f"the run in {run.output_dir} is finished, at step {run.state['step']:,}; {more}")
@@ -461,14 +461,14 @@ def tell_finished(run: Run) -> bool:
 
 
 def read_finished(run: Run) -> dict[str, Any]:
-    """What `finished.json` says of a run that has come to its end: its `step`, and what `pushed`; nothing before."""
+    """What `finished.json` says about a finished run, such as its `step` and where it was `pushed`; empty before."""
     lines = read_lines(run.output_dir / "finished.json")
     return json.loads(lines[0]) if lines else {}
 
 
 def settings_hash(config: Config) -> str:
-    """A hash of all settings that are not at their default, but for how the run is taken up; so that a setting which a later
-    version brings changes no run that is done.
+    """A hash of all settings that differ from their default, except how the run is resumed, so that a setting that a later
+    version adds does not change a finished run.
     """
     same = replace(config, checkpoint=replace(config.checkpoint, resume=None))
     default = resume.flat(asdict(default_config()))
@@ -477,7 +477,7 @@ def settings_hash(config: Config) -> str:
 
 
 def write_finished(run: Run, pushed: str | None) -> None:
-    """Note that the run has come to its end, after all that belongs to it."""
+    """Record that the run is finished, after everything that belongs to it."""
     new = run.output_dir / "finished.json.new"
     note = {"step": run.state["step"], "settings": settings_hash(run.config), "pushed": pushed}
     new.write_text(json.dumps(note) + "\n")
@@ -485,7 +485,7 @@ def write_finished(run: Run, pushed: str | None) -> None:
 
 
 def fraction_done(config: Config, state: dict) -> float:
-    """How much of the run is done, by steps or by minutes, whichever is further; learning rates follow it."""
+    """The fraction of the run that is done, by steps or by minutes, whichever is greater; learning rates follow it."""
     if state.get("ended_early"):
         return 1.0
     by_steps = state["step"] / config.train.max_steps if config.train.max_steps else 0.0
@@ -494,9 +494,9 @@ def fraction_done(config: Config, state: dict) -> float:
 
 
 def save(run: Run, last: bool) -> Path | None:
-    """Write a checkpoint, from the first process; the others take part where weights are sharded, or data a stream.
+    """Write a checkpoint, from the first process; the others take part if weights are sharded or data are streamed.
 
-    The `last` one is whole when this returns.
+    The `last` one is complete when this returns.
     """
     accelerator = run.accelerator
     main, sharded = accelerator.is_main_process, is_sharded(run.task.module)
@@ -573,10 +573,10 @@ def push_result(run: Run) -> int:
 
 
 def progress(state: dict[str, Any]) -> dict[str, Any]:
-    """What metrics say of how far a run is."""
+    """The part of the state that metrics report."""
     return {key: value for key, value in state.items() if key not in ("changes", "stream_version", "ended_early")}
 
 
 def is_due(steps: int | None, state: dict[str, Any]) -> bool:
-    """Whether something that happens every so many steps happens at this one; never for None."""
+    """Whether something that happens every `steps` steps is due at this one; never for None."""
     return steps is not None and state["step"] % steps == 0

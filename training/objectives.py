@@ -11,11 +11,11 @@ def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float 
 
     Args:
         u: `(B,)` in [0, 1).
-        snr: signal-to-noise ratio of every timestep, `(T,)`, falling.
-        kind: `uniform` over timesteps; or log-SNR by a distribution cut to the schedule's range: `normal` (Karras et al. 2022,
+        snr: signal-to-noise ratio of every timestep, `(T,)`, decreasing.
+        kind: `uniform` over timesteps; or log-SNR, truncated to the schedule's range: `normal` (Karras et al. 2022,
             section 5, arXiv 2206.00364; on flow matching, where log-SNR is -2 logit(sigma), it is the logit-normal of Esser
             et al. 2024, arXiv 2403.03206), or `laplace`, whose peak is sharper (Hang et al. 2024, arXiv 2407.03297).
-        mean, std: of the log-SNR in nats, before the cut. Laplace's scale is std / sqrt(2).
+        mean, std: of the log-SNR in nats, before truncation. Laplace's scale is std / sqrt(2).
 
     Returns:
         `(B,)` int64 in [0, T).
@@ -28,7 +28,7 @@ def sample_timesteps(u: torch.Tensor, snr: torch.Tensor, kind: str, mean: float 
     else:
         cdf = lambda x: torch.where(x < 0, 0.5 * (x / 0.5**0.5).exp(), 1 - 0.5 * (-x / 0.5**0.5).exp())  # noqa: E731
         quantile = lambda p: -(0.5**0.5) * (p - 0.5).sign() * (1 - 2 * (p - 0.5).abs()).log()  # noqa: E731
-    # Uniform numbers between the two ends' quantiles give the distribution cut to the range of the schedule.
+    # Uniform numbers between the two ends' quantiles give the distribution truncated to the schedule's range.
     low, high = (cdf((end - mean) / std) for end in (log_snr[-1], log_snr[0]))
     wanted = mean + std * quantile((low + (high - low) * u.to(snr)).clamp(1e-6, 1 - 1e-6))
     return torch.searchsorted(-log_snr, -wanted).clamp(max=len(snr) - 1)
@@ -46,17 +46,17 @@ def loss_weight(
 ) -> torch.Tensor:
     """Weight of each sample's mean squared error, `(B,)`.
 
-    `unit` is 1 on whatever the network predicts. The others are the same loss whatever it predicts, as weights on x_0:
+    `unit` is 1 on whatever the network predicts. The others give the same loss whatever it predicts; as weights on x_0:
 
-    - `min_snr`: min(SNR, gamma) (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: at least so much however
-      low the SNR, since that is where the layout of an image is decided.
+    - `min_snr`: min(SNR, gamma) (Hang et al. 2023, section 3.4, arXiv 2303.09556). `floor` is ours: a lower bound
+      however low the SNR, since the layout of an image is decided there.
     - `soft_min_snr`: SNR gamma / (SNR + gamma) (Crowson et al. 2024, arXiv 2401.11605).
     - `p2`: SNR / (1 + SNR)^p2_gamma (Choi et al. 2022, equation 8 with k = 1, arXiv 2204.00227).
     - `edm`: SNR + 1 / sigma_data^2 (Karras et al. 2022, table 1, arXiv 2206.00364).
     - `debiased`: sqrt(SNR) (Yu et al. 2023, arXiv 2310.08442).
 
-    On eps the weight is that over SNR, on v over SNR + 1, on the velocity of flow matching, whose x_0 is x_t - sigma v with
-    sigma = 1 / (1 + sqrt(SNR)), over (1 + sqrt(SNR))^2.
+    On eps the weight is that divided by SNR, on v by SNR + 1, and on the velocity of flow matching, whose x_0 is
+    x_t - sigma v with sigma = 1 / (1 + sqrt(SNR)), by (1 + sqrt(SNR))^2.
     """
     if kind == "unit":
         return torch.ones_like(snr)
@@ -73,12 +73,12 @@ def loss_weight(
 
 
 class LossMoments:
-    """Importance sampling of noise levels: each as often as the root mean square of its loss (Nichol and Dhariwal 2021,
-    equation 18, arXiv 2102.09672), over `num_bins` equal shares of what would be drawn without.
+    """Importance sampling of noise levels: each in proportion to the root mean square of its loss (Nichol and Dhariwal 2021,
+    equation 18, arXiv 2102.09672), over `num_bins` bins that would be equally frequent without it.
 
     Attributes:
         moments: running mean of the squared loss in each bin, over about its last ten samples, `(num_bins,)` float64.
-        seen: samples of each bin so far.
+        seen: number of samples in each bin so far.
         device: where both are; on a GPU nothing here waits for it.
     """
 
@@ -90,14 +90,14 @@ class LossMoments:
         self.seen = torch.zeros(num_bins, dtype=torch.int64, device=device)
 
     def density(self) -> torch.Tensor:
-        """How much more often than without each bin is drawn, `(num_bins,)`, mean 1; all 1 until each has been seen enough."""
+        """How often each bin is drawn, relative to without, `(num_bins,)`, mean 1; all 1 until each has been seen enough."""
         root = self.moments.sqrt()
         density = (1 - self.uniform_share) * root / root.mean() + self.uniform_share
         return torch.where((self.seen >= self.warm).all() & self.moments.any(), density, 1.0)
 
     def warp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uniform numbers `(B,)`, on `device`, to those of the density, and the weights 1 / density, by which the mean loss
-        stays what it is.
+        """Map uniform numbers `(B,)`, on `device`, to the density; also returns the weights 1 / density, with which the mean
+        loss stays the same.
         """
         density, count = self.density(), len(self.moments)
         edges = torch.cat([density.new_zeros(1), density.cumsum(0) / count])
@@ -106,7 +106,7 @@ class LossMoments:
         return (bins + inside) / count, (1 / density[bins]).float()
 
     def update(self, u: torch.Tensor, losses: torch.Tensor) -> None:
-        """Note the losses `(B,)` of samples drawn at `u`, before they are weighted by 1 / density."""
+        """Record the losses `(B,)` of samples drawn at `u`, before they are weighted by 1 / density."""
         u, losses = u.to(self.device), losses.to(self.device).double()
         count = len(self.moments)
         bins = (u * count).long().clamp(max=count - 1)  # in float32 the largest u is 1
@@ -123,21 +123,21 @@ class LossMoments:
         return {"moments": self.moments.tolist(), "seen": self.seen.tolist()}
 
     def restore(self, state: dict) -> None:
-        """Go on from `state`."""
+        """Restore `state`."""
         self.moments = torch.tensor(state["moments"], dtype=torch.float64, device=self.device)
         self.seen = torch.tensor(state["seen"], dtype=torch.int64, device=self.device)
 
 
 def add_offset(noise: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.Tensor:
-    """Noise `(B, C, h, w)` with a part that is the same all over a channel, so that brightness is noised and learned too
+    """Noise `(B, C, h, w)` with a part that is constant over each channel, so that brightness is noised and learned too
     (N. Guttenberg, "Diffusion with offset noise", 2023); `draws` `(B, C)` standard normal.
     """
     return noise + strength * draws[..., None, None]
 
 
 def nearest_noise(x_0: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Of the candidates `(B, k, C, h, w)` the noise nearest to each x_0 `(B, C, h, w)`, which mixes images less (Li et al.
-    2025, arXiv 2505.18521, after the immiscible diffusion of arXiv 2406.12303); by the sample alone, not by its batch.
+    """The one of the candidates `(B, k, C, h, w)` that is nearest to each x_0 `(B, C, h, w)`, which mixes images less (Li et
+    al. 2025, arXiv 2505.18521, after the immiscible diffusion of arXiv 2406.12303); by the sample alone, not by its batch.
     """
     apart = (candidates - x_0[:, None]).flatten(2).square().sum(-1)
     return candidates[torch.arange(len(x_0), device=x_0.device), apart.argmin(1)]
@@ -158,11 +158,11 @@ def autoencoder_loss(
     sharpness: float,
     thumbnail: float = 0.0,
 ) -> torch.Tensor:
-    """Mean squared error + kl_weight * KL(N(mean, exp(logvar)) || N(0, 1)) for each latent number, in float32.
+    """Mean squared error + kl_weight * KL(N(mean, exp(logvar)) || N(0, 1)) for each latent value, in float32.
 
     `sharpness` times the mean absolute error of the differences of neighbouring pixels is added: a squared error alone
     blurs edges (after the gradient difference loss; Mathieu et al. 2016, arXiv 1511.05440). `thumbnail` times the mean squared
-    error between the latents' first channels and the image, averaged down to their size, makes those a small image.
+    error between the latents' first channels and the image, averaged down to their size, makes them a small image.
     """
     rebuilt, pixels, mean, logvar = (x.float() for x in (rebuilt, pixels, mean, logvar))
     error = rebuilt - pixels
@@ -178,7 +178,7 @@ def autoencoder_loss(
 def lr_scale(step: int, fraction_done: float, warmup_steps: int, decay: str) -> float:
     """Factor on the learning rate: linear warm-up in steps, then decay by the fraction of steps or minutes done.
 
-    `trapezoid`: constant, and in the last fifth linear down to 0 (Hagele et al. 2024, arXiv 2405.18392).
+    `trapezoid`: constant, then linear to 0 in the last fifth (Hagele et al. 2024, arXiv 2405.18392).
     """
     warm = min(1.0, (step + 1) / (warmup_steps + 1))
     left = max(0.0, 1.0 - fraction_done)

@@ -1,6 +1,6 @@
-"""`sfumato doctor CONFIG --gpu NAME`: what a run needs of a device that is not here: memory, time, data, money.
+"""`sfumato doctor CONFIG --gpu NAME`: what a run needs on a device that is not here: memory, time, data, money.
 
-One step is taken here on tensors that have shapes and no content; its operations and its storages are counted.
+One step is run here on tensors with shapes but no content; its operations and its storages are counted.
 """
 
 import math
@@ -28,20 +28,20 @@ from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.tasks.protocol import Task
 
-SHARE = 0.4  # of the peak that a well-fed UNet usually reaches
-SPARE = 0.9  # of the memory that can be filled; the rest is the driver's, the libraries' and what lies between blocks
+SHARE = 0.4  # fraction of the peak that a well-fed UNet usually reaches
+SPARE = 0.9  # fraction of the memory that can be filled; the rest goes to the driver, the libraries and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a device can do, by its maker's data sheet (dense, without sparsity).
+    """What a device can do, according to its maker's data sheet (dense, without sparsity).
 
     Attributes:
         flops: operations a second in float32 and in bfloat16.
         bandwidth: bytes a second from its memory.
         memory: bytes.
         link: bytes a second to each of its neighbours in a machine.
-        dollars: an hour to rent, roughly, in 2026; 0 where nobody rents them.
+        dollars: rough price per hour to rent it, in 2026; 0 if nobody rents it out.
     """
 
     flops: tuple[float, float]
@@ -63,7 +63,7 @@ HERE = "cpu"  # this machine, which is measured
 
 
 def measure_cpu(seconds: float = 0.2) -> Device:
-    """This machine: products of large matrices and copies of more than its caches hold, the fastest of those in `seconds`."""
+    """This machine: products of large matrices and copies larger than its caches, the fastest of those made in `seconds`."""
 
     def fastest(work: Callable[[], object]) -> float:
         work()
@@ -90,12 +90,12 @@ class Counts:
     """What one optimizer step of one process takes.
 
     Attributes:
-        flops: operations of products of matrices and of convolutions; an addition and a multiplication are two.
-        traffic: bytes that all operations read and write, each for itself.
-        weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept beside the trained ones.
-        learning: bytes that are in use at the most while the loss and its gradients are computed, those included.
+        flops: operations in matrix products and convolutions; an addition and a multiplication count as two.
+        traffic: bytes that all operations read and write, each counted by itself.
+        weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept for the trained ones.
+        learning: peak bytes in use while the loss and its gradients are computed, including those.
         stepping: the same while the optimizer takes its step.
-        batch_size: images of the batch.
+        batch_size: images in the batch.
     """
 
     flops: float
@@ -110,7 +110,7 @@ class Counts:
 
     @property
     def peak(self) -> float:
-        """Bytes in use at the most."""
+        """Peak bytes in use."""
         return max(self.learning, self.stepping)
 
     @property
@@ -120,7 +120,7 @@ class Counts:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes that operations read and write, and those in use at the most, of the storages that they make."""
+    """Counts the bytes that operations read and write, and the peak bytes in use by the storages that they make."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class Meter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage as in use until nobody has it any more."""
+        """Count a tensor's storage as in use until nothing holds it any more."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -157,7 +157,7 @@ class Meter(TorchDispatchMode):
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of all of them."""
+    """Total bytes of all tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -169,7 +169,7 @@ def tensors_of(states: Iterable[dict]) -> list[torch.Tensor]:
 def count_step(task: Task, config: Config) -> Counts:
     """What one step takes. Loss and gradients are computed on tensors without content; the optimizer takes a step of zeros.
 
-    The step can be taken so because nothing in it asks for a value. It moves the averages and, by its decay, the weights.
+    This is possible because nothing in a step asks for a value. It moves the averages and, by weight decay, the weights.
     """
     parameters = trained_parameters(task.module)
     modules = {task.module, *task.frozen_parts}
@@ -181,20 +181,20 @@ def count_step(task: Task, config: Config) -> Counts:
 
     def compute_gradients() -> None:
         with task.accelerator.autocast(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of the batch's keys, from which dropout layers are seeded
+            warnings.simplefilter("ignore")  # torch's, about the batch's keys, from which dropout layers are seeded
             loss = task.loss(task.module, batch)
         torch.autograd.grad(loss, parameters, allow_unused=True)
 
     meter = Meter()
     flops = FlopCounterMode(display=False)
     stepping_flops = FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True), flops:  # not with the meter: it would keep alive what that one counts
+    with FakeTensorMode(allow_non_fake_inputs=True), flops:  # not with the meter: it would keep alive what the meter counts
         compute_gradients()
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
         compute_gradients()
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    optimizer.step()  # the first one makes the moments
+    optimizer.step()  # the first one creates the moments
     stepping = Meter()
     for tensor in (*weights.values(), *averages, *tensors_of(optimizer.state.values()), *(p.grad for p in parameters)):
         stepping.hold(cast(torch.Tensor, tensor))
@@ -218,7 +218,7 @@ def count_step(task: Task, config: Config) -> Counts:
 
 
 def largest_batch(counts: Counts, memory: float) -> int:
-    """About how many images fit into so many bytes; 0 where not even one does."""
+    """About how many images fit into `memory` bytes; 0 if not even one does."""
     fixed = counts.lasting + counts.gradients
     an_image = (counts.learning - fixed) / counts.batch_size
     if memory < counts.stepping or memory < fixed + an_image:
@@ -228,18 +228,18 @@ def largest_batch(counts: Counts, memory: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run of a config on some devices of a kind.
+    """A run of a config on several devices of one kind.
 
     Attributes:
-        counts: of one pass over a batch, on each.
-        device, count: what, and how many of it.
-        largest_batch: that fits on one.
-        roofline: seconds that a pass takes at the least: those of its operations at the peak, or of its bytes.
+        counts: those of one pass over a batch, on each device.
+        device, count: the device, and how many there are.
+        largest_batch: the largest batch that fits on one device.
+        roofline: minimum seconds for a pass: those of its operations at the peak rate, or those of its bytes.
         bound_by: which of the two, `operations` or `memory`.
-        exchange: seconds in which the gradients go round, where nothing of it is hidden behind the backward pass.
-        step: seconds that a step is likely to take, all accumulated batches and the exchange with it.
-        images_a_step: of all devices.
-        steps: of the run, 0 where the config says minutes alone.
+        exchange: seconds to exchange the gradients if none of it is hidden behind the backward pass.
+        step: seconds that a step is likely to take, including all accumulated batches and the exchange.
+        images_a_step: images per step on all devices.
+        steps: those of the run; 0 if the config gives only minutes.
     """
 
     counts: Counts
@@ -255,24 +255,24 @@ class Plan:
 
     @property
     def images_a_second(self) -> float:
-        """Of all devices."""
+        """Images per second on all devices."""
         return self.images_a_step / self.step
 
     def hours(self, images: float) -> float:
-        """To see so many images."""
+        """Hours to train on so many images."""
         return images / self.images_a_second / 3600
 
     def dollars(self, images: float) -> float:
-        """For all devices, to see so many images."""
+        """Price of all devices to train on so many images."""
         return self.hours(images) * self.count * self.device.dollars
 
 
 def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
-    """The plan of a run whose steps take so much."""
+    """The plan of a run with these counts per pass."""
     accumulated = config.train.gradient_accumulation_steps
     half = config.train.mixed_precision in ("bf16", "fp16")
     peak = device.flops[1 if half else 0]
-    compiled = config.train.compile != "no"  # elementwise work is then fused into what is beside it
+    compiled = config.train.compile != "no"  # elementwise work is then fused into its neighbours
     by_operations = counts.flops / peak
     by_bytes = counts.traffic / device.bandwidth * (0.5 if compiled else 1.0)
     exchange = 2 * (count - 1) / count * counts.gradients / device.link
@@ -292,16 +292,16 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
 
 
 def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = None) -> list[Finding]:
-    """What a run of `config` needs on `gpus` devices of the kind `gpu`, of `DEVICES` or `HERE`.
+    """What a run of `config` needs on `gpus` devices of the kind `gpu`, which is in `DEVICES` or `HERE`.
 
     Args:
-        images: how many the run is to see, for its hours and its price; by default those of `train.max_steps`.
+        images: how many images the run trains on, for its hours and its price; by default those of `train.max_steps`.
 
     Raises:
-        ValueError: the data or the settings cannot be used at all, or nothing is known of the device.
+        ValueError: the data or the settings cannot be used at all, or nothing is known about the device.
     """
     if gpu not in (*DEVICES, HERE):
-        raise ValueError(f"nothing is known of {gpu!r}; known are {', '.join(DEVICES)}, and {HERE}: this machine, measured")
+        raise ValueError(f"nothing is known about {gpu!r}; known are {', '.join(DEVICES)}, and {HERE}: this machine, measured")
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: there must be at least one")
     task = build_task(config, prepare(config.data), cpu=True)
@@ -311,7 +311,7 @@ def examine(config: Config, *, gpu: str, gpus: int = 1, images: float | None = N
 
 
 def _memory(p: Plan, config: Config, gpu: str) -> Finding:
-    """Whether the batch fits, and what to do where it does not."""
+    """Whether the batch fits, and what to do if it does not."""
     c = p.counts
     kept = f"weights {c.weights / 1e9:.2f}, gradients {c.gradients / 1e9:.2f}, optimizer {c.moments / 1e9:.2f}"
     rest = c.peak - c.lasting - c.gradients
@@ -328,27 +328,27 @@ def _memory(p: Plan, config: Config, gpu: str) -> Finding:
         cure += f"{times * config.train.gradient_accumulation_steps}, which trains the same."
         other = "" if config.train.gradient_checkpointing else " Or train.gradient_checkpointing=true, for a third more time."
         return Finding("error", what, f"It has {p.device.memory / 1e9:.0f} GB.", cure + other)
-    cure = "Share the weights out (configs/accelerate/fsdp2.yaml), set ema.offload=true or optim.name=adamw_8bit."
+    cure = "Shard the weights (configs/accelerate/fsdp2.yaml), set ema.offload=true or optim.name=adamw_8bit."
     return Finding("error", what, f"Not even one image fits into {p.device.memory / 1e9:.0f} GB.", cure)
 
 
 def _speed(p: Plan, gpu: str) -> list[Finding]:
     c = p.counts
-    intensity = f"{c.flops / c.traffic:.0f} operations a byte"
+    intensity = f"{c.flops / c.traffic:.0f} operations per byte"
     findings = [
         Finding(
             "fine", f"a pass over a batch: {c.flops / 1e12:.2f} TFLOP, {c.traffic / 1e9:.1f} GB read and written ({intensity})"
         ),
         Finding(
             "fine",
-            f"a step takes {1000 * p.roofline:.1f} ms at the least, bound by {p.bound_by}, and likely {1000 * p.step:.0f} ms: "
+            f"a step takes at least {1000 * p.roofline:.1f} ms, bound by {p.bound_by}, and likely {1000 * p.step:.0f} ms: "
             f"{p.images_a_second:,.0f} images/s on {p.count} {gpu}",
         ),
         Finding("fine", f"the loader has to prepare {p.images_a_second / p.count:,.0f} images/s for each device"),
     ]
     if p.count > 1:
         findings.append(
-            Finding("fine", f"gradients go round in {1000 * p.exchange:.1f} ms, most of it beside the backward pass")
+            Finding("fine", f"gradients are exchanged in {1000 * p.exchange:.1f} ms, most of it during the backward pass")
         )
     return findings
 

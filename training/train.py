@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def finish_training(run) -> int:
-    """Train what `loop.prepare` gives, to its end; the exit code as of `main`."""
+    """Train the run that `loop.prepare` gives, to its end; returns the exit code as `main` does."""
     from sfumato.files import go_on_without_readers
 
     go_on_without_readers()
@@ -52,7 +52,7 @@ def finish_training(run) -> int:
 
 
 def train_to_the_end(run) -> int:
-    """Train, leave the group of processes, push; the exit code as of `main`."""
+    """Train, leave the group of processes, push; returns the exit code as `main` does."""
     from sfumato.files import CannotSave
     from sfumato.training import loop
     from sfumato.training.tasks.protocol import Collapsed
@@ -86,8 +86,8 @@ def tell_the_webhook(run, code: int) -> None:
 def leave(run) -> None:
     """End the trackers and leave the group of processes, all at the same time.
 
-    All is done and saved by then. Should leaving hang, as it did once in each of two sweeps of two-process crashes, the
-    process is ended after a minute and shows where it stood.
+    Everything is done and saved by then. If leaving hangs, as it did once in each of two sweeps of two-process crashes, the
+    process is ended after a minute and shows where it was.
     """
     run.accelerator.wait_for_everyone()  # none tears the process group down while another still needs it
     for tracker in run.accelerator.trackers:

@@ -1,4 +1,4 @@
-"""Charts of benchmarks, by matplotlib (`pip install 'sfumato[benchmarks]'`)."""
+"""Charts for benchmarks, with matplotlib (`pip install 'sfumato[benchmarks]'`)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The figures by which recipes are compared, of images drawn for the training captions of a set."""
+"""The figures by which recipes are compared, from images drawn for the training captions of a set."""
 
 import json
 import os
@@ -38,24 +38,24 @@ class Yardstick:
             "KID": round(kernel_distance(self.true, seen), 5),
             "retrieval": round(float(np.mean((scores > own[:, None]).sum(1) < 1)), 4),
             "distance": round(float(np.linalg.norm(seen - self.true, axis=1).mean()), 4),
-            "judge": FORMAT_VERSION,  # judges of other code are others: compare retrieval within one
+            "judge": FORMAT_VERSION,  # judges trained by different code differ: compare retrieval within one
         }
 
 
 def rows(path: Path) -> list[dict]:
-    """The rows of figures that are in a file, a JSON object a line; none where there is no file yet."""
+    """The rows of figures in a file, one JSON object per line; none if there is no file yet."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def begin(path: Path, committed: list[dict]) -> None:
-    """Where there is no file of rows yet, as in a fresh clone, start from those that are committed."""
+    """If there is no file of rows yet, as in a fresh clone, start from the committed ones."""
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in committed))
 
 
 def train(folder: str, *settings: str) -> None:
-    """Train `configs/demo.yaml` with some settings in one thread of a process of its own; draws and saves only at the end."""
+    """Train `configs/demo.yaml` with some settings in one thread of its own process; it draws and saves only at the end."""
     quiet = [
         "validation.every_steps=null",
         "checkpoint.every_steps=null",
@@ -68,7 +68,7 @@ def train(folder: str, *settings: str) -> None:
 
 
 def judged(folder: str) -> dict:
-    """Figures of a run of ours and what it saw: 12 steps of DPM-Solver++, the better one by FD of the scales 1 and 1.5."""
+    """Figures of one of our runs and what it saw: 12 steps of DPM-Solver++, the better by FD of the scales 1 and 1.5."""
     config = load_config(f"{folder}/config.yaml")
     image_set = prepare(config.data)
     yardstick, last = (

@@ -3,8 +3,8 @@
     git worktree add ../before 2e65cf4
     python -m benchmarks.common.structure before=../before after=. [--out benchmarks/results/structure.json]
 
-Counted over `sfumato`, `pipelines`, `schedulers`, `training`, tests apart. An import is upward where it goes to a room
-above, by the order of `tests/test_layout.py`; files of the flat layout before 0.2 count as in the room they are in now.
+Counted over `sfumato`, `pipelines`, `schedulers` and `training`, without tests. An import is upward if it goes to a room
+above, by the order of `tests/test_layout.py`; files of the flat layout before 0.2 count towards the room they are in now.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def source_files(root: Path) -> dict[str, Path]:
 
 
 def imported(tree: ast.AST, files: dict[str, Path]) -> Counter:
-    """Our modules that a file imports, with how often."""
+    """Our modules that a file imports, with how often it does."""
     found = Counter()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -74,7 +74,7 @@ def rank(module: str) -> int | None:
 
 
 def num_circles(graph: dict[str, set[str]]) -> int:
-    """Modules that are on a circle of imports."""
+    """The number of modules that are on a circle of imports."""
 
     def reach(start: str) -> set[str]:
         seen, queue = set(), list(graph[start])
@@ -88,7 +88,7 @@ def num_circles(graph: dict[str, set[str]]) -> int:
 
 
 def long_signatures(tree: ast.AST) -> list[str]:
-    """Functions with more than 8 parameters, `self` and `**rest` apart."""
+    """Functions with more than 8 parameters, not counting `self` and `**rest`."""
     found = []
 
     def visit(node: ast.AST, prefix: str) -> None:
@@ -109,7 +109,7 @@ def long_signatures(tree: ast.AST) -> list[str]:
 
 
 def lines_with_names(path: Path) -> int:
-    """Lines of code, neither comment nor docstring, that name a task or a source which is not the file's own."""
+    """The number of lines of code (no comments or docstrings) that name a task or a source which is not the file's own."""
     lines, before = set(), None
     with open(path, "rb") as file:
         for token in tokenize.tokenize(file.readline):

@@ -1,21 +1,21 @@
-"""Other recipes for the same network, data and minutes as `configs/demo.yaml`, written by us from their descriptions.
+"""Other recipes for the same network, data and minutes as `configs/demo.yaml`, implemented by us from their descriptions.
 
     python -m benchmarks.quality.baseline_diffusers_recipe [--recipe diffusers] [--minutes 60] [--seed 0] [--out FILE.jsonl]
 
 - `diffusers`: as its text-to-image example trains by default: eps, linear betas, uniform timesteps, no caption
   dropout, AdamW at a constant 1e-4, batch 16, EMAModel (`--use_ema`). There is no pretrained text encoder here, so it is
-  trained along. Its rate rises for 500 steps first, some two minutes; the example's default would begin with the whole rate.
-- `diffusers-fast`: the same with a rate of 1e-3, which was the best one for AdamW in ours.
+  trained too. Its rate first rises for 500 steps, about two minutes; the example's default would begin at the full rate.
+- `diffusers-fast`: the same with a rate of 1e-3, which was the best for AdamW in our recipe.
 - `lucidrains`: as denoising-diffusion-pytorch does by default: v weighted by SNR / (SNR + 1), sigmoid schedule, Adam
-  (0.9, 0.99) at 1e-4, EMA 0.995 every 10 steps; captions dropped in one of ten, as imagen-pytorch does.
+  (0.9, 0.99) at 1e-4, EMA 0.995 every 10 steps; one caption in ten is dropped, as in imagen-pytorch.
 - `edm`: Karras et al. 2022 (arXiv 2206.00364): preconditioned, sigma_data 0.5, ln sigma from N(-1.2, 1.2), their weight, Adam
-  at 1e-3 after a warm-up of 500 steps, an average over 5% of what was seen at most, captions dropped in one of ten.
+  at 1e-3 after a warm-up of 500 steps, an average over at most 5% of what was seen, one caption in ten dropped.
 
 UNet and text encoder keep the initialisation of their libraries, which for the text encoder is a handicap: CLIP's embeddings
-of 0.02 drown at first (`models/build.py`). `--embedding-std 0.5` gives it ours, in other rows ("edm, our embeddings").
-Gradients are clipped to a norm of 1, as diffusers' example does. At each mark the training captions are drawn with the raw and
-the averaged weights, without guidance and, where captions were dropped, with a scale of 1.5; the best by FD is kept. Minutes
-are CPU minutes of training in one thread, so what runs beside is not counted.
+of 0.02 are drowned out at first (`models/build.py`). `--embedding-std 0.5` gives it ours, in rows like "edm, our embeddings".
+Gradients are clipped to a norm of 1, as in diffusers' example. At each mark the training captions are drawn with the raw and
+the averaged weights, without guidance and, if captions were dropped, with a scale of 1.5; the best by FD is kept. Minutes
+are CPU minutes of training in one thread, so other programs on the machine do not count.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from sfumato.training.models.latent_space import to_pixel_values
 from sfumato.training.models.stock_classes import lists_to_tuples
 from sfumato.training.models.text import train_tokenizer
 
-# x_0 is clipped to [-1, 1] at each step, as it is for ours.
+# x_0 is clipped to [-1, 1] at each step, as in ours.
 SAMPLING = {"timestep_spacing": "trailing", "thresholding": True, "sample_max_value": 1.0}
 RECIPES = ("diffusers", "diffusers-fast", "lucidrains", "edm")
 MARKS = (2, 4, 6, 10, 20, 30, 45, 60)
@@ -136,7 +136,7 @@ class Run:
         self.step, self.seen = 0, 0
 
     def batch(self, size: int = 16):
-        """Images and token ids, drawn with replacement, with one of the captions of each."""
+        """Images and token ids, drawn with replacement, each with one of its captions."""
         numbers = self.train[torch.randint(len(self.train), (size,), generator=self.generator).numpy()]
         captions = []
         for i in numbers:

@@ -1,10 +1,10 @@
-"""Which colours a model of emoji knows: pairs of colour and thing that were never trained, by pixels; and FD beside.
+"""Which colours an emoji model knows: pairs of colour and thing that were never trained, judged by pixels; also FD.
 
     python -m benchmarks.quality.colours --models openmoji runs/openmoji_colours [--pairs 180] [--out FILE.json]
 
-The pairs are those that `configs/openmoji_colours.yaml` holds out, evenly chosen, and seven colours of five everyday things,
-some of which it trains. The colour is right where most of what is coloured has it. FD is of 256 captions of OpenMoji itself,
-in the features of EfficientNet-Lite0.
+The pairs are chosen evenly from those that `configs/openmoji_colours.yaml` holds out, plus seven colours of five everyday
+things, some of which it trains. A colour is correct if most of the coloured area has it. FD is over 256 captions of OpenMoji
+itself, in the features of EfficientNet-Lite0.
 """
 
 import argparse
@@ -30,7 +30,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 
 
 def draw(pipe: SfumatoPipeline, captions: list[str], batch: int = 64) -> list[np.ndarray]:
-    """One image a caption, `(H, W, C)` uint8; image i with seed i."""
+    """One image per caption, `(H, W, C)` uint8; image i with seed i."""
     drawn = []
     for first in range(0, len(captions), batch):
         part = captions[first : first + batch]

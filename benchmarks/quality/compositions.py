@@ -1,8 +1,8 @@
-"""Compositions that a model draws for held-out captions, by smact's rules, beside true ones and beside chance.
+"""Compositions that a model draws for held-out captions, by smact's rules, compared with true ones and with chance.
 
     python -m benchmarks.quality.compositions --model runs/compositions [--count 300] [--out FILE.json]
 
-Chance: each true held-out composition with its elements exchanged for others, drawn as often as the data have them.
+Chance: each true held-out composition with its elements replaced by others, drawn as often as they occur in the data.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.likelihood [--minutes 6] [--out benchmarks/results/likelihood.json]
 
-Trains a UNet on them by the trainer with the hybrid loss and a learned variance (Nichol and Dhariwal 2021), and bounds the
-bits of images it has not seen by all of its 1,000 steps; beside it, the same with each fixed variance, and its parts.
+Trains a UNet on them with the hybrid loss and a learned variance (Nichol and Dhariwal 2021), and bounds the bits of unseen
+images over all of its 1,000 steps; for comparison also with each fixed variance, and with the parts of the bound.
 """
 
 import argparse
@@ -24,7 +24,7 @@ STD, SIDE, FOLDER = 0.25, 8, Path("runs/gaussian")
 
 
 def toy(count: int, seed: int) -> tuple[np.ndarray, float, float]:
-    """Images `(N, 8, 8, 3)` uint8, the entropy of such in bits per dimension, and the bits that these very ones have."""
+    """Images `(N, 8, 8, 3)` uint8, the entropy of such images in bits per dimension, and the bits of these particular ones."""
     levels = np.linspace(-1, 1, 256)
     p = np.diff(np.concatenate([[0], stats.norm(0, STD).cdf((levels[1:] + levels[:-1]) / 2), [1]]))
     drawn = np.random.default_rng(seed).choice(256, (count, SIDE, SIDE, 3), p=p)
@@ -79,7 +79,7 @@ def run_benchmark() -> None:
         if isinstance(row, dict):
             row["levels"] = [round(sum(row["levels"][k : k + 111]), 5) for k in range(0, 999, 111)]  # nine sums
             print(name, {key: row[key] for key in ("bits/dim", "excess", "prior", "decoder")})
-    print("entropy", entropy, "of these pictures", truth)
+    print("entropy", entropy, "of these images", truth)
     Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""A model of sounds, to listen to: its sample captions one after the other in one file.
+"""Listen to a model of sounds: its sample captions, one after another, in one file.
 
     python -m benchmarks.quality.listen runs/speech [--seed 0] [--out benchmarks/results/speech.ogg]
 
-The captions are those of the run's grids of samples: `validation.prompts`, or without them twelve of what is held out, chosen
+The captions are those of the run's grids of samples: `validation.prompts`, or without them twelve held-out captions, chosen
 by a seed.
 """
 
@@ -18,7 +18,7 @@ from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
 from sfumato.training.quality.drawing import sample_captions, sampling_pipeline
 
-PAUSE = 0.4  # seconds between two
+PAUSE = 0.4  # seconds between two sounds
 
 
 def main() -> None:
@@ -27,13 +27,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, help="its ending says the format (default: NAME.ogg of the run, in benchmarks/results)"
+        "--out", type=Path, help="its ending sets the format (default: NAME.ogg of the run, in benchmarks/results)"
     )
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
     pipe = sampling_pipeline(SfumatoPipeline.from_pretrained(options.run / "pipeline"), config.validation)
     if getattr(pipe.codec, "rate", None) is None:
-        parser.error(f"{options.run} is no model of sounds")
+        parser.error(f"{options.run} is not a model of sounds")
     captions = config.validation.prompts or sample_captions(prepare(config.data))
     call = {name: getattr(config.validation, name) for name in ("num_inference_steps", "guidance_scale")}
     sounds = pipe(captions, generator=torch.Generator().manual_seed(options.seed), output_type="decoded", **call).images

@@ -1,11 +1,11 @@
-"""A model of molecules by the field's measures: valid and in one piece without correction, unique, new, FCD.
+"""A model of molecules by the standard metrics of the field: valid and in one piece without correction, unique, new, FCD.
 
     python -m benchmarks.quality.molecules runs/molecules [--count 10000] [--scale 2.5] [--start 0.3] [--split held_out]
         [--out FILE.json]
 
-Captions are those of molecules of the set, evenly chosen, so that what is drawn should be distributed as the data are. It is
-drawn as the run says, but for what is given; `--start` leaves the first part of the steps without guidance. New are molecules
-that were not trained on. FCD (Preuer et al. 2018) needs fcd_torch; it compares with those whose captions were drawn.
+Captions are those of evenly chosen molecules of the set, so that what is drawn should be distributed like the data. The run's
+settings are used unless others are given; `--start` leaves the first part of the steps without guidance. New molecules are
+those not trained on. FCD (Preuer et al. 2018) needs fcd_torch; it compares with the molecules whose captions were drawn.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--count", type=int, default=1000, help="molecules that are drawn (default: %(default)s)")
-    parser.add_argument("--scale", type=float, help="of guidance")
+    parser.add_argument("--count", type=int, default=1000, help="number of molecules to draw (default: %(default)s)")
+    parser.add_argument("--scale", type=float, help="guidance scale")
     parser.add_argument("--start", type=float, help="the share of the steps before guidance begins")
-    parser.add_argument("--split", choices=["train", "held_out"], default="train", help="whose captions")
+    parser.add_argument("--split", choices=["train", "held_out"], default="train", help="whose captions are drawn")
     parser.add_argument("--out", type=Path, help="the figures; the molecules go into a .smi beside them")
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
@@ -77,11 +77,11 @@ def main() -> None:
     if options.out:
         options.out.write_text(text + "\n")
         lines = [codec.smiles(thing) or "invalid" for thing in drawn]
-        options.out.with_suffix(".smi").write_text("\n".join(lines) + "\n")  # what moses_metrics.py reads
+        options.out.with_suffix(".smi").write_text("\n".join(lines) + "\n")  # for moses_metrics.py
 
 
 def _trained(images: ArraySet, codec: MoleculeCodec, captions: set[str]) -> set[str | None]:
-    """The SMILES of those trained molecules whose caption is one of these; decoding all of them would take minutes."""
+    """The SMILES of the training molecules whose caption is one of these; decoding all of them would take minutes."""
     alike = [i for i in images.select("train").tolist() if images[i]["captions"][0] in captions]
     return {codec.smiles(codec.decode(to_unit(images.image(i)))) for i in alike}
 

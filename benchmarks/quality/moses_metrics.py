@@ -1,10 +1,10 @@
-"""MOSES's own metrics of drawn molecules, by its package, which wants older numpy and pandas than this project: run it apart.
+"""MOSES's own metrics of drawn molecules, by its package, which needs older numpy and pandas: run it in its own environment.
 
     python -m venv moses && moses/bin/pip install torch rdkit scipy tqdm fcd_torch matplotlib 'numpy<2' 'pandas<2'
     moses/bin/pip install --no-deps molsets
     moses/bin/python benchmarks/quality/moses_metrics.py drawn.smi [out.json]
 
-`drawn.smi`: the SMILES of each, a line each, `invalid` for what is no molecule.
+`drawn.smi`: the SMILES of each on a line of its own, `invalid` for what is not a molecule.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 def main() -> None:
     """See the module."""
-    six = types.ModuleType("rdkit.six")  # newer RDKits have left it out, and MOSES wants one function of it
+    six = types.ModuleType("rdkit.six")  # newer versions of RDKit lack it, and MOSES needs one of its functions
     six.iteritems = lambda table: iter(table.items())  # pyright: ignore[reportAttributeAccessIssue]
     sys.modules["rdkit.six"] = six
     import moses.metrics  # pyright: ignore[reportMissingImports]

@@ -6,8 +6,8 @@
     accelerate launch training/train.py configs/two_shapes_flow.yaml
     python -m benchmarks.quality.objectives [--images 128] [--out benchmarks/results/objectives.json]
 
-Each has the loss weight that its config names: x_0 and v min-SNR with a floor of 1 on x_0, flow none.
-Share of held-out captions that are fully right, by sampler and steps, guidance 1.5; and what each run saw in its minutes.
+Each has the loss weight that its config names: min-SNR with a floor of 1 on x_0 for x_0 and v, none for flow.
+Share of held-out captions drawn fully correctly, by sampler and steps, guidance 1.5; and what each run saw in its minutes.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
                     ).images
                 right = shapes_obedience([np.asarray(image) for image in images], scenes)["all"]
                 table[name].setdefault(sampler, {})[steps] = right
-                print(f"{name} {sampler} {steps} steps: {right:.1%} right", flush=True)
+                print(f"{name} {sampler} {steps} steps: {right:.1%} correct", flush=True)
     Path(options.out).write_text(json.dumps({"pictures": len(scenes), "table": table}, indent=1) + "\n")
 
 

@@ -1,10 +1,10 @@
-"""Photographs of single things: what minutes of one CPU core give, from random weights and from the packaged model.
+"""Photographs of single objects: what minutes on one CPU core achieve, from random weights and from the packaged model.
 
     apt-get download tuxpaint-stamps-default; dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python -m benchmarks.quality.photographs stamps [--counts 50 200] [--minutes 6] [--whole-minutes 20] [--out FILE.json]
 
-Of the packages that we looked through only the stamps of Tux Paint (GPL-2) hold photographs with captions: some hundred
-things, cut out, on white. They are read where they were unpacked and go nowhere else.
+Of the packages that we looked through, only the stamps of Tux Paint (GPL-2) hold photographs with captions: a few hundred
+objects, cut out, on white. They are read where they were unpacked and go nowhere else.
 FD and whether the nearest true image is its own, in the features of EfficientNet-Lite0, against the training images.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.quality.published import SHOWN, Set, trained
 from sfumato.figures import grid
 from sfumato.training.data.records import hash_fraction
 
-DRAWN = ("cartoon", "symbols", "flags", "seasonal", "roadsigns")  # folders of what is no photograph
+DRAWN = ("cartoon", "symbols", "flags", "seasonal", "roadsigns")  # folders whose images are not photographs
 BEGINNINGS = {
     "random weights": (),
     "the packaged model": ("init_from=openmoji", "unet={}", "text_encoder={}", "scheduler={}"),
@@ -29,7 +29,7 @@ BEGINNINGS = {
 
 
 def write_folder(stamps: Path, folder: Path, count: int | None) -> Path:
-    """So many of the photographs, by a fixed lot, with the first line of their descriptions."""
+    """Write `count` of the photographs, chosen by a fixed hash, with the first line of their descriptions."""
     pairs = [
         (path, path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0].strip().rstrip(".!"))
         for path in sorted(stamps.rglob("*.png"))
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("stamps", help="where the package was unpacked")
     parser.add_argument("--counts", type=int, nargs="*", default=[50, 200])
     parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--whole-minutes", type=float, default=20, help="on all photographs; 0: leave it out")
+    parser.add_argument("--whole-minutes", type=float, default=20, help="on all photographs; 0 leaves this out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default="runs/photographs")
     parser.add_argument("--out", default="benchmarks/results/photographs.json")

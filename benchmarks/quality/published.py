@@ -1,22 +1,22 @@
-"""Other trainers as they are published, on images that nothing here was tuned on: same images, one thread each.
+"""Other trainers as published, on images that nothing here was tuned on: same images, one thread each.
 
     python -m benchmarks.quality.published iconify:FOLDER --python RIVALS/bin/python --script train_text_to_image.py
         --k-diffusion CHECKOUT [--minutes 15] [--seed 0] [--count 300] [--only sfumato diffusers ...] [--out FILE.json]
 
 - `sfumato`: `configs/folder_cpu.yaml`, without validation on the way.
 - `diffusers`: its example `train_text_to_image.py`, unchanged, on the same network with random weights, an identity VAE and
-  the noise of Stable Diffusion; batch 16, a rate of 1e-3 (ten times its default), `--use_ema`. It trains the UNet alone, so
+  the noise of Stable Diffusion; batch 16, a rate of 1e-3 (ten times its default), `--use_ema`. It trains only the UNet, so
   its text encoder stays random: it tells words apart and does no more.
-- `denoising-diffusion-pytorch`: its `Trainer` and its `Unet` of about our size, everything by default. It takes no captions.
+- `denoising-diffusion-pytorch`: its `Trainer` and its `Unet` of about our size, with all defaults. It takes no captions.
 - `smalldiffusion`: the loop, schedules, rate and sampler of its example `cifar_unet.py`, its `Unet` of our size, batch 16
-  (the example's 256 would be three steps a minute). It takes classes at most.
+  (the example's 256 would mean three steps a minute). It takes classes at most.
 - `k-diffusion`: its `train.py` and `configs/config_32x32_small.json`, channels [32, 64, 128] in place of [128, 256, 512] and
-  batch 16; drawn as its demos are. It takes classes at most.
+  batch 16; drawn in the same way as its demos. It takes classes at most.
 
-The rivals live in an environment of their own, `--python`, with what they need; their code is not in this repository.
-All draw the training captions: ours as its card says, the rivals by 50 steps (smalldiffusion by its example's 10) with raw and
-with averaged weights, of which the better by FD counts. One thread each; k-diffusion's script has a further process that loads
-images. FD and the rest in the features of EfficientNet-Lite0, against the training images.
+The rivals run in an environment of their own, `--python`, with what they need; their code is not in this repository.
+All draw the training captions: ours as its card says, the rivals in 50 steps (smalldiffusion in its example's 10) with raw and
+with averaged weights, of which the better by FD counts. One thread each; k-diffusion's script has one more process that loads
+images. FD and the other figures use the features of EfficientNet-Lite0, against the training images.
 """
 
 import argparse
@@ -56,7 +56,7 @@ minutes, seed, size, count = map(float, sys.argv[3:])
 torch.set_num_threads(1)
 torch.manual_seed(int(seed))
 model = Unet(dim=24)
-print(sum(p.numel() for p in model.parameters()), "numbers", flush=True)
+print(sum(p.numel() for p in model.parameters()), "parameters", flush=True)
 diffusion = GaussianDiffusion(model, image_size=int(size), sampling_timesteps=50)
 first = 30
 quiet = {"calculate_fid": False, "save_and_sample_every": 10**9}
@@ -102,7 +102,7 @@ class Images(torch.utils.data.Dataset):
 accelerator = Accelerator(cpu=True)
 loader = DataLoader(Images(), batch_size=16, shuffle=True)
 model = Scaled(Unet)(int(size), 3, 3, ch=32, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,))
-print(sum(p.numel() for p in model.parameters()), "numbers", flush=True)
+print(sum(p.numel() for p in model.parameters()), "parameters", flush=True)
 ema = ExponentialMovingAverage(model.parameters(), decay=0.9999)
 start, steps = time.time(), 0
 for _ in training_loop(loader, model, ScheduleSigmoid(N=1000), epochs=10**6, lr=2e-4, accelerator=accelerator):
@@ -154,7 +154,7 @@ for name, key in (("raw", "model"), ("ema", "model_ema")):
 
 
 class Set:
-    """The images, where rivals find them, and how near drawings come to them."""
+    """The images, the folder where rivals find them, and how close drawings come to them."""
 
     def __init__(self, folder: Path, *overrides: str):
         self.overrides = [*overrides, "train.num_threads=1"]
@@ -165,7 +165,7 @@ class Set:
         self.true = reference_features(self.images, "efficientnet-lite0", self.config.data.cache_dir)[self.numbers]
         self.folder = folder / "images"
         if self.folder.exists():
-            raise SystemExit(f"{folder} holds an earlier run; remove it, or name another --folder")
+            raise SystemExit(f"{folder} holds an earlier run; remove it, or give another --folder")
         self.folder.mkdir(parents=True)
         rows = []
         for k, (i, caption) in enumerate(zip(self.numbers, self.captions)):
@@ -174,7 +174,7 @@ class Set:
         (self.folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
     def figures(self, drawn: np.ndarray, *, captioned: bool = True) -> dict[str, float]:
-        """`drawn`: `(N, H, W, 3)` uint8, of each caption in order."""
+        """`drawn`: `(N, H, W, 3)` uint8, one for each caption in order."""
         seen = compute_features(drawn)
         scores = {
             "FD": frechet_distance(gaussian(self.true), seen),
@@ -198,12 +198,12 @@ def draw(pipe, captions: list[str], **call) -> np.ndarray:
 
 
 def best(candidates: list[tuple[dict, np.ndarray]]) -> tuple[dict, np.ndarray]:
-    """The row and drawings of the least FD."""
+    """The row and drawings with the lowest FD."""
     return min(candidates, key=lambda pair: pair[0]["FD"])
 
 
 def trained(data: Set, run: Path, minutes: float, seed: int, *overrides: str) -> tuple[dict, np.ndarray]:
-    """A run of ours by `configs/folder_cpu.yaml`."""
+    """Train one of our runs with `configs/folder_cpu.yaml`."""
     settings = [f"train.max_minutes={minutes}", f"seed={seed}", f"output_dir={run}", "train.trackers=[]", *overrides]
     settings += ["validation.every_steps=null", "checkpoint.every_steps=null"]
     subprocess.run([sys.executable, "training/train.py", "configs/folder_cpu.yaml", *data.overrides, *settings], check=True)
@@ -219,7 +219,7 @@ def sfumato(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
 
 def diffusers(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
-    """The example, ended by a signal when its minutes are over; what counts is its newest checkpoint."""
+    """Run the example and end it by a signal when its minutes are over; its newest checkpoint counts."""
     start_at, out = folder / "random", folder / "diffusers"
     noise = f"scheduler={{{', '.join(NOISE)}}}"
     config = load_config("folder_cpu", [*data.overrides, f"seed={options.seed}", noise, "objective.min_snr_floor=0"])
@@ -255,12 +255,12 @@ def lucidrains(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
 
 def smalldiffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
-    """The package's loop, as its example for CIFAR-10 has it."""
+    """The package's loop, as in its example for CIFAR-10."""
     return run_script(SMALLDIFFUSION, data, options, folder / "smalldiffusion")
 
 
 def run_script(script: str, data: Set, options, out: Path) -> tuple[dict, np.ndarray]:
-    """A script of a rival's environment that trains, draws, and leaves `raw.pt` and `ema.pt`."""
+    """Run a script in the rivals' environment that trains, draws, and leaves `raw.pt` and `ema.pt`."""
     out.mkdir(exist_ok=True)
     arguments = [data.folder, out, options.minutes, options.seed, data.config.data.resolution, len(data.captions)]
     run_apart(options, out.with_suffix(".log"), "-c", script, *arguments)
@@ -268,7 +268,7 @@ def run_script(script: str, data: Set, options, out: Path) -> tuple[dict, np.nda
 
 
 def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
-    """Its script for some steps, to see how many it makes in a minute, then from the start for as many as there is time."""
+    """Run its script for some steps to measure its speed, then from the start for as many steps as there is time for."""
     out, checkout = folder / "k-diffusion", Path(options.k_diffusion).resolve()
     out.mkdir(exist_ok=True)
     config = json.loads((checkout / "configs" / "config_32x32_small.json").read_text())
@@ -286,7 +286,7 @@ def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
     train("try-1", first)
     train("try-2", 2 * first)
-    rate = first / (spent[1] - spent[0])  # without what starting takes
+    rate = first / (spent[1] - spent[0])  # without the time to start
     steps = int(60 * options.minutes * rate)
     train("whole", steps)
     weights = out / f"whole_{steps:08}.pth"
@@ -296,14 +296,14 @@ def k_diffusion(data: Set, options, folder: Path) -> tuple[dict, np.ndarray]:
 
 
 def run_apart(options, log: Path, *command, cwd: Path | None = None) -> None:
-    """A command of the rivals' environment; what it prints goes into a file."""
+    """Run a command in the rivals' environment; its output goes into a file."""
     with open(log, "w") as file:
         whole = [str(Path(options.python).absolute()), *map(str, command)]
         subprocess.run(whole, check=True, stdout=file, stderr=subprocess.STDOUT, cwd=cwd)
 
 
 def read_drawings(data: Set, out: Path) -> list[tuple[dict, np.ndarray]]:
-    """What a rival drew with raw and with averaged weights, and how near it comes."""
+    """What a rival drew with raw and with averaged weights, and how close it comes."""
     candidates = []
     for weights in ("raw", "ema"):
         left = torch.load(out / f"{weights}.pt", weights_only=True)
@@ -325,13 +325,13 @@ TRAINERS = {
 def main() -> None:
     """Run the benchmark; see above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="what data.name takes")
-    parser.add_argument("--python", help="of the rivals' environment")
+    parser.add_argument("name", help="a value for data.name")
+    parser.add_argument("--python", help="the Python of the rivals' environment")
     parser.add_argument("--script", help="diffusers' train_text_to_image.py")
     parser.add_argument("--k-diffusion", help="a checkout of k-diffusion, for its train.py")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=300, help="records that are read (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=300, help="number of records to read (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--folder", default="runs/published")
     parser.add_argument("--out", default="benchmarks/results/published.json")

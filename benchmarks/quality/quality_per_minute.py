@@ -3,13 +3,13 @@
     python -m benchmarks.quality.quality_per_minute [--ours 2 4 6 10] [--rivals diffusers=60 edm=20 ...] [--seeds 3]
         [--out FILE.json]
 
-Ours is `configs/demo.yaml`, trained anew for each number of minutes, since its rate falls to zero at its end; the rivals are
-those of `baseline_diffusers_recipe.py`, one run of so many minutes each, measured on the way. Each trains in one thread; as
-many run at once as there are cores, ours and the rivals by turns. Everyone draws the training captions by 12 steps
-(DPM-Solver++; EDM by Heun's), with scales 1 and 1.5, of which the better one by FD is kept. Rivals' minutes are CPU minutes
-of training, ours those of the clock.
-Rows go to runs/quality_per_minute.jsonl one by one, which begins as the committed ones; a run that is there already is not
-repeated. ("ours, by AdamW" is the demo of before; "edm, our embeddings" is the baseline's script with `--embedding-std 0.5`.)
+Ours is `configs/demo.yaml`, trained from scratch for each number of minutes, since its rate falls to zero at its end; the
+rivals are those of `baseline_diffusers_recipe.py`, one run each, measured on the way. Each trains in one thread; as many run
+at once as there are cores, ours alternating with the rivals. All draw the training captions in 12 steps (DPM-Solver++; EDM
+with Heun's method) at scales 1 and 1.5, of which the better one by FD is kept. Rivals' minutes are CPU minutes of training,
+ours are wall-clock minutes.
+Rows go one by one to runs/quality_per_minute.jsonl, which starts as a copy of the committed ones; runs in it are not repeated.
+("ours, by AdamW" is the earlier demo; "edm, our embeddings" is the baseline's script with `--embedding-std 0.5`.)
 """
 
 import argparse
@@ -40,7 +40,7 @@ def call(*command: str) -> None:
 
 
 def ours(minutes: float, seed: int) -> None:
-    """Train for so many minutes and judge the result, in processes of their own."""
+    """Train for this many minutes and judge the result, in separate processes."""
     if not have(recipe="ours", minutes=minutes, seed=seed):
         folder = f"runs/quality/ours-{minutes:g}-{seed}"
         train(folder, f"train.max_minutes={minutes}", f"seed={seed}")
@@ -48,7 +48,7 @@ def ours(minutes: float, seed: int) -> None:
 
 
 def judge(folder: str, minutes: float, seed: int) -> None:
-    """Figures of one of our runs, as a row."""
+    """Write the figures of one of our runs as a row."""
     torch.set_num_threads(1)
     row = {"recipe": "ours", "seed": seed, "minutes": minutes} | judged(folder)
     print(row, flush=True)
@@ -63,7 +63,7 @@ def rival(recipe: str, minutes: float, seed: int) -> None:
 
 
 def summary() -> dict:
-    """Where ours first is as good as a rival at its end, and as at its best mark, for each figure."""
+    """For each figure, where ours first is as good as a rival at its end, and as at its best mark."""
     table, told = rows(ROWS), {}
     for recipe in dict.fromkeys(row["recipe"] for row in table if row["recipe"] != "ours"):
         own = [row for row in table if row["recipe"] == recipe]
@@ -72,7 +72,7 @@ def summary() -> dict:
         told[recipe] = {"minutes": minutes, "pictures": sum(row["pictures"] for row in ends) // len(ends), "seeds": len(ends)}
         for name, sign in (("FD", 1), ("KID", 1), ("distance", 1), ("retrieval", -1)):
             if name == "retrieval" and len({row.get("judge") for row in table if row["recipe"] in ("ours", recipe)}) > 1:
-                continue  # judges of other code are others
+                continue  # judges trained by different code differ
             means = [sum(row[name] for row in mark) / len(mark) for mark in marks.values()]
             best = min(means, key=lambda value: sign * value)
             told[recipe][name] = {"at its end": means[-1], "ours is there after": reached(name, sign, means[-1])}
@@ -81,7 +81,7 @@ def summary() -> dict:
 
 
 def reached(name: str, sign: int, bar: float) -> dict | None:
-    """Minutes and images after which the mean of our runs is as good as a bar; None: never."""
+    """Minutes and images after which the mean of our runs is as good as a bar; None if never."""
     mine = [row for row in rows(ROWS) if row["recipe"] == "ours"]
     for time in sorted({row["minutes"] for row in mine}):
         runs = [row for row in mine if row["minutes"] == time]
@@ -94,7 +94,7 @@ def rival_minutes(text: str) -> tuple[str, float]:
     """`edm=20` as a recipe and its minutes."""
     name, _, minutes = text.partition("=")
     if name not in RECIPES:
-        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(RECIPES)}")
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(RECIPES)}")
     return name, float(minutes)
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", default="benchmarks/results/quality_per_minute.json")
-    parser.add_argument("--judge", help="measure this run of ours and nothing else")
+    parser.add_argument("--judge", help="only measure this run of ours")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begin(ROWS, json.loads(Path("benchmarks/results/quality_per_minute.json").read_text())["rows"])
@@ -115,8 +115,8 @@ def main() -> None:
         judge(options.judge, options.ours[0], options.seed)
         sys.exit()
     config = load_config("configs/demo.yaml")
-    Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
-    # Rows of rivals that were cut short go.
+    Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several threads need it
+    # Drop the rows of rivals that were cut short.
     whole = {"ours": None, **dict(options.rivals)}
     kept = [
         row
@@ -134,7 +134,7 @@ def main() -> None:
             done.result()
     told = {"reached": summary(), "threads": 1, "rows": rows(ROWS)}
     Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
-    for name, axis in (("minutes", "minutes of training, one thread"), ("pictures", "pictures seen")):
+    for name, axis in (("minutes", "minutes of training, one thread"), ("pictures", "images seen")):
         curves = {}
         for row in sorted(rows(ROWS), key=lambda row: row[name]):
             curves.setdefault(f"{row['recipe']}, seed {row['seed']}", []).append((row[name], row["FD"]))

@@ -2,14 +2,14 @@
 
     python -m benchmarks.quality.recipe [--steps 1300] [--seeds 2] [--only NAME ...] [--out benchmarks/results/recipe.json]
 
-Each round changed `demo.yaml` as it was then: the first one `BEFORE`; the second one what won it ("normal(-1, 2), dropout
-0.05", by `ADAMW`); the third one the optimizer; the fourth one, rows that begin with "Muon,", what won that, "demo, Muon,
-kernels too, rate 2e-3". "Muon, rate trapezoid" is `demo.yaml` now.
-Each variant trains for the same number of images, `--steps` of batch 16, in one thread; those that change the batch take as
-many more or fewer steps. FD, KID, retrieval and distance as in `measure.py`; seconds of training beside, for what costs time.
-Rows go to runs/recipe.jsonl, which begins as the committed ones; what is there already is not repeated.
+Each round changed `demo.yaml` as it was at the time: the first one `BEFORE`; the second one the winner of the first
+("normal(-1, 2), dropout 0.05", with `ADAMW`); the third one the optimizer; the fourth one, whose rows begin with "Muon,", the
+winner of the third, "demo, Muon, kernels too, rate 2e-3". "Muon, rate trapezoid" is `demo.yaml` now.
+Each variant trains on the same number of images, `--steps` of batch 16, in one thread; those that change the batch size take
+correspondingly more or fewer steps. FD, KID, retrieval and distance are those of `measure.py`; the seconds of training show
+what costs time. Rows go to runs/recipe.jsonl, which starts as a copy of the committed ones; rows in it are not repeated.
 (The rows "demo, optimizer Muon", torch's for matrices only, "demo, Muon, kernels only", "demo, Muon, four steps" of
-Newton-Schulz and "demo, SOAP", pytorch_optimizer's with eigenbases up to 256 every 10 steps, are of code that is gone.)
+Newton-Schulz and "demo, SOAP", pytorch_optimizer's with eigenbases up to 256 every 10 steps, come from code that is gone.)
 """
 
 import argparse
@@ -131,7 +131,7 @@ ROWS = Path("runs/recipe.jsonl")
 
 
 def warm_up(folder: Path, seed: int, steps: int = 300, batch_size: int = 64) -> None:
-    """Train the demo's text encoder to tell which training image a caption names (Radford et al. 2021), and save it."""
+    """Train the demo's text encoder to tell which training image a caption describes (Radford et al. 2021), and save it."""
     config = load_config("configs/demo.yaml")
     images = prepare(config.data)
     torch.manual_seed(seed)
@@ -151,13 +151,13 @@ def warm_up(folder: Path, seed: int, steps: int = 300, batch_size: int = 64) -> 
         ((F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    print("warm-up: right", (scores.argmax(1) == own).float().mean().item())
+    print("warm-up: correct", (scores.argmax(1) == own).float().mean().item())
     encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def run(name: str, seed: int, steps: int) -> None:
-    """Train and judge one variant, unless its row is there."""
+    """Train and judge one variant, unless its row exists."""
     batch = next((int(s.split("=")[1]) for s in VARIANTS[name] if s.startswith("train.batch_size=")), 16)
     steps = steps * 16 // batch
     if any((row["name"], row["seed"], row["steps"]) == (name, seed, steps) for row in rows(ROWS)):
@@ -183,11 +183,11 @@ def main() -> None:
     torch.set_num_threads(1)
     begin(ROWS, json.loads(Path("benchmarks/results/recipe.json").read_text()))
     config = load_config("configs/demo.yaml")
-    Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several want it
+    Yardstick(prepare(config.data), config.data.cache_dir)  # once, before several threads need it
     for seed in range(options.seeds):
         warm = Path(f"runs/recipe/warm-{seed}")
         if "demo, contrastive warm-up" in options.only and not warm.exists():
-            warm_up(warm, seed)  # before there are threads, which share torch's random numbers
+            warm_up(warm, seed)  # before there are threads, which share torch's random state
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [pool.submit(run, name, seed, options.steps) for seed in range(options.seeds) for name in options.only]
         for job in jobs:

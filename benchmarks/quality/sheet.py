@@ -1,10 +1,10 @@
-"""Forty-eight prompts beside the true images, half of them held out, chosen by a seed and not by hand.
+"""Forty-eight prompts next to the true images, half of them held out, chosen by a seed and not by hand.
 
     python -m benchmarks.quality.sheet [--model openmoji_128] [--config openmoji_128] [--seed 0] [--out FILE.png]
 
-A row of true images, then the row of what the model draws of their captions; every third one of its Chinese caption, where
-there is one. Held out are a third each: single images, combinations of profession, skin tone and gender, pairs of colour and
-thing.
+A row of true images, then the row of what the model draws from their captions; every third one from its Chinese caption, if
+there is one. The held-out ones are a third each single images, combinations of profession, skin tone and gender, and pairs of
+colour and thing.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Editing true images of `shapes` with two figures: SDEdit against DDIM inversion, by the strength.
+"""Editing true images of `shapes` with two figures: SDEdit against DDIM inversion, by strength.
 
     python -m benchmarks.sampling.editing [--model runs/two_shapes/pipeline] [--images 32]
         [--out benchmarks/results/editing.json]
 
-The new caption gives one figure another colour. Right: share of results that show the new caption. In place: share in which
-both figures are, moreover, in the quarters they were in. Unchanged: root mean square difference to the image in the other
-three quarters, pixels in [0, 1]. 50 steps of DDIM, guidance 1.5. Draws an image of six beside.
+The new caption gives one figure another colour. Right: share of results that show the new caption. In place: share in which,
+moreover, both figures are in the quarters they were in. Unchanged: root mean square difference from the image in the other
+three quarters, pixels in [0, 1]. 50 steps of DDIM, guidance 1.5. Also draws a grid of six.
 """
 
 import argparse

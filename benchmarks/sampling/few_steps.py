@@ -1,8 +1,8 @@
-"""How few passes of the network do: a teacher by its own sampler, by the best of diffusers', by LCM, and its students.
+"""How few passes of the network suffice: a teacher with its own sampler, the best of diffusers' and LCM, and its students.
 
     python -m benchmarks.sampling.few_steps --teacher runs/two_shapes [--students runs/two_shapes_few ...] [--captions 256]
 
-Obedience: share of held-out captions of `shapes` with two figures of which a program reads everything off the image, with
+Obedience: share of held-out captions of `shapes` with two figures for which a program reads everything off the image, with
 half the width of a 95% interval. A guided step of the teacher is two passes. `tune` chooses the sampler on other captions.
 """
 
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--students", nargs="*", default=["runs/two_shapes_few"])
     parser.add_argument("--captions", type=int, default=256)
     parser.add_argument("--add", action="store_true", help="keep the rows of an earlier run and add those of the students")
-    parser.add_argument("--plain", action="store_true", help="of the teacher its own sampler alone, also with --add")
-    parser.add_argument("--label", default="", help="what the names of the rows begin with")
+    parser.add_argument("--plain", action="store_true", help="measure the teacher with its own sampler only, also with --add")
+    parser.add_argument("--label", default="", help="prefix for the names of the rows")
     parser.add_argument("--out", default="benchmarks/results/few_steps.json")
     options = parser.parse_args()
     scenes = shapes.scenes(held_out=True, count=options.captions, num_figures=2)

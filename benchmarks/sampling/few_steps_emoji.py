@@ -1,10 +1,10 @@
-"""The packaged model of emoji and its student: how near their images come to true ones, and how long one takes.
+"""The packaged emoji model and its student: how close their images come to true ones, and how long one takes.
 
     python -m benchmarks.sampling.few_steps_emoji --students runs/openmoji_few [...] [--teacher openmoji] [--data openmoji_32]
         [--images 256] [--out FILE.json]
 
 FD, KID, recall, coverage and retrieval in the features of EfficientNet-Lite0, of training captions against the whole set, as
-`sfumato evaluate` has them; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
+in `sfumato evaluate`; seconds of `pipelines.drawer.Drawer` on one thread, text and VAE included, median of 50.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SCALE = 1.5
 
 
 def measure(pipe: SfumatoPipeline, steps: int, data: str, count: int, scale: float = SCALE) -> dict[str, float]:
-    """Figures of what a model draws in so many steps, of the captions of a config's data."""
+    """Figures of what a model draws in `steps` steps for the captions of a config's data."""
     config = load_config(data, [f"validation.num_inference_steps={steps}", f"validation.guidance_scale={scale}"])
     if pipe.trained_size != config.data.size:
         raise SystemExit(f"--data {data} has images of {config.data.size}, the model draws {pipe.trained_size}")
@@ -45,7 +45,7 @@ def measure(pipe: SfumatoPipeline, steps: int, data: str, count: int, scale: flo
 
 
 def seconds(drawer: Drawer, count: int = 50) -> dict[str, float]:
-    """Median and least seconds for one image."""
+    """The median and the minimum of seconds for one image."""
     times = []
     for i in range(count):
         start = time.perf_counter()
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--students", nargs="+", default=["runs/openmoji_few"], help="of several seeds; the first is timed")
     parser.add_argument("--teacher", default="openmoji")
-    parser.add_argument("--data", default="openmoji_32", help="a config, whose data are drawn (default: %(default)s)")
+    parser.add_argument("--data", default="openmoji_32", help="the config whose captions are drawn (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--time-only", action="store_true", help="leave the figures of an earlier run as they are")
     parser.add_argument("--figures-only", action="store_true", help="leave the seconds of an earlier run as they are")

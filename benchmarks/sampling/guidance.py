@@ -4,10 +4,10 @@
     python -m benchmarks.sampling.guidance --model runs/demo/pipeline --data openmoji
         --out benchmarks/results/guidance_openmoji.json
 
-Four images of each caption, by dpm++ in 15 steps, the same noise for every guider. Diversity: root mean square difference
-between images of the same caption, pixels in [0, 1]. Obedience on shapes: share of held-out captions of which a program
-reads everything off the image. On openmoji: share of images to which, of all images that the model was trained on, one
-with this caption is nearest (root mean square over pixels). Writes a chart beside the figures.
+Four images of each caption, with dpm++ in 15 steps, the same noise for every guider. Diversity: root mean square difference
+between images of the same caption, pixels in [0, 1]. Obedience on shapes: share of held-out captions for which a program
+reads everything off the image. On openmoji: share of images whose nearest training image (root mean square over pixels)
+has their caption. Writes a chart beside the figures.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--weak", help="an earlier checkpoint, for autoguidance")
     parser.add_argument("--data", default="shapes", choices=["shapes", "openmoji"])
-    parser.add_argument("--config", default="configs/demo.yaml", help="openmoji: what the model was trained on")
+    parser.add_argument("--config", default="configs/demo.yaml", help="for openmoji: the config that it was trained with")
     parser.add_argument("--captions", type=int, default=32)
     parser.add_argument("--out", default="benchmarks/results/guidance.json")
     options = parser.parse_args()
@@ -85,7 +85,7 @@ def main() -> None:
         table[name] = []
         for scale in SCALES:
             kind, given = name.split(",")[0], {**settings, "guidance_scale": scale}
-            if kind in SECOND:  # beside plain guidance
+            if kind in SECOND:  # in addition to plain guidance
                 given |= {"guidance_scale": 1.5, f"{SECOND[kind]}_scale": scale - 1}
             chosen, images = with_guider(pipe, kind, **given), []
             chosen.set_progress_bar_config(disable=True)
@@ -116,8 +116,8 @@ def main() -> None:
     out.write_text(json.dumps({**content, "table": table}, indent=1) + "\n")
     lines(
         {name: [(row["diversity"], row["obedience"]) for row in rows] for name, rows in table.items()},
-        "diversity: difference between pictures of one caption",
-        "obedience: pictures that show their caption",
+        "diversity: difference between images of one caption",
+        "obedience: images that show their caption",
         out.with_suffix(".png"),
         notes={name: [f"{row['scale']:g}" for row in rows] for name, rows in table.items()},
     )

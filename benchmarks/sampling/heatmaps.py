@@ -3,8 +3,8 @@
     python -m benchmarks.sampling.heatmaps [--model runs/two_shapes/pipeline] [--captions 64]
         [--out benchmarks/results/heatmaps.json]
 
-Counted are images that show both figures of their caption, each in its own quarter. A word lands on the right object where
-its heat is greater on the quarter with its figure than on the quarter with the other. Chance is 50%. Draws one figure beside.
+Only images that show both figures of their caption, each in its own quarter, are counted. A word lands on the right object
+if its heat is greater on the quarter with its figure than on the quarter with the other. Chance is 50%. Also draws a figure.
 """
 
 import argparse

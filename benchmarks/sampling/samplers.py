@@ -1,8 +1,8 @@
-"""Samplers against network evaluations: obedience on held-out captions of `shapes`, and distance to where many steps lead.
+"""Samplers against network evaluations: obedience on held-out captions of `shapes`, and distance to the result of many steps.
 
     python -m benchmarks.sampling.samplers [--model runs/two_shapes/pipeline --figures 2] [--captions 64] [--out FILE.json]
 
-Obedience: share of captions of which a program reads everything off the image, at guidance 1.5. Distance: root mean
+Obedience: share of captions for which a program reads everything off the image, at guidance 1.5. Distance: root mean
 square difference, pixels in [0, 1], to DDIM with 1,000 steps from the same noise; only for samplers that add no noise.
 Writes charts beside the figures.
 """
@@ -39,7 +39,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="runs/two_shapes/pipeline")
-    parser.add_argument("--figures", type=int, default=2, help="in a picture of the model's data set, 1 or 2")
+    parser.add_argument("--figures", type=int, default=2, help="figures per image in the model's data set, 1 or 2")
     parser.add_argument("--captions", type=int, default=64)
     parser.add_argument("--out", default="benchmarks/results/samplers.json")
     options = parser.parse_args()

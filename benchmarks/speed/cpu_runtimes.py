@@ -3,10 +3,10 @@
     python -m benchmarks.speed.cpu_runtimes [--model runs/demo/pipeline] [--rounds 7]
         [--out benchmarks/results/cpu_runtimes.json]
 
-For 1 and for 12 images at 30 steps with guidance 1.5: seconds of a call (median of the rounds, in each of which every
-runtime draws once), and the greatest and root mean square difference to torch in float32, pixels in [0, 1]. Building an
-engine, at the first call, is timed by itself.
-Beside the model, a network of random weights that is larger, at 64 pixels and 4 steps.
+For 1 and for 12 images at 30 steps with guidance 1.5: seconds per call (median of the rounds, in each of which every
+runtime draws once), and the greatest and root mean square difference from torch in float32, pixels in [0, 1]. Building an
+engine, at the first call, is timed separately.
+Besides the model, a larger network with random weights is measured, at 64 pixels and 4 steps.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Records/s of each source, images/s of the prepared set, memory against record count, and what a step waits for data.
+"""Records/s of each source, images/s of the prepared set, memory against record count, and how long a step waits for data.
 
     python -m benchmarks.speed.data_throughput [--counts 10000 100000 1000000] [--out benchmarks/results/data_throughput.json]
 
 Memory is the anonymous memory of a child process (RssAnon: what the process itself holds; memory-mapped files, which the
-system may drop at any time, not counted) after preparing a parquet file of that many 8-pixel images and reading 200 batches.
+system may drop at any time, do not count) after preparing a parquet file of that many 8-pixel images and reading 200 batches.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def main() -> None:
     """Run the benchmark; see above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--records", type=int, default=2000, help="for the sources' speed")
-    parser.add_argument("--config", default="configs/demo.yaml", help="whose step is compared with its loader")
+    parser.add_argument("--records", type=int, default=2000, help="records per source to measure its speed")
+    parser.add_argument("--config", default="configs/demo.yaml", help="the config whose step is compared with its loader")
     parser.add_argument("--out", default="benchmarks/results/data_throughput.json")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp())

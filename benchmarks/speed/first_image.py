@@ -1,10 +1,10 @@
-"""From nothing to a first image in the app: what a newcomer waits for, with a real browser.
+"""From nothing to a first image in the app: how long a newcomer waits, with a real browser.
 
     python -m benchmarks.speed.first_image [--model openmoji_128] [--out FILE.json]
 
-A wheel is built of this checkout, a fresh environment made, the wheel installed with the extra `app`, `sfumato app` started
+A wheel is built from this checkout, a fresh environment made, the wheel installed with the extra `app`, `sfumato app` started
 from it, its page opened in Chromium (extra `app` and `playwright` here; `apt install chromium`), a prompt typed, and Draw
-pressed. Seconds of each part. Installing is as fast as the mirror that packages come from.
+pressed. Reports the seconds of each part. Installing is as fast as the mirror that packages come from.
 """
 
 import argparse
@@ -28,14 +28,14 @@ MINUTE = 60_000  # milliseconds
 
 
 class Watch:
-    """Seconds of one part after the other."""
+    """The seconds of each part, one after another."""
 
     def __init__(self):
         self.last = time.perf_counter()
         self.parts: dict[str, float] = {}
 
     def note(self, part: str) -> None:
-        """Keep what went by since the last call."""
+        """Record the time since the last call."""
         now = time.perf_counter()
         self.parts[part] = round(now - self.last, 1)
         self.last = now
@@ -43,7 +43,7 @@ class Watch:
 
 
 def install(folder: Path, watch: Watch) -> Path:
-    """The `sfumato` of a fresh environment."""
+    """Install into a fresh environment; returns its `sfumato`."""
     config = folder / "build.cfg"
     config.write_text(f"[build]\nbuild_base = {folder / 'build'}\n")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder), str(ROOT)]
@@ -68,7 +68,7 @@ def draw(address: str, out: Path, watch: Watch) -> None:
         page.get_by_role("tab", name="Draw", exact=True).wait_for()
         watch.note("browser and page")
         here = page.get_by_role("tabpanel").locator("visible=true").first
-        here.get_by_label("Prompts, one a line").fill("red heart")
+        here.get_by_label("Prompts, one per line").fill("red heart")
         here.get_by_role("button", name="Draw", exact=True).click()
         finished = here.locator("button.thumbnail-item img, .grid-container img").first
         finished.wait_for()

@@ -1,10 +1,10 @@
-"""Training steps on an accelerator: images/s, share of its peak, waits, and what bfloat16 and compiling give.
+"""Training steps on an accelerator: images/s, share of its peak, waits, and the gain from bfloat16 and compiling.
 
     python -m benchmarks.speed.gpu [--config folder --steps 50 --out benchmarks/results/gpu.json] data.name=... [SETTING ...]
 
 The steps are those of the trainer, without its log and checkpoints, over the config's own data. On a GPU each step is taken
 under `torch.cuda.set_sync_debug_mode("error")`, so one that waits for the device fails. Peak and predicted seconds are the
-planner's. **No figure of a GPU is committed: none was at hand where this was written**, and it was run on a CPU alone.
+planner's. **No figures from a GPU are committed: none was available when this was written**, and it was run only on a CPU.
 """
 
 import argparse
@@ -27,13 +27,13 @@ VARIANTS = (("no", "no"), ("bf16", "no"), ("bf16", "unet"), ("bf16", "loss"), ("
 
 
 def wait_for(device: torch.device) -> None:
-    """Until it has done all that it was told."""
+    """Wait until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
 def peak_of(device: torch.device) -> planner.Device | None:
-    """What the planner knows of this device; on a CPU what it measures."""
+    """What the planner knows about this device; on a CPU, what it measures."""
     if device.type == "cpu":
         return planner.measure_cpu()
     name = torch.cuda.get_device_name().lower().replace(" ", "") if device.type == "cuda" else device.type
@@ -41,7 +41,7 @@ def peak_of(device: torch.device) -> planner.Device | None:
 
 
 def measure(config, images, steps: int) -> dict:
-    """Seconds of a step, their share of the peak, memory, and the mean loss."""
+    """Seconds per step, their share of the peak, memory, and the mean loss."""
     cpu = not torch.accelerator.is_available()
     task = build_task(config, images, cpu=cpu)
     accelerator, parameters = task.accelerator, trained_parameters(task.module)

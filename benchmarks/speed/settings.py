@@ -65,7 +65,7 @@ with open(sys.argv[2], "w") as out:
     for number in range(options.rounds):
         for name, overrides in SETTINGS.items():
             if name.startswith("compile") and number:
-                continue  # minutes to compile: once is enough
+                continue  # compiling takes minutes: once is enough
             out = root / "out.json"
             fixed = [
                 "train.max_minutes=null",

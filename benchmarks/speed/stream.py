@@ -1,10 +1,10 @@
-"""Reading a stream of shards: how fast beside bare Pillow, and how much memory over many records.
+"""Reading a stream of shards: how fast compared with bare Pillow, and how much memory over many records.
 
     python -m benchmarks.speed.stream [records, 200000] [out.json]
 
-Speed: photograph-like JPEGs of 256 pixels to 64, in processor seconds of one core; ours from .tar to batches, captions to
-tokens with them; Pillow opens, decodes and resizes the same bytes, which lie in memory. Memory: images of 8 pixels from a web
-server that makes each shard when it is asked for, none stored; each caption names the shard and the place in it.
+Speed: photograph-like JPEGs of 256 pixels to 64, in processor seconds of one core; ours goes from .tar to batches, captions to
+tokens included; Pillow opens, decodes and resizes the same bytes from memory. Memory: images of 8 pixels from a web server
+that makes each shard on request and stores none; each caption names the shard and the position in it.
 """
 
 import http.server
@@ -64,7 +64,7 @@ def open_stream(name: str, resolution: int, batch_size: int, cache: str) -> Stre
 
 
 def speed(folder: Path) -> dict[str, float]:
-    """Records a second of processor time: ours and Pillow's, one after the other, the median of rounds."""
+    """Records per second of processor time: ours and Pillow's by turns, the median of rounds."""
     images = [jpeg(seed, 256) for seed in range(64)]
     for shard in range(8):
         contents = [(f"{shard}-{i:04d}", images[i % 64], f"number {i} of many") for i in range(RECORDS_A_SHARD)]
@@ -87,19 +87,19 @@ def speed(folder: Path) -> dict[str, float]:
 
 
 class Shards(http.server.BaseHTTPRequestHandler):
-    """Makes shards when they are asked for, all of one pattern, in which captions get the number of the shard."""
+    """Makes shards on request, all from one pattern, with the number of the shard put into the captions."""
 
     number = b"@@@@@"
 
     @staticmethod
     def pattern() -> bytes:
-        """The bytes of a shard but for its number."""
+        """The bytes of a shard except for its number."""
         images, file = [jpeg(seed, 8) for seed in range(64)], io.BytesIO()
         write_shard(file, [(f"{i:04d}", images[i % 64], f"number {i} of shard @@@@@") for i in range(RECORDS_A_SHARD)])
         return file.getvalue()
 
     def do_GET(self) -> None:
-        """The shard of the number in the path."""
+        """Send the shard whose number is in the path."""
         number = re.findall(r"\d+", self.path)[0]
         body = self.server.pattern.replace(self.number, number.encode())  # pyright: ignore
         self.send_response(200)
@@ -108,7 +108,7 @@ class Shards(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def resident() -> float:
@@ -117,7 +117,7 @@ def resident() -> float:
 
 
 def memory(cache: str, records: int) -> dict[str, float]:
-    """Megabytes of the process after so many records, and the rate."""
+    """Megabytes of the process after certain numbers of records, and the rate."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shards)
     server.pattern = Shards.pattern()  # pyright: ignore
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -133,7 +133,7 @@ def memory(cache: str, records: int) -> dict[str, float]:
             seen += 256
         sizes[f"{seen:,}"] = resident()
         rate = round(seen / (time.process_time() - start))
-        print(f"{seen:,} records: {sizes[f'{seen:,}']:.0f} MB, {rate:,} a second of one core", flush=True)
+        print(f"{seen:,} records: {sizes[f'{seen:,}']:.0f} MB, {rate:,} per second on one core", flush=True)
     server.shutdown()
     return {**sizes, "records a second of one core, server and all": rate}
 

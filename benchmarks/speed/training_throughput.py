@@ -3,7 +3,7 @@
     python -m benchmarks.speed.training_throughput [--rounds 12] [--steps 10]
         [--out benchmarks/results/training_throughput.json]
 
-Bare: forward, backward and fused AdamW of the same UNet and text encoder on random tensors that lie ready. Whole: what
+Bare: forward, backward and fused AdamW of the same UNet and text encoder on random tensors in memory. Whole: what
 `loop.train` does in a step, with data, noise, EMA, clipping, checks, metrics and progress bar. Both sides take turns,
 `--steps` steps each; the medians over the rounds are compared. The first `--warmup` steps, in which the learning rate
 rises and most gradients are clipped, are not counted.
@@ -72,7 +72,7 @@ def main() -> None:
     write, mark = loop.Log.write, [None]
 
     def interleave(log, entry):
-        """After each `--steps` steps of the trainer, run as many bare ones; the trainer's clock stands still meanwhile."""
+        """After each `--steps` steps of the trainer, run as many bare ones; the trainer's clock is stopped meanwhile."""
         write(log, entry)
         if entry["step"] >= options.warmup and entry["step"] % options.steps == 0:
             now = time.perf_counter()

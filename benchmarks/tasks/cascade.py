@@ -6,12 +6,12 @@
     accelerate launch training/train.py configs/openmoji_direct.yaml     # 24 minutes
     python -m benchmarks.tasks.cascade [--out benchmarks/results/cascade.json]
 
-The first model of the cascade trains in float32, which costs it images; its second one trains on all emoji, not only
+The first model of the cascade trains in float32, which costs it images; the second one trains on all emoji, not only
 on those of the captions.
 
-FD: Fréchet distance of the features of what is drawn to those of the true images, for the captions that the models of text
-were trained on. LD: mean distance of the features to those of the caption's own image. Held out: LD of captions never seen.
-Draws twelve prompts by each, the cascade above.
+FD: Fréchet distance between the features of drawn and true images, for the captions that the text-to-image models were trained
+on. LD: mean distance of the features to those of the caption's own image. Held out: LD of captions never seen.
+Also draws twelve prompts with each, the cascade on top.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Parts of clips, sounds and molecules given, the rest drawn by a model of text to clip, sound or molecule.
+"""Parts of clips, sounds and molecules are given, and a model of text to clip, sound or molecule draws the rest.
 
     python -m benchmarks.tasks.completion clips=runs/clips sounds=runs/speech molecules=runs/molecules edits=runs/moving_emoji
         [out.json]
 
-Clips: four frames of eight are given; the error of the rest, mean squared, pixels in [0, 1]. Sounds: a gap of 16 steps in the
-middle; the log-spectral distance within it, in dB. Both beside what needs no model. Molecules: the first five atoms and the
-bonds between them are given; whether they are still there and whether the whole is a molecule. Each step taken three times
-(RePaint). Edits: held-out clips of moving emoji drawn again with another emoji in the caption, which
+Clips: four frames of eight are given; mean squared error of the rest, pixels in [0, 1]. Sounds: a gap of 16 steps in the
+middle; log-spectral distance within it, in dB. Both are compared with guesses that need no model. Molecules: the first five
+atoms and the bonds between them are given; whether they are kept and whether the whole is a molecule. Each step is taken
+three times (RePaint). Edits: held-out clips of moving emoji are redrawn with another emoji in the caption, which
 may be a pair that was trained on.
 """
 
@@ -38,7 +38,7 @@ def held_out(run: str) -> tuple[SfumatoPipeline, np.ndarray, list[str]]:
 
 
 def draw(pipe: SfumatoPipeline, arrays: np.ndarray, captions: list[str], mask: np.ndarray) -> np.ndarray:
-    """The masked part of each array drawn anew."""
+    """Redraw the masked part of each array."""
     call = {"num_inference_steps": STEPS, "num_resamples": RESAMPLES, "guidance_scale": 1.0, "output_type": "np"}
     drawn = [
         pipe(
@@ -89,11 +89,11 @@ def sounds(run: str) -> dict[str, float]:
 
 
 def molecules(run: str) -> dict[str, float]:
-    """Shares of valid molecules in one piece, of fragments kept, and of formulas and captions that are right."""
+    """Shares of valid molecules in one piece, of fragments kept, and of formulas and captions that are correct."""
     pipe, arrays, captions = held_out(run)
     codec = pipe.codec
     mask = np.ones(codec.side**2, np.float32)
-    mask[:FRAGMENT] = 0  # an atom says what it is and which bonds to earlier ones it has
+    mask[:FRAGMENT] = 0  # each atom says what it is and which bonds it has to earlier ones
     mask = mask.reshape(codec.side, codec.side).repeat(codec.repeat, axis=0).repeat(codec.repeat, axis=1)
     things = [codec.decode(array) for array in draw(pipe, arrays, captions, mask)]
     judged = [codec.judge(thing, caption) for thing, caption in zip(things, captions)]
@@ -108,8 +108,8 @@ def fragment(thing: dict) -> tuple:
 
 
 def edits(run: str) -> dict[str, dict[str, float]]:
-    """Held-out clips drawn again with another thing in the caption (SDEdit), by strength: whether thing, way and speed are
-    those of the new caption, and how far from where it was the thing is in a frame, in sides of the image.
+    """Redraw held-out clips with another thing in the caption (SDEdit), by strength: whether thing, direction and speed are
+    those of the new caption, and how far the thing is from where it was in each frame, in sides of the image.
     """
     pipe, arrays, captions = held_out(run)
     codec, names = pipe.codec, list(pipe.codec.pictures)
@@ -133,7 +133,7 @@ def edits(run: str) -> dict[str, dict[str, float]]:
 
 
 def shares(judged: list[dict[str, bool]]) -> dict[str, float]:
-    """Of each thing that is judged the share that is right."""
+    """For each thing that is judged, the share that is correct."""
     return {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
 
 

@@ -5,11 +5,11 @@
     python -m benchmarks.tasks.inpainting --model runs/shapes/pipeline --figures 1 --out benchmarks/results/inpainting.json
 
 With one figure the mask is a disc around it, and the caption asks for the same place, size and ground, and another colour and
-shape; with two it is the quarter of one of them, and the caption asks for another colour and shape beside what is kept.
-Obedience (`all`): share of results of which a program reads everything right. Seam: mean jump of a colour value (0 to 255)
+shape; with two it is the quarter of one of them, and the caption asks for another colour and shape next to what is kept.
+Obedience (`all`): share of results in which a program reads everything correctly. Seam: mean jump of a colour value (0 to 255)
 across the mask's edge, where the true image has none. Distance: root mean square difference inside the mask to the nearest
 of 64 true images of the new caption, pixels in [0, 1]. FD: Fréchet distance, in the features of an ImageNet network,
-of what is inside the mask to the same part of true images that show there what the new caption asks for.
+between the inside of the mask and the same part of true images that show there what the new caption asks for.
 30 steps of the model's own sampler, guidance 1.5.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Run the benchmark; see above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/two_shapes/pipeline")
-    parser.add_argument("--trained", help="a model of task=inpainting, for the same pictures")
+    parser.add_argument("--trained", help="a model of task=inpainting, for the same images")
     parser.add_argument("--figures", type=int, default=2)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--out", default="benchmarks/results/inpainting_two.json")
@@ -80,7 +80,7 @@ def main() -> None:
         return np.concatenate([compute_features(image[None, rows, columns]) for image, (rows, columns) in zip(images, spans)])
 
     def right_there(scene, mask: np.ndarray, number: int, count: int = 4) -> list[np.ndarray]:
-        """True images of a caption, with two figures those whose first one is in the mask."""
+        """True images of a caption; with two figures, those whose first one is in the mask."""
         draws, found = np.random.default_rng(number), []
         while len(found) < count:
             original = shapes.draw(scene, size, draws)

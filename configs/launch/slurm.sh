@@ -1,8 +1,8 @@
 #!/bin/bash
 # sbatch configs/launch/slurm.sh configs/folder_128.yaml data.name=/shared/pictures output_dir=/shared/runs/mine
-# Several machines under Slurm: torchrun on each, as many processes as it has GPUs. The run folder and data.cache_dir lie on a
-# disk that all machines see. Slurm's SIGTERM before the end saves a checkpoint, and --requeue goes on from it.
-# Not yet run on a cluster; torchrun on two machines that are one is (tests/test_launch.py).
+# Several machines under Slurm: torchrun on each, with one process per GPU. The run folder and data.cache_dir must be on a disk
+# that all machines share. Slurm's SIGTERM before the time limit saves a checkpoint, and --requeue continues from it.
+# Not yet run on a cluster; torchrun with two nodes on one machine is tested (tests/test_launch.py).
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

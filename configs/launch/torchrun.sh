@@ -1,6 +1,6 @@
 #!/bin/bash
 # configs/launch/torchrun.sh configs/folder_128.yaml data.name=path/to/pictures output_dir=runs/mine
-# All GPUs of one machine by torchrun in place of accelerate launch; on several machines start it on each with
+# All GPUs of one machine with torchrun instead of accelerate launch. For several machines, start it on each with
 # NNODES=2 FIRST=address-of-the-first. Not yet run on GPUs.
 set -eu
 torchrun --nnodes="${NNODES:-1}" --nproc-per-node="${GPUS:-gpu}" \

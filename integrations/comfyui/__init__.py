@@ -1,7 +1,7 @@
-"""A node for ComfyUI that draws with a model of Sfumato, or with any that stock diffusers opens from text alone.
+"""A node for ComfyUI that draws with a Sfumato model, or with any text-to-image model that stock diffusers opens.
 
 ComfyUI's own loaders know the networks of large models, not these small ones. Copy this folder into `custom_nodes`; it needs
-diffusers and transformers in ComfyUI's environment, and nothing of Sfumato.
+diffusers and transformers in ComfyUI's environment, but not Sfumato.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import torch
 
 @lru_cache(maxsize=2)
 def open_model(model: str):
-    """The pipeline of a folder or a Hub id, on the best device there is."""
+    """The pipeline of a folder or a Hub id, on the best available device."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(model)
@@ -21,7 +21,7 @@ def open_model(model: str):
 
 
 class SfumatoDraw:
-    """Text to images `(B, H, W, 3)` float32 in [0, 1], as ComfyUI has them."""
+    """Text to images `(B, H, W, 3)` float32 in [0, 1], as ComfyUI expects them."""
 
     CATEGORY = "sfumato"
     FUNCTION = "draw"
@@ -29,7 +29,7 @@ class SfumatoDraw:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802  (ComfyUI's name)
-        """What ComfyUI asks for."""
+        """The inputs that ComfyUI asks for."""
         return {
             "required": {
                 "model": ("STRING", {"default": "runs/demo/pipeline"}),
@@ -44,7 +44,7 @@ class SfumatoDraw:
         }
 
     def draw(self, model, prompt, negative_prompt, seed, steps, guidance_scale, batch_size, enlarge) -> tuple[torch.Tensor]:
-        """Image i of the batch has seed + i; `enlarge` repeats each pixel so often both ways."""
+        """Image i of the batch has seed + i; `enlarge` repeats each pixel that many times in both directions."""
         images = open_model(model)(
             [prompt] * batch_size,
             negative_prompt=[negative_prompt] * batch_size if negative_prompt else None,

@@ -1,13 +1,13 @@
-"""Measurements of any number of channels, such as multispectral, medical or physics fields, in their own units.
+"""Measurements with any number of channels, such as multispectral, medical or physics fields, in their own units.
 
-Decoding needs numpy alone.
+Decoding needs only numpy.
 """
 
 import numpy as np
 
 
 class ArrayCodec:
-    """A field is `(C, H, W)` numbers; its array is `(H, W, C)`, each channel scaled from its range in the data to [0, 1]."""
+    """A field has shape `(C, H, W)`; its array is `(H, W, C)`, each channel scaled from its range in the data to [0, 1]."""
 
     kind, version = "arrays", 1
     endings = (".npy",)
@@ -19,7 +19,7 @@ class ArrayCodec:
         self.stored = "uint8" if self.integer else "float16"
         channels = self.shape[-1]
         if len(self.shape) != 3 or self.offset.shape != (channels,) or self.scale.shape != (channels,):
-            raise ValueError(f"an offset and a scale for each of {channels} channels are needed")
+            raise ValueError(f"each of {channels} channels needs an offset and a scale")
         if not (np.isfinite(self.offset).all() and np.isfinite(self.scale).all() and (self.scale > 0).all()):
             raise ValueError("offsets must be finite and scales above 0")
 
@@ -34,7 +34,7 @@ class ArrayCodec:
         }  # fmt: skip
 
     def encode(self, thing):
-        """Own units to [0, 1]."""
+        """Convert from the field's own units to [0, 1]."""
         field = np.asarray(thing)
         if field.ndim != 3 or (*field.shape[1:], field.shape[0]) != self.shape:
             raise ValueError(f"an array of shape {field.shape}; it must be {(self.shape[2], *self.shape[:2])}")
@@ -43,16 +43,16 @@ class ArrayCodec:
         return ((field.transpose(1, 2, 0) - self.offset) / self.scale).clip(0, 1).astype(np.float32)
 
     def decode(self, array):
-        """[0, 1] to own units, `(C, H, W)`."""
+        """Convert from [0, 1] to the field's own units, `(C, H, W)`."""
         field = (np.asarray(array, np.float64).reshape(self.shape) * self.scale + self.offset).transpose(2, 0, 1)
         return np.round(field).astype(np.uint8) if self.integer else field.astype(np.float32)
 
     def judge(self, thing, caption):
-        """Nothing is known of what a caption asks for."""
+        """Always empty: what a caption asks for is unknown."""
         return {}
 
     def picture(self, thing):
-        """The first nine channels beside one another, each from its least value in black to its largest in white."""
+        """The first nine channels side by side, each from its minimum in the data in black to its maximum in white."""
         shown = ((np.asarray(thing, np.float64).transpose(1, 2, 0) - self.offset) / self.scale).clip(0, 1)[..., :9]
         columns = int(np.ceil(shown.shape[-1] ** 0.5))
         rows = -(-shown.shape[-1] // columns)

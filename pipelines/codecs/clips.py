@@ -1,6 +1,6 @@
-"""Short clips, their frames one after another as channels; among them a shape that moves, in words that tracking can check.
+"""Short clips with their frames as channels, among them moving shapes described in words that tracking can check.
 
-Decoding needs numpy alone; `.gif` needs Pillow.
+Decoding needs only numpy; `.gif` needs Pillow.
 """
 
 import itertools
@@ -21,39 +21,40 @@ WAYS = {
     "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1),
     "up and right": (1, -1), "up and left": (-1, -1), "down and right": (1, 1), "down and left": (-1, 1),
 }  # fmt: skip
-SPEEDS = {"slowly": 0.03, "quickly": 0.075}  # sides of the image a frame
+SPEEDS = {"slowly": 0.03, "quickly": 0.075}  # image sides per frame
 WALLS = {"right": (1, 0), "left": (-1, 0), "upper": (0, -1), "lower": (0, 1)}
 RADIUS = 0.13
 NAMES = ("colour", "shape", "way", "speed")
 
 
 def caption_of(words: tuple[str, str, str, str]) -> str:
-    """Such as `a red circle moves up and left slowly`, or `a red circle bounces off the left wall`."""
+    """A caption such as `a red circle moves up and left slowly` or `a red circle bounces off the left wall`."""
     colour, shape, way, speed = words
     return f"{'an' if colour == 'orange' else 'a'} {colour} {shape} {motion_words(way, speed)}"
 
 
 def motion_words(way: str, speed: str) -> str:
-    """Such as `moves up and left slowly` or `bounces off the left wall`."""
+    """Words such as `moves up and left slowly` or `bounces off the left wall`."""
     return f"bounces off the {way} wall" if speed == "bouncing" else f"moves {way} {speed}"
 
 
 def motions() -> list[tuple[str, str]]:
-    """Ways and speeds, of a wall `bouncing`."""
+    """Pairs of way and speed; for a wall the speed is `bouncing`."""
     return [*itertools.product(WAYS, SPEEDS), *((wall, "bouncing") for wall in WALLS)]
 
 
 @lru_cache(maxsize=1)
 def everything() -> dict[str, tuple[str, str, str, str]]:
-    """Caption -> its words, of all combinations."""
+    """Caption -> its words, for all combinations."""
     words = [(colour, shape, *motion) for colour in COLOURS for shape in SHAPES for motion in motions()]
     return {caption_of(each): each for each in words}
 
 
 def mask_of(shape: str, x: float, y: float, side: int, *, radius: float = RADIUS, fineness: int = 3) -> np.ndarray:
-    """Share of each pixel that a shape covers, `(side, side)` in [0, 1].
+    """The fraction of each pixel that a shape covers, `(side, side)` in [0, 1].
 
-    `x`, `y` (the shape's centroid) and `radius` are shares of the image's side. Sampled at `fineness` points each way a pixel.
+    `x`, `y` (the shape's centroid) and `radius` are fractions of the image's side. Each pixel is sampled at `fineness` points
+    in each direction.
     """
     points = (np.arange(side * fineness) + 0.5) / (side * fineness)
     u, v = (points[None, :] - x) / radius, (points[:, None] - y) / radius
@@ -71,7 +72,7 @@ def mask_of(shape: str, x: float, y: float, side: int, *, radius: float = RADIUS
 
 
 def film(words: tuple[str, str, str, str], frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A true clip, `(frames, side, side, 3)` uint8; `rng` says where on the image it happens."""
+    """A real clip, `(frames, side, side, 3)` uint8; `rng` chooses where in the image it takes place."""
     colour, shape, way, speed = words
     places = path_of(way, speed, frames, rng)
     masks = np.stack([mask_of(shape, x, y, side) for x, y in places])[..., None]
@@ -79,7 +80,7 @@ def film(words: tuple[str, str, str, str], frames: int, side: int, rng: np.rando
 
 
 def film_of(sprite: np.ndarray, way: str, speed: str, frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A true clip of a picture `(4 s, 4 s, 3)` uint8, drawn four times as large as it appears, on white."""
+    """A real clip of a picture on white; `sprite` is `(4 s, 4 s, 3)` uint8, four times as large as it appears."""
     clip, large = [], len(sprite)
     for x, y in path_of(way, speed, frames, rng, radius=large / 8 / side):
         canvas = np.full((4 * side, 4 * side, 3), 255.0)
@@ -90,7 +91,7 @@ def film_of(sprite: np.ndarray, way: str, speed: str, frames: int, side: int, rn
 
 
 def path_of(way: str, speed: str, frames: int, rng: np.random.Generator, radius: float = RADIUS) -> list[np.ndarray]:
-    """The place of the moving thing in each frame, in sides of the image; `rng` says where it begins."""
+    """The position of the moving thing in each frame, in image sides; `rng` chooses where it begins."""
     low, high = radius * 1.1, 1 - radius * 1.1
     if speed == "bouncing":
         direction, step = np.array(WALLS[way], float), SPEEDS["quickly"]
@@ -107,7 +108,7 @@ def path_of(way: str, speed: str, frames: int, rng: np.random.Generator, radius:
 
 
 def track(frames: np.ndarray) -> np.ndarray:
-    """Where the shape is in each frame, `(F, 2)` in sides of the image; not a number where a frame is empty."""
+    """The position of the shape in each frame, `(F, 2)` in image sides; NaN if a frame is empty."""
     ink = np.clip((255 - frames.astype(float).min(-1)) / 200 - 0.2, 0, 1)
     places = (np.arange(frames.shape[1]) + 0.5) / frames.shape[1]
     mass = ink.sum((1, 2))
@@ -116,7 +117,7 @@ def track(frames: np.ndarray) -> np.ndarray:
 
 
 def look(frame: np.ndarray, place: np.ndarray, radius: float = RADIUS) -> tuple[str | None, str | None]:
-    """Colour and shape at a place of a frame `(side, side, 3)` uint8; None where there is none like it."""
+    """Colour and shape at a position of a frame `(side, side, 3)` uint8; None if nothing matches."""
     frame, (x, y) = frame.astype(float), place
     core = (255 - frame.min(-1)) > 120
     if not np.isfinite([x, y]).all() or core.sum() < 4:
@@ -125,7 +126,7 @@ def look(frame: np.ndarray, place: np.ndarray, radius: float = RADIUS) -> tuple[
     colour = min(COLOURS, key=lambda name: float(np.sum((np.array(COLOURS[name]) - middle) ** 2)))
     axis = np.array(COLOURS[colour], float) - 255
     mask = np.clip((frame - 255) @ axis / (axis @ axis), 0, 1)
-    mask[mask < 0.15] = 0  # faint texture is no shape
+    mask[mask < 0.15] = 0  # faint texture is not a shape
 
     def fit(shape):
         template = mask_of(shape, x, y, len(frame), radius=radius)
@@ -136,11 +137,11 @@ def look(frame: np.ndarray, place: np.ndarray, radius: float = RADIUS) -> tuple[
 
 
 class VideoCodec:
-    """A clip is `(F, H, W, 3)` uint8; its array has the frames one after another in its channels, in RGB each.
+    """A clip is `(F, H, W, 3)` uint8; its array has the RGB channels of the frames one after another.
 
     Args:
-        frames, height, width: of every clip.
-        fps: frames a second, for files.
+        frames, height, width: the size of every clip.
+        fps: frames per second, for files.
     """
 
     kind, version, stored = "videos", 1, "uint8"
@@ -173,17 +174,17 @@ class VideoCodec:
         return np.round(values.clip(0, 1) * 255).astype(np.uint8)
 
     def judge(self, thing, caption):
-        """Nothing is known of what a caption of any clip asks for."""
+        """Always empty: what a caption of an arbitrary clip asks for is unknown."""
         return {}
 
     def picture(self, thing):
-        """A strip of four of the frames."""
+        """A strip of four frames."""
         chosen = np.linspace(0, self.frames - 1, 4).round().astype(int)
         pad = [(0, 0), (0, 1), (0, 0)]
         return np.concatenate([np.pad(thing[k], pad, constant_values=200) for k in chosen], axis=1)
 
     def write(self, thing, path):
-        """An endless `.gif`, or the frames as `.npy`."""
+        """Write a looping `.gif`, or the frames as `.npy`."""
         path = str(path)
         if path.endswith(".npy"):
             return np.save(path, thing)
@@ -194,7 +195,7 @@ class VideoCodec:
 
 
 class ClipCodec(VideoCodec):
-    """Clips of `film`, square, whose captions a program can check."""
+    """Square clips as made by `film`, whose captions a program can check."""
 
     kind = "clips"
 
@@ -206,7 +207,7 @@ class ClipCodec(VideoCodec):
         return {"frames": self.frames, "side": self.side, "fps": self.fps}
 
     def judge(self, thing, caption):
-        """Colour and shape by the best template in the middle frame, way and speed by tracking; `all` of them."""
+        """Colour and shape by the best template in the middle frame, way and speed by tracking; `all`: all of them."""
         wanted = everything()[caption]
         path = track(thing)
         middle = self.frames // 2
@@ -216,10 +217,10 @@ class ClipCodec(VideoCodec):
 
 
 class MovingPictureCodec(VideoCodec):
-    """Clips of `film_of`: one of some named pictures moves, as in `a red apple moves up and left slowly`.
+    """Clips as made by `film_of`: one of several named pictures moves, as in `a red apple moves up and left slowly`.
 
     Args:
-        pictures: name -> `(s, s, 3)` numbers from 0 to 255, as large as it appears: what the judge compares with.
+        pictures: name -> `(s, s, 3)` values from 0 to 255, at the size at which it appears; used by the judge.
     """
 
     kind = "moving_emoji"
@@ -229,18 +230,18 @@ class MovingPictureCodec(VideoCodec):
         self.pictures = {name: np.array(picture) for name, picture in (pictures or {}).items()}
         for name, picture in self.pictures.items():
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.min() < 0 or picture.max() > 255:
-                raise ValueError(f"the picture of {name} is no (s, s, 3) from 0 to 255")
+                raise ValueError(f"the picture of {name} is not an (s, s, 3) array of values from 0 to 255")
 
     def _settings(self):
         pictures = {name: picture.tolist() for name, picture in self.pictures.items()}
         return {"frames": self.frames, "side": self.height, "fps": self.fps, "pictures": pictures}
 
     def judge(self, thing, caption):
-        """What moves by the nearest of the known pictures in the middle frame, way and speed by tracking; `all` of them."""
+        """The moving thing by the nearest known picture in the middle frame, way and speed by tracking; `all`: all of them."""
         rest = caption.partition(" ")[2]
         known = {f"{name} {motion_words(*motion)}": (name, *motion) for name in self.pictures for motion in motions()}
         if rest not in known:
-            raise ValueError(f"no caption of this kind: {caption}")
+            raise ValueError(f"not a caption of this kind: {caption}")
         name, *wanted = known[rest]
         path, middle = track(thing), self.frames // 2
         way, speed = _motion(path)
@@ -248,7 +249,7 @@ class MovingPictureCodec(VideoCodec):
         return {**right, "motion": right["way"] and right["speed"], "all": all(right.values())}
 
     def _nearest(self, frame):
-        """The name of the picture that is found in a frame with the least error, wherever it stands."""
+        """The name of the picture that matches a frame with the smallest error at any position."""
 
         def error(picture):
             size = len(picture)
@@ -259,7 +260,7 @@ class MovingPictureCodec(VideoCodec):
 
 
 def _motion(path: np.ndarray) -> tuple[str | None, str | None]:
-    """Way and speed of a path of places."""
+    """Way and speed of a path of positions."""
     if not np.isfinite(path).all():
         return None, None
     steps = np.diff(path, axis=0)

@@ -1,6 +1,6 @@
 """Compositions of materials on the map of the periodic table: how many atoms of each element a formula unit has, as bits.
 
-Numpy alone. Judging needs smact (extra `materials`).
+Needs only numpy. Judging needs smact (extra `materials`).
 """
 
 import re
@@ -8,7 +8,7 @@ from importlib import import_module
 
 import numpy as np
 
-# Periods of the long form, 32 columns; `.` is a place without an element.
+# Periods of the long form, 32 columns; `.` is a cell without an element.
 TABLE = [
     "H" + " ." * 30 + " He",
     "Li Be" + " ." * 24 + " B C N O F Ne",
@@ -20,7 +20,7 @@ TABLE = [
 ]
 PLACES = {s: (r, c) for r, row in enumerate(TABLE) for c, s in enumerate(row.split()) if s != "."}
 ELEMENTS = {place: symbol for symbol, place in PLACES.items()}
-# What a compound is called by, the first of its elements in this order.
+# A compound is named after the first of its elements in this order.
 ANIONS = {
     "F": "fluoride", "O": "oxide", "Cl": "chloride", "N": "nitride", "Br": "bromide", "I": "iodide", "S": "sulfide",
     "Se": "selenide", "Te": "telluride", "P": "phosphide", "As": "arsenide", "Sb": "antimonide", "C": "carbide",
@@ -29,7 +29,7 @@ SIZES = {1: "unary", 2: "binary", 3: "ternary", 4: "quaternary", 5: "quinary"}
 
 
 def group_of(symbol: str) -> str | None:
-    """The group of metals that an element belongs to; None of others."""
+    """The group of metals that an element belongs to, or None."""
     row, column = PLACES[symbol]
     if column == 0 and row > 0:
         return "alkali metal"
@@ -44,7 +44,7 @@ def parse(formula: str) -> dict[str, int]:
     """Symbols and numbers of a formula without brackets.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a formula.
     """
     found: dict[str, int] = {}
     if not formula or re.sub(r"[A-Z][a-z]?\d*", "", formula):
@@ -57,7 +57,7 @@ def parse(formula: str) -> dict[str, int]:
 
 
 class CompositionCodec:
-    """A composition is a dict: symbol -> how many atoms of it."""
+    """A composition is a dict: symbol -> number of atoms."""
 
     kind, version, stored = "compositions", 1, "uint8"
     endings = (".txt", ".png")
@@ -71,10 +71,10 @@ class CompositionCodec:
         }  # fmt: skip
 
     def encode(self, thing):
-        """Numbers of atoms to bits at the elements' places.
+        """Numbers of atoms to bits in the elements' cells.
 
         Raises:
-            ValueError: nothing, an unknown element, or a number without a place.
+            ValueError: no atoms, an unknown element, or a number outside 1 to 31.
         """
         if not thing:
             raise ValueError("no atoms")
@@ -94,18 +94,18 @@ class CompositionCodec:
         return {symbol: int(numbers[place]) for symbol, place in PLACES.items() if numbers[place]}
 
     def formula(self, thing):
-        """Such as `BaTiO3`: metals from left to right, then the rest."""
+        """A formula such as `BaTiO3`: metals from left to right, then the rest."""
         order = sorted(thing, key=lambda symbol: (symbol in ANIONS, PLACES[symbol][1], PLACES[symbol][0]))
         return "".join(f"{symbol}{thing[symbol] if thing[symbol] > 1 else ''}" for symbol in order)
 
     def caption(self, thing):
-        """Such as `ternary oxide, alkaline earth, transition metal`."""
+        """A caption such as `ternary oxide, alkaline earth, transition metal`."""
         kind = next((name for symbol, name in ANIONS.items() if symbol in thing), "intermetallic")
         groups = dict.fromkeys(filter(None, map(group_of, sorted(thing, key=lambda s: PLACES[s][1]))))
         return ", ".join([f"{SIZES.get(len(thing), 'larger')} {kind}", *groups])
 
     def judge(self, thing, caption):
-        """`all`: its own caption is this one; `valid`: by smact, charges can be neutral and go with electronegativities."""
+        """`all`: its own caption equals this one; `valid`: smact finds neutral charges that agree with electronegativities."""
         try:
             smact_validity = import_module("smact.screening").smact_validity
         except ModuleNotFoundError as error:
@@ -114,14 +114,14 @@ class CompositionCodec:
         return {"valid": valid, "all": bool(thing) and self.caption(thing) == caption}
 
     def picture(self, thing):
-        """The periodic table, places of elements grey, those of the composition the darker the more atoms."""
+        """The periodic table with elements in grey; those of the composition are darker the more atoms they have."""
         image = np.full((8, 32), 255, np.uint8)
         for symbol, place in PLACES.items():
             image[place] = 225 if symbol not in thing else 150 - 4 * min(thing[symbol], 31)
         return np.repeat(np.kron(image, np.ones((4, 4), np.uint8))[..., None], 3, -1)
 
     def write(self, thing, path):
-        """`.txt`, its formula; `.png`, its place in the table."""
+        """`.txt`, its formula; `.png`, its picture."""
         if str(path).endswith(".png"):
             from PIL import Image
 

@@ -1,11 +1,11 @@
-"""Molecules as a square of atoms, each of which says what it is and how it is bound to atoms before it.
+"""Molecules as a square of atoms; each atom says what it is and how it is bonded to the atoms before it.
 
-Atoms stand in the order of canonical SMILES, row by row. What an atom says: its element, its charge, and for each of the atoms
-before it, the nearest first, whether it is bound to it by a single, double or triple bond. Hydrogens are what the valences
-leave. An array repeats each atom over 8 x 8 pixels, as stock pipelines draw sides that are multiples of 8; a model, by
-`vae.repeat: 8`, works on one number of each square.
+Atoms are in the order of canonical SMILES, row by row. An atom's values are its element, its charge, and for each atom before
+it, nearest first, whether a single, double or triple bond joins them. Hydrogens follow from the remaining valences. An array
+repeats each atom over 8 x 8 pixels, since stock pipelines draw sides that are multiples of 8; with `vae.repeat: 8`, a model
+works on one value per square.
 
-Decoding needs numpy alone, and gives atoms and bonds. SMILES, SDF and pictures need RDKit (extra `molecules`).
+Decoding needs only numpy and gives atoms and bonds. SMILES, SDF and pictures need RDKit (extra `molecules`).
 """
 
 import re
@@ -16,7 +16,7 @@ ELEMENTS = ("C", "N", "O", "F")
 NAMES = {"N": "nitrogen", "O": "oxygen", "F": "fluorine", "S": "sulfur", "Cl": "chlorine", "Br": "bromine"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDERS = ("single", "double", "triple")
-# SMARTS of the groups that captions name.
+# SMARTS patterns of the groups that captions name.
 GROUPS = {
     "alcohol": "[OX2H][CX4]",
     "amine": "[NX3;!$(NC=[O,N]);!$(N[#6]#*);!$(N=*)][CX4]",
@@ -30,8 +30,8 @@ class MoleculeCodec:
     """A molecule is a dict: `elements`, a list of symbols; `charges`, a list; `bonds`, a list of (i, j, order).
 
     Args:
-        atoms: at most so many.
-        elements: their symbols, carbon first.
+        atoms: maximum number of atoms.
+        elements: symbols of the elements, carbon first.
     """
 
     kind = "molecules"
@@ -42,11 +42,13 @@ class MoleculeCodec:
 
     def __init__(self, atoms: int = 9, elements=ELEMENTS):
         self.atoms, self.elements = int(atoms), tuple(elements)
-        if not 2 <= self.atoms <= 1024 or not self.elements:
-            raise ValueError(f"{atoms} atoms; a codec holds 2 to 1024")
-        self.facts = len(self.elements) + 1  # of an atom: its element and its charge
+        if not 2 <= self.atoms <= 1024:
+            raise ValueError(f"{atoms} atoms; the codec can hold 2 to 1024")
+        if not self.elements:
+            raise ValueError("`elements` is empty; name at least one, carbon first")
+        self.facts = len(self.elements) + 1  # per atom: its element and its charge
         self.side = int(np.ceil(self.atoms**0.5))  # atoms in a row
-        self.num_values = self.facts + len(ORDERS) * (self.atoms - 1)  # of an atom
+        self.num_values = self.facts + len(ORDERS) * (self.atoms - 1)  # per atom
         self.shape = (self.repeat * self.side, self.repeat * self.side, self.num_values)
 
     def describe(self):
@@ -61,10 +63,10 @@ class MoleculeCodec:
         }  # fmt: skip
 
     def encode(self, thing):
-        """Atoms and bonds to what each atom says.
+        """Atoms and bonds to the values of each atom.
 
         Raises:
-            ValueError: it has no place here.
+            ValueError: the molecule does not fit into this codec.
         """
         elements, charges, n = thing["elements"], thing["charges"], self.atoms
         if not 1 <= len(elements) <= n:
@@ -86,17 +88,17 @@ class MoleculeCodec:
         return rows.repeat(self.repeat, axis=0).repeat(self.repeat, axis=1)
 
     def _number(self, distance: int, order: int) -> int:
-        """The number of the value that says that an atom is bound to the one `distance` before it."""
+        """The index of the value for a bond of `order` to the atom `distance` places before."""
         return self.facts + len(ORDERS) * (distance - 1) + order - 1
 
     def decode(self, array):
-        """What each atom says to atoms and bonds: what is nearer to there than to not there. Nothing is corrected.
+        """Values of each atom to atoms and bonds, thresholded at 0.5. Nothing is corrected.
 
         Raises:
             ValueError: an array of another shape.
         """
         if np.shape(array) != self.shape:
-            raise ValueError(f"an array of {np.shape(array)}; molecules of {self.atoms} atoms have {self.shape}")
+            raise ValueError(f"an array of shape {np.shape(array)}; molecules of {self.atoms} atoms have {self.shape}")
         places = np.asarray(array, np.float64)[:: self.repeat, :: self.repeat].reshape(-1, self.num_values)[: self.atoms]
         atoms, bonds = places[:, : self.facts], places[:, self.facts :].reshape(self.atoms, -1, len(ORDERS))
         there = [i for i in range(self.atoms) if atoms[i, :-1].max() > 0.5]
@@ -113,7 +115,7 @@ class MoleculeCodec:
         }
 
     def to_rdkit(self, thing):
-        """The molecule as RDKit has it, sanitised; None where RDKit says that there is no such molecule."""
+        """The molecule as a sanitised RDKit molecule; None if RDKit rejects it."""
         chem = _rdkit()
         writable = chem.RWMol()
         for element, charge in zip(thing["elements"], thing["charges"]):
@@ -129,10 +131,10 @@ class MoleculeCodec:
         return molecule
 
     def read(self, smiles):
-        """A molecule from SMILES, hydrogens left out, atoms in canonical order.
+        """Read a molecule from SMILES, without hydrogens, with atoms in canonical order.
 
         Raises:
-            ValueError: it is none, or holds what this codec has no place for.
+            ValueError: it is not a valid molecule, or it does not fit into this codec.
         """
         chem = _rdkit()
         parsed = chem.MolFromSmiles(smiles)
@@ -153,12 +155,12 @@ class MoleculeCodec:
         return thing
 
     def smiles(self, thing):
-        """Canonical SMILES, or None where it is no molecule; `.` stands between its pieces."""
+        """Canonical SMILES, with `.` between separate pieces; None if the molecule is invalid."""
         molecule = self.to_rdkit(thing)
         return None if molecule is None else _rdkit().MolToSmiles(molecule)
 
     def caption(self, thing):
-        """What RDKit reads off a molecule, such as `nine atoms, two nitrogen, one oxygen, one ring, aromatic, amine`."""
+        """What RDKit finds in a molecule, such as `nine atoms, two nitrogen, one oxygen, one ring, aromatic, amine`."""
         molecule = self.to_rdkit(thing)
         if molecule is None:
             raise ValueError("no molecule")
@@ -174,7 +176,7 @@ class MoleculeCodec:
         return ", ".join(words)
 
     def judge(self, thing, caption):
-        """Whether it is a molecule in one piece, without any correction, and whether its own caption is this one."""
+        """Whether it is a valid molecule in one piece, uncorrected, and whether its own caption equals this one."""
         smiles = self.smiles(thing)
         valid = smiles is not None
         whole = valid and "." not in smiles
@@ -190,7 +192,7 @@ class MoleculeCodec:
         }
 
     def picture(self, thing):
-        """Its structure as RDKit draws it; white where there is no such molecule."""
+        """Its structure as drawn by RDKit; white if the molecule is invalid."""
         from io import BytesIO
 
         from PIL import Image
@@ -212,7 +214,7 @@ class MoleculeCodec:
 
             return Image.fromarray(self.picture(thing)).save(path)
         if molecule is None:
-            raise ValueError("what was drawn is no molecule, by RDKit's rules; draw again with another seed")
+            raise ValueError("what was drawn is not a valid molecule by RDKit's rules; draw again with another seed")
         if path.endswith(".smi"):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(chem.MolToSmiles(molecule) + "\n")

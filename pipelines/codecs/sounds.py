@@ -1,6 +1,6 @@
-"""Sounds as spectrograms, blocks of whose cells lie in the channels; the wave comes back by Griffin-Lim.
+"""Sounds as spectrograms, with blocks of cells in the channels; the waveform is recovered by Griffin-Lim.
 
-Decoding needs numpy alone, and so does `.wav`. Judging spoken words needs pocketsphinx, notes need librosa (extra `audio`).
+Decoding and writing `.wav` need only numpy. Judging spoken words needs pocketsphinx, notes need librosa (extra `audio`).
 """
 
 import re
@@ -15,20 +15,21 @@ NOTES = ("C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A
 
 
 class SoundCodec:
-    """A sound is `(N,)` float32 samples in [-1, 1], `rate` of them a second; longer ones are cut, shorter ones end in silence.
+    """A sound is `(N,)` float32 samples in [-1, 1], `rate` per second; longer ones are cut, shorter ones end in silence.
 
     Args:
-        rate: samples a second.
-        bands, steps: of pitch and of time of the spectrogram; a step is `hop` samples long.
-        window: samples that one step looks at.
-        block: how many bands and steps become the channels of one position of the array.
-        lowest: None: bands even in mel. A frequency in Hz: even in octaves from there, which tells notes apart.
-        references: what the judge compares with, from true sounds: a kind of word -> word -> numbers.
+        rate: samples per second.
+        bands, steps: pitch bands and time steps of the spectrogram; a step is `hop` samples long.
+        window: samples in the window of one step.
+        block: how many bands and steps become the channels of one array position.
+        lowest: None for bands evenly spaced in mel; a frequency in Hz for even spacing in octaves from there, which
+            separates notes.
+        references: what the judge compares with, from real sounds: a kind of word -> word -> numbers.
     """
 
     kind, version, stored = "sounds", 1, "uint8"
     endings = (".wav", ".npy")
-    quiet, loud = -0.5, 2.0  # the ends of the scale, log10 of a band's amplitude
+    quiet, loud = -0.5, 2.0  # ends of the scale, as log10 of a band's amplitude
 
     def __init__(self, rate=16000, bands=64, steps=64, hop=256, window=1024, block=(2, 2), lowest=None, references=None):
         self.rate = int(rate)
@@ -40,7 +41,7 @@ class SoundCodec:
         self.lowest = lowest
         self.references = references or {}
         if min(self.rate, self.bands, self.steps, self.hop, self.window, *self.block) < 1 or self.window < self.hop:
-            raise ValueError("sizes must be 1 or more, and the window no shorter than a step")
+            raise ValueError("sizes must be 1 or more, and the window must not be shorter than a step")
         if len(self.block) != 2 or self.bands % self.block[0] or self.steps % self.block[1]:
             raise ValueError(f"blocks of {self.block} do not divide {self.bands} bands and {self.steps} steps")
         self.shape = (self.bands // self.block[0], self.steps // self.block[1], self.block[0] * self.block[1])
@@ -60,7 +61,7 @@ class SoundCodec:
         """Samples to the blocks of a spectrogram.
 
         Raises:
-            ValueError: not one channel of finite numbers, or nothing but silence.
+            ValueError: not one channel of finite numbers, or only silence.
         """
         sound = np.asarray(thing)
         if sound.ndim != 1 or sound.dtype.kind != "f" or not np.isfinite(sound).all():
@@ -80,8 +81,8 @@ class SoundCodec:
         return cells.reshape(self.bands, self.steps).clip(0, 1)
 
     def decode(self, array, rounds: int = 32):
-        """Blocks to samples: amplitudes between the bands' middles, phases by Griffin and Lim (1984) with the momentum of
-        Perraudin et al. (2013); the same each time.
+        """Blocks to samples: amplitudes interpolated between band centres, phases by Griffin and Lim (1984) with the momentum
+        of Perraudin et al. (2013). Deterministic.
         """
         levels = self.levels(array)
         bands = np.where(levels > 0, 10 ** (self.quiet + levels * (self.loud - self.quiet)), 0)
@@ -95,22 +96,22 @@ class SoundCodec:
         return self._wave(amplitudes * phases).clip(-1, 1).astype(np.float32)
 
     def is_silent(self, thing):
-        """Whether nothing of a sound is above the quiet end of the scale."""
+        """Whether no part of a sound is above the quiet end of the scale."""
         thing = np.asarray(thing, np.float32)
         return not len(thing) or np.abs(thing).max() < 1e-4 or not self.encode(thing).any()
 
     def judge(self, thing, caption):
-        """Nothing is known of what a caption of any sound asks for."""
+        """Always empty: what a caption of an arbitrary sound asks for is unknown."""
         return {}
 
     def picture(self, thing):
-        """The spectrogram, low pitches at the bottom; twice as large as it is."""
+        """The spectrogram at twice its size, low pitches at the bottom."""
         if self.is_silent(thing):
             return self._coloured(np.zeros((self.bands, self.steps)))
         return self._coloured(self.levels(self.encode(np.asarray(thing, np.float32))))
 
     def glance(self, array):
-        """The picture of an array, without its sound."""
+        """The picture of an array, without computing the sound."""
         return self._coloured(self.levels(array))
 
     def _coloured(self, levels):
@@ -131,8 +132,8 @@ class SoundCodec:
             file.writeframes(np.round(samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
     def features(self, thing, pitch=None):
-        """What the judge's classifier looks at while something is heard: the mean level of each band; of a note, `pitch` in
-        MIDI numbers, its first eight harmonics and its loudness in each quarter of the time.
+        """The inputs of the judge's classifier over the audible part: the mean level of each band; for a note of MIDI number
+        `pitch`, the levels of its first eight harmonics in each quarter of the time, and the audible share.
         """
         levels = self.levels(self.encode(np.asarray(thing, np.float32)))
         loudness = levels.mean(0)
@@ -150,20 +151,20 @@ class SoundCodec:
         return np.concatenate([*quarters, [len(heard) / len(loudness)]])
 
     def seconds(self, thing):
-        """How long something is heard."""
+        """Duration of the audible part in seconds."""
         loudness = self.levels(self.encode(np.asarray(thing, np.float32))).mean(0)
         heard = np.flatnonzero(loudness > 0.1 * loudness.max())
         return (heard[-1] - heard[0] + 1) * self.hop / self.rate
 
     def classify(self, kind, features):
-        """Of the references of a kind the word that a linear classifier chooses."""
+        """The word that a linear classifier chooses among the references of a kind."""
         known = self.references[kind]
         scores = np.append(features, 1) @ np.array(known["weights"])
         return known["words"][int(scores.argmax())]
 
     @cached_property
     def _bands(self):
-        """Triangles around points even in mel or in octaves, `(bands, window / 2 + 1)`; none is narrower than a bin."""
+        """Triangular filters evenly spaced in mel or octaves, `(bands, window / 2 + 1)`; none is narrower than a bin."""
         top, bins = self.rate / 2, np.linspace(0, self.rate / 2, self.window // 2 + 1)
         if self.lowest is None:
             mel = np.linspace(2595 * np.log10(1 + 60 / 700), 2595 * np.log10(1 + top / 700), self.bands + 2)
@@ -177,7 +178,7 @@ class SoundCodec:
 
     @cached_property
     def _inverse(self):
-        """Amplitudes between the bands' middles, `(window / 2 + 1, bands)`: a pseudo-inverse would multiply small errors."""
+        """Interpolates between band centres, `(window / 2 + 1, bands)`: a pseudo-inverse would amplify small errors."""
         return (self._bands / np.maximum(self._bands.sum(0), 1e-9) / self._bands.sum(1, keepdims=True)).T
 
     @cached_property
@@ -188,13 +189,13 @@ class SoundCodec:
         return self.hop * np.arange(self.steps)[:, None] + np.arange(self.window)
 
     def _spectrum(self, samples):
-        """Short-time Fourier transform, `(window / 2 + 1, steps)`; each step in the middle of its window."""
+        """Short-time Fourier transform, `(window / 2 + 1, steps)`, each step centred in its window."""
         half = (self.window - self.hop) // 2
         padded = np.pad(samples, (half, self.window - half))
         return np.fft.rfft(padded[self._starts()] * self._taper, axis=-1).T
 
     def _wave(self, spectrum):
-        """The samples whose transform is nearest to a spectrum."""
+        """The samples whose transform is closest to a spectrum."""
         pieces = np.fft.irfft(spectrum.T, n=self.window, axis=-1) * self._taper
         total, weight = np.zeros(self.length + self.window), np.zeros(self.length + self.window)
         np.add.at(total, self._starts(), pieces)
@@ -209,7 +210,7 @@ class SpeechCodec(SoundCodec):
     kind = "speech"
 
     def judge(self, thing, caption):
-        """The word by pocketsphinx with a grammar of the ten, the voice by timbre, the pace by the word's length; `all`."""
+        """The word by pocketsphinx with a grammar of ten, the voice by timbre, the pace by the word's length; `all` three."""
         voice, word, pace = _asked(r"an? \w+ (man|woman) says (\w+) ?(\w*)", caption)
         if self.is_silent(thing):
             return dict.fromkeys(("word", "voice", "pace", "all"), False)
@@ -227,7 +228,7 @@ class NoteCodec(SoundCodec):
     kind = "notes"
 
     def judge(self, thing, caption):
-        """The pitch by librosa's pYIN, half a semitone around it; the instrument by its timbre and course; `all`."""
+        """The pitch by librosa's pYIN, within half a semitone; the instrument by its timbre over time; `all`: both."""
         instrument, name, octave = _asked(r"an? (\w+) plays (.+) (\d)", caption)
         if self.is_silent(thing):
             return dict.fromkeys(("pitch", "instrument", "all"), False)
@@ -241,12 +242,12 @@ class NoteCodec(SoundCodec):
 
 
 class MelodyCodec(NoteCodec):
-    """Three notes or a chord, as in `a piano plays C, E, G` or `a flute plays the chord D minor`, in the octave from C 4."""
+    """Three notes or a chord in the octave from C 4, as in `a piano plays C, E, G` or `a flute plays the chord D minor`."""
 
     kind = "melodies"
 
     def judge(self, thing, caption):
-        """The notes one after another by pYIN, the chord by its spectrum; the instrument by its timbre and course; `all`."""
+        """Notes one after another by pYIN, a chord by its spectrum; the instrument by its timbre over time; `all`: both."""
         instrument, is_chord, pitches = self._wanted(caption)
         if self.is_silent(thing):
             return dict.fromkeys(("pitch", "instrument", "all"), False)
@@ -256,33 +257,33 @@ class MelodyCodec(NoteCodec):
         return {**right, "all": all(right.values())}
 
     def timbre(self, thing, caption):
-        """What `judge` tells instruments by: of a chord all of it, of a melody its first note."""
+        """The features by which `judge` tells instruments apart: those of a whole chord, or of the first note of a melody."""
         _, is_chord, pitches = self._wanted(caption)
         part = thing if is_chord else thing[: self._begin(thing) + int(NOTE_SECONDS * self.rate)]
         return self.features(part, pitches[0])
 
     @staticmethod
     def _wanted(caption):
-        """Instrument, whether it is a chord, and MIDI numbers."""
+        """The instrument, whether it is a chord, and the MIDI numbers."""
         instrument, asked = _asked(r"an? (\w+) plays (.+)", caption)
         if asked.startswith("the chord "):
             return instrument, True, chord_of(asked.removeprefix("the chord "))
         return instrument, False, [60 + NOTES.index(name) for name in asked.split(", ")]
 
     def _begin(self, thing):
-        """The sample at which something is heard."""
+        """The first audible sample."""
         loudness = self.levels(self.encode(np.asarray(thing, np.float32))).mean(0)
         return int(np.flatnonzero(loudness > 0.15 * loudness.max())[0]) * self.hop
 
     def _melody(self, thing):
-        """Three MIDI numbers; of a note that has no pitch None."""
+        """Three MIDI numbers; None for a note without pitch."""
         begin, third = self._begin(thing), int(NOTE_SECONDS * self.rate)
         parts = [thing[begin + k * third + third // 6 : begin + (k + 1) * third] for k in range(3)]
         found = [_pitch(part, self.rate) if len(part) > third // 2 else None for part in parts]
         return [None if pitch is None else round(pitch) for pitch in found]
 
     def _chord(self, thing):
-        """The MIDI numbers of the triad whose harmonics are nearest to the spectrum."""
+        """The MIDI numbers of the triad whose harmonics match the spectrum best."""
         bands = 10 ** (self.quiet + self.levels(self.encode(np.asarray(thing, np.float32))) * (self.loud - self.quiet))
         heard = np.sqrt(bands.mean(1))
         heard = (heard - heard.mean()) / heard.std()
@@ -300,7 +301,7 @@ class MelodyCodec(NoteCodec):
 
 
 class RecordingCodec(SoundCodec):
-    """A recorded number below a hundred, as in `a recorded woman says forty seven`."""
+    """A recording of a number below a hundred, as in `a recorded woman says forty seven`."""
 
     kind = "recordings"
 
@@ -327,9 +328,9 @@ def chord_of(name):
 
 
 class SpokenPictureCodec(SoundCodec):
-    """A picture and the words that are said of it at once: `{"picture": (side, side, 3) uint8, "sound": (N,) float32}`.
+    """A picture together with spoken words about it: `{"picture": (side, side, 3) uint8, "sound": (N,) float32}`.
 
-    The picture's channels come first, then those of the sound.
+    The channels of the picture come first, then those of the sound.
     """
 
     kind = "spoken_pictures"
@@ -353,7 +354,7 @@ class SpokenPictureCodec(SoundCodec):
         return {"picture": picture, "sound": self._sound.decode(array[..., 3:], rounds)}
 
     def judge(self, thing, caption):
-        """What is seen by templates, what is said by pocketsphinx; `all`: both are what the caption asks for."""
+        """Judge the picture by templates and the words by pocketsphinx; `all`: both are what the caption asks for."""
         from sfumato.pipelines.codecs.clips import COLOURS, SHAPES, look, track
 
         wanted = _asked(r"an? (\w+) (\w+)", caption)
@@ -365,11 +366,11 @@ class SpokenPictureCodec(SoundCodec):
         return {"picture": seen, "sound": said, "all": seen and said}
 
     def picture(self, thing):
-        """The picture and the spectrogram of what is said."""
+        """The picture and the spectrogram of the sound, side by side."""
         return self._beside(thing["picture"], self._sound.picture(thing["sound"]))
 
     def glance(self, array):
-        """The same, without the sound."""
+        """The same for an array, without computing the sound."""
         array = np.asarray(array, np.float32).reshape(self.shape)
         return self._beside(np.round(array[..., :3].clip(0, 1) * 255).astype(np.uint8), self._sound.glance(array[..., 3:]))
 
@@ -378,7 +379,7 @@ class SpokenPictureCodec(SoundCodec):
         return np.concatenate([np.kron(picture, np.ones((4, 4, 1), np.uint8)), spectrogram], 1)
 
     def write(self, thing, path):
-        """`.wav`, what is said; `.png`, what is seen."""
+        """`.wav`, the sound; `.png`, the picture."""
         if str(path).endswith(".png"):
             from PIL import Image
 
@@ -391,19 +392,19 @@ class SpokenPictureCodec(SoundCodec):
         return SoundCodec(**{name: getattr(self, name) for name in names})
 
 
-RADIUS = 0.3  # of what is drawn, in sides of the picture
+RADIUS = 0.3  # of the drawn shape, as a fraction of the picture's side
 
 
 def _asked(pattern, caption):
-    """The words of a caption that a judge looks at."""
+    """The words of a caption that a judge checks."""
     found = re.fullmatch(pattern, caption)
     if found is None:
-        raise ValueError(f"no caption of this kind: {caption}")
+        raise ValueError(f"not a caption of this kind: {caption}")
     return found.groups()
 
 
 def _hear(samples, rate, words=WORDS):
-    """The one of some words that pocketsphinx hears; levelled, with a little noise, without which it hears less."""
+    """The one of `words` that pocketsphinx recognises; the sound is normalised and gets a little noise, which helps it."""
     try:
         import pocketsphinx
     except ModuleNotFoundError as error:
@@ -425,11 +426,11 @@ def _hear(samples, rate, words=WORDS):
     return found.hypstr if found else None
 
 
-_decoders: dict = {}  # words -> what hears them, made once: it takes half a second
+_decoders: dict = {}  # words -> their decoder, built once, since that takes half a second
 
 
 def _pitch(samples, rate):
-    """The median pitch in MIDI numbers; None where there is none."""
+    """The median pitch as a MIDI number; None if there is no pitch."""
     try:
         import librosa
     except ModuleNotFoundError as error:

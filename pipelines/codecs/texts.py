@@ -1,6 +1,6 @@
-"""Short texts as analog bits (arXiv 2208.04202): a column for each character, its eight bits from the top.
+"""Short texts as analog bits (arXiv 2208.04202): one column per character, its eight bits from top to bottom.
 
-Numpy alone. Characters are those of Latin-1.
+Needs only numpy. Characters are those of Latin-1.
 """
 
 import re
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class TextCodec:
-    """A text is a str of at most `length` characters of Latin-1; what is left of the array is zeros."""
+    """A text is a str of at most `length` Latin-1 characters; the rest of the array is zeros."""
 
     kind, version, stored = "texts", 1, "uint8"
     endings = (".txt",)
@@ -17,7 +17,7 @@ class TextCodec:
     def __init__(self, length: int = 16):
         self.length = int(length)
         if not 1 <= self.length <= 4096:
-            raise ValueError(f"{length} characters; 1 to 4096 are possible")
+            raise ValueError(f"length={length}; texts may have 1 to 4096 characters")
         self.shape = (8, self.length, 1)
 
     def describe(self):
@@ -31,7 +31,7 @@ class TextCodec:
         """Characters to bits.
 
         Raises:
-            ValueError: no text, an empty one, a longer one, or characters without a place.
+            ValueError: not a text, an empty or too long one, or characters outside Latin-1.
         """
         if not isinstance(thing, str) or not thing or "\0" in thing:
             raise ValueError("no text")
@@ -40,17 +40,17 @@ class TextCodec:
         try:
             codes = thing.encode("latin-1")
         except UnicodeEncodeError as error:
-            raise ValueError(f"a character that Latin-1 has not: {thing[error.start]!r}") from error
+            raise ValueError(f"a character that is not in Latin-1: {thing[error.start]!r}") from error
         whole = np.frombuffer(codes.ljust(self.length, b"\0"), np.uint8)
         return np.unpackbits(whole[None], axis=0).reshape(self.shape).astype(np.float32)
 
     def decode(self, array):
-        """Bits to characters, up to the first that is nothing."""
+        """Bits to characters, up to the first empty column."""
         bits = np.asarray(array, np.float32).reshape(8, self.length) > 0.5
         return np.packbits(bits, axis=0).tobytes().split(b"\0")[0].decode("latin-1")
 
     def judge(self, thing, caption):
-        """Nothing is known of what a caption of any text asks for."""
+        """Always empty: what a caption of an arbitrary text asks for is unknown."""
         return {}
 
     def picture(self, thing):
@@ -76,7 +76,7 @@ KINDS = {"woman's name": "first_names_female", "man's name": "first_names_male",
 
 
 def known_names(country: str, kind: str) -> tuple[str, ...]:
-    """The names of a kind that Faker knows, those that `TextCodec` can hold; see `COUNTRIES` and `KINDS`."""
+    """The names of a kind that Faker knows and `TextCodec` can hold; see `COUNTRIES` and `KINDS`."""
     try:
         from importlib import import_module
 
@@ -96,14 +96,14 @@ class NameCodec(TextCodec):
         """`exact`: a name of that country and kind; `near`: one letter from one; `all`: exact."""
         country = next((each for each in COUNTRIES if caption.startswith(each + " ")), None)
         if country is None or caption[len(country) + 1 :] not in KINDS:
-            raise ValueError(f"no caption of this kind: {caption}")
+            raise ValueError(f"not a caption of this kind: {caption}")
         names = known_names(country, caption[len(country) + 1 :])
         exact = thing in names
         return {"exact": exact, "near": exact or any(_one_apart(thing, name) for name in names), "all": exact}
 
 
 def _one_apart(a: str, b: str) -> bool:
-    """Whether one letter changed, put in or left out makes one text of the other."""
+    """Whether the texts differ by at most one changed, added or removed letter."""
     if abs(len(a) - len(b)) > 1 or a == b:
         return a == b
     same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,6 +1,6 @@
-"""Solids on a grid of voxels, height as channels: two parts, one on the other, in words that a program can check.
+"""Solids on a voxel grid, with height as channels: one part on top of another, described in words that a program can check.
 
-Decoding needs numpy alone; meshes (`.glb`, `.stl`) need scikit-image and trimesh, which come with the extra `volumes`.
+Decoding needs only numpy; meshes (`.glb`, `.stl`) need scikit-image and trimesh, which come with the extra `volumes`.
 """
 
 import itertools
@@ -9,15 +9,15 @@ from functools import lru_cache
 import numpy as np
 
 TOPS = ("cone", "ball", "cube", "cylinder", "pyramid")
-TOP_SIZES = {"thin": 0.19, "thick": 0.31}  # half the width, as a share of the grid's side
+TOP_SIZES = {"thin": 0.19, "thick": 0.31}  # half the width, as a fraction of the grid's side
 BASES = ("box", "cylinder", "slab")
-HEIGHTS = {"low": 0.16, "tall": 0.34}  # of the base, as a share of the side
-WIDTHS = {"narrow": 0.29, "wide": 0.45}  # half of the base's
+HEIGHTS = {"low": 0.16, "tall": 0.34}  # of the base, as a fraction of the side
+WIDTHS = {"narrow": 0.29, "wide": 0.45}  # half the width of the base
 NAMES = ("top size", "top", "height", "width", "base")
 
 
 def caption_of(words: tuple[str, ...]) -> str:
-    """Such as `thin cone on a low wide box`."""
+    """A caption such as `thin cone on a low wide box`."""
     size, top, height, width, base = words
     return f"{size} {top} on a {height} {width} {base}"
 
@@ -26,11 +26,11 @@ def words_of(caption: str) -> tuple[str, ...]:
     """The five words of a caption.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a caption of a solid.
     """
     words = tuple(word for word in caption.split() if word not in ("on", "a"))
     if words not in everything():
-        raise ValueError(f"{caption!r} is no caption of a solid; one is {caption_of(everything()[0])!r}")
+        raise ValueError(f"{caption!r} is not a caption of a solid; an example is {caption_of(everything()[0])!r}")
     return words
 
 
@@ -42,7 +42,7 @@ def everything() -> list[tuple[str, ...]]:
 
 @lru_cache(maxsize=512)
 def ideal_solid(words: tuple[str, ...], side: int) -> np.ndarray:
-    """How much of each voxel is filled, `(side, side, side)` in [0, 1], the last axis is height; 3 x 3 x 3 points each."""
+    """How much of each voxel is filled, `(side, side, side)` in [0, 1], height last; from 3 x 3 x 3 points per voxel."""
     size, top, height, width, base = words
     points = (np.arange(side * 3) + 0.5) / (side * 3)
     x, y, z = points[:, None, None] - 0.5, points[None, :, None] - 0.5, points[None, None, :] - 0.04
@@ -66,12 +66,12 @@ def ideal_solid(words: tuple[str, ...], side: int) -> np.ndarray:
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two grids of shares."""
+    """Intersection over union of two grids of fill fractions."""
     return float(np.minimum(one, other).sum() / max(np.maximum(one, other).sum(), 1e-9))
 
 
 class VolumeCodec:
-    """A solid is an array `(side, side, side)` of shares in [0, 1]: depth, width, height."""
+    """A solid is an array `(side, side, side)` of fill fractions in [0, 1]: depth, width, height."""
 
     kind, version, stored = "volumes", 1, "uint8"
     endings = (".glb", ".stl", ".npy")
@@ -99,7 +99,7 @@ class VolumeCodec:
         return np.asarray(array, np.float32).reshape(self.shape).clip(0, 1)
 
     def judge(self, thing, caption):
-        """The words of the ideal solid that it overlaps most with; `solid`: by 90% with the one that was asked for."""
+        """Compare the words of the ideal solid that it overlaps most; `solid`: it overlaps the requested one by 90%."""
         wanted = words_of(caption)
         thing = ((thing - 0.15) / 0.7).clip(0, 1)  # faint mist is not solid
         read = max(everything(), key=lambda words: overlap(thing, ideal_solid(words, self.side)))
@@ -107,7 +107,7 @@ class VolumeCodec:
         return {**right, "all": read == wanted, "solid": overlap(thing, ideal_solid(wanted, self.side)) >= 0.9}
 
     def picture(self, thing):
-        """Seen from the front and above: each column's first filled voxel, lit by how the surface lies."""
+        """A view from the front and above, shaded by the direction of the surface."""
         turned = np.kron(np.asarray(thing), np.ones((2, 2, 2), np.float32)) > 0.5  # depth, width, height
         n = turned.shape[0]
         depth, width, height = np.nonzero(turned)

@@ -1,6 +1,6 @@
-"""`sfumato app`: draw, redraw, ask why, compare, train and watch runs in a browser. Gradio is imported here alone.
+"""`sfumato app`: draw, redraw, ask why, compare, train and watch runs in a browser. Gradio is imported only here.
 
-It needs the extra `app`, reads files and calls the Python interface, and holds no state of its own but the model that is open.
+It needs the extra `app`, reads files and calls the Python interface; its only state is the open model.
 """
 
 import secrets
@@ -25,14 +25,14 @@ def launch(
     Args:
         model: what `sfumato sample --model` takes.
         runs: a folder of run folders.
-        host: an address of this machine; others than its own can connect only to one that is not 127.0.0.1.
-        port: where; 0 takes a free one.
-        password: of the user `sfumato`.
-        language: of `LANGUAGES`.
+        host: an address of this machine; other machines can connect only if it is not 127.0.0.1.
+        port: the port; 0 picks a free one.
+        password: the password of the user `sfumato`.
+        language: one of `LANGUAGES`.
 
     Raises:
         ValueError: other machines could connect and there is no password.
-        ModuleNotFoundError: without Gradio.
+        ModuleNotFoundError: Gradio is not installed.
     """
     if host not in ("127.0.0.1", "localhost") and not password:
         raise ValueError(f"--host {host}: other machines can connect; set --password")
@@ -47,5 +47,5 @@ def launch(
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
     socket = server.config.bind_socket()
     address = f"http://{host}:{socket.getsockname()[1]}/?token={token}"
-    print(f"open {address}    (Ctrl-C ends it; the token lets you stop and resume runs)", flush=True)
+    print(f"open {address}    (Ctrl-C stops it; the token lets you stop and resume runs)", flush=True)
     server.run(sockets=[socket])

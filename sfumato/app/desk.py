@@ -1,4 +1,4 @@
-"""What the app shows of a run's data, how it starts a new run, and its report; without Gradio."""
+"""How the app shows a run's data, starts a new run and writes a report; without Gradio."""
 
 import base64
 import hashlib
@@ -26,21 +26,21 @@ from sfumato.training.data.array_set import ArraySet
 from sfumato.training.data.prepare import prepared_folder
 from sfumato.training.publish.facts import public_settings
 
-PAGE = 24  # images of the data tab at once
-SCANNED = 20_000  # images among which doubles are looked for, and captions searched
-LEFT_BEHIND = {"app.log", "doctor.png", ".lock"}  # by a run that did not start, and by the doctor
+PAGE = 24  # images per page of the data tab
+SCANNED = 20_000  # images that are searched for duplicates and whose captions are searched
+LEFT_BEHIND = {"app.log", "doctor.png", ".lock"}  # files of a run that did not start, and of the doctor
 FOUND = 30  # settings that a search shows
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPage:
-    """Some records of a prepared set, and what is to be said of all of it.
+    """Some records of a prepared set, and facts about the whole set.
 
     Attributes:
-        images: `(picture, captions)`.
-        matching: how many records match the search; of a set of more than `SCANNED` those among the first so many.
+        images: `(image, captions)`.
+        matching: how many records match the search; in a larger set, only among the first `SCANNED`.
         facts: `(what, figure)` lines.
-        skipped: `(reason, names)` of what could not be used or was left out.
+        skipped: `(reason, names)` of the records that could not be used or were left out.
     """
 
     images: list[tuple[Image.Image, str]]
@@ -54,14 +54,14 @@ def read_data(folder: Path, name: str, search: str = "", split: str = "train", p
     """A page of the prepared set that a run trains on.
 
     Raises:
-        ValueError: no such run, or its set is not prepared, or it is read as a stream.
+        ValueError: no such run, its set is not prepared, or its data are read as a stream.
     """
     config = load_config(place_of(folder, name) / "config.yaml")
     if config.data.stream:
-        raise ValueError("the data of this run are read as a stream; nothing of them is kept")
+        raise ValueError("the data of this run are read as a stream and not stored")
     place = prepared_folder(config.data)
     if not (place / "report.json").is_file():
-        raise ValueError("the prepared set of this run is not there any more")
+        raise ValueError("the prepared set of this run no longer exists")
     images = ArraySet(place)
     chosen = every = images.select(split)
     words = search.lower().split()
@@ -89,11 +89,11 @@ def _facts(place: Path) -> tuple[tuple[str, str], ...]:
     hashes = [hashlib.sha256(images.image(int(i)).tobytes()).digest() for i in train[:SCANNED]]
     sizes = ", ".join(f"{width} x {height}" for height, width in images.buckets)
     return (
-        ("images that are trained on", f"{len(train):,}"),
+        ("training images", f"{len(train):,}"),
         ("held out", f"{len(images) - len(train):,}"),
         ("size", f"{sizes}, {images.channels} channels"),
-        ("words of a caption, fewest, median, most", " / ".join(f"{q:.0f}" for q in np.quantile(lengths or [0], (0, 0.5, 1)))),
-        (f"doubles among the first {len(hashes):,}", f"{len(hashes) - len(set(hashes)):,}"),
+        ("words per caption: fewest, median, most", " / ".join(f"{q:.0f}" for q in np.quantile(lengths or [0], (0, 0.5, 1)))),
+        ("duplicates", f"{len(hashes) - len(set(hashes)):,} / {len(hashes):,}"),
         *((what, f"{count:,}") for what, count in images.noted.items()),
     )
 
@@ -103,7 +103,7 @@ body { font: 16px/1.5 system-ui; max-width: 60rem; margin: 2rem auto; padding: 0
 img { max-width: 100% }
 td { padding: .2rem 1rem }
 """
-# The settings that the train tab asks for by name; all others by a line of their own.
+# The settings that have their own field in the train tab; all others are entered as lines.
 ASKED = (
     *("data.name", "data.resolution", "train.max_minutes", "train.max_steps", "train.batch_size"),
     *("optim.name", "optim.lr", "seed", "validation.every_steps", "checkpoint.every_steps"),
@@ -111,7 +111,7 @@ ASKED = (
 
 
 def find_settings(search: str) -> list[tuple[str, str, str]]:
-    """`(key, default, what the schema says of it)`: all words of the search are in that, or in what its section says."""
+    """`(key, default, description)` of settings whose key, description or section description hold all words of the search."""
     words = search.lower().split()
     every = [(setting, section.words) for section in sections() for setting in section.settings]
     found = [s for s, more in every if all(word in f"{s.key} {s.words} {more}".lower() for word in words)]
@@ -120,38 +120,38 @@ def find_settings(search: str) -> list[tuple[str, str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that is to start: a preset, `key=value` settings, and a folder of its own in the folder of runs."""
+    """A run to be started: a preset, `key=value` settings, and its own folder in the folder of runs."""
 
     preset: str
     overrides: list[str]
     output_dir: Path
 
     def config(self) -> Config:
-        """Raises ValueError where the settings cannot work."""
+        """The config; raises ValueError if the settings cannot work."""
         return load_config(self.preset, self.arguments[1:])
 
     @property
     def arguments(self) -> list[str]:
-        """Preset and settings, as every command takes them."""
+        """The preset and the settings, as every command takes them."""
         return [self.preset, *self.overrides, f"output_dir={self.output_dir}"]
 
     def yaml(self) -> str:
-        """The whole config."""
+        """The whole config as YAML."""
         return dump_config(self.config())
 
 
 def plan(runs: Path, preset: str, name: str, asked: dict[str, str], more: str) -> Plan:
-    """A plan of what the train tab holds; settings that are empty stay the preset's.
+    """Make a plan from the fields of the train tab; empty settings keep the preset's value.
 
     Raises:
-        ValueError: no such preset, or a name that is none of a new folder in `runs`.
+        ValueError: no such preset, or a name that cannot be that of a new folder in `runs`.
     """
     if preset not in config_names():
         raise ValueError(f"there is no preset {preset!r}")
     if not re.fullmatch(r"\w[\w.-]{0,63}", name):
         raise ValueError("the run needs a name of letters, digits, dots and dashes")
     if (runs / name).exists() and {path.name for path in (runs / name).iterdir()} - LEFT_BEHIND:
-        raise ValueError(f"{name} is there already; choose another name")
+        raise ValueError(f"{name} already exists; choose another name")
     overrides = [f"{key}={value.strip()}" for key, value in asked.items() if value.strip()]
     overrides += [line.strip() for line in more.splitlines() if line.strip()]
     if odd := [text for text in overrides if "=" not in text or text.split("=")[0].strip() == "output_dir"]:
@@ -163,19 +163,19 @@ def ask_doctor(wanted: Plan, seconds: float = 900) -> str:
     """What `sfumato doctor` says of a plan.
 
     Raises:
-        ValueError: it took longer, such as to prepare a large set; a terminal has more patience.
+        ValueError: it took longer, for example to prepare a large set; a terminal has no limit.
     """
     command = [sys.executable, "-m", "sfumato", "doctor", *wanted.arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"the doctor took more than {seconds / 60:.0f} minutes; ask it in a terminal") from error
+        raise ValueError(f"the doctor took more than {seconds / 60:.0f} minutes; run it in a terminal") from error
     errors = "" if done.returncode == 0 else done.stderr
     return f"{done.stdout.strip()}\n{errors.strip()}".strip()
 
 
 def launch_command(wanted: Plan, processes: int = 1) -> list[str]:
-    """What starts a plan, in a shell too.
+    """The command that starts a plan, also in a shell.
 
     Raises:
         ValueError: several processes without a GPU.
@@ -193,7 +193,7 @@ def launch_command(wanted: Plan, processes: int = 1) -> list[str]:
 
 
 def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
-    """Start `accelerate launch` on a plan, apart from this process; it writes to `app.log` of the run.
+    """Start `accelerate launch` on a plan in a separate process, which writes to the run's `app.log`.
 
     Raises:
         ValueError: settings that cannot work.
@@ -206,10 +206,10 @@ def start(wanted: Plan, processes: int = 1) -> subprocess.Popen:
 
 
 def wait_for_start(process: subprocess.Popen, wanted: Plan, seconds: float = 20) -> None:
-    """Until a run has its config, or is at work on its data after `seconds`.
+    """Wait until a run has its config, or for `seconds` if it is still preparing its data.
 
     Raises:
-        ValueError: it ended before; with what it said last.
+        ValueError: it ended before that; the message is its last output.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end and not (wanted.output_dir / "config.yaml").exists():
@@ -217,12 +217,12 @@ def wait_for_start(process: subprocess.Popen, wanted: Plan, seconds: float = 20)
             said = (wanted.output_dir / "app.log").read_text(encoding="utf-8", errors="replace").splitlines()
             told = [*dropwhile(lambda line: not line.startswith("sfumato:"), said)]
             told = [*takewhile(lambda line: not line.startswith("Traceback"), told)]
-            raise ValueError("\n".join(told[:20] or said[-5:]) or "it ended at once")
+            raise ValueError("\n".join(told[:20] or said[-5:]) or "the run ended at once")
         time.sleep(0.2)
 
 
 def write_report(folder: Path, name: str, out: Path) -> Path:
-    """One page of a run that needs nothing else: figures, curve, samples, memorisation, config.
+    """Write a self-contained page about a run: figures, curve, samples, memorisation, config.
 
     Raises:
         ValueError: no such run.
@@ -247,7 +247,7 @@ def write_report(folder: Path, name: str, out: Path) -> Path:
 
 
 def read_evaluation(folder: Path, name: str) -> list[tuple[str, str]]:
-    """`(measure, figure with its interval)` of a run's evaluation; none where it was not evaluated.
+    """`(metric, figure with its interval)` of a run's evaluation; none if it was not evaluated.
 
     Raises:
         ValueError: no such run.
@@ -266,7 +266,7 @@ def read_evaluation(folder: Path, name: str) -> list[tuple[str, str]]:
 
 
 def _first(run: Path, name: str) -> Path | None:
-    """A file of `sfumato evaluate`, which lies beside the model, else the trainer's own."""
+    """The file of `sfumato evaluate`, which lies beside the model, or else the trainer's own."""
     return next((path for path in (run / "pipeline" / name, run / name) if path.is_file()), None)
 
 

@@ -1,4 +1,4 @@
-"""Errors of a handler as notices on the page."""
+"""Show the errors of a handler as notices on the page."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import gradio as gr
 
 @contextmanager
 def errors_on_the_page(say):
-    """A ValueError becomes a notice on the page."""
+    """Turn a ValueError into a notice on the page."""
     try:
         yield
     except ValueError as error:

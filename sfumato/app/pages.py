@@ -1,4 +1,4 @@
-"""The pages of the app, by Gradio, and the server that they are mounted in."""
+"""The Gradio pages of the app, and the server that they are mounted in."""
 
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from sfumato.registries import GUIDERS, SAMPLERS
 from sfumato.training.tasks.control import find_edges
 
 MODELS_OWN = "–"
-MAX_SEED = 2**53 - 1  # what a browser counts exactly
+MAX_SEED = 2**53 - 1  # the largest that a browser counts exactly
 MAX_SCALE = 15.0
-MAX_PIXELS = 1_048_576  # of an image that is made larger
-CANVAS = 512  # pixels of the side of the place to paint
+MAX_PIXELS = 1_048_576  # of an enlarged image
+CANVAS = 512  # side of the area to paint in, in pixels
 
 
 def build(model: str, *, runs: Path, token: str, host: str, password: str | None, language: str) -> FastAPI:
-    """The app as a web application that answers to its own addresses alone; see `sfumato.app.launch`.
+    """The app as a web application that answers only to its own addresses; see `sfumato.app.launch`.
 
     Raises:
         ValueError: no such model or language.
@@ -74,7 +74,7 @@ def _draw(studio: Studio, say) -> None:
     own_guiders = [name for name in GUIDERS if not GUIDERS[name].weak]
     with gr.Row():
         with gr.Column():
-            prompts = gr.Textbox("red heart", label=say("Prompts, one a line"), lines=3, max_length=4000)
+            prompts = gr.Textbox("red heart", label=say("Prompts, one per line"), lines=3, max_length=4000)
             negative = gr.Textbox("", label=say("Negative prompt"), max_length=1000)
             with gr.Row():
                 seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
@@ -91,7 +91,7 @@ def _draw(studio: Studio, say) -> None:
             dropped = gr.Image(
                 type="filepath",
                 image_mode=None,
-                label=say("Drop an image from here to get its settings"),
+                label=say("Drop an image drawn here to restore its settings"),
                 height=120,
                 sources=["upload", "clipboard"],
             )
@@ -102,7 +102,7 @@ def _draw(studio: Studio, say) -> None:
             sound = gr.Audio(label=say("Sound"), visible=ending == ".wav", interactive=False)
             solid = gr.Model3D(label=say("Solid"), visible=ending == ".glb")
             files = gr.Files(label=say("Files"), visible=bool(ending), interactive=False)
-            command = gr.Textbox(label=say("The same as a command"), interactive=False)
+            command = gr.Textbox(label=say("The equivalent command"), interactive=False)
 
     def draw(prompts, negative, seed, steps, scale, sampler, guider):
         own = None if sampler == MODELS_OWN else sampler
@@ -110,7 +110,7 @@ def _draw(studio: Studio, say) -> None:
         with errors_on_the_page(say):
             for moment in studio.draw(prompts or "", **settings, guider=guider):
                 last = moment.things[-1] if moment.things else None
-                # Of clips the clips themselves, which the gallery plays.
+                # For clips, show the clips themselves, which the gallery plays.
                 shown = moment.things if ending == ".gif" else moment.done
                 of_kind = [last if ending == kind else None for kind in (".wav", ".glb")]
                 yield moment.expected, shown, *of_kind, moment.things, moment.command
@@ -136,7 +136,7 @@ def _draw(studio: Studio, say) -> None:
     settings = [prompts, negative, seed, steps, scale, sampler, guider]
     results = [live, gallery, sound, solid, files, command]
     gr.on([go.click, negative.submit], draw, settings, results, api_name="draw")
-    # While one image is drawn keys are pressed: the last ones are drawn, not all.
+    # Keys are pressed while an image is drawn: only the latest text is drawn next, not every one.
     prompts.input(
         draw_typed,
         [typing, *settings],
@@ -153,7 +153,7 @@ def _redraw(studio: Studio, say) -> None:
     height, width = studio.pipe.trained_size
     with gr.Row():
         with gr.Column():
-            label = say("Paint over what is to be drawn anew")
+            label = say("Paint over the part to redraw")
             image = gr.ImageEditor(
                 type="pil",
                 label=label,
@@ -163,11 +163,11 @@ def _redraw(studio: Studio, say) -> None:
                 fixed_canvas=True,
                 brush=gr.Brush(default_size=CANVAS // 8, colors=["#8040ff"], color_mode="fixed"),
             )
-            take = gr.Button(say("Take what was drawn last"))
+            take = gr.Button(say("Use the last drawn image"))
             prompt = gr.Textbox("", label=say("Prompt"), max_length=1000)
             with gr.Row():
                 strength = gr.Slider(0.0, 1.0, 1.0, step=0.05, label=say("Strength"))
-                again = gr.Slider(1, 10, 3, step=1, label=say("Times each step is taken"))
+                again = gr.Slider(1, 10, 3, step=1, label=say("Repeats of each step"))
                 seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
             go = gr.Button(say("Redraw"), variant="primary")
         with gr.Column():
@@ -197,14 +197,14 @@ def _redraw(studio: Studio, say) -> None:
 
 
 def _draw_from_image(studio: Studio, say) -> None:
-    """The page of a model that draws from an image alone: made larger, or followed by a ControlNet."""
+    """The page of a model that draws only from an image: one to enlarge, or one whose edges a ControlNet follows."""
     height, width = studio.pipe.trained_size
     follows = studio.image_input == "control_image"
     with gr.Row():
         with gr.Column():
-            label = say("Image whose edges are followed") if follows else say("Image to make larger")
+            label = say("Image whose edges to follow") if follows else say("Image to enlarge")
             image = gr.Image(type="pil", image_mode=None, label=label, sources=["upload", "clipboard"], height=340)
-            is_map = gr.Checkbox(False, label=say("It is a map of edges already"), visible=follows)
+            is_map = gr.Checkbox(False, label=say("It is already an edge map"), visible=follows)
             prompt = gr.Textbox("", label=say("Prompt"), max_length=1000)
             with gr.Row():
                 seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
@@ -234,7 +234,7 @@ def _draw_from_image(studio: Studio, say) -> None:
 
 
 def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:
-    """White where any layer was painted, `(height, width)`; None where nothing was."""
+    """White where any layer was painted, `(height, width)`; None if nothing was."""
     layers = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in painted.get("layers") or []]
     if not layers or not any(layer.any() for layer in layers):
         return None
@@ -244,9 +244,9 @@ def painted_mask(painted: dict, width: int, height: int) -> Image.Image | None:
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image in the model's size, on white."""
+    """The middle of an image at the model's size, on white."""
     cut = crop_middle(image, width, height)
-    whole = cut.width % width == 0 and cut.height % height == 0  # enlarged by whole multiples: each pixel is one again
+    whole = cut.width % width == 0 and cut.height % height == 0  # enlarged by a whole factor: each pixel becomes one again
     cut = cut.resize((width, height), Image.Resampling.BOX if whole else Image.Resampling.LANCZOS)
     return to_8_bits(cut, 3) if cut.mode == "RGBA" else cut
 
@@ -302,10 +302,10 @@ def _compare(studio: Studio, say) -> None:
             prompt = gr.Textbox("red heart", label=say("Prompt"), max_length=1000)
             with gr.Row():
                 down = gr.Dropdown(names, value="sampler", label=say("Down"))
-                rows = gr.Textbox("ddpm\ndpm++", label=say("Values, one a line"), lines=3, max_length=4000)
+                rows = gr.Textbox("ddpm\ndpm++", label=say("Values, one per line"), lines=3, max_length=4000)
             with gr.Row():
                 across = gr.Dropdown(names, value="steps", label=say("Across"))
-                columns = gr.Textbox("4, 8, 16", label=say("Values, one a line"), lines=3, max_length=4000)
+                columns = gr.Textbox("4, 8, 16", label=say("Values, one per line"), lines=3, max_length=4000)
             with gr.Row():
                 seed = gr.Number(0, label=say("Seed"), precision=0, minimum=0, maximum=MAX_SEED)
                 steps = gr.Slider(1, MAX_STEPS, advice["num_inference_steps"], step=1, label=say("Steps"))

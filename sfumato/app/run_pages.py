@@ -14,7 +14,7 @@ from sfumato.app.notices import told
 from sfumato.training.config.load import config_names
 
 MAX_PROCESSES = 64
-ALL = ""  # prompts
+ALL = ""  # all prompts
 ERROR = "log10 of the error"
 
 
@@ -23,8 +23,8 @@ def build(pages: gr.Blocks, runs: Path, places: Path, token: str, say) -> None:
 
     Args:
         runs: the folder of runs.
-        places: a folder that the app may show files of.
-        token: without it nothing is started or stopped.
+        places: a folder whose files the app may serve.
+        token: without it, nothing can be started or stopped.
     """
     may = gr.State(False)
 
@@ -44,13 +44,13 @@ def build(pages: gr.Blocks, runs: Path, places: Path, token: str, say) -> None:
 
 def _admitted(may: bool) -> None:
     if not may:
-        raise ValueError("Open the address with its token to stop or start runs.")
+        raise ValueError("Open the address that includes the token to stop or start runs.")
 
 
 def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
     with gr.Row():
         name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
-        again = gr.Button(say("Look again"))
+        again = gr.Button(say("Refresh"))
     state = gr.Markdown()
     with gr.Row():
         buttons = {kind: gr.Button(say(text)) for kind, text in _BUTTONS.items()}
@@ -61,12 +61,12 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
         rates = gr.LinePlot(x="step", y="rate", title=say("Learning rate"), height=280)
     prompt = gr.Dropdown([(say("all prompts"), ALL)], value=ALL, label=say("Samples of"), interactive=True)
     gallery = gr.Gallery(label=say("Samples"), columns=4, object_fit="contain", format="png")
-    shown = gr.State()  # run, prompt and newest grid of the gallery, which stays as it is while these do
+    shown = gr.State()  # run, prompt and newest grid of the gallery, which is renewed only when these change
 
     def look(chosen, wanted, seen):
         names = watch.list_runs(folder)
         if not names:
-            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", None, None, None, gr.skip(), [], None
+            return gr.Dropdown([], value=None), f"{say('No runs yet in')} {folder}", None, None, None, gr.skip(), [], None
         chosen = chosen if chosen in names else names[0]
         run = watch.read_run(folder, chosen)
         held_out = [(step, error, say("all")) for step, error in run.held_out] + run.bands
@@ -90,9 +90,9 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
         _admitted(may)
         if kind == "resume":
             watch.resume(folder, chosen or "")
-            return say("starts")
+            return say("starting")
         watch.ask(folder, chosen or "", kind)
-        return say("asked")
+        return say("requested")
 
     inputs, outputs = [name, prompt, shown], [name, state, losses, bands, rates, prompt, gallery, shown]
     gr.on([pages.load, again.click, name.input, prompt.input], told(look, say), inputs, outputs, api_name="look")
@@ -106,7 +106,7 @@ _BUTTONS = {"stop": "Stop and save", "save": "Save now", "sample": "Sample now",
 
 
 def _line(run: watch.RunState, say) -> str:
-    how = say("trains") if run.trains else say("done") if run.finished else say("does not train")
+    how = say("training") if run.trains else say("done") if run.finished else say("not training")
     parts = [f"**{run.name}**: {how}", f"{say('Step')} {run.step:,}", f"{run.done:.0%}"]
     parts.append(f"{run.images_per_second:.0f} images/s")
     if run.seconds_left is not None:
@@ -120,25 +120,26 @@ def _data(folder: Path, say) -> None:
         search = gr.Textbox("", label=say("Search captions"), max_length=200)
         split = gr.Radio([(say("trained on"), "train"), (say("held out"), "held_out")], value="train", label=say("Part"))
         page = gr.Number(0, label=say("Page"), precision=0, minimum=0, maximum=10**6)
-        go = gr.Button(say("Look"))
+        go = gr.Button(say("Show"))
     matching = gr.Markdown()
     images = gr.Gallery(label=say("Images"), columns=8, object_fit="contain", format="png")
     with gr.Row():
-        facts = gr.Dataframe(headers=[say("What"), ""], interactive=False, label=say("The set"))
+        facts = gr.Dataframe(headers=[say("Item"), ""], interactive=False, label=say("Data set"))
         skipped = gr.Dataframe(headers=[say("Reason"), ""], interactive=False, label=say("Not used"))
 
     def look(chosen, search, split, page):
         names = watch.list_runs(folder)
         if not names:
-            return gr.Dropdown([], value=None), f"{say('No run yet in')} {folder}", [], None, None
+            return gr.Dropdown([], value=None), f"{say('No runs yet in')} {folder}", [], None, None
         chosen = chosen if chosen in names else names[0]
         found = desk.read_data(folder, chosen, search or "", split, int(page or 0))
         count = f"{found.matching:,}" + ("" if found.searched_all else f" ({say('of the first')} {desk.SCANNED:,})")
-        return gr.Dropdown(names, value=chosen), count, found.images, found.facts, found.skipped or None
+        lines = [(say(what), figure) for what, figure in found.facts]
+        return gr.Dropdown(names, value=chosen), count, found.images, lines, found.skipped or None
 
     inputs, outputs = [name, search, split, page], [name, matching, images, facts, skipped]
     gr.on([name.input, page.input, go.click], told(look, say), inputs, outputs, api_name="data")
-    # What is looked for anew is looked at from its first page.
+    # A new search starts at its first page.
     anew = gr.on([search.submit, split.input], lambda: 0, None, page, api_visibility="private")
     anew.then(told(look, say), inputs, outputs, api_visibility="private")
 
@@ -148,8 +149,8 @@ def _train(folder: Path, may: gr.State, say) -> None:
         with gr.Column():
             preset = gr.Dropdown(config_names(), value="folder_cpu", label=say("Preset"))
             name = gr.Textbox("my-run", label=say("Name of the run"), max_length=64)
-            asked = [gr.Textbox("", label=key, placeholder=say("as the preset has it"), max_length=500) for key in desk.ASKED]
-            more = gr.Textbox("", label=say("More settings, key=value, one a line"), lines=3, max_length=4000)
+            asked = [gr.Textbox("", label=key, placeholder=say("as in the preset"), max_length=500) for key in desk.ASKED]
+            more = gr.Textbox("", label=say("More settings, key=value, one per line"), lines=3, max_length=4000)
             processes = gr.Slider(1, MAX_PROCESSES, 1, step=1, label=say("Processes"))
         with gr.Column():
             search = gr.Textbox("", label=say("Search all settings"), max_length=100)
@@ -158,7 +159,7 @@ def _train(folder: Path, may: gr.State, say) -> None:
                 show = gr.Button(say("Show the config"))
                 doctor = gr.Button(say("Ask the doctor"))
                 go = gr.Button(say("Start"), variant="primary")
-            command = gr.Textbox(label=say("The same as a command"), interactive=False)
+            command = gr.Textbox(label=say("The equivalent command"), interactive=False)
             text = gr.Code(label=say("Config"), language="yaml", interactive=False)
             answer = gr.Textbox(label=say("Answer"), lines=6, interactive=False)
 
@@ -176,7 +177,7 @@ def _train(folder: Path, may: gr.State, say) -> None:
     def start(processes, *arguments):
         wanted = plan(*arguments)
         desk.wait_for_start(desk.start(wanted, int(processes)), wanted)
-        return f"{say('starts')}: {wanted.output_dir}"
+        return f"{say('starting')}: {wanted.output_dir}"
 
     inputs = [may, preset, name, more, *asked]
     search.change(lambda text: desk.find_settings(text or ""), search, settings, api_name="settings")
@@ -190,12 +191,14 @@ def _report(pages: gr.Blocks, folder: Path, places: Path, say) -> None:
         name = gr.Dropdown(watch.list_runs(folder), label=say("Run"), interactive=True)
         go = gr.Button(say("Report"), variant="primary")
     file = gr.File(label=say("As a file"), interactive=False)
-    figures = gr.Dataframe(headers=[say("Measure"), ""], interactive=False)
+    figures = gr.Dataframe(headers=[say("Metric"), ""], interactive=False)
 
     def report(chosen):
         names = watch.list_runs(folder)
+        if not names:
+            raise ValueError(f"{say('No runs yet in')} {folder}")
         if chosen not in names:
-            raise ValueError(f"{say('No run yet in')} {folder}")
+            raise ValueError(say("Choose a run."))
         out = desk.write_report(folder, chosen, places / f"report-{chosen}.html")
         return gr.Dropdown(names, value=chosen), desk.read_evaluation(folder, chosen) or None, str(out)
 

@@ -1,4 +1,4 @@
-"""The model that the app has open, and what it draws; without Gradio, so that it can be tried alone."""
+"""The model that the app has open, and what it draws; without Gradio, so that it can be tested alone."""
 
 import json
 import queue
@@ -26,17 +26,17 @@ from sfumato.registries import GUIDERS, SAMPLERS
 MAX_IMAGES = 16
 MAX_STEPS = 200
 MAX_CELLS = 36  # of a comparison
-RENAMED = {"scale": "guidance_scale"}  # as images keep it
+RENAMED = {"scale": "guidance_scale"}  # as it is stored in images
 AXES = {"prompt": str, "seed": int, "steps": int, "scale": float, "sampler": str, "guider": str, "checkpoint": int}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A moment of drawing: what is done, as files, and what the network expects of the one under way.
+    """A moment while drawing: what is finished, as files, and what the network expects of the image in progress.
 
     Attributes:
-        done: images, of other objects pictures of them.
-        things: of a model that draws no images the objects themselves, `.wav`, `.gif`, `.glb` or `.sdf`.
+        done: images; for other objects, pictures of them.
+        things: for a model that does not draw images, the objects themselves: `.wav`, `.gif`, `.glb` or `.sdf`.
     """
 
     done: list[str]
@@ -46,7 +46,7 @@ class Drawing:
 
 
 class Studio:
-    """One model, open.
+    """One open model.
 
     Args:
         model: what `sfumato sample --model` takes.
@@ -63,22 +63,22 @@ class Studio:
         self.advice = recommended_settings(folder)
         self.places = tempfile.TemporaryDirectory(prefix="sfumato-app-")
         self._busy = threading.Lock()
-        self._under_way: set[threading.Event] = set()  # a drawing each; set, it ends
+        self._under_way: set[threading.Event] = set()  # one per drawing, which ends once it is set
         self._count = 0
         self.last: str | None = None  # the file of the image that was drawn last
         self._earlier: dict[int, Studio] = {}
 
     @property
     def image_input(self) -> str | None:
-        """The argument of the pipeline by which the model reads an image, without which it draws nothing: `image`, to be
-        made larger, or `control_image`, the map that a ControlNet follows.
+        """The pipeline argument for the image without which the model cannot draw: `image`, to be enlarged, or
+        `control_image`, the map that a ControlNet follows.
         """
         if self.pipe.controlnet is not None:
             return "control_image"
         return "image" if self.pipe.reads == "low_res" else None
 
     def stop(self) -> None:
-        """End the drawings under way after their step."""
+        """End the drawings in progress after their current step."""
         for event in list(self._under_way):
             event.set()
         for studio in self._earlier.values():
@@ -97,14 +97,14 @@ class Studio:
         live: bool = True,
         **inputs: Any,
     ) -> Iterator[Drawing]:
-        """Draw one image a line of `text`, image i with seed + i; where `live`, says at every step how far it is.
+        """Draw one image per line of `text`, image i with seed + i; if `live`, yield the state at every step.
 
         Raises:
-            ValueError: nothing to draw, or settings that cannot be.
+            ValueError: nothing to draw, or invalid settings.
         """
         prompts = [line.strip() for line in text.splitlines() if line.strip()][:MAX_IMAGES]
         if not prompts and self.image_input == "image":
-            prompts = [""]  # an image is made larger without a word, too
+            prompts = [""]  # an image can be enlarged without a prompt, too
         if not prompts or (self.image_input is not None and inputs.get(self.image_input) is None):
             raise ValueError("Nothing to draw.")
         steps = int(steps or self.advice["num_inference_steps"])
@@ -142,12 +142,12 @@ class Studio:
     def _one(
         self, pipe: SfumatoPipeline, prompt: str, seed: int, call: dict, stop: threading.Event, live: bool
     ) -> Iterator[Image.Image | tuple[Any]]:
-        """What is expected at each step, and last what is drawn, in a tuple; nothing more once it is to stop."""
+        """Yield what is expected at each step, and at the end what is drawn, in a tuple; nothing more after a stop."""
         recorder = Recorder.of(pipe)
         moments: queue.Queue = queue.Queue()
 
         def tell(pipe, step, t, tensors):
-            # Of sounds and solids a look takes longer than a step: none waits for the one before.
+            # A preview of sounds and solids takes longer than a step, so none is made while another one waits.
             if live and (pipe.codec is None or moments.empty()):
                 moments.put(self._look_at(recorder.expected[-1]))
             pipe._interrupt = stop.is_set()
@@ -159,7 +159,7 @@ class Studio:
                 kind = "decoded" if pipe.codec is not None else "pil"
                 image = recorder(prompt, generator=generator, callback_on_step_end=tell, output_type=kind, **call).images[0]
                 moments.put((image,))
-            except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
+            except BaseException as error:  # noqa: BLE001  (raised again by the thread that waits)
                 moments.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -173,21 +173,21 @@ class Studio:
                     raise moment
                 if not (ended and stop.is_set()):
                     yield moment
-        finally:  # also where nobody looks any more
+        finally:  # also when the caller has stopped iterating
             if not ended:
                 stop.set()
             thread.join()
 
     def _look_at(self, array: np.ndarray) -> Image.Image:
-        """What a model draws, `(H, W, C)` in [0, 1], as people look at it."""
+        """What a model draws, `(H, W, C)` in [0, 1], as an image to look at."""
         codec = self.pipe.codec
         if codec is None:
             return _to_pil(array)
-        glance = getattr(codec, "glance", None)  # what needs no object first
+        glance = getattr(codec, "glance", None)  # a preview without decoding an object
         return enlarge(Image.fromarray(glance(array) if glance else codec.picture(codec.decode(array))))
 
     def _keep(self, thing: Any, settings: dict) -> list[str]:
-        """The files of an image, or of a picture of an object and the object; of one that no file can hold the picture."""
+        """Write an image, or a picture of an object and the object, unless no file can hold the latter; returns the files."""
         self._count += 1
         path, codec = Path(self.places.name) / f"{self._count:05d}-seed-{settings['seed']}.png", self.pipe.codec
         write_image(thing if codec is None else enlarge(Image.fromarray(codec.picture(thing))), path, settings)
@@ -203,17 +203,17 @@ class Studio:
     def compare(
         self, prompt: str, rows: tuple[str, list], columns: tuple[str, list], settings: dict[str, Any]
     ) -> Iterator[tuple[Image.Image, str | None]]:
-        """A grid of one image for each value of one setting and of another, all of the same noise but where the seed differs.
+        """Draw a grid of one image for each pair of values of two settings, all from the same noise unless the seed differs.
 
         Args:
             rows, columns: a name of `AXES` and its values.
-            settings: the others: `seed`, `steps`, `scale`, `sampler`, `guider`.
+            settings: the other settings: `seed`, `steps`, `scale`, `sampler`, `guider`.
 
         Yields:
-            The grid as far as it is drawn, and last the file that holds it.
+            The grid as far as it is drawn, and at the end also the file that holds it.
 
         Raises:
-            ValueError: too many, or values that cannot be.
+            ValueError: too many images, or invalid values.
         """
         cells = [(row, column) for row in rows[1] for column in columns[1]]
         if rows[0] == columns[0]:
@@ -240,7 +240,7 @@ class Studio:
         yield sheet, str(path)
 
     def checkpoints(self) -> list[int]:
-        """The steps whose checkpoints this model's run keeps."""
+        """The steps of the checkpoints that this model's run has kept."""
         return sorted(self._checkpoints())
 
     def _checkpoints(self) -> dict[int, Path]:
@@ -268,7 +268,7 @@ class Studio:
         return shlex.join(words)
 
     def explain(self, prompt: str, *, seed: int = 0, ablate: bool = False) -> Explanation:
-        """Why an image looks as it does; with the steps and the scale of the model's card.
+        """Explain why an image looks as it does, with the steps and the scale of the model's card.
 
         Raises:
             ValueError: an empty prompt, or a model without cross-attention.
@@ -279,10 +279,10 @@ class Studio:
 
 
 def read_values(axis: str, text: str) -> list:
-    """The values that are written for a setting of `AXES`: one a line, or between commas where they are no prompts.
+    """Read the values given for a setting of `AXES`: one per line, or separated by commas unless they are prompts.
 
     Raises:
-        ValueError: none, or one that is no value of this setting.
+        ValueError: no value, or one that is not valid for this setting.
     """
     kind = AXES[axis]
     parts = [part.strip() for part in (text.splitlines() if axis == "prompt" else text.replace(",", "\n").splitlines())]
@@ -296,13 +296,13 @@ def read_values(axis: str, text: str) -> list:
 
 
 def enlarge(image: Image.Image, side: int = 320) -> Image.Image:
-    """An image by whole multiples, at least `side` pixels wide where it is smaller."""
+    """Enlarge an image by the largest whole factor that keeps it within `side` pixels of width."""
     scale = max(1, side // image.width)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def read_settings(path: str | None) -> dict[str, Any]:
-    """The settings that `sfumato sample` and the app write into a PNG, those that are sound.
+    """The valid ones of the settings that `sfumato sample` and the app write into a PNG.
 
     Raises:
         ValueError: it holds none.

@@ -1,4 +1,4 @@
-"""The runs of a folder, read from their files alone; and what can be asked of them."""
+"""The runs of a folder, read only from their files, and the requests that can be made to them."""
 
 import json
 import subprocess
@@ -13,21 +13,22 @@ from sfumato.figures import cell, open_image
 from sfumato.files import read_lines
 from sfumato.training.engine import requests
 
-POINTS = 400  # of a curve, at the most
-CHECKS = 60  # validations of a curve, each with an error for each band
-SAMPLES = 60  # grids that are looked at
+POINTS = 400  # of a curve, at most
+CHECKS = 60  # validations of a curve, each with one error per band
+SAMPLES = 60  # grids that are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run is.
+    """The state of a run.
 
     Attributes:
-        trains: a trainer holds its lock.
-        step, seconds, done, images_per_second: of the last line of its metrics; `done` is a share.
+        trains: whether a trainer holds its lock.
+        step, seconds, done: from the last line of its metrics; `done` is a fraction.
+        images_per_second: over the last lines of its metrics.
         losses, rates: `(step, loss)` and `(step, learning rate)`, thinned out evenly.
         held_out: `(step, error on held-out images)`.
-        bands: the same by noise level, `(step, error, log-SNR)`, such as `-2 to 0`.
+        bands: the same by noise level, `(step, error, log-SNR)`, the last such as `-2 to 0`.
     """
 
     name: str
@@ -44,12 +45,12 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """By what is done; None before anything is."""
+        """Estimated from the fraction done; None before anything is, and for a run that is not training."""
         return self.seconds * (1 - self.done) / self.done if self.trains and self.done > 0 else None
 
 
 def list_runs(folder: Path) -> list[str]:
-    """The names of the run folders, those changed last first."""
+    """The names of the run folders, the most recently changed first."""
     found = [path.parent for path in folder.glob("*/config.yaml")]
     return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
@@ -97,7 +98,7 @@ def read_run(folder: Path, name: str) -> RunState:
 
 
 def is_training(run: Path) -> bool:
-    """Whether a trainer holds the run's lock, which the system takes from a dead one."""
+    """Whether a trainer holds the run's lock, which the system releases when the trainer dies."""
     if not (run / ".lock").exists():
         return False
     try:
@@ -108,7 +109,7 @@ def is_training(run: Path) -> bool:
 
 
 def samples(folder: Path, name: str, number: int | None = None) -> list[tuple[Image.Image, str]]:
-    """The images of one place in a run's grids, or the whole grids, with their steps; the newest first, at most `SAMPLES`."""
+    """The images at one position in a run's grids, or the whole grids, with their steps; newest first, at most `SAMPLES`."""
     found = []
     for path in _sheets(folder, name)[:SAMPLES]:
         with open_image(path) as file:
@@ -138,7 +139,7 @@ def _sheets(folder: Path, name: str) -> list[Path]:
 
 
 def _captions(file: Image.Image) -> list[str]:
-    """Of a grid that the trainer wrote; none of one from before it kept them."""
+    """The captions of a grid that the trainer wrote; none if it was written before they were stored."""
     try:
         captions = json.loads(file.info.get("captions", "[]"))
     except (ValueError, TypeError):
@@ -147,26 +148,26 @@ def _captions(file: Image.Image) -> list[str]:
 
 
 def ask(folder: Path, name: str, kind: str) -> None:
-    """Ask a run that trains to `stop`, `save` or `sample`.
+    """Ask a run that is training to `stop`, `save` or `sample`.
 
     Raises:
-        ValueError: no such run, it does not train, or `kind` is another.
+        ValueError: no such run, it is not training, or `kind` is none of these.
     """
     run = place_of(folder, name)
     if not is_training(run):
-        raise ValueError(f"{name} does not train")
+        raise ValueError(f"{name} is not training")
     requests.ask(run, kind)
 
 
 def resume(folder: Path, name: str) -> subprocess.Popen:
-    """Start the trainer of a run again, apart from this process; it writes to `app.log` of the run.
+    """Restart the trainer of a run in a separate process, which writes to the run's `app.log`.
 
     Raises:
-        ValueError: no such run, it trains already, or it was trained by several processes.
+        ValueError: no such run, it is already training, or it was trained by several processes.
     """
     run = place_of(folder, name)
     if is_training(run):
-        raise ValueError(f"{name} trains already")
+        raise ValueError(f"{name} is already training")
     states = sorted(run.glob("checkpoints/step-*/state.json"))
     if states and json.loads(states[-1].read_text()).get("num_processes", 1) > 1:
         raise ValueError(f"{name} was trained by several processes: go on with accelerate launch and checkpoint.resume=auto")
@@ -176,6 +177,6 @@ def resume(folder: Path, name: str) -> subprocess.Popen:
 
 
 def start_apart(command: list[str], run: Path) -> subprocess.Popen:
-    """Start a program that outlives this one; what it says is added to `app.log` of a run."""
+    """Start a program that outlives this one; its output is appended to the run's `app.log`."""
     with open(run / "app.log", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)

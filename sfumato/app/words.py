@@ -1,4 +1,4 @@
-"""What the app says, in the languages that it speaks."""
+"""The texts of the app in each of its languages."""
 
 LANGUAGES = ("en", "zh")
 
@@ -7,7 +7,7 @@ CHINESE = {
     "Redraw": "重绘",
     "Why": "为什么",
     "Runs": "训练",
-    "Prompts, one a line": "提示词，每行一个",
+    "Prompts, one per line": "提示词，每行一个",
     "Negative prompt": "反向提示词",
     "Seed": "种子",
     "Steps": "步数",
@@ -18,15 +18,15 @@ CHINESE = {
     "Image": "图片",
     "Images": "图片",
     "What the network expects": "网络此刻预计的图片",
-    "The same as a command": "等价的命令",
-    "Drop an image from here to get its settings": "拖入这里画的图片，取回它的设置",
-    "Paint over what is to be drawn anew": "涂抹要重画的部分",
-    "Image to make larger": "要放大的图片",
-    "Image whose edges are followed": "要沿用其轮廓的图片",
-    "It is a map of edges already": "它已经是轮廓图",
-    "Take what was drawn last": "取刚才画的图片",
+    "The equivalent command": "等价的命令",
+    "Drop an image drawn here to restore its settings": "拖入这里画的图片，取回它的设置",
+    "Paint over the part to redraw": "涂抹要重画的部分",
+    "Image to enlarge": "要放大的图片",
+    "Image whose edges to follow": "要沿用其轮廓的图片",
+    "It is already an edge map": "它已经是轮廓图",
+    "Use the last drawn image": "取刚才画的图片",
     "Strength": "强度",
-    "Times each step is taken": "每步重复次数",
+    "Repeats of each step": "每步重复次数",
     "Prompt": "提示词",
     "Also without each word": "再看去掉每个词的结果",
     "Ask": "提问",
@@ -35,7 +35,7 @@ CHINESE = {
     "What changes without it": "去掉它会怎样",
     "Step": "步",
     "Run": "训练",
-    "Look again": "刷新",
+    "Refresh": "刷新",
     "Samples": "样图",
     "Samples of": "样图的提示词",
     "all prompts": "全部提示词",
@@ -47,19 +47,19 @@ CHINESE = {
     "Save now": "立即保存",
     "Sample now": "立即采样",
     "Resume": "继续",
-    "trains": "正在训练",
-    "does not train": "没有在训练",
+    "training": "正在训练",
+    "not training": "没有在训练",
     "done": "已完成",
-    "asked": "已请求",
-    "starts": "正在启动",
-    "No run yet in": "还没有训练：",
-    "Open the address with its token to stop or start runs.": "要停止或启动训练，请用带 token 的地址打开。",
+    "requested": "已请求",
+    "starting": "正在启动",
+    "No runs yet in": "还没有训练：",
+    "Open the address that includes the token to stop or start runs.": "要停止或启动训练，请用带 token 的地址打开。",
     "Compare": "比较",
-    "Look": "查看",
+    "Show": "查看",
     "of the first": "在前",
     "Down": "纵轴",
     "Across": "横轴",
-    "Values, one a line": "取值，每行一个",
+    "Values, one per line": "取值，每行一个",
     "The same noise": "同样的噪声",
     "As a file": "保存为文件",
     "Draw while I type": "边输入边绘制",
@@ -72,15 +72,15 @@ CHINESE = {
     "held out": "留出",
     "Part": "部分",
     "Page": "页",
-    "What": "项目",
-    "The set": "数据集",
+    "Item": "项目",
+    "Data set": "数据集",
     "Reason": "原因",
     "Not used": "未使用",
     "Train": "新训练",
     "Preset": "预设",
     "Name of the run": "训练名称",
-    "as the preset has it": "与预设相同",
-    "More settings, key=value, one a line": "其他设置，每行一个 key=value",
+    "as in the preset": "与预设相同",
+    "More settings, key=value, one per line": "其他设置，每行一个 key=value",
     "Processes": "进程数",
     "Search all settings": "搜索所有设置",
     "Setting": "设置",
@@ -91,17 +91,22 @@ CHINESE = {
     "Config": "配置",
     "Answer": "回答",
     "Report": "报告",
-    "Measure": "指标",
+    "Metric": "指标",
+    "Choose a run.": "请选择一次训练。",
+    "training images": "训练图片",
+    "size": "尺寸",
+    "words per caption: fewest, median, most": "每条说明文字的词数：最少、中位数、最多",
+    "duplicates": "重复图片",
     "Nothing to draw.": "没有要画的内容。",
     "This image holds no settings.": "这张图片里没有设置。",
 }
 
 
 def speaker(language: str):
-    """A function that says an English text in a language.
+    """A function that translates an English text into a language.
 
     Raises:
-        ValueError: a language that the app does not speak.
+        ValueError: a language that the app does not have.
     """
     if language not in LANGUAGES:
         raise ValueError(f"--language {language}: {' or '.join(LANGUAGES)}")

@@ -1,4 +1,4 @@
-"""What the schema says of each setting: its default and the comments that stand beside it."""
+"""What the schema says about each setting: its default and the comments next to it."""
 
 import ast
 import dataclasses
@@ -14,12 +14,12 @@ from sfumato.training.config import schema
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of a config.
+    """One setting of a config.
 
     Attributes:
-        key: such as `train.max_steps`.
-        default: as YAML has it.
-        words: the comments before and beside it, and what it may be.
+        key: the dotted key, such as `train.max_steps`.
+        default: as written in YAML.
+        words: the comments before and beside it, and its allowed values.
     """
 
     key: str
@@ -29,7 +29,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """Settings that belong together, and what their class says of itself; the first one has no name."""
+    """Settings that belong together, and the docstring of their class; the first section has no name."""
 
     name: str
     words: str
@@ -37,7 +37,7 @@ class Section:
 
 
 def sections() -> Iterator[Section]:
-    """Every setting of a config, then those that tasks add."""
+    """The settings of a config by section, then those that tasks add."""
     parts: list[tuple[str, type]] = [("", schema.Config)]
     parts += [
         (field.name, type(value)) for field in dataclasses.fields(schema.Config) if _is_section(value := default_of(field))
@@ -56,7 +56,7 @@ def sections() -> Iterator[Section]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """The default of a field of a dataclass."""
+    """The default of a dataclass field."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 

@@ -1,4 +1,4 @@
-"""YAML and the command line to a config, by OmegaConf, which is known here only."""
+"""From YAML and the command line to a config, with OmegaConf, which is used only here."""
 
 import math
 import warnings
@@ -21,10 +21,10 @@ from sfumato.training.config.schema import Config, DataConfig
 
 
 def config_class() -> type[Config]:
-    """`Config` with the sections that entries of the registries mount, installed packages' included.
+    """`Config` with the sections that entries of the registries mount, including those of installed packages.
 
     Raises:
-        ValueError: two entries mount different sections under one name.
+        ValueError: two entries mount different sections under the same name.
     """
     sections: dict[str, type] = {}
     for registry in (SOURCES, TASKS, METRICS, CODECS):
@@ -32,7 +32,7 @@ def config_class() -> type[Config]:
             if entry.settings is not None:
                 section, kind = entry.section or name, load_object(entry.settings)
                 if section in {f.name for f in fields(Config)} or sections.get(section, kind) is not kind:
-                    raise ValueError(f"the {registry.kind} {name!r} mounts a section {section!r}, which there is already")
+                    raise ValueError(f"the {registry.kind} {name!r} mounts a section {section!r}, which already exists")
                 sections[section] = kind
     return _mount(tuple(sections.items()))
 
@@ -44,7 +44,7 @@ def _mount(sections: tuple[tuple[str, type], ...]) -> type[Config]:
 
 
 def config_names() -> list[str]:
-    """The bare names of the configs that come with the package."""
+    """The names, without ending, of the configs that come with the package."""
     return sorted(path.name.removesuffix(".yaml") for path in _packaged().iterdir() if path.name.endswith(".yaml"))
 
 
@@ -52,7 +52,7 @@ def config_text(name: str) -> str:
     """The YAML of a packaged config.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no config of this name.
     """
     if name not in config_names():
         raise ValueError(f"there is no packaged config {name!r}; there are {', '.join(config_names())}")
@@ -64,12 +64,12 @@ def _packaged():
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or the packaged config of that bare name, and `key.subkey=value` overrides.
+    """Read a YAML file, or the packaged config of that name, and `key.subkey=value` overrides.
 
-    Warns of settings without effect.
+    Warns about settings that have no effect.
 
     Raises:
-        ValueError: file missing, unknown key, wrong type, or a value that `rules.check` refuses.
+        ValueError: missing file, unknown key, wrong type, or a value that `rules.check` rejects.
     """
     if bad := [item for item in overrides if "=" not in item]:
         raise ValueError(f"expected key=value, got {', '.join(bad)}")
@@ -78,15 +78,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             text = Path(path).read_text(encoding="utf-8-sig")
         elif str(path) in config_names():
             text = config_text(str(path))
-        elif (Path(path) / "config.yaml").is_file():  # of a run
+        elif (Path(path) / "config.yaml").is_file():  # the folder of a run
             text = (Path(path) / "config.yaml").read_text(encoding="utf-8-sig")
         else:
             names = ", ".join(config_names())
-            raise ValueError(f"there is no config file at {path}, and no packaged config of this name: {names}")
+            raise ValueError(f"there is no config file at {path}, and no packaged config of this name; there are {names}")
         layers = [_typed(text), _command_line(overrides)]
         _check_keys(layers)
         config = _merge(layers, overrides)
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:  # first: some of OmegaConf's are ValueErrors
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:  # caught first, as some of OmegaConf's are ValueErrors
         raise ValueError(f"{path}: {str(error).splitlines()[0]} (key: {getattr(error, 'full_key', '?')})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -106,7 +106,7 @@ def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _is_text(hint) -> bool:
-    """Whether a setting is a text, or one of several texts, so that what is written is what is meant."""
+    """Whether a setting is a string or one of several strings, so that its value is taken exactly as written."""
     return hint is str or get_origin(hint) is Literal or any(_is_text(part) for part in _alternatives(hint))
 
 
@@ -116,11 +116,11 @@ def _alternatives(hint) -> tuple:
 
 
 def _typed(text: str) -> DictConfig:
-    """A file, its texts as they were written: `007`, `1e3`, `yes` and `2024-01-01` are texts where one is asked for."""
+    """A file, with strings kept as written: `007`, `1e3`, `yes` and `2024-01-01` stay strings if the setting is a string."""
     layer: Any = OmegaConf.create(text)
     if not isinstance(layer, DictConfig):
         raise ValueError("the file holds no settings (key: value)")
-    written = yaml.load(text, yaml.BaseLoader)  # noqa: S506  (all scalars as texts, nothing is constructed)
+    written = yaml.load(text, yaml.BaseLoader)  # noqa: S506  (reads all scalars as strings and constructs nothing)
     for key, hint in _leaves(config_class()).items():
         value = OmegaConf.select(layer, key, throw_on_missing=False)
         if value is not None and (_is_text(hint) or hint == list[str]):
@@ -137,7 +137,7 @@ def _is_texts(value) -> bool:
 
 
 def _command_line(overrides: Sequence[str]) -> DictConfig:
-    """`key=value` items; a text is taken as it is written, without quotes around it, and `null` as none where allowed."""
+    """`key=value` items; a string is taken as written, without surrounding quotes, and `null` as None if that is allowed."""
     hints = _leaves(config_class())
     layer = OmegaConf.create({})
     for item in overrides:
@@ -154,7 +154,7 @@ def _command_line(overrides: Sequence[str]) -> DictConfig:
 
 
 def _check_keys(layers: list[DictConfig]) -> None:
-    """Raise ValueError for a key that there is not, with the nearest that there is."""
+    """Raise ValueError for an unknown key, suggesting the nearest known one."""
     known = _leaves(config_class())
     for layer in layers:
         for key in _keys(OmegaConf.to_container(layer), set(known)):
@@ -169,7 +169,7 @@ def _check_keys(layers: list[DictConfig]) -> None:
 
 
 def _keys(content, leaves: set[str], prefix: str = "") -> list[str]:
-    """The dotted keys in nested dicts, down to those of settings."""
+    """The dotted keys in nested dicts, down to the level of settings."""
     found = []
     for name, value in content.items() if isinstance(content, dict) else ():
         key = f"{prefix}{name}"
@@ -179,22 +179,22 @@ def _keys(content, leaves: set[str], prefix: str = "") -> list[str]:
 
 @cache
 def _defaults(kind: Any) -> DictConfig:
-    """All settings of a config class as they are where nothing sets them; merging copies it."""
+    """The defaults of all settings of a config class; merging copies them."""
     return OmegaConf.structured(kind())
 
 
 def _merge(layers: list, overrides: Sequence[str]) -> Config:
-    """The default config under the file under the command line."""
+    """The default config, overridden by the file and then by the command line."""
     for layer in layers:
         for key in ("train.mixed_precision", "train.compile"):
             if str(OmegaConf.select(layer, key)).lower() in ("false", "off"):
                 OmegaConf.update(layer, key, "no")
     if any("${" in OmegaConf.to_yaml(layer) for layer in layers):
-        raise ValueError("values of the form ${...} are not read; a stranger's could name secrets of yours")
+        raise ValueError("values of the form ${...} are not read; in an untrusted file they could name your secrets")
     for item in overrides:
         key, _, value = item.partition("=")
         if value in ("{}", "null") and isinstance(OmegaConf.select(layers[0], key), DictConfig):
-            for layer in layers:  # a section of the file that is to be empty
+            for layer in layers:  # a section of the file that should be emptied
                 OmegaConf.update(layer, key, {}, merge=False)
     merged = OmegaConf.merge(_defaults(config_class()), *layers)
     config: Any = OmegaConf.to_object(merged)
@@ -203,7 +203,7 @@ def _merge(layers: list, overrides: Sequence[str]) -> Config:
 
 
 def _check_items(config: Config) -> None:
-    """Raise ValueError for an item of a list that is of another type than the list is for, or a number that is not finite."""
+    """Raise ValueError for list items of the wrong type and for numbers that are not finite."""
     for key, hint in _leaves(type(config)).items():
         value = read_key(config, key)
         if not _fits(value, hint):
@@ -211,7 +211,7 @@ def _check_items(config: Config) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotation, lists and all; numbers must be finite."""
+    """Whether a value fits a type annotation, including the items of lists; numbers must be finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if alternatives := _alternatives(hint):
@@ -231,12 +231,12 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint) -> str:
-    """An annotation in words."""
+    """A type annotation in words."""
     return str(hint).replace("<class '", "").replace("'>", "").replace("typing.", "").replace("NoneType", "null")
 
 
 def default_config(data: DataConfig | None = None) -> Config:
-    """All defaults, with the sections that entries mount."""
+    """The default config, with the sections that entries mount."""
     config = config_class()()
     if data is not None:
         config.data = data
@@ -244,9 +244,9 @@ def default_config(data: DataConfig | None = None) -> Config:
 
 
 def settings_of(config: Config) -> dict:
-    """The config as nested dicts, without the sections of entries that it neither names nor changes.
+    """The config as nested dicts, without the sections of entries that it neither uses nor changes.
 
-    So a run of one task can be read where a package that adds another one is not installed.
+    A run of one task can therefore be read where a package that adds another task is not installed.
     """
     settings, own = asdict(config), {f.name for f in fields(Config)}
     in_use = {config.task, TASKS[config.task].section, named_source(config)}
@@ -257,5 +257,5 @@ def settings_of(config: Config) -> dict:
 
 
 def dump_config(config: Config) -> str:
-    """The whole config as YAML, enough to repeat the run; see `settings_of`."""
+    """The whole config as YAML, sufficient to repeat the run; see `settings_of`."""
     return yaml.safe_dump(settings_of(config), sort_keys=False, allow_unicode=True)

@@ -1,7 +1,7 @@
-"""What settings must be, and which of them have no effect beside the others.
+"""The rules for settings, and which settings have no effect given the others.
 
-Every rule goes through `need(ok, key, rule)`, so that all wrong settings are named at once. The rules of a source or a task
-are in its own file; its entry in `registries` names them.
+Every rule goes through `need(ok, key, rule)`, so that all wrong settings are reported at once. The rules of a source or task
+are in its own file; its entry in `registries` points to them.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ from sfumato.training.config.schema import Config
 
 Need = Callable[[bool, str, str], None]
 
-# Least and greatest value of numbers, both allowed; what none can mean, or what would fill any machine, is a slip of the hand.
+# Smallest and largest allowed values. Values beyond them make no sense or would fill any machine, and are taken for typos.
 LIMITS = {
     "data.resolution": (8, 8192),
     "data.max_records": (1, 10**10),
@@ -69,10 +69,10 @@ LIMITS = {
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot work, all of it at once, before anything is loaded.
+    """Reject settings that cannot work, all at once, before anything is loaded.
 
     Raises:
-        ValueError: naming each wrong setting, its value and what is allowed.
+        ValueError: names each wrong setting, its value and what is allowed.
     """
     wrong: list[str] = []
 
@@ -100,7 +100,7 @@ def check(config: Config) -> None:
 
 
 def read_key(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """The value of a setting, given its dotted key."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -108,7 +108,7 @@ def read_key(config: Config, key: str) -> Any:
 
 
 def named_source(config: Config) -> str | None:
-    """The name in `SOURCES` where `data.name` says one, rather than a place."""
+    """The name in `SOURCES` if `data.name` is a named source rather than a place, else None."""
     name = config.data.name.partition(":")[0]
     return name if name in SOURCES and SOURCES[name].named else None
 
@@ -118,21 +118,21 @@ def _check_data(config: Config, need: Need) -> None:
     generated = name is not None and SOURCES[name].generated
     need(0 <= data.max_bad_share < 1, "data.max_bad_share", "must be in [0, 1)")
     if data.stream:
-        need(name is None, "data.stream", f"is for files of records; {data.name} draws its own")
+        need(name is None, "data.stream", f"is for records in files; {data.name} draws its own")
         need(not data.buckets, "data.buckets", "a stream has images of one size; set data.resolution")
-        need(data.max_records is None, "data.max_records", "does not go with data.stream, which has no end")
-        need(not data.cache_latents and not data.cache_embeddings, "data.cache_latents", "a stream keeps nothing")
-        need(
-            data.stream_buffer > 0 and data.stream_sample > 0, "data.stream_buffer", "and data.stream_sample must be positive"
-        )
+        need(data.max_records is None, "data.max_records", "cannot be combined with data.stream, which has no end")
+        for cache in ("cache_latents", "cache_embeddings"):
+            need(not getattr(data, cache), f"data.{cache}", "a stream keeps nothing on disk")
+        for size in ("stream_buffer", "stream_sample"):
+            need(getattr(data, size) > 0, f"data.{size}", "must be positive")
     codec = name is not None and SOURCES[name].codec
     shape = SOURCES[name].shape if name is not None else None
     if shape is not None:
         height, width, channels = shape
         fits = (*data.size, data.channels) == (height, width, channels)
-        need(fits, "data.resolution", f"{name} has arrays of {height} x {width} and data.channels={channels}; set them")
-        need(not data.random_flip, "data.random_flip", f"mirrors pictures; {name} has none")
-    arrays = Path(data.name).exists()  # which may hold any number of channels
+        need(fits, "data.resolution", f"{name} has arrays of {height} x {width} and data.channels={channels}; set both")
+        need(not data.random_flip, "data.random_flip", f"mirrors images; {name} has none")
+    arrays = Path(data.name).exists()  # whose arrays may have any number of channels
     need(bool(codec) or arrays or data.channels in (1, 3, 4), "data.channels", "must be 1, 3 or 4")
     need(data.channels > 0, "data.channels", "must be positive")
     task = TASKS[config.task] if config.task in TASKS else None
@@ -140,12 +140,12 @@ def _check_data(config: Config, need: Need) -> None:
     need(
         not (of_pictures and (codec or data.channels not in (1, 3, 4))),
         "task",
-        f"{config.task} is for pictures, of 1, 3 or 4 channels",
+        f"{config.task} is for images with 1, 3 or 4 channels",
     )
     repeat = SOURCES[name].repeat if name is not None else 1
     of_pixels = config.task != "autoencoder" and config.vae.pretrained is None and config.init_from is None
     need(config.vae.repeat == (repeat if of_pixels else 1), "vae.repeat", f"must be {repeat if of_pixels else 1} here")
-    need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines ask for")
+    need(data.resolution % 8 == 0, "data.resolution", "must be a multiple of 8, which stock pipelines require")
     need(
         all(len(size) == 2 and min(size) >= 8 for size in data.buckets) and not (generated and not codec and data.buckets),
         "data.buckets",
@@ -156,7 +156,7 @@ def _check_data(config: Config, need: Need) -> None:
     need(
         not (data.cache_latents and (data.buckets or data.random_flip)),
         "data.cache_latents",
-        "goes with neither data.buckets nor data.random_flip",
+        "cannot be combined with data.buckets or data.random_flip",
     )
     try:
         Path(data.name).expanduser()
@@ -169,7 +169,7 @@ def _check_data(config: Config, need: Need) -> None:
 def _check_text_encoder(config: Config, need: Need) -> None:
     encoder = config.text_encoder
     heads = encoder.num_attention_heads
-    need(heads < 1 or encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must divide by {heads} heads")
+    need(heads < 1 or encoder.hidden_size % heads == 0, "text_encoder.hidden_size", f"must be divisible by {heads} heads")
 
 
 def _check_objective(config: Config, need: Need) -> None:
@@ -181,7 +181,7 @@ def _check_objective(config: Config, need: Need) -> None:
     need(
         not of_noise or fits,
         "objective.empty_caption",
-        "noise is for text_to_image by plain guidance, without flow, self_conditioning and a learned variance",
+        "noise is for text_to_image with plain guidance, without flow, self_conditioning or a learned variance",
     )
     dropout = "must be above 0 and below 1 with empty_caption=noise"
     need(not of_noise or 0 < o.caption_dropout < 1, "objective.caption_dropout", dropout)
@@ -195,9 +195,9 @@ def _check_objective(config: Config, need: Need) -> None:
     need(
         not (epsilon and o.min_snr_floor),
         "objective.min_snr_floor",
-        "a floor on x_0 is unbounded on epsilon; use prediction_type sample or v_prediction",
+        "a floor on x_0 is unbounded for epsilon; use prediction_type sample or v_prediction",
     )
-    need(not (epsilon and o.weight == "edm"), "objective.weight", "is unbounded on epsilon; predict sample or v_prediction")
+    need(not (epsilon and o.weight == "edm"), "objective.weight", "is unbounded for epsilon; use sample or v_prediction")
     need(
         not (epsilon and o.weight != "unit" and config.scheduler.get("rescale_betas_zero_snr")),
         "objective.weight",
@@ -216,8 +216,8 @@ def _check_task(config: Config, need: Need) -> None:
 
 
 def own_keys(config: Config, name: str, entry: Source | Task) -> tuple[str, ...]:
-    """The keys of the config that have an effect with this source or task alone."""
-    keys = tuple(f"data.{key}" for key in entry.only) if isinstance(entry, Source) else entry.only
+    """The keys of the config that have an effect only with this source or task."""
+    keys = tuple(f"data.{key}" for key in entry.only) if isinstance(entry, Source) else ()
     if entry.settings is None:
         return keys
     section = entry.section or name
@@ -225,9 +225,9 @@ def own_keys(config: Config, name: str, entry: Source | Task) -> tuple[str, ...]
 
 
 def _check_entry(config: Config, need: Need, entry: Source | Task, in_use: bool, own: tuple[str, ...]) -> None:
-    """Call the check of an entry that is in use; of another whose settings were changed, for these alone.
+    """Call the check of an entry that is in use; if it is not, check only its own settings, and only if they were changed.
 
-    A wrong value is wrong, even idle, and yet a package that is installed asks nothing of who does not use it.
+    A wrong value is an error even if unused, but an installed package must not affect users who do not use it.
     """
     default = type(config)()
     if entry.check is None or not (in_use or any(read_key(config, key) != read_key(default, key) for key in own)):
@@ -243,7 +243,7 @@ def _check_init_from(config: Config, need: Need) -> None:
     need(not config.unet, "unet", f"{rule} (on the command line: unet={{}})")
     need(not config.scheduler, "scheduler", f"{rule} (on the command line: scheduler={{}})")
     moves = config.task == "text_to_image" and not config.lora.rank
-    wish = f"{rule} (a pixel model moves into latents by task=text_to_image, without lora.rank)"
+    wish = f"{rule} (to move a pixel model into latents, use task=text_to_image without lora.rank)"
     need(config.vae.pretrained is None or moves, "vae.pretrained", wish)
     need(config.text_encoder.pretrained is None, "text_encoder.pretrained", rule)
 
@@ -265,9 +265,9 @@ def _check_training(config: Config, need: Need) -> None:
     for key in every:
         value = read_key(config, key)
         need(value is None or value > 0, key, "must be positive, or null")
-    need(not (config.ema.snapshot_steps and config.lora.rank), "ema.snapshot_steps", "is not for lora")
+    need(not (config.ema.snapshot_steps and config.lora.rank), "ema.snapshot_steps", "cannot be used with lora")
     for key in ("seed", "validation.seed"):
-        need(0 <= read_key(config, key) < 2**63, key, "must not be negative, and below 2**63")
+        need(0 <= read_key(config, key) < 2**63, key, "must be at least 0 and below 2**63")
     need(
         config.train.max_steps is not None or config.train.max_minutes is not None,
         "train.max_minutes",
@@ -276,7 +276,7 @@ def _check_training(config: Config, need: Need) -> None:
 
 
 def score_names(config: Config) -> tuple[str, ...]:
-    """The scores by which a run can tell its best model: those of its task, or of the metrics for its task and source."""
+    """The scores by which a run can choose its best model: those of its task, or of the metrics for its task and source."""
     task = TASKS[config.task]
     if task.scores:
         return ("held_out_loss", *task.scores)
@@ -308,7 +308,7 @@ def _check_best_by(config: Config, need: Need) -> None:
 
 def _check_hub(config: Config, need: Need) -> None:
     hub, saved = config.hub, config.checkpoint.every_steps
-    need(hub.repo_id is not None or not (hub.push or hub.every_steps), "hub.repo_id", "say where to push to")
+    need(hub.repo_id is not None or not (hub.push or hub.every_steps), "hub.repo_id", "must name the repository to push to")
     need(
         hub.every_steps is None or (saved is not None and hub.every_steps % saved == 0),
         "hub.every_steps",
@@ -317,8 +317,8 @@ def _check_hub(config: Config, need: Need) -> None:
     need(not (hub.pull_request and hub.every_steps), "hub.every_steps", "checkpoints go to branches, not to a pull request")
     need(not (hub.pull_request and hub.tag), "hub.tag", "a pull request cannot be tagged")
     need(set(hub.variants) <= {"fp16", "raw"}, "hub.variants", "choose fp16, raw or both")
-    need("raw" not in hub.variants or not config.lora.rank, "hub.variants", "raw is not for lora")
-    need(bool(re.fullmatch(r"\d+(KB|MB|GB)", hub.max_shard_size)), "hub.max_shard_size", "must be such as 500MB or 10GB")
+    need("raw" not in hub.variants or not config.lora.rank, "hub.variants", "raw cannot be used with lora")
+    need(bool(re.fullmatch(r"\d+(KB|MB|GB)", hub.max_shard_size)), "hub.max_shard_size", "must be a size like 500MB or 10GB")
 
 
 def _check_validation(config: Config, need: Need) -> None:
@@ -333,7 +333,7 @@ def _check_validation(config: Config, need: Need) -> None:
         need(not leads or last < trained, "validation.num_inference_steps", rule)
     samplers = [name for name, sampler in SAMPLERS.items() if sampler.flow or config.objective.target != "flow"]
     need(v.sampler in samplers, "validation.sampler", f"choose one of {', '.join(samplers)}")
-    guiders = [name for name, guider in GUIDERS.items() if not guider.weak]  # a weaker model is not there yet
+    guiders = [name for name, guider in GUIDERS.items() if not guider.weak]  # during training there is no weaker model yet
     need(v.guider in guiders, "validation.guider", f"choose one of {', '.join(guiders)}")
     if v.guider in guiders:
         alone = GUIDERS[v.guider].second and v.guidance_scale == 1
@@ -343,7 +343,7 @@ def _check_validation(config: Config, need: Need) -> None:
 
 
 def settings_without_effect(config: Config) -> list[str]:
-    """Settings that were changed from their defaults and have no effect beside the others; a line each."""
+    """One line for each setting that was changed from its default but has no effect given the others."""
     default = type(config)()
     lines = []
     for without, needed, keys in _rules_without_effect(config):
@@ -355,7 +355,7 @@ def settings_without_effect(config: Config) -> list[str]:
 
 
 def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
-    """Rows of: whether the keys have no effect, what they need, the keys."""
+    """Rows of: whether the keys have no effect, what they would need, and the keys."""
     o = config.objective
     data = config.data
     name = named_source(config)
@@ -394,7 +394,7 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
     ]
     for task, entry in TASKS.items():
         own = config.task == task
-        rows.append((own, f"another task than {task}", entry.idle))
+        rows.append((own, f"a task other than {task}", entry.idle))
         rows.append((not own, f"task={task}", own_keys(config, task, entry)))
         rows.append((own and grown, "a model that is built from random weights", entry.built))
     owners: dict[str, list[str]] = {}

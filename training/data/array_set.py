@@ -1,7 +1,8 @@
-"""A prepared set: a folder of flat files, memory-mapped, so that a run holds few bytes a record in memory.
+"""A prepared data set: a folder of flat files, memory-mapped, so that a run keeps only a few bytes per record in memory.
 
-`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; of arrays that repeat each value over a square, one of
-each. Captions and names are texts with their ends; and a table holds for each record its bucket, row, split and captions.
+`pictures-HxW.bin` holds the images of one size, `(N, H, W, C)` uint8; arrays that repeat each value over a square are stored
+with one value per square. Captions and names are stored as text with the offsets of their ends, and a table holds the bucket,
+row, split and captions of each record.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ RECORD = np.dtype([("bucket", "u2"), ("row", "u4"), ("split", "u1"), ("first_cap
 
 
 class Texts(Sequence):
-    """Many texts in one memory-mapped file."""
+    """A sequence of strings in one memory-mapped file."""
 
     def __init__(self, folder: Path, name: str):
         self.ends = np.load(folder / f"{name}-ends.npy", mmap_mode="r")
@@ -41,16 +42,16 @@ class ArraySet(Sequence):
 
     Attributes:
         buckets: the image sizes, (height, width).
-        table: an array of `RECORD`, a row a record.
+        table: an array of `RECORD`, one row per record.
         skipped: reason -> names of the records that could not be used.
-        credits: who made the images and the licence, where the source says both of what it reads.
-        left_out: reason -> names of what was found and is not part of the set, such as other splits.
-        num_records: with those that could not be used.
-        noted: what was unusual about images that could -> how many.
-        codec: the facts of the codec, see `pipelines.codecs`; None: pictures.
+        credits: who made the images, and the licence; None unless the source states them.
+        left_out: reason -> names of what was found but is not part of the set, such as other splits.
+        num_records: the number of records, including those that could not be used.
+        noted: what was unusual about images that could be used -> how many.
+        codec: the description of the codec, see `pipelines.codecs`; None: plain images.
         repeat: each stored value covers `repeat` x `repeat` pixels.
-        fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same one, however they came
-            about.
+        fingerprint: a hash of all bytes of the set: the same images, captions and splits have the same fingerprint, however
+            they were made.
     """
 
     def __init__(self, folder: Path):
@@ -60,7 +61,7 @@ class ArraySet(Sequence):
             self._check_sizes()
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"the prepared set {folder} is damaged ({error}); remove this folder, and it is prepared again"
+                f"the prepared set {folder} is damaged ({error}); remove this folder, and it will be prepared again"
             ) from error
 
     def _open(self, folder: Path) -> None:
@@ -86,19 +87,19 @@ class ArraySet(Sequence):
             self._maps.append(np.memmap(path, self.dtype, "r").reshape(shape) if path.stat().st_size else None)
 
     def _check_sizes(self) -> None:
-        """Raise ValueError where a file does not hold what the table says."""
+        """Raise ValueError if a file does not hold what the table says."""
         rows = np.bincount(self.table["bucket"], minlength=len(self.buckets))
         held = [0 if images is None else len(images) for images in self._maps]
         if rows.tolist() != held:
-            raise ValueError(f"it holds {held} images, its table says {rows.tolist()}")
+            raise ValueError(f"it holds {held} images, but its table says {rows.tolist()}")
         texts = int(self.table["num_captions"].sum(dtype=np.int64))
         for name, store, count in (("captions", self.captions, texts), ("names", self.names, len(self.table))):
             end = int(store.ends[-1]) if len(store.ends) else 0
             if len(store.ends) != count or len(store.body) != end:
-                raise ValueError(f"its {name} are cut")
+                raise ValueError(f"its {name} are cut off")
 
     def verify(self) -> bool:
-        """Whether all bytes are those that were prepared; reads them all."""
+        """Whether all bytes are still as they were prepared; reads every file."""
         return hash_content(self.folder) == self.fingerprint
 
     def __len__(self) -> int:
@@ -118,19 +119,19 @@ class ArraySet(Sequence):
         return len(np.unique(self.table["bucket"][self.select("train")])) > 1
 
     def picture(self, i: int) -> np.ndarray:
-        """Image i, or what people look at where the set has none, `(h, w, C)` uint8."""
+        """Image i, or the image that its codec draws of it, `(h, w, C)` uint8."""
         if self.codec is None:
             return self.image(i)
         codec = open_codec(self.codec)
         return codec.picture(codec.decode(to_unit(self.image(i))))
 
     def image(self, i: int) -> np.ndarray:
-        """Image i, `(H, W, C)` uint8; of a set with a codec, its array, in float16 from -1 to 1 where the codec says so."""
+        """Image i, `(H, W, C)` uint8; for a set with a codec, the encoded array, which may be float16 in [-1, 1]."""
         image = self.stored(i)
         return image if self.repeat == 1 else image.repeat(self.repeat, axis=0).repeat(self.repeat, axis=1)
 
     def stored(self, i: int) -> np.ndarray:
-        """Image i as it is kept, one value for `repeat` x `repeat` pixels."""
+        """Image i as it is stored, one value for each `repeat` x `repeat` pixels."""
         row = self.table[i]
         return self._maps[row["bucket"]][row["row"]]
 
@@ -139,7 +140,7 @@ class ArraySet(Sequence):
         return np.flatnonzero(self.table["split"] == SPLITS.index(split))
 
     def training_captions(self, limit: int = 200_000) -> list[str]:
-        """All captions of the training split, in order; of a larger set `limit` records, evenly spread."""
+        """All captions of the training split, in order; for a larger set, those of at most `limit` evenly spaced records."""
         chosen = self.select("train")
         return [text for i in chosen[:: -(-len(chosen) // limit) or 1] for text in self[int(i)]["captions"]]
 
@@ -150,7 +151,7 @@ def to_unit(array: np.ndarray) -> np.ndarray:
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` numbers below `total`, or all where there are fewer, evenly spread from the first to near the last."""
+    """`count` evenly spaced integers from 0 to near `total`, or all below `total` if there are fewer."""
     count = min(count, total)
     return [i * total // count for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""What frozen models make of the data, computed once and kept on disk."""
+"""The outputs of frozen models on the data, computed once and kept on disk."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from sfumato.files import sync
 from sfumato.training.data.array_set import ArraySet
 from sfumato.training.models.latent_space import encode, to_pixel_values
 
-BATCHES_A_PART = 16  # of what several processes compute together
+BATCHES_A_PART = 16  # a part is the unit of work that processes share out
 
 
 def content_hash(*parts) -> str:
@@ -32,35 +32,35 @@ def content_hash(*parts) -> str:
 
 
 def cached_array(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int = 64) -> np.ndarray:
-    """The array at `path`, memory-mapped; computed batch by batch into it where it does not exist yet.
+    """The array at `path`, memory-mapped; computed batch by batch and saved there if it does not exist yet.
 
-    Several processes may call at once, on several machines too, and then share the work.
+    Several processes, even on several machines, may call this at once and then share the work.
 
     Raises:
         ValueError: the file is damaged.
     """
-    if not path.is_file():  # a ready one may lie where nobody may write
+    if not path.is_file():  # an existing one may be in a read-only folder
         _compute_together(path, count, compute, what, batch)
     try:
         found = np.load(path, mmap_mode="r")
         if len(found) != count:
-            raise ValueError(f"it has {len(found)} rows of {count}")
+            raise ValueError(f"it has {len(found)} rows instead of {count}")
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"the cached file {path} is damaged ({error}); remove it, and it is prepared again") from error
+        raise ValueError(f"the cached file {path} is damaged ({error}); remove it, and it will be computed again") from error
     return found
 
 
 def _compute_together(path: Path, count: int, compute: Callable[[range], np.ndarray], what: str, batch: int) -> None:
-    """Part by part, each a file of its own: a process takes what no other is at, then what one that was killed has left.
+    """Compute in parts, each in its own file: a process takes parts that no other works on, then those of a killed process.
 
-    Parts that were computed before a crash stay.
+    Parts that were computed before a crash are kept.
     """
     folder = path.with_name(f".{path.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     length = BATCHES_A_PART * batch
     parts = [range(start, min(start + length, count)) for start in range(0, count, length)]
     progress = tqdm(total=count, desc=what, unit="record")
-    for patience in (0, -1):  # seconds to wait for a part that another process is at; at last, as long as it takes
+    for patience in (0, -1):  # seconds to wait for a part of another process; the second time, as long as it takes
         for part in parts:
             place = folder / f"{part.start}.npy"
             claim = _claim(place, patience)
@@ -83,7 +83,7 @@ def _compute_together(path: Path, count: int, compute: Callable[[range], np.ndar
 
 
 def _join(path: Path, parts: list[Path], count: int) -> None:
-    """Write the rows of some files into one, which is put into place whole."""
+    """Write the rows of several files into one, which is moved into place atomically."""
     new = path.with_name(f".{path.name}.new")
     array, filled = None, 0
     for part in parts:
@@ -99,7 +99,7 @@ def _join(path: Path, parts: list[Path], count: int) -> None:
 
 
 def _claim(place: Path, patience: float) -> AcquireReturnProxy | None:
-    """The right to compute a part; None where another process has it, or where all is done and tidied up."""
+    """The lock for computing a part; None if another process holds it, or if all parts are done and removed."""
     try:
         return FileLock(f"{place}.lock").acquire(timeout=patience)
     except (Timeout, FileNotFoundError):
@@ -108,7 +108,7 @@ def _claim(place: Path, patience: float) -> AcquireReturnProxy | None:
 
 @torch.no_grad()
 def cached_latents(images: ArraySet, vae: AutoencoderKL, cache_dir: str) -> np.ndarray:
-    """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of data and VAE."""
+    """x_0 of every record, `(N, C, h, w)` float32; keyed by the content of the data and the VAE."""
     device = next(vae.parameters()).device
     key = content_hash(images.fingerprint, vae, vae.config["scaling_factor"])
 
@@ -121,9 +121,9 @@ def cached_latents(images: ArraySet, vae: AutoencoderKL, cache_dir: str) -> np.n
 
 @torch.no_grad()
 def cached_texts(images: ArraySet, tokenizer, text_encoder, cache_dir: str) -> np.ndarray:
-    """What the text encoder reads of every caption and, last, of the empty one: token ids, `(N + 1, L)` int64.
+    """The text encoder's input for every caption and, last, for the empty one: token ids, `(N + 1, L)` int64.
 
-    With a `text_encoder`, what it says: embeddings, `(N + 1, L, D)` float32. Keyed by content as above.
+    With a `text_encoder`, its output: embeddings, `(N + 1, L, D)` float32. Keyed by content, as in `cached_latents`.
     """
     count = len(images.captions)
     key = content_hash(images.fingerprint, text_encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)

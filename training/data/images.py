@@ -1,4 +1,4 @@
-"""One reader for image files: upright, on white, in the wanted size and channels, or refused with the reason."""
+"""One reader for image files: turned upright, on white, with the wanted size and channels, or refused with a reason."""
 
 import warnings
 from pathlib import Path
@@ -16,7 +16,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def _unread_reason(source: Path | bytes) -> str:
-    """What a file is that Pillow does not know, and what to do."""
+    """What a file that Pillow cannot identify is, and what to do about it."""
     if isinstance(source, Path):
         with open(source, "rb") as file:
             start = file.read(12)
@@ -25,7 +25,7 @@ def _unread_reason(source: Path | bytes) -> str:
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
         return "damaged image" if "HEIF" in Image.OPEN else "HEIC, which needs a package: pip install 'sfumato[heic]'"
     if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and not features.check("avif"):
-        return "AVIF, which needs a Pillow of 11.3 or later"
+        return "AVIF, which needs Pillow 11.3 or later"
     return "not an image"
 
 
@@ -39,15 +39,15 @@ def read_image(
         size: height and width.
         channels: 1 grey, 3 RGB, 4 RGBA.
         resize: `crop` the longer side, `pad` the shorter one with white, or `stretch`.
-        notes: gets what was unusual about the image, such as a palette.
+        notes: filled with what was unusual about the image, such as a palette.
 
     Raises:
-        Unusable: too large (judged before decoding), too small, or not readable; the reason in a few words.
+        Unusable: the image is too large (checked before decoding), too small or not readable; gives the reason in a few words.
     """
     notes = set() if notes is None else notes
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PIL, on large and on odd images: we have our own words for both
+            warnings.simplefilter("ignore")  # PIL warns of large and of odd images; both get our own messages
             image = open_image(source)
             if image.width * image.height > MAX_PIXELS:
                 raise Unusable(f"more than {MAX_PIXELS // 1_000_000} megapixels")
@@ -64,13 +64,13 @@ def read_image(
         raise Unusable(_unread_reason(source)) from error
     except UnsupportedImage as error:
         raise Unusable(str(error)) from error
-    except Exception as error:  # PIL raises nearly anything on a damaged file
+    except Exception as error:  # PIL raises almost anything on a damaged file
         raise Unusable("damaged image") from error
     return fit(image, size, channels, resize)
 
 
 def fit(image: Image.Image, size: tuple[int, int], channels: int, resize: str) -> np.ndarray:
-    """An image of 8 bits as `(*size, channels)` uint8; arguments as for `read_image`."""
+    """An 8-bit image as `(*size, channels)` uint8; arguments as for `read_image`."""
     target_size, resample = (size[1], size[0]), Image.Resampling.LANCZOS
     if resize == "stretch":
         fitted = image.resize(target_size, resample)
@@ -82,13 +82,13 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int, resize: str) -
 
 
 def read_shape(source: Path | bytes) -> tuple[int, int]:
-    """Height and width of an image once it is upright; 1 and 1 of one that cannot be opened, which `read_image` refuses."""
+    """Height and width of an image once it is upright; (1, 1) if it cannot be opened, which `read_image` then reports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with open_image(source) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5
                 width, height = image.size[::-1] if turned else image.size
-        except Exception:  # PIL raises nearly anything on a damaged file
+        except Exception:  # PIL raises almost anything on a damaged file
             return 1, 1
     return max(height, 1), max(width, 1)

@@ -1,6 +1,6 @@
 """Batches of prepared images.
 
-All randomness of a sample is a function of (seed, epoch, index); see `streams`.
+Everything random about a sample is a function of (seed, epoch, index); see `streams`.
 """
 
 import signal
@@ -23,11 +23,11 @@ class Sample(NamedTuple):
     """What is decided about a sample before anything is read.
 
     Attributes:
-        index: number of the image in the set.
+        index: index of the image in the set.
         flip: whether it is mirrored.
         caption: which of its own captions; -1 is the empty one.
-        level: of the noise, in [0, 1).
-        key: of its random streams.
+        level: the noise level, in [0, 1).
+        key: the key of its random streams.
     """
 
     index: int
@@ -44,11 +44,11 @@ class SampleData:
     Attributes:
         images: the prepared set.
         texts: token ids or embeddings of all captions, from `cached.cached_texts`.
-        streams: what is random about a sample.
-        latents: from `cached.cached_latents`, if they were made.
-        extra_arrays: what else the task makes of an image `(H, W, C)` uint8, a key and the streams, by name.
-        tokenizer: of captions that are read as a stream, where the task reads captions.
-        as_stored: x_0 is what the set keeps, one value for each square of pixels.
+        streams: where everything random about a sample comes from.
+        latents: from `cached.cached_latents`, if they were computed.
+        extra_arrays: makes the task's further arrays, by name, from an image `(H, W, C)` uint8, a key and the streams.
+        tokenizer: for captions of data that are read as a stream, if the task uses captions.
+        as_stored: x_0 is the array as the set stores it, one value for each square of pixels.
     """
 
     images: ArraySet
@@ -61,10 +61,10 @@ class SampleData:
 
 
 class TrainingSamples(Dataset):
-    """Training samples by position in an endless stream; epoch = position // length, each in its own shuffled order.
+    """Training samples by position in an endless stream; epoch = position // length, and each epoch has its own random order.
 
-    With images of several sizes, positions come in blocks of `block` (all that the processes read for one batch) of one
-    size; the last block of a size is filled up with images from its start.
+    If images have several sizes, positions come in blocks of `block` samples of one size (what all processes together read
+    for one batch); the last block of a size is filled up with the first images of that size.
     """
 
     def __init__(self, images: ArraySet, config: Config, *, block: int = 1, streams: Streams | None = None):
@@ -82,7 +82,7 @@ class TrainingSamples(Dataset):
         self._order = np.zeros(0, np.int64)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The records of an epoch in the order they are read, `(length,)`."""
+        """The records of an epoch in the order in which they are read, `(length,)`."""
         rng = np.random.default_rng((self.config.seed, epoch))
         if len(self.parts) == 1:
             return self.parts[0][rng.permutation(len(self.parts[0]))]
@@ -93,11 +93,11 @@ class TrainingSamples(Dataset):
         return np.concatenate([blocks[k] for k in rng.permutation(len(blocks))])
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at one position."""
+        """The sample at a position."""
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[Sample]:
-        """The samples at some positions, drawn together."""
+        """The samples at several positions, drawn together."""
         epochs, indices = [], []
         for position in positions:
             epoch, place = divmod(position, self.length)
@@ -112,7 +112,7 @@ class TrainingSamples(Dataset):
 def decide(
     config: Config, streams: Streams, epochs: list[int], indices: list[int], num_captions: np.ndarray, positions: list[int]
 ) -> list[Sample]:
-    """What is decided about the records `indices`, in these epochs and at these positions of the run."""
+    """What is decided about the records `indices` in the given epochs, at the given positions of the run."""
     random_flip = config.data.random_flip
     choices = streams.choices(np.array(epochs), np.array(indices), num_captions, random_flip)
     captions = np.where(choices.dropout < config.objective.caption_dropout, -1, choices.caption)
@@ -123,12 +123,12 @@ def decide(
 
 
 def spread_levels(seed: int, positions: list[int]) -> np.ndarray:
-    """Noise levels in [0, 1): golden-ratio steps spread them evenly over any run of positions, hence over every batch."""
+    """Noise levels in [0, 1): golden-ratio steps spread them evenly over any consecutive positions, hence over every batch."""
     return (np.random.default_rng(seed).random() + np.array(positions) * GOLDEN_RATIO) % 1.0
 
 
 class Positions(Sampler):
-    """The positions that one process reads, endlessly: block after block of `batch_size`, dealt out to the processes."""
+    """The positions that one process reads, endlessly: blocks of `batch_size`, which the processes take in turn."""
 
     def __init__(self, batch_size: int, rank: int, num_processes: int, start: int = 0):
         self.batch_size = batch_size
@@ -168,7 +168,7 @@ def level_and_key(samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 
 def image_tensors(images: list[np.ndarray], samples: list[Sample], data: SampleData) -> dict[str, torch.Tensor]:
-    """`pixel_values` of images `(H, W, C)`, mirrored where that was decided, and what the task makes of them beside."""
+    """`pixel_values` of images `(H, W, C)`, mirrored where that was decided, and the task's further tensors."""
     images = [image[:, ::-1] if sample.flip else image for image, sample in zip(images, samples)]
     tensors = {"pixel_values": to_pixel_values(np.stack(images))}
     if data.extra_arrays is not None:
@@ -180,12 +180,12 @@ def image_tensors(images: list[np.ndarray], samples: list[Sample], data: SampleD
 def batches(
     data: SampleData, config: Config, *, rank: int = 0, num_processes: int = 1, start: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless training batches of one process, from global position `start` on.
+    """Endless training batches of one process, starting at the global position `start`.
 
     Yields:
-        `pixel_values` (B, C, H, W) float32 in [-1, 1], or `x_0` (B, C, h, w) where there are latents; `text`, which is
-        token ids (B, L) or embeddings (B, L, D); `timestep_u` (B,) in [0, 1); `sample_key` (B,) int64; `is_empty` (B,), where
-        the caption was dropped; and what `extra_arrays` makes.
+        `pixel_values` (B, C, H, W) float32 in [-1, 1], or `x_0` (B, C, h, w) if there are latents; `text`, which is token
+        ids (B, L) or embeddings (B, L, D); `timestep_u` (B,) in [0, 1); `sample_key` (B,) int64; `is_empty` (B,), true where
+        the caption was dropped; and what `extra_arrays` returns.
     """
     block = config.train.batch_size * num_processes
     return iter(
@@ -202,20 +202,20 @@ def batches(
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device, by copies that wait for nothing."""
+    """The batch on the device, by non-blocking copies."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def seed_layers(streams: Streams, batch: dict[str, torch.Tensor]) -> None:
-    """Seed torch's own generator, from which dropout layers draw, by the first sample of a batch from the loader."""
+    """Seed torch's global generator, which dropout layers use, with the first sample of a batch from the loader."""
     seed = streams.torch_seed(int(batch["sample_key"].numpy()[0]))
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # of the CPU's generator alone, at a fraction of the cost
+    else:  # seeds only the CPU's generator, at a fraction of the cost
         torch.default_generator.manual_seed(seed)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a group; the trainer still needs its workers to end the step under way."""
+    """Ignore Ctrl-C and SIGTERM, which reach the whole process group; the trainer needs its workers to finish the step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

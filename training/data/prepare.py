@@ -26,21 +26,21 @@ from sfumato.training.data.sources.keywords import keyword_files
 from sfumato.training.data.sources.registry import open_codec, open_source, source_name
 from sfumato.training.data.stream import sample_of
 
-# Raise this by hand with every change of code that changes a prepared byte of every source (of one alone: `Source.version`):
+# Raise this by hand with every code change that alters prepared bytes of all sources (for a single source: `Source.version`).
 # tests/test_identity.py has golden hashes.
 FORMAT_VERSION = 2
-# Settings that change no prepared image.
+# Settings that do not affect the prepared images.
 NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings", "stream_buffer")
-# Settings that decide the images of a set that is read as a stream, and of no other.
+# Settings that affect the prepared images only if the data are read as a stream.
 OF_STREAMS = ("stream", "stream_sample")
-# Settings that came later, with the value at which a set is what it was before.
+# Settings that were added later, with the value that leaves a set as it was before.
 LATER = {"recolours": 0, "keywords": None}
 
 
 def cache_key(config: DataConfig) -> str:
-    """A hash of what decides the prepared images: settings, `FORMAT_VERSION`, packages, a source's version and its files.
+    """A hash of what determines the prepared images: settings, `FORMAT_VERSION`, packages, the source's version and its files.
 
-    It names a folder in the cache and says only where to look. What a set *is* says `ArraySet.fingerprint`.
+    It names a folder in the cache, so it only says where to look. What a set contains is identified by `ArraySet.fingerprint`.
     """
     parts = {key: value for key, value in asdict(config).items() if key not in NOT_IN_KEY}
     parts = {key: value for key, value in parts.items() if config.stream or key not in OF_STREAMS}
@@ -70,22 +70,22 @@ def cache_key(config: DataConfig) -> str:
 
 
 def prepared_folder(config: DataConfig) -> Path:
-    """Where the prepared set of a config lies, or will lie."""
+    """The folder where the prepared set of a config is, or will be."""
     return Path(config.cache_dir).expanduser() / f"{Path(config.name).name}-{config.resolution}-{cache_key(config)}"
 
 
 def prepare(config: DataConfig) -> ArraySet:
-    """Read, check and resize every image once; later calls with the same settings map the stored result.
+    """Read, check and resize every image once; later calls with the same settings memory-map the stored result.
 
-    Several processes may call at once: one prepares, the others wait for it.
+    Several processes may call this at once: one prepares the set, the others wait for it.
 
     Raises:
-        ValueError: no such source, no captions, or too many unusable images; each is named.
+        ValueError: no such source, no captions, or too many unusable images; the message names them.
         ModuleNotFoundError: the source needs a package; the message names it.
     """
     records = sample_of(config) if config.stream else open_source(config)
     folder = prepared_folder(config)
-    if not (folder / "report.json").is_file():  # a ready set may lie where nobody may write
+    if not (folder / "report.json").is_file():  # an existing set may be in a read-only folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         _prepare_into(folder, config, records)
     images = ArraySet(folder)
@@ -94,7 +94,7 @@ def prepare(config: DataConfig) -> ArraySet:
 
 
 def _prepare_into(folder: Path, config: DataConfig, records: Iterator[Record]) -> None:
-    """Make the set, unless another process has made it meanwhile."""
+    """Make the set, unless another process has made it in the meantime."""
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "report.json").is_file():
             new = folder.with_name(f".{folder.name}.new")
@@ -122,7 +122,7 @@ class _Writer:
         self.num_train = 0
 
     def add(self, record: Record, bucket: int, image: np.ndarray) -> None:
-        """Append a record and its image, `(H, W, C)` uint8 in the size of the bucket."""
+        """Append a record and its image, `(H, W, C)` uint8 of the bucket's size."""
         split = record.split or ("held_out" if hash_fraction(record.name) < HELD_OUT_SHARE else "train")
         entry = (bucket, self.rows[bucket], SPLITS.index(split), self.num_captions, len(record.captions))
         self.table.write(np.array(entry, RECORD).tobytes())
@@ -145,7 +145,7 @@ class _Writer:
             file.close()
 
     def finish(self, report: dict) -> None:
-        """Write the tables as `.npy`, and last the report, with the hash of all the rest."""
+        """Write the tables as `.npy` and then, as the last file, the report with the hash of all others."""
         self.close()
         tables = {"records": RECORD, **{f"{name}-ends": np.dtype("u8") for name in self.texts}}
         for name, dtype in tables.items():
@@ -160,7 +160,7 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
     buckets = [(size[0], size[1]) for size in config.buckets] or [(config.resolution, config.resolution)]
     codec = None if config.stream else open_codec(config)
     if codec is None and config.channels not in (1, 3, 4):
-        raise ValueError(f"data.channels={config.channels}: images have 1, 3 or 4")
+        raise ValueError(f"data.channels={config.channels}: images have 1, 3 or 4 channels")
     writer, num_records = _Writer(folder, buckets), 0
     skipped: dict[str, list[str]] = {}
     left_out: dict[str, list[str]] = {}
@@ -209,7 +209,7 @@ def _utf8(name: str) -> str:
 
 
 def _count(names_by_reason: dict[str, list[str]]) -> str:
-    """How many there are of each, with the first names."""
+    """The number of names for each reason, with the first few names."""
     return "; ".join(
         f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for reason, names in names_by_reason.items()
@@ -217,8 +217,8 @@ def _count(names_by_reason: dict[str, list[str]]) -> str:
 
 
 def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, notes: set[str]) -> tuple[int, np.ndarray]:
-    """The number of the bucket whose shape is nearest, and the image in its size."""
-    if callable(record.image):  # generated, in the size that is wanted
+    """The index of the bucket with the nearest aspect ratio, and the image in its size."""
+    if callable(record.image):  # generated, already in the wanted size
         try:
             return 0, record.image()
         except ValueError as error:
@@ -234,20 +234,20 @@ def _fit(record: Record, buckets: list[tuple[int, int]], config: DataConfig, not
 
 
 def _encode(record: Record, codec: Codec) -> np.ndarray:
-    """The array of an object, `(H, W, C)`, as the set keeps it: of values that repeat the first."""
+    """The array of an object, `(H, W, C)`, as the set stores it: of repeated values only the first."""
     try:
         thing = record.image() if callable(record.image) else record.image
         array = codec.encode(thing)
     except ValueError as error:
         raise Unusable(str(error)) from error
     if array.shape != codec.shape or not np.isfinite(array).all():
-        raise Unusable(f"an array of {array.shape} that should be {codec.shape} finite numbers")
+        raise Unusable(f"an array of shape {array.shape} instead of {codec.shape}, or with values that are not finite")
     array = array[:: repeat_of(codec), :: repeat_of(codec)]
     return np.round(array * 255).astype(np.uint8) if codec.stored == "uint8" else (array * 2 - 1).astype(np.float16)
 
 
 def check_usable(config: DataConfig, num_records: int, num_train: int, skipped: dict[str, list[str]]) -> str | None:
-    """What of the data cannot be used, in a line; None where all can.
+    """One line about the records that cannot be used; None if all can.
 
     Raises:
         ValueError: nothing is left to train on, or more than `data.max_bad_share` cannot be used.

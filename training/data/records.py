@@ -12,17 +12,17 @@ from typing import Any
 
 from sfumato.registries import IMAGE_ENDINGS
 
-HELD_OUT_SHARE = 0.02  # of a set without splits of its own; by the records' names
+HELD_OUT_SHARE = 0.02  # of a data set that has no splits of its own; chosen by the records' names
 MAX_FILE_BYTES = 256_000_000
-MAX_GROWTH = 200  # a compressed archive may unpack to so many times its own size; images hardly shrink
-ALWAYS_ALLOWED = 1_000_000_000  # bytes that any archive may unpack to
+MAX_GROWTH = 200  # a compressed archive may unpack to this many times its own size; images hardly compress
+ALWAYS_ALLOWED = 1_000_000_000  # bytes that any archive may unpack to, whatever its size
 MAX_CAPTION_CHARACTERS = 10_000
-# Images that nothing here reads: counted and named, rather than passed over.
+# Image formats that are not read here: such files are counted and named rather than silently ignored.
 UNREAD_ENDINGS = (
     *(".svg", ".jxl", ".psd", ".xcf", ".eps", ".pdf", ".ai", ".tga", ".ico", ".exr", ".hdr", ".wmf", ".emf"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw", ".raw"),
 )
-# Files that describe a set or belong to a file system; nobody would look for an image in them.
+# Files that describe a data set or belong to the file system; nobody would expect an image in them.
 OTHER_ENDINGS = (
     *(".txt", ".cls", ".caption", ".csv", ".tsv", ".json", ".jsonl", ".md", ".rst", ".yaml", ".yml", ".toml", ".xml"),
     *(".html", ".py", ".ipynb", ".log", ".ini", ".db", ".lock", ".parquet", ".arrow", ".sha256", ".md5", ".license"),
@@ -35,7 +35,7 @@ class Unusable(ValueError):
     """A record that cannot be used; it is skipped, counted and named.
 
     Args:
-        reason: in a few words, such as `damaged image`.
+        reason: the reason in a few words, such as `damaged image`.
     """
 
     def __init__(self, reason: str):
@@ -48,20 +48,20 @@ class Record:
     """One image with its captions, not yet read."""
 
     name: str
-    image: Path | bytes | Callable[[], Any] | None = None  # a file, its content, or what makes the image or object
+    image: Path | bytes | Callable[[], Any] | None = None  # a file, its content, or a function that makes the image or object
     captions: list[str] = field(default_factory=list)
-    split: str | None = None  # None: decided by the name
-    fault: str | None = None  # why it cannot be used
-    left_out: str | None = None  # why it is not part of the set, such as another split; told, but not as a fault
+    split: str | None = None  # None: decided by a hash of the name
+    fault: str | None = None  # why the record cannot be used
+    left_out: str | None = None  # why it is not part of the set, such as another split; reported, but not as a fault
 
 
 def captions_of(value) -> tuple[list[str], str | None]:
     """The usable captions in a cell (a text, a list of texts, or nothing), and what is wrong if there is none."""
     values = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
     if any(isinstance(text, dict) or text != text for text in values):
-        return [], "caption is no text"
+        return [], "caption is not text"
     values = [text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text for text in values]
-    texts = [str(text).replace("\ufeff", "").strip() for text in values]  # Windows begins text files with that mark
+    texts = [str(text).replace("\ufeff", "").strip() for text in values]  # Windows starts text files with this mark
     texts = [text for text in texts if text]
     sound = [text for text in texts if text.encode("utf-8", "ignore").decode() == text]
     short = [text for text in sound if len(text) <= MAX_CAPTION_CHARACTERS]
@@ -73,17 +73,17 @@ def captions_of(value) -> tuple[list[str], str | None]:
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone; used to hold out records."""
+    """A number in [0, 1) that depends only on the text; used to choose the held-out records."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:4], "big") / 2**32
 
 
 def is_hidden(name: PurePath) -> bool:
-    """Whether a relative path is hidden, or is what a file system keeps beside the files (`._x`, `__MACOSX`)."""
+    """Whether a relative path is hidden, or is metadata that a file system keeps beside the files (`._x`, `__MACOSX`)."""
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.parts)
 
 
 def kind_of(name: str) -> str:
-    """`image`, `unread` (an image in a form that nothing here reads), `other`, or `unknown`, by the name alone."""
+    """`image`, `unread` (an image in a format that is not read here), `other` or `unknown`, judged by the name alone."""
     lower = PurePath(name).name.lower()
     if lower.endswith(IMAGE_ENDINGS):
         return "image"
@@ -93,7 +93,7 @@ def kind_of(name: str) -> str:
 
 
 def fault_of_kind(name: str) -> str | None:
-    """Why an image of this name cannot be read, or None."""
+    """Why an image with this name cannot be read, or None if it can."""
     ending = PurePath(name).suffix.lower()
     return f"{ending} files are not read; convert to PNG or JPEG" if kind_of(name) == "unread" else None
 
@@ -106,18 +106,18 @@ SPLIT_WORDS = {
 
 
 def split_of(name: str) -> str | None:
-    """The split that a path names, such as `test` of `data/test-00000-of-00001.parquet`; the last word that names one."""
+    """The split that a path names, such as `test` in `data/test-00000-of-00001.parquet`; if it names several, the last one."""
     words = re.findall(r"[a-z]+", name.lower())
     return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
 
 
 def splits_to_leave_out(names: Iterable[str], wanted: str) -> dict[str, str]:
-    """Name -> split of those that belong to another split than `wanted`; none where all are of one split.
+    """Name -> split for the names that belong to a split other than `wanted`; empty if all belong to the same split.
 
-    What names no split counts as `train` where others name one.
+    If some names contain a split, those that contain none count as `train`.
 
     Raises:
-        ValueError: none is of the wanted split.
+        ValueError: no name belongs to the wanted split.
     """
     splits = {name: split_of(name) for name in names}
     present = {split or "train" for split in splits.values()}
@@ -125,5 +125,5 @@ def splits_to_leave_out(names: Iterable[str], wanted: str) -> dict[str, str]:
         return {}
     wanted = SPLIT_WORDS.get(wanted, wanted)
     if wanted not in present:
-        raise ValueError(f"there is no split {wanted!r}, but {' and '.join(sorted(present))}; choose one with data.split")
+        raise ValueError(f"there is no split {wanted!r}, only {' and '.join(sorted(present))}; choose one with data.split")
     return {name: split or "train" for name, split in splits.items() if (split or "train") != wanted}

@@ -1,8 +1,8 @@
-"""Records read from shards while training: for data that fit no disk. `data.stream: true`.
+"""Records read from shards during training, for data that are too large for the disk. `data.stream: true`.
 
 The shards of an epoch are dealt out to lanes, and the lanes to the processes and their workers. Each lane shuffles its own
-records by windows, and each batch takes its share from every lane; so what a run sees is decided by the seed and the number
-of lanes, on one process or many, and a run goes on in the middle of a shard from six numbers a lane.
+records window by window, and each batch takes an equal share from every lane. What a run sees is therefore decided by the
+seed and the number of lanes, on one process or many, and a few numbers per lane are enough to resume inside a shard.
 """
 
 import re
@@ -30,8 +30,8 @@ from sfumato.training.data.loader import SampleData, decide, image_tensors, leav
 from sfumato.training.data.records import HELD_OUT_SHARE, Record, Unusable, hash_fraction, splits_to_leave_out
 
 MAX_LANES = 64
-TRIES = 4  # at a shard on another machine
-SECONDS_BETWEEN = 2.0  # the first time; twice as long each time
+TRIES = 4  # to fetch a shard from another machine
+SECONDS_BETWEEN = 2.0  # before the first retry; doubled each time
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Shard:
 
     Attributes:
         address: a path or a URL.
-        source: the name in `SOURCES` of what reads it.
+        source: the name in `SOURCES` of the source that reads it.
     """
 
     address: str
@@ -48,12 +48,12 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The last part of the address, which the names of its records begin with."""
+        """The last part of the address; the names of its records begin with it."""
         return self.address.rstrip("/").rpartition("/")[2]
 
 
 def expand(address: str) -> list[str]:
-    """Addresses of a pattern with a range of numbers, such as `shard-{000..127}.tar`; itself where there is none."""
+    """The addresses that a pattern with a range, such as `shard-{000..127}.tar`, stands for; or the address itself."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", address)
     if found is None:
         return [address]
@@ -63,10 +63,10 @@ def expand(address: str) -> list[str]:
 
 
 def list_shards(config: DataConfig) -> list[Shard]:
-    """The shards of `data.name`: a folder or file here, a URL with `{000..127}` or `*` in it, or a Hub id.
+    """The shards of `data.name`: a local folder or file, a URL, which may contain `{000..127}` or `*`, or a Hub id.
 
     Raises:
-        ValueError: there are none, or they cannot be listed; says why.
+        ValueError: there are none, or they cannot be listed; the message says why.
     """
     name = config.name
     try:
@@ -86,7 +86,7 @@ def list_shards(config: DataConfig) -> list[Shard]:
     if not shards:
         raise ValueError(f"data.name={name!r}: found no .tar or .parquet to read as a stream")
     if len({shard.name for shard in shards}) < len(shards):
-        raise ValueError(f"data.name={name!r}: two shards have the same name, by which records are told apart")
+        raise ValueError(f"data.name={name!r}: two shards have the same name, but names must tell their records apart")
     return shards
 
 
@@ -104,10 +104,10 @@ def _source_of(address: str) -> str | None:
 
 @contextmanager
 def local_copy(address: str, folder: Path) -> Iterator[Path]:
-    """A shard as a file on this machine; one from elsewhere is fetched, and is gone afterwards.
+    """A shard as a local file; a remote one is downloaded and deleted afterwards.
 
     Raises:
-        OSError: it cannot be had, after `TRIES`.
+        OSError: it could not be fetched in `TRIES` attempts.
     """
     if "://" not in address:
         yield Path(address)
@@ -121,7 +121,7 @@ def local_copy(address: str, folder: Path) -> Iterator[Path]:
                     shutil.copyfileobj(source, target, 1 << 20)
                     size = getattr(source, "headers", {}).get("Content-Length")
                     if size is not None and target.tell() != int(size):
-                        raise OSError(f"{target.tell():,} of {int(size):,} bytes came")
+                        raise OSError(f"received {target.tell():,} of {int(size):,} bytes")
                 break
             except OSError:
                 if attempt == TRIES - 1:
@@ -131,25 +131,25 @@ def local_copy(address: str, folder: Path) -> Iterator[Path]:
 
 
 def _open(address: str) -> Any:
-    """A file elsewhere, to be read once; of fsspec's own, that for the web needs a package more."""
+    """A remote file, to be read once. (fsspec's own reader for HTTP would need a further package.)"""
     if address.startswith(("http://", "https://")):
         return urllib.request.urlopen(address, timeout=60)
     return fsspec.open(address, "rb")
 
 
 def records_of(shard: Shard, config: DataConfig) -> Iterator[Record]:
-    """The records of a shard in its order, by the source that reads such files; their names begin with the shard's."""
+    """The records of a shard in order, read by the source for such files; their names begin with the shard's name."""
     try:
         with local_copy(shard.address, Path(config.cache_dir).expanduser() / "stream") as path:
             for record in SOURCES.load(shard.source)(config, [path]):
                 own = record.name.startswith(shard.name)
                 yield record if own else replace(record, name=f"{shard.name}/{record.name}")
     except OSError as error:
-        yield Record(shard.name, fault=f"shard that cannot be had ({type(error).__name__}: {error})")
+        yield Record(shard.name, fault=f"shard that could not be fetched ({type(error).__name__}: {error})")
 
 
 def sample_of(config: DataConfig) -> Iterator[Record]:
-    """The first records of some shards, evenly spread: what is prepared beforehand of a set that is read as a stream."""
+    """The first records of some evenly spaced shards: the part of a streamed data set that is prepared before training."""
     shards = list_shards(config)
     chosen = shards[:: max(1, len(shards) // 8)][:8]
     share = -(-config.stream_sample // len(chosen))
@@ -162,14 +162,14 @@ def sample_of(config: DataConfig) -> Iterator[Record]:
 
 @dataclass
 class LaneState:
-    """Where a lane is.
+    """The position of a lane.
 
     Attributes:
-        epoch: times that it has been through its shards.
-        shard, record: of its shards in this epoch, and of the records there, those where the window begins.
-        window: how many windows of this epoch were before.
-        place: how many records of the window, in its shuffled order, were taken.
-        seen, bad: records that were used, and those that could not be, since the run began.
+        epoch: how many times it has been through its shards.
+        shard, record: where the window begins: index among its shards of this epoch, and of the record in that shard.
+        window: how many windows of this epoch came before.
+        place: how many records of the window, in its shuffled order, have been taken.
+        seen, bad: records that were used, and records that could not be, since the run began.
     """
 
     epoch: int = 0
@@ -182,11 +182,11 @@ class LaneState:
 
 
 class Lane:
-    """One reader of a share of the shards, endlessly: each epoch in another order.
+    """An endless reader of a share of the shards, in a different order each epoch.
 
     Args:
-        number, count: which of how many.
-        state: where to go on.
+        number, count: the index of this lane, and how many there are.
+        state: where to continue.
     """
 
     def __init__(self, shards: list[Shard], config: Config, number: int, count: int, state: LaneState):
@@ -199,10 +199,10 @@ class Lane:
         self._size = max(1, config.data.stream_buffer // count)
         self._window: list[Record] = []
         self._next: tuple[int, int] | None = None  # where the next window begins
-        self._open: tuple[int, int, Iterator[Record]] | None = None  # shard, record and what comes there
+        self._open: tuple[int, int, Iterator[Record]] | None = None  # shard, record and the records from there on
 
     def own_shards(self) -> list[Shard]:
-        """Its shards of this epoch. Where there are fewer shards than lanes, several lanes share one; see `_is_own`."""
+        """Its shards in this epoch. If there are fewer shards than lanes, several lanes share one; see `_is_own`."""
         order = np.random.default_rng((self.config.seed, self.state.epoch)).permutation(len(self.shards))
         if len(self.shards) >= self.count:
             order = order[self.number :: self.count]
@@ -211,15 +211,15 @@ class Lane:
         return [self.shards[i] for i in order]
 
     def _is_own(self, record: int) -> bool:
-        """Whether a record of a shard that several lanes share is this lane's."""
+        """Whether a record of a shard belongs to this lane, as several lanes may share one shard."""
         alike = len(range(self.number % len(self.shards), self.count, len(self.shards)))
         return record % alike == self.number // len(self.shards) if len(self.shards) < self.count else True
 
     def take(self) -> tuple[int, Record, np.ndarray]:
-        """The epoch, the next record that can be used, and its image `(H, W, C)`.
+        """The epoch, the next usable record, and its image `(H, W, C)`.
 
         Raises:
-            ValueError: a whole epoch has none, or too many cannot be used.
+            ValueError: there is no usable record in a whole epoch, or too many cannot be used.
         """
         empty = 0
         data = self.config.data
@@ -250,11 +250,11 @@ class Lane:
         if total >= 1000 and self.state.bad > data.max_bad_share * total:
             raise ValueError(
                 f"{self.state.bad} of the first {total} records of lane {self.number} of {data.name} cannot be used: "
-                f"{dict(self.reasons)}. Repair or remove them, or allow more: data.max_bad_share (now {data.max_bad_share})"
+                f"{dict(self.reasons)}. Repair or remove them, or raise data.max_bad_share (now {data.max_bad_share})"
             )
 
     def _fill(self, again: bool) -> None:
-        """Read the next window, or `again` the one that the state is in, and shuffle it."""
+        """Read the next window, or with `again` the one that the state points to, and shuffle it."""
         s = self.state
         if not again:
             assert self._next is not None
@@ -270,7 +270,7 @@ class Lane:
         while len(window) < self._size and shard < len(shards):
             if self._open is None or self._open[:2] != (shard, record):
                 stream = records_of(shards[shard], self.config.data)
-                for _ in range(record):  # read and passed over, not decoded
+                for _ in range(record):  # read and skipped, not decoded
                     next(stream, None)
             else:
                 stream = self._open[2]
@@ -291,8 +291,8 @@ class Lane:
 
 
 def count_lanes(config: Config, num_shards: int, num_processes: int) -> int:
-    """How many lanes a new run has: the most that divide a batch of all processes evenly, up to `MAX_LANES` and, if that can
-    be, no more than there are shards.
+    """How many lanes a new run has: the largest number that divides the batch of all processes evenly, up to `MAX_LANES`
+    and, if possible, no more than there are shards.
     """
     block = config.train.batch_size * num_processes
     fitting = [count for count in range(num_processes, block + 1, num_processes) if block % count == 0]
@@ -303,7 +303,7 @@ def count_lanes(config: Config, num_shards: int, num_processes: int) -> int:
 def collate_stream(
     rows: list[tuple[int, Record, np.ndarray]], positions: list[int], data: SampleData, config: Config
 ) -> dict[str, torch.Tensor]:
-    """A batch of records with their epochs and images, which are at these positions of the run; see `loader.batches`."""
+    """A batch of the given epochs, records and images, at the given positions of the run; see `loader.batches`."""
     epochs, records, images = zip(*rows)
     names = [zlib.crc32(record.name.encode("utf-8", "replace")) for record in records]
     counts = np.array([len(record.captions) for record in records])
@@ -317,7 +317,7 @@ def collate_stream(
 
 
 class _Parts(IterableDataset):
-    """Each worker's part of each batch: what its lanes give, and where they are then."""
+    """Each worker's part of each batch: what its lanes yield, and their states afterwards."""
 
     def __init__(self, stream: "Stream"):
         self.stream = stream
@@ -329,17 +329,17 @@ class _Parts(IterableDataset):
 
 
 class Stream:
-    """Batches of one process from a stream, endlessly.
+    """Endless batches of one process, read from a stream.
 
-    Yields `batches`' tensors; each sample's key is its epoch and the CRC-32 of its name.
+    Yields the same tensors as `batches`; each sample's key is made of its epoch and the CRC-32 of its name.
 
     Args:
-        data: what makes tensors of samples, with a `tokenizer`.
-        state: of a checkpoint, of all processes; `{}` for a new run.
-        start: images seen by all processes.
+        data: what turns samples into tensors, with a `tokenizer`.
+        state: the state of all processes from a checkpoint; `{}` for a new run.
+        start: number of images seen so far by all processes together.
 
     Raises:
-        ValueError: the number of processes does not go with the lanes of the run.
+        ValueError: the shards, `data.stream_buffer` or the number of processes do not fit the run that is resumed.
     """
 
     def __init__(self, data: SampleData, config: Config, *, rank: int, num_processes: int, start: int, state: dict[str, Any]):
@@ -350,18 +350,18 @@ class Stream:
         self.shards = list_shards(config.data)
         names = zlib.crc32("\n".join(shard.name for shard in self.shards).encode())
         if state and state["shards"] != names:
-            raise ValueError(f"the shards of {config.data.name} are no more those that the run began with")
+            raise ValueError(f"the shards of {config.data.name} are no longer those that the run began with")
         if state and state["buffer"] != config.data.stream_buffer:
             raise ValueError(
-                f"data.stream_buffer was {state['buffer']} when the run began, and decides the order; leave it so"
+                f"data.stream_buffer was {state['buffer']} when the run began; it decides the order of the records, so keep it"
             )
         self.names = names
         self.num_lanes = state["lanes"] if state else count_lanes(config, len(self.shards), num_processes)
         batch = config.train.batch_size
         if self.num_lanes % num_processes or batch * num_processes % self.num_lanes:
             raise ValueError(
-                f"the run reads its data by {self.num_lanes} lanes; go on with a number of processes and a train.batch_size "
-                f"whose product they divide evenly (now {num_processes} x {batch}), and with no more processes than lanes"
+                f"the run reads its data in {self.num_lanes} lanes; continue with a number of processes that divides it and "
+                f"whose product with train.batch_size is a multiple of it (now {num_processes} x {batch})"
             )
         every = [LaneState(**lane) for lane in state["states"]] if state else [LaneState() for _ in range(self.num_lanes)]
         own = self.num_lanes // num_processes
@@ -410,16 +410,16 @@ class Stream:
             yield {name: torch.cat([part["batch"][name] for part in parts]) for name in parts[0]["batch"]}
 
     def new_messages(self) -> list[str]:
-        """What could not be used since the last call, by reason."""
+        """Messages about the records that could not be used since the last call, one per reason."""
         lines = [f"skipped {count}: {reason}" for reason, count in self.skipped.items()]
         self.skipped.clear()
         return lines
 
     def state(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
-        """Where the lanes of all processes are, as of the last batch that was yielded.
+        """The states of the lanes of all processes, as of the last batch that was yielded.
 
         Args:
-            gather: makes one list of the lists of all processes, in their order, such as `accelerate.utils.gather_object`.
+            gather: joins the lists of all processes, in their order, into one, such as `accelerate.utils.gather_object`.
         """
         states = gather([asdict(self.states[number]) for number in self.numbers])
         return {"lanes": self.num_lanes, "shards": self.names, "buffer": self.config.data.stream_buffer, "states": states}

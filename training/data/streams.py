@@ -1,7 +1,7 @@
 """The random streams of a sample: their names, and what is drawn from them.
 
-A sample has one key. All that is random about it is a function of the key and a stream, so nothing has to be replayed on
-resume, and the same sample gets the same caption, noise and noise level on any number of processes.
+Each sample has one key. Everything random about it is a function of the key and a stream, so nothing has to be replayed on
+resume, and a sample gets the same caption, noise and noise level on any number of processes.
 """
 
 import math
@@ -16,29 +16,29 @@ GOLDEN_RATIO = 0.6180339887498949
 
 
 class Stream(IntEnum):
-    """What is drawn for a sample. The numbers are part of the format of checkpoints and never change."""
+    """What is drawn for a sample. The numbers are part of the checkpoint format and never change."""
 
-    CAPTION = 0  # which of its captions
+    CAPTION = 0  # which of its captions is used
     DROPOUT = 1  # whether the caption is dropped
     FLIP = 2  # whether the image is mirrored
-    LEVEL = 3  # its noise level, where levels are not spread evenly over a batch
-    NOISE = 4  # the noise on it, all candidates of it
-    OFFSET = 5  # the part of the noise that is the same all over a channel
+    LEVEL = 3  # its noise level, unless levels are spread evenly over a batch
+    NOISE = 4  # the noise that is added to it, including all candidates
+    OFFSET = 5  # the part of the noise that is constant over each channel
     MASK = 6  # the mask for inpainting
-    ESTIMATE = 7  # whether the network is given its own estimate
-    LOW_RES_LEVEL = 8  # how noisy the small image for upscaling is
-    LOW_RES_NOISE = 9  # and that noise
-    LAYERS = 10  # the seed of dropout layers, of the first sample of a batch
-    STEP_KIND = 11  # of distillation, whether its time is one of the sampler's own
-    OWN_STEP = 12  # and which one
-    GUIDANCE = 13  # the guidance scale that the teacher draws with
-    LARGE_GUIDANCE = 14  # whether the student's is a larger one
-    EMPTY = 15  # what stands in place of an image whose caption is dropped
+    ESTIMATE = 7  # whether the network is given its own estimate of x_0 as input
+    LOW_RES_LEVEL = 8  # the noise level of the low-resolution image in upscaling
+    LOW_RES_NOISE = 9  # the noise on that image
+    LAYERS = 10  # the seed of dropout layers, taken from the first sample of a batch
+    STEP_KIND = 11  # distillation: whether the timestep is one that the sampler visits
+    OWN_STEP = 12  # distillation: which of those timesteps
+    GUIDANCE = 13  # the guidance scale that the teacher samples with
+    LARGE_GUIDANCE = 14  # whether the student's guidance scale is larger
+    EMPTY = 15  # what replaces the image when its caption is dropped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What is decided about samples, `(B,)` each: the key, the number of the caption, and numbers in [0, 1)."""
+    """What is decided about samples, `(B,)` each: the key, the index of the caption, and numbers in [0, 1)."""
 
     key: np.ndarray
     caption: np.ndarray
@@ -48,24 +48,24 @@ class Choices:
 
 
 class Streams(Protocol):
-    """Draws from the streams of samples, by their keys `(B,)` int64.
+    """Draws from the streams of samples, which are given by their keys `(B,)` int64.
 
     Attributes:
-        version: kept in checkpoints, so that a run goes on with the streams it began with.
+        version: stored in checkpoints, so that a run continues with the streams it began with.
     """
 
     version: int
 
     def choices(self, epoch: np.ndarray, index: np.ndarray, num_captions: np.ndarray, flips: bool) -> Choices:
-        """What is decided about the records `index` in epochs `epoch`; `flips` says whether some are mirrored."""
+        """What is decided about the records `index` in epochs `epoch`; `flips` says whether images are mirrored at random."""
         ...
 
     def uniform(self, keys: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """`(B,)` in [0, 1), on the keys' device."""
+        """Uniform numbers `(B,)` in [0, 1), on the keys' device."""
         ...
 
     def integers(self, keys: torch.Tensor, stream: Stream, high: int) -> torch.Tensor:
-        """`(B,)` int64 in [0, high), on the keys' device."""
+        """Uniform integers `(B,)` int64 in [0, high), on the keys' device."""
         ...
 
     def normal(self, keys: torch.Tensor, stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
@@ -73,16 +73,16 @@ class Streams(Protocol):
         ...
 
     def numpy_generator(self, key: int, stream: Stream) -> np.random.Generator:
-        """A generator for what is drawn on the CPU by numpy."""
+        """A generator for what numpy draws on the CPU."""
         ...
 
     def torch_seed(self, key: int) -> int:
-        """The seed of torch's own generator, for dropout layers."""
+        """The seed of torch's global generator, for dropout layers."""
         ...
 
 
 class SeededStreams:
-    """Version 1, of runs that began before 0.2: a key is a seed of its own, and noise comes from a `torch.Generator` each."""
+    """Version 1, for runs that began before 0.2: a key is itself a seed, and every sample has its own `torch.Generator`."""
 
     version = 1
 
@@ -109,9 +109,9 @@ class SeededStreams:
         )
 
     def uniform(self, keys: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """See `Streams`. Half of the samples, by a bit of the key, are given the network's estimate."""
+        """See `Streams`. A bit of the key decides which half of the samples is given the network's own estimate."""
         if stream is not Stream.ESTIMATE:
-            raise ValueError(f"version 1 draws no {stream.name} by itself")
+            raise ValueError(f"version 1 has no separate stream {stream.name}")
         return (keys & 4 == 0) * 0.5 + 0.25
 
     def integers(self, keys: torch.Tensor, stream: Stream, high: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ class SeededStreams:
 
 
 def noise_for(seeds: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard normal noise `(B, *shape)`, each sample's from a `torch.Generator` of its own seed."""
+    """Standard normal noise `(B, *shape)`, drawn for each sample with a `torch.Generator` under its own seed."""
     generator = torch.Generator(device)
     rows = [torch.randn(shape, generator=generator.manual_seed(int(s)), device=device) for s in seeds]
     return torch.stack(rows)
@@ -159,20 +159,20 @@ Words = TypeVar("Words", torch.Tensor, np.ndarray, int)
 def philox(counter: tuple[Words, ...], key: tuple[int, int], rounds: int = 10) -> tuple[Words, ...]:
     """Four words of 32 random bits for each counter, by Philox4x32.
 
-    Integer operations of torch alone, so the bits are the same on every device; and a counter by itself, so they are the
-    same whatever else is drawn beside.
+    Only integer operations are used, so the bits are the same on every device; and they depend only on the counter and the
+    key, so they are the same whatever else is drawn.
 
     Args:
-        counter: four tensors or arrays of any common shape, int64 in [0, 2^32); or four numbers, for four numbers.
+        counter: four tensors or arrays of the same shape, int64 in [0, 2^32); or four Python integers.
         key: two numbers in [0, 2^32).
 
     Returns:
-        Four tensors of that shape, int64 in [0, 2^32).
+        Four tensors or arrays of that shape, int64 in [0, 2^32); or four integers.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # A product of two words has 64 bits, which int64 holds as they are, whatever sign they seem to have.
+        # A product of two words has 64 bits; int64 keeps all of them, although the sign may come out negative.
         product_0, product_2 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0 = ((product_2 >> 32) & _WORD) ^ c1 ^ k0
         c2 = ((product_0 >> 32) & _WORD) ^ c3 ^ k1
@@ -182,9 +182,9 @@ def philox(counter: tuple[Words, ...], key: tuple[int, int], rounds: int = 10) -
 
 
 class PhiloxStreams:
-    """Version 2: a counter-based generator, keyed by seed, epoch, index and stream, for the whole batch at once.
+    """Version 2: a counter-based generator, keyed by seed, epoch, index and stream, that serves the whole batch at once.
 
-    Nothing waits for the host: what is drawn is a function of tensors on their device. A key is epoch * 2^32 + index.
+    Nothing waits for the host: every draw is computed from tensors on their own device. A key is epoch * 2^32 + index.
     """
 
     version = 2
@@ -194,7 +194,7 @@ class PhiloxStreams:
         self._key = (seed & _WORD, (seed >> 32) & _WORD)
 
     def words(self, keys: torch.Tensor, streams: torch.Tensor | int, num_blocks: int = 1) -> torch.Tensor:
-        """Random words of 32 bits, `(B, num_blocks, 4)` int64; of keys `(B,)` and one stream, or one for each block."""
+        """Random 32-bit words, `(B, num_blocks, 4)` int64, for keys `(B,)` and one stream, or one stream per block."""
         block = torch.arange(num_blocks, device=keys.device)
         if isinstance(streams, torch.Tensor):
             block, stream = torch.zeros_like(block), streams.to(keys.device)
@@ -208,7 +208,7 @@ class PhiloxStreams:
         """See `Streams`."""
         keys = (epoch.astype(np.int64) << 32) | index.astype(np.int64)
         drawn = (Stream.CAPTION, Stream.DROPOUT, Stream.FLIP, Stream.LEVEL)
-        # In numpy, as the loader's few numbers cost more to hand to torch than to draw.
+        # In numpy, because handing the loader's few numbers to torch costs more than drawing them.
         stream = np.array(drawn, np.int64)[:, None]
         counter = np.broadcast_arrays(np.zeros((1, 1), np.int64), stream, keys & _WORD, keys >> 32)
         words = philox(tuple(counter), self._key)[0]
@@ -222,11 +222,11 @@ class PhiloxStreams:
         return _to_unit(self.words(keys, stream)[:, 0, 0])
 
     def integers(self, keys: torch.Tensor, stream: Stream, high: int) -> torch.Tensor:
-        """See `Streams`. (By the high part of a product: the bias is below high / 2^32.)"""
+        """See `Streams`. (Takes the upper half of a product; the bias is below high / 2^32.)"""
         return (self.words(keys, stream)[:, 0, 0] * high) >> 32
 
     def normal(self, keys: torch.Tensor, stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
-        """See `Streams`; by Box and Muller's transform of pairs of words, the tail cut at 6.8."""
+        """See `Streams`; uses the Box-Muller transform of pairs of words, with tails cut at 6.8."""
         count = math.prod(shape)
         words = self.words(keys, stream, -(-count // 4)).reshape(len(keys), -1, 2)
         radius = (-2 * ((words[..., 0].float() + 0.5) * 2.0**-32).log()).sqrt()
@@ -245,20 +245,20 @@ class PhiloxStreams:
 
 
 def _to_unit(words: torch.Tensor) -> torch.Tensor:
-    """Words of 32 bits as float32 in [0, 1), by their upper 24 bits."""
+    """32-bit words as float32 in [0, 1), made from their upper 24 bits."""
     return (words >> 8).float() * 2.0**-24
 
 
 _VERSIONS = {1: SeededStreams, 2: PhiloxStreams}
-STREAM_VERSION = 2  # of new runs
+STREAM_VERSION = 2  # for new runs
 
 
 def streams_of(version: int, seed: int) -> Streams:
     """The streams of a version.
 
     Raises:
-        ValueError: a version that this code does not know.
+        ValueError: this code does not know the version.
     """
     if version not in _VERSIONS:
-        raise ValueError(f"this run draws its noise by version {version} of the streams, which a later sfumato knows")
+        raise ValueError(f"this run draws its noise with version {version} of the streams, which needs a later sfumato")
     return _VERSIONS[version](seed)

@@ -13,9 +13,9 @@ from sfumato.registries import lower_is_better
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:
-    """Whether a score is better than another, by what the registry says of its metric.
+    """Whether a score is better than another, according to the registry's entry for its metric.
 
-    What is not a number is never better.
+    A value that is not finite is never better.
     """
     if not math.isfinite(value):
         return False
@@ -23,8 +23,8 @@ def is_better(name: str, value: float, than: float | None) -> bool:
 
 
 def load_best(output_dir: Path, name: str | None, step: int) -> float | None:
-    """The score of the model in `best/`, where that is of the same name; one of a later step than `step` is removed, since
-    those steps are about to be done again.
+    """The score of the model in `best/`, if it has the same name; a model of a step later than `step` is removed, since those
+    steps are about to be repeated.
     """
     folder = output_dir / "best"
     if not (folder / "best.json").is_file():
@@ -37,7 +37,7 @@ def load_best(output_dir: Path, name: str | None, step: int) -> float | None:
 
 
 def validations_since(output_dir: Path, name: str, step: int) -> int:
-    """How many validations up to `step` came after the one with the best score of this name; 0 where none has it."""
+    """How many validations up to `step` came after the one with the best score of this name; 0 if none has it."""
     lines = [json.loads(line) for line in read_lines(output_dir / "validation.jsonl")]
     values = [line[name] for line in lines if line["step"] <= step and line.get(name) is not None]
     since, found = 0, None
@@ -49,7 +49,7 @@ def validations_since(output_dir: Path, name: str, step: int) -> int:
 
 
 def save_best(write: Callable[[Path, Path], object], folder: Path, *, name: str, value: float, step: int) -> None:
-    """Write a model and its score into a folder that is put into place whole; `write` as for `checkpoints.save`.
+    """Write a model and its score into a folder that is moved into place when complete; `write` as for `checkpoints.save`.
 
     Raises:
         CannotSave: the disk is full or not writable.

@@ -1,7 +1,7 @@
 """Checkpoints: `step-00001000/` with the training state (safetensors and JSON, no pickle) and a loadable `pipeline/`.
 
-A checkpoint is written beside its place, synced to the disk and renamed into it. `state.json` is written last and holds
-the SHA-256 of every other file, so a torn or damaged folder is recognised. Old ones go only after a newer one is whole.
+A checkpoint is written next to its place, synced to the disk and renamed into it. `state.json` is written last and holds
+the SHA-256 of every other file, so a torn or damaged folder is recognised. Old ones go only once a newer one is whole.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from sfumato.training.models.state_files import Held, StateFiles, held_by_this_p
 
 
 def collect(denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, torch.Tensor]:
-    """Raw weights, averaged weights and optimizer state by name: themselves, not copies; sharded where they are so."""
+    """Raw weights, averaged weights and optimizer state by name: the tensors themselves, not copies; sharded if they are."""
     names, parameters = trained_names(denoiser), trained_parameters(denoiser)
     tensors: dict[str, torch.Tensor] = {f"raw.{name}": parameter for name, parameter in zip(names, parameters)}
     tensors |= {f"ema.{name}": shadow for name, shadow in zip(names, ema.shadow_params)}
@@ -49,19 +49,20 @@ def save(
 ) -> Path:
     """Write one checkpoint, then remove all but the `keep` newest.
 
-    Where the tensors are sharded all processes must call, with their `rank` of `world`: each writes what it holds, and none
-    ever holds the whole; with a `saver` it writes from a copy, while training goes on. Else the first one alone calls.
+    If the tensors are sharded, all processes must call this, with their `rank` of `world`: each writes what it holds, and
+    none ever holds the whole; with a `saver` it writes from a copy while training continues. Otherwise only the first
+    process calls this.
 
     Args:
         output_dir: the run folder.
         tensors: from `collect`.
-        write: writes the model, its averaged weights, into a folder; is given that, and the name it will have.
-        state: what the loop needs to go on, as JSON; `step` names the folder.
+        write: writes the model with its averaged weights into a folder; is given that folder and its final path.
+        state: what the loop needs to resume, as JSON; `step` names the folder.
         keep: how many checkpoints to keep.
 
     Raises:
-        CannotSave: the disk is full or not writable; nothing half-written stays, older checkpoints are as they were. With a
-            `saver`, of the checkpoint before.
+        CannotSave: the disk is full or not writable; nothing half-written stays, older checkpoints are unchanged. With a
+            `saver`, this is about the previous checkpoint.
     """
     place = {"rank": rank, "world": world}
     held = held_by_this_process(tensors)
@@ -79,9 +80,9 @@ def _folder_of(output_dir: Path, state: dict) -> Path:
 
 
 class BackgroundSaver:
-    """A thread that writes checkpoints of sharded weights; one for each process, made by all at once.
+    """A thread that writes checkpoints of sharded weights; one per process, created by all at once.
 
-    The processes agree through a group of their own, so that what training exchanges meanwhile is not in the way.
+    The processes coordinate through a group of their own, so as not to interfere with what training exchanges meanwhile.
     """
 
     def __init__(self):
@@ -90,10 +91,10 @@ class BackgroundSaver:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[Any], object]) -> None:
-        """Begin, once the checkpoint before is written.
+        """Begin, once the previous checkpoint is written.
 
         Raises:
-            CannotSave: that could not be written.
+            CannotSave: the previous checkpoint could not be written.
         """
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(work,), name="saver", daemon=True)
@@ -109,7 +110,7 @@ class BackgroundSaver:
         """Wait until the checkpoint is written.
 
         Raises:
-            CannotSave: it could not be.
+            CannotSave: it could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -153,14 +154,14 @@ def _save(
             "make room and go on with checkpoint.resume=auto"
         ) from error
     if main:
-        newer = [path for path in list_checkpoints(output_dir) if path.name > folder.name]  # passed over on resume, so damaged
+        newer = [path for path in list_checkpoints(output_dir) if path.name > folder.name]  # skipped on resume, so damaged
         for old in newer + [path for path in list_checkpoints(output_dir) if path.name <= folder.name][:-keep]:
             _remove(old)
 
 
 @contextmanager
 def _all_or_none(world: int, group: Any) -> Iterator[None]:
-    """Wait for the other processes at the end, and fail in all of them where one has failed."""
+    """Wait for the other processes at the end, and fail in all of them if one has failed."""
     if world == 1:
         yield
         return
@@ -176,7 +177,7 @@ def _all_or_none(world: int, group: Any) -> Iterator[None]:
 
 
 def _finish(new: Path, folder: Path, write: Callable[[Path, Path], object], state: dict) -> None:
-    """Add the model and the hashes of all files, and put the folder into its place."""
+    """Add the model and the hashes of all files, and move the folder into place."""
     write(new, folder)
     files = {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
     body = json.dumps({**state, "files": files})
@@ -189,12 +190,12 @@ def _finish(new: Path, folder: Path, write: Callable[[Path, Path], object], stat
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, damaged ones too."""
+    """The checkpoints of a run, oldest first, including damaged ones."""
     return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint out of sight at once, then remove it, so that it is never seen in part."""
+    """Hide a checkpoint at once by renaming it, then remove it, so that it is never seen in part."""
     gone = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -217,7 +218,7 @@ def _sha256_of(text: str) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by its hashes; None where it is whole."""
+    """What is wrong with a checkpoint, according to its hashes; None if it is intact."""
     try:
         state = json.loads((folder / "state.json").read_text())
         expected, files = state.pop("sha256"), dict(state["files"])
@@ -245,9 +246,9 @@ def read_state(folder: Path) -> dict:
 def restore(
     folder: Path, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, with_moments: bool = True
 ) -> None:
-    """Put a checkpoint's tensors back; the optimizer's not where another optimizer goes on.
+    """Restore a checkpoint's tensors; without `with_moments`, as for another optimizer, not those of the optimizer.
 
-    Each process reads what it holds, however many wrote.
+    Each process reads what it holds, however many processes wrote.
 
     Raises:
         ValueError: the checkpoint is of a model with other parameters.

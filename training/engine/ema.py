@@ -17,23 +17,23 @@ from sfumato.pipelines.card import remove_figures
 from sfumato.pipelines.locate import locate_pipeline
 from sfumato.training.models.parameters import local_part, trained_names, trained_parameters, whole_tensor
 
-TRACKS = (0.05, 0.1)  # lengths, as the standard deviation of their profile in shares of the run
+TRACKS = (0.05, 0.1)  # lengths, as the standard deviation of their profile, as a fraction of the run
 
 
 class EMA(EMAModel):
     """diffusers' `EMAModel` with the update as one fused pass: shadow <- shadow + (1 - decay) (parameter - shadow).
 
-    The stock update reads and writes every weight twice, which at small models is half of what a trainer adds to a step.
-    The averages stay in float32: at a decay of 0.999 and more, an update is below what bfloat16 resolves.
+    The stock update reads and writes every weight twice, which for small models is half of the trainer's overhead per step.
+    The averages stay in float32: at a decay of 0.999 or more, an update is below what bfloat16 resolves.
 
     Args:
         parameters: what is averaged.
-        decay: at most; rises to it as (1 + step) / (10 + step).
+        decay: the largest decay, to which it rises as (1 + step) / (10 + step).
         offload: keep the averages on the CPU.
-        post_hoc: keep two more averages, of the power functions of `TRACKS` (Karras et al. 2024, arXiv 2312.02696).
+        post_hoc: keep two more averages, by the power functions of `TRACKS` (Karras et al. 2024, arXiv 2312.02696).
 
     Attributes:
-        num_steps: how many optimizer steps were averaged in, on the device, so that counting them waits for nothing.
+        num_steps: number of optimizer steps averaged in, kept on the device so that counting them waits for nothing.
         tracks: the two averages by the exponent of their profile; empty without `post_hoc`.
     """
 
@@ -61,7 +61,7 @@ class EMA(EMAModel):
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter], is_finite: torch.Tensor | None = None) -> None:
-        """Average in the parameters after an optimizer step; one that was not finite, `is_finite` (), counts for nothing."""
+        """Average in the parameters after an optimizer step; a step that was not finite, by `is_finite` `()`, is ignored."""
         values = [local_part(p.to(self.num_steps.device) if self.offload else p) for p in parameters]
         counts = torch.ones_like(self.num_steps) if is_finite is None else is_finite.to(self.num_steps)
         self.num_steps += counts
@@ -73,7 +73,7 @@ class EMA(EMAModel):
 
     @staticmethod
     def _move(averages: list[torch.Tensor], values: list[torch.Tensor], share: torch.Tensor) -> None:
-        """Move averages towards values by a share, (), of the way."""
+        """Move averages towards values by a fraction `share`, `()`, of the way."""
         parts = [local_part(average) for average in averages]
         torch._foreach_lerp_(parts, values, [share.float()] * len(values))
 
@@ -95,12 +95,12 @@ def overlap(t: float, gamma: float, other_t: float, other_gamma: float) -> float
 
 
 def coefficients(snapshots: list[tuple[float, float]], t: float, gamma: float) -> tuple[np.ndarray, float]:
-    """How to add up averages that were kept at steps and with exponents `(t, gamma)`, so that the sum is as near as can be to
-    the average at step `t` with exponent `gamma`: least squares over the profiles (Karras et al. 2024, section 3.2), the
-    coefficients' sum being 1.
+    """Coefficients with which averages kept at steps and with exponents `(t, gamma)` add up as closely as possible to the
+    average at step `t` with exponent `gamma`: least squares over the profiles (Karras et al. 2024, section 3.2), where
+    the coefficients sum to 1.
 
     Returns:
-        The coefficients, and the part of the wanted profile that they miss: the norm of the difference over its own.
+        The coefficients, and the fraction of the wanted profile that they miss: the norm of the difference over the profile's.
     """
     count = len(snapshots)
     within, target = np.zeros((count + 1, count + 1)), np.ones(count + 1)
@@ -117,7 +117,7 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
 
     Args:
         folder: `ema/` of a run with `ema.snapshot_steps`.
-        length: standard deviation of the average's profile in shares of the run, such as 0.02 to 0.25.
+        length: standard deviation of the average's profile as a fraction of the run, such as 0.02 to 0.25.
 
     Raises:
         ValueError: there are no snapshots, or no average can be so long or short.
@@ -126,13 +126,13 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
     if not files:
         raise ValueError(f"{folder} holds no snapshots; train with ema.snapshot_steps")
     if not 0.005 <= length <= 0.25:
-        raise ValueError(f"length={length}: must be in [0.005, 0.25], the share of the run that the average spreads over")
+        raise ValueError(f"length={length}: must be in [0.005, 0.25], the fraction of the run that the average spreads over")
     steps = [int(file.stem.removeprefix("step-")) for file in files]
     gammas = [exponent_of(s) for s in TRACKS]
     snapshots = [(float(step), gamma) for step in steps for gamma in gammas]
     shares, missed = coefficients(snapshots, steps[-1], exponent_of(length))
     if missed > 0.1:
-        warnings.warn(f"{len(files)} snapshots give this average only to {missed:.0%}; keep more of them", stacklevel=2)
+        warnings.warn(f"{len(files)} snapshots miss {missed:.0%} of this average; keep more of them", stacklevel=2)
     shares = shares.reshape(len(files), len(gammas))
     total = {}
     for file, row in zip(files, shares):
@@ -148,9 +148,9 @@ def post_hoc(folder: Path, length: float) -> dict[str, torch.Tensor]:
 def averaged_weights(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
     """Inside, the trained parameters of `module` are the averaged ones, and it is in evaluation mode."""
     parameters, training = trained_parameters(module), [part for part in module.modules() if part.training]
-    module.eval()  # no dropout in what is drawn
+    module.eval()  # no dropout while drawing
     raw = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():  # one by one, since sharded tensors know no fused copy
+    with torch.no_grad():  # one by one, since sharded tensors have no fused copy
         for parameter, shadow in zip(parameters, ema.shadow_params):
             parameter.copy_(shadow)
     try:
@@ -164,7 +164,7 @@ def averaged_weights(ema: EMA, module: torch.nn.Module) -> Iterator[None]:
 
 
 def save_snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA, main: bool) -> None:
-    """Keep the tracks of `ema` as they are at a step, in half precision; all processes must call, the first one writes."""
+    """Save the tracks of `ema` at a step, in half precision; all processes must call this, and the first one writes."""
     half = {
         f"{length}|{name}": whole_tensor(value).half()
         for length, track in zip(TRACKS, ema.tracks.values())
@@ -182,7 +182,7 @@ def save_snapshot(output_dir: Path, step: int, module: torch.nn.Module, ema: EMA
 
 
 def forget_snapshots(output_dir: Path, step: int) -> None:
-    """Remove snapshots of steps past `step`, which are about to be done again, or of an older run."""
+    """Remove snapshots of steps after `step`, which are about to be repeated or belong to an older run."""
     for file in (output_dir / "ema").glob("step-*.safetensors"):
         if int(file.stem.removeprefix("step-")) > step:
             file.unlink()
@@ -193,11 +193,11 @@ def export_average(run: str, folder: str, length: float) -> Path:
 
     Args:
         run: the run folder, trained with `ema.snapshot_steps`.
-        folder: where to.
-        length: as of `post_hoc`.
+        folder: where to write it.
+        length: as for `post_hoc`.
 
     Raises:
-        ValueError: no snapshots, of another model, or no such length.
+        ValueError: no snapshots, snapshots of another model, or a length that is not possible.
     """
     model = locate_pipeline(run)
     weights, pipe = post_hoc(Path(run) / "ema", length), SfumatoPipeline.from_pretrained(model)

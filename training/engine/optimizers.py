@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sfumato.training.config.schema import OptimConfig
 from sfumato.training.models.parameters import local_part
 
-# Devices whose numbers the host may read at once, since they are its own.
+# Devices whose values the host can read at once, since they are its own.
 HOST_DEVICES = {"cpu"}
 
 
 def _factor(square: torch.Tensor) -> torch.Tensor:
-    """a + b s + c s^2, of Jordan's coefficients, which take all but the smallest singular values to between 0.7 and 1.2."""
+    """a + b s + c s^2, with Jordan's coefficients, which take all but the smallest singular values to between 0.7 and 1.2."""
     factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
     factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)
     return factor
@@ -29,9 +29,9 @@ def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrices of `(n, M, N)`, roughly: five steps of Newton-Schulz each,
     y <- (a + b yy' + c (yy')^2) y.
 
-    Matrices wider than 1.5 of their height take the steps on yy' alone and apply them at the end, which is the same for fewer
-    products (17 of M x M and 2 of M x N; the plain form 5 and 10). In float32, as yy' needs it (torch's Muon is in bfloat16,
-    which a CPU is slower in on matrices as small as ours).
+    For matrices wider than 1.5 times their height, the steps are taken on yy' alone and applied at the end, which gives the
+    same with fewer products (17 of M x M and 2 of M x N; the plain form has 5 and 10). Computed in float32, as yy' needs
+    (torch's Muon uses bfloat16, in which a CPU is slower on matrices as small as ours).
     """
     wide = x.shape[1] <= x.shape[2]
     y = (x if wide else x.mT).float()
@@ -51,7 +51,7 @@ def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def orthogonal_by_all(x: torch.Tensor) -> torch.Tensor:
-    """`orthogonal` of matrices `(n, M, N)` that all processes hold, each taking its share of them."""
+    """`orthogonal` for matrices `(n, M, N)` that all processes hold; each process computes its share of them."""
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if world == 1 or len(x) == 1:
         return orthogonal(x)
@@ -70,16 +70,16 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for matrices and convolution kernels, AdamW for all other parameters, as one optimizer with one `state`.
 
     Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) makes the momentum of each matrix orthogonal; its updates
-    are scaled to AdamW's size, so both follow one learning rate. A kernel `(O, I, H, W)` is taken as a matrix `(O, I H W)`.
-    Matrices of one shape go through it together, and processes share them out. (torch's Muon takes matrices only.)
+    are scaled to AdamW's size, so both follow one learning rate. A kernel `(O, I, H, W)` is treated as a matrix `(O, I H W)`.
+    Matrices of the same shape are processed together, divided among the processes. (torch's Muon takes matrices only.)
 
     Attributes:
-        found_inf: as of torch's fused optimizers, for a step that waits for nothing: a tensor (), 1 where gradients are not
+        found_inf: as in torch's fused optimizers, for a step that waits for nothing: a tensor `()`, 1 if gradients are not
             finite and nothing may change.
     """
 
     momentum = 0.95
-    _step_supports_amp_scaling = True  # torch's scaler for float16 then sets `found_inf` itself, of unscaled gradients
+    _step_supports_amp_scaling = True  # torch's scaler for float16 then sets `found_inf` itself, from unscaled gradients
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, betas, eps: float, weight_decay: float):
         matrices = [p for p in parameters if p.ndim > 1]
@@ -93,7 +93,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of both."""
+        """One step of Muon and AdamW."""
         found_inf = getattr(self, "found_inf", None)  # torch's scaler deletes it
         alike = defaultdict(list)
         for p in self.param_groups[0]["params"]:
@@ -106,7 +106,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.step()
 
     def _step_matrices(self, parameters: list[torch.nn.Parameter], found_inf: torch.Tensor | None) -> None:
-        """One step of parameters that are matrices of one shape."""
+        """One step of Muon for parameters that are matrices of the same shape."""
         lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         whole_grads: list[Any] = [p.grad for p in parameters]
         for p, grad in zip(parameters, whole_grads):
@@ -129,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _whole(part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
-    """All of a tensor of which this process holds the part that it holds of `like`."""
+    """The whole of a tensor that is sharded as `like` is, from the part that this process holds."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(
@@ -138,7 +138,7 @@ def _whole(part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _part(whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
-    """The part of a tensor, which all processes hold, that this one holds of `like`."""
+    """This process's part, sharded as `like` is, of a tensor that all processes hold."""
     if not isinstance(like, DTensor):
         return whole
     return local_part(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
@@ -147,14 +147,14 @@ def _part(whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
 def take_step(
     accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step by gradients scaled down to `max_norm` where their norm is larger.
+    """One optimizer step with gradients scaled down to `max_norm` if their norm is larger.
 
-    A gradient that is not finite changes nothing. Nothing waits for a GPU, but for float16's scaler and for optimizers
-    that know no `found_inf`, such as that with 8-bit state; on a CPU, where asking is free, no work is done that would change
-    nothing.
+    A gradient that is not finite changes nothing. Nothing waits for a GPU, except with float16's scaler and with optimizers
+    that do not know `found_inf`, such as the one with 8-bit state; on a CPU, where checking is free, no work is done that
+    would change nothing.
 
     Returns:
-        The norm before, and whether it is finite, (), on the device.
+        The norm before scaling, and whether it is finite, both `()`, on the device.
     """
     accelerator.unscale_gradients()
     plain: Any = optimizer.optimizer
@@ -180,7 +180,7 @@ def take_step(
 
 
 def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (fused), AdamW with 8-bit state, or Muon for matrices beside AdamW; AdamW where there are matrices alone.
+    """AdamW (fused), AdamW with 8-bit state, or Muon for matrices along with AdamW; AdamW if there are only matrices.
 
     Raises:
         ValueError: `adamw_8bit` without bitsandbytes.

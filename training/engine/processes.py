@@ -1,4 +1,4 @@
-"""The processes of a run: joined, agreed, stopped together; one trainer to a folder."""
+"""The processes of a run: started, coordinated and stopped together; one trainer per folder."""
 
 import os
 import signal
@@ -15,19 +15,19 @@ from filelock import FileLock, Timeout
 from sfumato.training.config.schema import Config
 from sfumato.training.engine.tracking import find_trackers
 
-PATIENCE = 20  # seconds for the data workers of a trainer that was killed to notice
+PATIENCE = 20  # seconds that data workers of a killed trainer may take to notice
 T = TypeVar("T")
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Join the other processes and share out the cores.
+    """Join the other processes and divide the cores among them.
 
     Raises:
-        ValueError: a way of sharding that this trainer does not know.
+        ValueError: a way of sharding that this trainer does not support.
     """
     check_environment(config)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate must be asked for the CPU
+        cpu=not torch.accelerator.is_available(),  # several processes without a GPU: Accelerate must be told to use the CPU
         log_with=find_trackers(config) or None,  # pyright: ignore[reportArgumentType]
         project_dir=config.output_dir,
         mixed_precision=config.train.mixed_precision,
@@ -35,9 +35,9 @@ def start_accelerator(config: Config) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation_steps),
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml spreads the same state over GPUs")
+        raise ValueError("DeepSpeed is not supported; configs/accelerate/fsdp2.yaml shards the same state over GPUs")
     if accelerator.distributed_type == DistributedType.FSDP and (not accelerator.is_fsdp2 or config.lora.rank):
-        raise ValueError("of FSDP only version 2 is supported, and without lora; see configs/accelerate/fsdp2.yaml")
+        raise ValueError("only version 2 of FSDP is supported, and not with lora; see configs/accelerate/fsdp2.yaml")
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision != "no" and not torch.cpu._is_avx512_bf16_supported():
             slow = f"train.mixed_precision={accelerator.mixed_precision} is many times slower than no"
@@ -48,32 +48,32 @@ def start_accelerator(config: Config) -> Accelerator:
 
 
 def check_environment(config: Config) -> None:
-    """Refuse, or tell, what the environment or `accelerate` says otherwise than the config.
+    """Refuse, or warn of, what the environment or `accelerate` sets differently from the config.
 
     Raises:
-        ValueError: a launch for GPUs where there is none, or compiling that the config does not ask for.
+        ValueError: a launch for GPUs where there are none, or compilation that the config does not ask for.
     """
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if steps not in ("", str(config.train.gradient_accumulation_steps)):
         key = f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"
-        print(f"{key} counts, not ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps}", file=sys.stderr)
+        print(f"{key} is used, not ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps}", file=sys.stderr)
     precision, wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), config.train.mixed_precision
     if wanted is not None and precision not in ("", "no", wanted):
-        print(f"train.mixed_precision={wanted} counts, not the {precision} of accelerate", file=sys.stderr)
+        print(f"train.mixed_precision={wanted} is used, not the {precision} of accelerate", file=sys.stderr)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("", "no"):
         raise ValueError(f"accelerate asks for the dynamo backend {backend}; leave it out and set train.compile=unet")
-    # A configuration file with use_cpu looks just the same from here, but for the launcher's own command.
+    # A configuration file with use_cpu looks the same from here, except in the launcher's own command.
     if b"--multi_gpu" in _parent("cmdline") and not torch.accelerator.is_available():
         raise ValueError(
-            "launched with --multi_gpu, and torch sees no GPU; configs/accelerate/cpu.yaml is for several without"
+            "launched with --multi_gpu, but torch sees no GPU; configs/accelerate/cpu.yaml is for several processes without"
         )
 
 
 def num_threads(config: Config, local_processes: int = 1) -> int:
     """Torch threads of a process on a CPU: `train.num_threads`, else OMP_NUM_THREADS, else a share of the cores.
 
-    Launchers set the variable to 1 where nobody asked; then it counts only if it was there before them.
+    Launchers set the variable to 1 by themselves; a 1 counts only if it was set before they started.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
@@ -84,7 +84,7 @@ def num_threads(config: Config, local_processes: int = 1) -> int:
 
 
 def _parent(what: str) -> list[bytes]:
-    """`environ` or `cmdline` with which the process that started this one, such as a launcher, was started; on Linux."""
+    """`environ` or `cmdline` of the process that started this one, such as a launcher; on Linux."""
     try:
         return Path(f"/proc/{os.getppid()}/{what}").read_bytes().split(b"\0")
     except OSError:
@@ -92,17 +92,17 @@ def _parent(what: str) -> list[bytes]:
 
 
 def describe(config: Config, accelerator: Accelerator) -> str:
-    """The first line of a run: processes, device, precision, images a step."""
+    """The first line of a run: processes, device, precision, images per step."""
     world = accelerator.num_processes
     images = config.train.batch_size * config.train.gradient_accumulation_steps * world
     threads = f" ({torch.get_num_threads()} threads)" if accelerator.device.type == "cpu" else ""
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     processes = f"{world} process{'es' if world > 1 else ''}"
-    return f"{processes} on {accelerator.device.type}{threads}, {precision}, {images} images a step"
+    return f"{processes} on {accelerator.device.type}{threads}, {precision}, {images} images per step"
 
 
 def claim_folder(lock: FileLock) -> None:
-    """Take the run folder, so that no second trainer writes to it; the system gives it back however this process ends."""
+    """Lock the run folder so that no second trainer writes to it; the system unlocks it however this process ends."""
     folder = Path(lock.lock_file).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,9 +128,9 @@ def run_on_main(accelerator: Accelerator, function: Callable[..., T], *arguments
 
 
 class StopSignal:
-    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the loop can save and leave after the step under way.
+    """Records Ctrl-C, SIGTERM and a closed terminal, so that the loop can save and leave after the current step.
 
-    A second one ends at once. SIGHUP stays ignored where it was, as under `nohup`.
+    A second signal ends the process at once. SIGHUP stays ignored if it was, as under `nohup`.
     """
 
     def __init__(self):

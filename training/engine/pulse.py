@@ -1,4 +1,4 @@
-"""What the host learns of the steps, and when."""
+"""What the host learns about the steps, and when."""
 
 import time
 from typing import Any
@@ -8,41 +8,41 @@ from accelerate import Accelerator
 
 
 class Pulse:
-    """Loss, gradient norm and time of steps, kept on the device until they are read, those of several steps together.
+    """Loss, gradient norm and time of steps, kept on the device until those of several steps are read together.
 
-    Each read waits until the device has done all that it was told; between two reads it is never waited for. The time is
-    known only when it is read; in between it is guessed, by all processes alike.
+    Each read waits until the device has finished all its work; between two reads nothing waits for it. The time is known
+    only when it is read; in between it is estimated, in the same way by all processes.
 
     Attributes:
-        seconds: of training so far.
+        seconds: training time so far.
     """
 
     def __init__(self, accelerator: Accelerator, seconds: float):
         self.accelerator = accelerator
         self.seconds = self._read_at = seconds
         self._started = time.monotonic() - seconds
-        self._pace: float | None = None  # seconds a step; None until steps after the first read have been timed
+        self._pace: float | None = None  # seconds per step; None until steps after the first read have been timed
         self._entries: list[dict[str, Any]] = []
         self._figures: list[torch.Tensor] = []
 
     def __len__(self) -> int:
-        """How many steps are unread."""
+        """Number of unread steps."""
         return len(self._entries)
 
     def note(self, entry: dict[str, Any], loss: torch.Tensor, norm: torch.Tensor, is_finite: torch.Tensor) -> None:
-        """A step: what the host knows of it, and the tensors () of what it does not know yet."""
+        """Record a step: what the host knows about it, and tensors `()` of what it does not know yet."""
         self._entries.append(entry)
         self._figures.append(torch.stack([loss.float(), norm.float(), is_finite.float()]))
         self.seconds += self._pace or 0.0
 
     def read(self, wishes: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[int]]:
-        """The steps since the last read, and what is wished for; all processes must call, and get the same.
+        """The steps since the last read, and the requests; all processes must call, and get the same.
 
         Args:
-            wishes: of this process, as numbers; 0 for what it does not wish.
+            wishes: the requests of this process, as numbers; 0 for none.
 
         Returns:
-            The entries with `loss`, `grad_norm`, `is_finite` and `seconds`; of each wish the largest number.
+            The entries with `loss`, `grad_norm`, `is_finite` and `seconds`; and for each request the largest number.
         """
         figures = self.accelerator.gather(torch.stack(self._figures)[None])
         loss, norm, is_finite = figures.mean(0).T.tolist()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""What is asked of a run while it trains, by files in its folder: to stop, to save, to draw samples."""
+"""Requests to a run while it trains, as files in its folder: to stop, to save, to draw samples."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ KINDS = ("stop", "save", "sample")
 
 
 def ask(output_dir: Path, kind: str) -> None:
-    """Ask the trainer that writes to a run folder; it answers at its next log line.
+    """Send a request to the trainer that writes to a run folder; it responds at its next log line.
 
     Raises:
-        ValueError: `kind` is none of `KINDS`.
+        ValueError: `kind` is not one of `KINDS`.
     """
     if kind not in KINDS:
         raise ValueError(f"{kind!r} cannot be asked of a run; {', '.join(KINDS)} can")

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and what differs between the run that wrote it and this one."""
+"""Which checkpoint a run resumes from, and what differs between the run that wrote it and this one."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet, hash_content
 from sfumato.training.engine.checkpoints import find_damage, list_checkpoints
 
-# Settings that a resumed run may change and still end bit for bit as one run.
+# Settings that a resumed run may change and still end bit for bit like a single run.
 FREE_SECTIONS = ("output_dir", "title", "checkpoint", "validation", "hub")
 FREE_KEYS = {"data": ("cache_dir", "max_bad_share"), "train": ("num_workers", "trackers", "patience", "webhook")}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs between the run that wrote a checkpoint and the one that goes on from it.
+    """One difference between the run that wrote a checkpoint and the one that resumes from it.
 
     Attributes:
         key: of the config, dotted; or `data`, `num_processes`, `device`, `precision`, `frozen weights`.
@@ -38,28 +38,28 @@ class Change:
         return f"{self.key}: {self.before!r} before, {self.after!r} now"
 
     def is_in(self, *places: str) -> bool:
-        """Whether its key is one of `places`, or in a section that one of them names by a dot at its end."""
+        """Whether its key is one of `places`, or in a section that one of them names with a dot at its end."""
         return any(self.key.startswith(place) if place.endswith(".") else self.key == place for place in places)
 
     @property
     def is_for_the_card(self) -> bool:
-        """Whether readers of a model card should know it; nothing with paths of this machine."""
+        """Whether readers of a model card should know about it; nothing with paths of this machine."""
         return self.is_in("objective.", "optim.", "train.", "ema.", "scheduler.", "seed", "precision")
 
     @property
     def undoes_a_result(self) -> bool:
-        """Whether a run that is done already cannot take it any more."""
+        """Whether a run that is already done can no longer take it."""
         return self.is_in("data", "data.random_flip", "objective.", "optim.", "scheduler.", "unet.", "seed")
 
 
 def find_checkpoint(resume: str | None, output_dir: Path, every_steps: int | None = None) -> Path | None:
-    """The checkpoint to go on from; None for a fresh run.
+    """The checkpoint to resume from; None for a fresh run.
 
-    `auto` takes the newest whole checkpoint and names damaged ones that it passes over. A run that ended before its
-    first checkpoint was due (at step `every_steps`) begins again.
+    `auto` takes the newest intact checkpoint and names the damaged ones that it skips. A run that ended before its
+    first checkpoint was due (at step `every_steps`) starts again.
 
     Raises:
-        ValueError: a resume was asked for and is impossible, or a fresh run would write over an old one.
+        ValueError: a resume was asked for and is impossible, or a fresh run would overwrite an old one.
     """
     existing = list_checkpoints(output_dir)
     if resume is None:
@@ -75,18 +75,18 @@ def find_checkpoint(resume: str | None, output_dir: Path, every_steps: int | Non
             fault = find_damage(folder)
             if fault is None:
                 for text in faults:
-                    warnings.warn(f"passed over {text}; goes on from {folder.name}", stacklevel=2)
+                    warnings.warn(f"skipped {text}; resuming from {folder.name}", stacklevel=2)
                 return folder
             faults.append(f"{folder}: {fault}")
         if faults:
-            raise ValueError(f"no checkpoint of {output_dir} is whole: {'; '.join(faults)}")
+            raise ValueError(f"no checkpoint of {output_dir} is intact: {'; '.join(faults)}")
         if every_steps is not None and (steps := last_step(output_dir / "metrics.jsonl")) > every_steps:
             raise ValueError(
                 f"{output_dir} holds a run of {steps} steps but no checkpoint; remove it or choose another output_dir"
             )
         return None
     if fault := find_damage(Path(resume)):
-        raise ValueError(f"checkpoint.resume={resume!r} is no complete checkpoint: {fault}")
+        raise ValueError(f"checkpoint.resume={resume!r} is not a complete checkpoint: {fault}")
     if existing and existing[-1].name > Path(resume).name:
         raise ValueError(
             f"{output_dir} holds checkpoints newer than {resume}, up to {existing[-1].name}, and going back would lose them; "
@@ -102,7 +102,7 @@ def last_step(metrics: Path) -> int:
 
 
 def origin_of(config: Config, accelerator: Accelerator, images: ArraySet, parts: tuple[torch.nn.Module, ...]) -> dict:
-    """What the numbers of a run depend on beside its checkpoint; kept there to be compared on resume."""
+    """What the results of a run depend on besides its checkpoint; stored in it for comparison on resume."""
     settings = {key: value for key, value in settings_of(config).items() if key not in FREE_SECTIONS}
     for section, keys in FREE_KEYS.items():
         settings[section] = {key: value for key, value in settings[section].items() if key not in keys}
@@ -125,7 +125,7 @@ def find_changes(stored: dict, now: dict) -> list[Change]:
     """What differs between two results of `origin_of`, sorted by key."""
     # Through JSON, as the stored one went, so that a tuple equals its list.
     before, after = flat({k: stored.get(k) for k in now}), flat(json.loads(json.dumps(now)))
-    # A setting that came with a later version was then what its default says, and so is one that is left out.
+    # A setting that a later version added had its default value then, and so has one that is left out.
     default = flat(json.loads(json.dumps({"config": asdict(default_config())})))
     default = {key: default[key] for key in (before.keys() | after.keys()) & default.keys()}
     before, after = {**default, **before}, {**default, **after}
@@ -134,7 +134,7 @@ def find_changes(stored: dict, now: dict) -> list[Change]:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dicts as one with dotted keys."""
+    """Nested dicts as one dict with dotted keys."""
     rows = {}
     for key, value in values.items():
         rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -151,21 +151,22 @@ def consequences(changes: list[Change], config: Config) -> list[str]:
     if any(change.is_in("optim.name") for change in changes):
         lines.append("so the optimizer's moments begin again")
     if any(change.is_in("data") for change in changes):
-        lines.append("so the result is not that of one run: the images are others, in another order")
+        lines.append("so the result is not that of one run: the images are different, and in another order")
     elif any(change.is_in(*places) for change in changes):
         lines.append("so the result is not that of one run: the images come in another order")
     elif changes:
         lines.append(
-            "so the result is not bit for bit that of one run. Still exact: weights, averages, the moments of a same "
+            "so the result is not bit for bit that of one run. Still exact: weights, averages, the moments of the same "
             "optimizer, and that each image, its noise and noise level come once and in the same order"
         )
     return lines
 
 
 def adopt_older_data(stored: dict, images: ArraySet, cache_dir: str) -> None:
-    """Accept a checkpoint of before 0.2 where the data that it names, still in the cache, are byte for byte these.
+    """Accept a checkpoint from before 0.2 if the data that it names, still in the cache, are byte for byte the same.
 
-    Such checkpoints name their data by a hash of settings and source code, which says nothing of the bytes. Changes `stored`.
+    Such checkpoints name their data by a hash of settings and source code, which says nothing about the bytes. Changes
+    `stored`.
     """
     name = str(stored.get("data"))
     folder = Path(cache_dir).expanduser() / name
@@ -173,7 +174,7 @@ def adopt_older_data(stored: dict, images: ArraySet, cache_dir: str) -> None:
         return
     if hash_content(folder) == images.fingerprint:
         warnings.warn(
-            f"the data of this run were prepared by an earlier version, as {name}; the bytes are the same, so it goes on",
+            f"the data of this run were prepared by an earlier version, as {name}; the bytes are the same, so it continues",
             stacklevel=2,
         )
         stored["data"] = images.fingerprint

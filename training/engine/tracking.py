@@ -24,7 +24,7 @@ from sfumato.training.publish.facts import without_secrets
 
 
 def find_trackers(config: Config) -> list[str]:
-    """The trackers of `train.trackers`; where not set, TensorBoard if it is installed.
+    """The trackers of `train.trackers`; if not set, TensorBoard if it is installed.
 
     Raises:
         ValueError: a tracker that Accelerate does not know, or whose package is not installed.
@@ -39,12 +39,12 @@ def find_trackers(config: Config) -> list[str]:
 
 
 def finite(entry: dict) -> dict:
-    """The same with None for what is not finite, which JSON does not know."""
+    """The same entry with None for values that are not finite, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 class SlowWatch:
-    """Tells once when steps have come to take far longer than the first ones, from which all estimates were made."""
+    """Tells once when steps have become far slower than the first ones, from which all estimates were made."""
 
     FIRST, RECENT, FACTOR, LEAST_SECONDS = 10, 20, 3, 60
 
@@ -52,10 +52,10 @@ class SlowWatch:
         self.last, self.first, self.recent, self.told = None, [], deque(maxlen=self.RECENT), False
 
     def look(self, seconds: float) -> str | None:
-        """What to say, if anything, at the end of a step, `seconds` of training after the first."""
+        """What to say, if anything, at the end of a step, after `seconds` of training."""
         took, self.last = seconds - (self.last if self.last is not None else seconds), seconds
         if len(self.first) < self.FIRST:
-            if took > 0:  # not the first of all, which also warms up
+            if took > 0:  # not the very first, which also warms up
                 self.first.append(took)
             return None
         self.recent.append(took)
@@ -67,7 +67,7 @@ class SlowWatch:
 
 
 def seconds_waited() -> float:
-    """How long the threads that this process has now have waited for a core, together, by Linux; elsewhere 0."""
+    """Total time that this process's current threads have waited for a core, as Linux counts it; elsewhere 0."""
     waited = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -78,20 +78,20 @@ def seconds_waited() -> float:
 
 
 class Outlook:
-    """Says once, half a minute into a run, what its speed means: that other programs use the cores, and how few steps a run
-    by minutes will make.
+    """Says once, half a minute into a run, what its speed means: that other programs use the cores, or that a run limited by
+    minutes will make few steps.
     """
 
     AFTER, SHARE, ENOUGH = 30.0, 0.2, 1000
 
     def __init__(self, config: Config, on_cpu: bool):
-        alone = on_cpu and not config.train.num_workers  # workers of its own would be taken for other programs
+        alone = on_cpu and not config.train.num_workers  # its own workers would be taken for other programs
         self.config, self.threads = config, torch.get_num_threads() if alone else 0
         self.start: tuple[float, float, int] | None = None
         self.done = False
 
     def look(self, seconds: float, step: int) -> list[str]:
-        """What to say, if anything, after a step, at so many seconds of training."""
+        """What to say, if anything, after a step, at `seconds` of training."""
         if self.done:
             return []
         if self.start is None:
@@ -128,12 +128,12 @@ class Log:
         self.bar = tqdm(
             total=1.0,
             disable=not self.main,
-            miniters=1e-9,  # or a run that goes on, whose bar jumps at first, would not be seen to move
+            miniters=1e-9,  # otherwise the bar of a resumed run, which jumps at first, would not be seen to move
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         # Trackers take flat scalars and texts.
         settings = {"config": dump_config(without_secrets(config))} if accelerator.log_with else None
-        # A run that goes on, goes on in the same page of the tracker.
+        # A resumed run continues on the same page of the tracker.
         name = "-".join(self.folder.resolve().parts[-2:])
         named = {"trackio": {"name": name, "resume": "allow" if step else "never"}}
         accelerator.init_trackers("sfumato", settings, named)
@@ -142,7 +142,7 @@ class Log:
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for path in (self.folder / "validation.jsonl", self.folder / "metrics.jsonl"):
-            # Lines past the checkpoint belong to steps that are about to be done again; a torn last line goes too.
+            # Lines after the checkpoint belong to steps that are about to be repeated; a torn last line is removed too.
             kept = path.with_name(f"{path.name}.new")
             kept.write_text("".join(line + "\n" for line in read_lines(path) if json.loads(line)["step"] <= step))
             kept.replace(path)
@@ -170,13 +170,13 @@ class Log:
         self.bar.set_postfix_str(f"step {entry['step']} loss {self.smooth or math.nan:.4f} {rate:.0f} images/s", refresh=False)
 
     def write_validation(self, entry: dict) -> None:
-        """What was measured on held-out data: a line of `validation.jsonl`, the trackers, a line to read."""
+        """Record what was measured on held-out data: in `validation.jsonl`, in the trackers, and as a line to read."""
         if not self.main:
             return
         path, entry = self.folder / "validation.jsonl", finite(entry)
         rows = [
             line for line in read_lines(path) if json.loads(line)["step"] < entry["step"]
-        ]  # not an earlier end of the run's
+        ]  # not those of an earlier end of the run
         new = path.with_name("validation.jsonl.new")
         new.write_text("".join(line + "\n" for line in [*rows, json.dumps(entry)]))
         new.replace(path)
@@ -190,21 +190,21 @@ class Log:
             self.say(f"step {entry['step']}: error on {images} images {entry[name]:.4f}")
 
     def was_validated(self, step: int) -> bool:
-        """Whether `validation.jsonl` has a line of this step; of the first process."""
+        """Whether `validation.jsonl` has a line for this step; for the first process."""
         return any(json.loads(line)["step"] == step for line in read_lines(self.folder / "validation.jsonl"))
 
     def sync(self) -> None:
-        """Force the figures so far to the disk, so that no checkpoint knows more steps than they tell of."""
+        """Force the figures so far to the disk, so that no checkpoint is ahead of them."""
         if self.main:
             os.fsync(self.file.fileno())
 
     def show(self, step: int, captions: list[str], images: list[Image.Image]) -> None:
-        """Keep a grid of images with their captions, and hand it to the trackers."""
+        """Save a grid of images with their captions, and pass it to the trackers."""
         if not self.main:
             return
         sheet = grid(images, captions)
         place = self.folder / "samples" / f"step-{step:08d}.png"
-        new = place.with_name(f".{place.name}")  # who looks while it is written sees the one before
+        new = place.with_name(f".{place.name}")  # whoever looks while it is written sees the previous one
         about = PngInfo()
         about.add_text("captions", json.dumps(captions))
         sheet.save(new, format="png", pnginfo=about)
@@ -224,7 +224,7 @@ class Log:
             self.bar.write(text)
 
     def close(self, text: str) -> None:
-        """End the progress bar with a last word."""
+        """Close the progress bar and print a last line."""
         self.bar.close()
         if self.main:
             self.file.close()

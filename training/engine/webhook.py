@@ -1,4 +1,4 @@
-"""How a run ended, told to an address of the web."""
+"""Report to a web address how a run ended."""
 
 import http.client
 import json
@@ -10,14 +10,14 @@ SECONDS = 10.0
 
 
 def tell(address: str, output_dir: Path, code: int, step: int, seconds: float) -> str | None:
-    """Post a JSON object about a run that ended: `text` and `content`, a sentence as Slack and Discord want it, and facts.
+    """Post a JSON object about a run that ended: `text` and `content`, a sentence for Slack and Discord, and facts.
 
     Args:
         code: the exit code of the trainer.
-        seconds: of training.
+        seconds: training time.
 
     Returns:
-        Why the address could not be told; None where it was.
+        Why the address could not be notified; None if it was.
     """
     end = ENDS[code] if code < len(ENDS) else "was stopped"
     sentence = f"{output_dir.name} {end} at step {step:,}, after {seconds / 60:.0f} minutes"
@@ -27,5 +27,5 @@ def tell(address: str, output_dir: Path, code: int, step: int, seconds: float) -
     try:
         urllib.request.urlopen(request, timeout=SECONDS).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"train.webhook could not be told: {error}"
+        return f"train.webhook could not be notified: {error}"
     return None

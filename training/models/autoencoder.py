@@ -19,10 +19,10 @@ from sfumato.training.models.stock_classes import (
 
 
 class VariationalAutoencoder(torch.nn.Module):
-    """Encoder, a latent drawn by given noise, and decoder as one forward pass (Kingma and Welling 2014).
+    """Encoder, a latent sampled with given noise, and decoder as one forward pass (Kingma and Welling 2014).
 
     Args:
-        latent_noise: standard deviation of the noise; None: as the encoder says.
+        latent_noise: standard deviation of the noise; None: as the encoder predicts.
     """
 
     def __init__(self, vae: AutoencoderKL, latent_noise: float | None = None):
@@ -31,7 +31,7 @@ class VariationalAutoencoder(torch.nn.Module):
         self.latent_noise = latent_noise
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images `(B, C, H, W)` as they come back, and mean and log-variance of their latents, `(B, c, h, w)`."""
+        """Reconstructions of images `(B, C, H, W)`, and mean and log-variance of their latents, `(B, c, h, w)`."""
         (latent,) = self.vae.encode(pixels, return_dict=False)
         sample: Any = latent.mean + noise * (latent.std if self.latent_noise is None else self.latent_noise)
         (rebuilt,) = self.vae.decode(sample, return_dict=False)
@@ -39,13 +39,13 @@ class VariationalAutoencoder(torch.nn.Module):
 
 
 def build_autoencoder(config: Config, arguments: dict) -> AutoencoderKL:
-    """A stock `AutoencoderKL`: that of `init_from`, or of random weights, drawn from `config.seed`.
+    """A stock `AutoencoderKL`: that of `init_from`, or one with random weights, drawn from `config.seed`.
 
     Args:
-        arguments: of the class, from `autoencoder.model`.
+        arguments: those of the class, from `autoencoder.model`.
 
     Raises:
-        ValueError: an argument that the class does not have, or that contradicts `data`; nothing to go on from.
+        ValueError: an argument that the class does not have, or that contradicts `data`; or no VAE to start from.
     """
     if config.init_from is not None:
         check_predecessor("init_from", config.init_from)
@@ -71,7 +71,7 @@ def build_autoencoder(config: Config, arguments: dict) -> AutoencoderKL:
 
 
 def downsampling_factor(vae: AutoencoderKL) -> int:
-    """How many pixels of the image make one of the latents, along a side."""
+    """How many pixels of the image correspond to one of the latents, along a side."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
@@ -82,12 +82,13 @@ def identity_vae(
     use_quant_conv: bool = False,
     repeat: int = 1,
 ) -> AutoencoderKL:
-    """A stock `AutoencoderKL` that computes the identity, of images to 6e-7: a pixel model is an ordinary folder.
+    """A stock `AutoencoderKL` that computes the identity, for images to 6e-7: a pixel model is an ordinary folder.
 
-    Latent channels beyond the image's, if any, are zero: Stable Diffusion's inpainting knows none but 4. With `repeat`, a
-    power of 2, latents are the first of each square of so many pixels a side, and images repeat latents over such squares.
+    Latent channels beyond the image's, if any, are zero: Stable Diffusion's inpainting supports only 4. With `repeat`,
+    a power of 2, a latent is the first pixel of each square of `repeat` pixels a side, and images repeat latents over such
+    squares.
 
-    Each colour x goes through the net as the pair (x, -x), and silu(x) - silu(-x) = x gives it back. Two channels of
+    Each colour x goes through the network as the pair (x, -x), and silu(x) - silu(-x) = x recovers it. Two channels of
     +-K fix the group norm's variance at K^2 / (channels + 1) whatever the image; its weight undoes the division.
     """
     latent_channels = latent_channels or channels
@@ -132,7 +133,7 @@ def identity_vae(
 
 
 def _halving_levels(width: int, repeat: int) -> dict[str, Any]:
-    """Arguments of an `AutoencoderKL` that halves an image until `repeat` pixels of a side are one, and does nothing else."""
+    """Arguments of an `AutoencoderKL` that only halves an image until `repeat` pixels of a side become one."""
     count = repeat.bit_length()
     return {
         "block_out_channels": (width,) * count,
@@ -143,31 +144,31 @@ def _halving_levels(width: int, repeat: int) -> dict[str, Any]:
 
 
 def _passing(kernel: torch.Tensor, place: int) -> torch.Tensor:
-    """A kernel of this shape that passes on what lies at row and column `place` of its window."""
+    """A kernel of this shape that passes on the value at row and column `place` of its window."""
     passing = torch.zeros_like(kernel)
     passing[:, :, place, place] = torch.eye(len(kernel))
     return passing
 
 
 def quant_convs(vae: AutoencoderKL) -> tuple[Any, Any]:
-    """The 1 x 1 convolutions, of the encoder and of the decoder, that can take up another scale of the latents.
+    """The 1 x 1 convolutions, of the encoder and of the decoder, that can absorb another scale of the latents.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the VAE has none.
     """
     if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise ValueError("this VAE has no quant_conv and post_quant_conv, in which its latents could be scaled")
+        raise ValueError("this VAE has no quant_conv and post_quant_conv, by which its latents could be scaled")
     return vae.quant_conv, vae.post_quant_conv
 
 
 def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: torch.Tensor, target: float) -> torch.Tensor:
-    """Let the latent channels from number `first` on have mean 0 and standard deviation `target`; images stay.
+    """Give the latent channels from number `first` on mean 0 and standard deviation `target`; images stay the same.
 
     Args:
-        mean, std: of those channels until now. One that says nothing, whose deviation is below 0.001, is not blown up.
+        mean, std: those of these channels so far. A channel that carries nothing (std below 0.001) is not scaled up.
 
     Returns:
-        By what each is multiplied, once its mean is taken off.
+        The factor by which each is multiplied after its mean is subtracted.
 
     Raises:
         ValueError: see `quant_convs`.
@@ -187,7 +188,7 @@ def normalise_channels(vae: AutoencoderKL, first: int, mean: torch.Tensor, std: 
 
 
 def set_scaling_factor(vae: AutoencoderKL, factor: float) -> None:
-    """Let the VAE's own latents be larger or smaller, so that its scaling factor is `factor`; scaled latents stay as they are.
+    """Scale the VAE's own latents so that its scaling factor becomes `factor`; scaled latents stay as they are.
 
     Stable Diffusion's upscaling sets the factor to 0.08333 whatever the config says.
 

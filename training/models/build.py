@@ -35,11 +35,11 @@ MAX_PARAMETERS = 50_000_000_000
 
 
 def build_pipeline(config: Config, captions: list[str], tokenizer: CLIPTokenizer | None = None) -> SfumatoPipeline:
-    """All parts, random weights drawn from `config.seed`; or the model of `init_from`.
+    """All parts, with random weights drawn from `config.seed`; or the model of `init_from`.
 
     Args:
         captions: all training captions, from which the tokenizer learns its words.
-        tokenizer: of a run that goes on; its words stay, whatever became of the captions.
+        tokenizer: that of a run that is resumed; its vocabulary stays, whatever has become of the captions.
 
     Raises:
         ValueError: an argument that the stock class does not have, or that contradicts another section.
@@ -93,10 +93,10 @@ def _build_unet(config: Config, needs: ModelNeeds, vae: AutoencoderKL, scheduler
 
 
 def check_network(config: Config) -> None:
-    """Run the network of a config once on torch's meta device, which computes nothing but shapes, before anything long.
+    """Run the network of a config once on torch's meta device, which computes only shapes, before anything slow.
 
     Raises:
-        ValueError: it cannot be built, or does not fit images of the config's sizes; diffusers' reason in a line.
+        ValueError: it cannot be built, or does not fit images of the config's sizes; with diffusers' reason in one line.
     """
     needs: ModelNeeds = TASKS.load(config.task).model_needs(config)
     for key, source in (("init_from", config.init_from), ("text_encoder.pretrained", config.text_encoder.pretrained)):
@@ -108,7 +108,7 @@ def check_network(config: Config) -> None:
         return
     check_arguments(config.unet, UNet2DConditionModel, "unet")
     if depth := find_depth(config.unet, MAX_LAYERS):
-        raise ValueError(f"unet: {depth}; at most {MAX_LAYERS} are built")
+        raise ValueError(f"unet: {depth}; at most {MAX_LAYERS} are allowed")
     scheduler = build_scheduler(config)
     vae = build_vae(config, needs)
     factor = downsampling_factor(vae)
@@ -118,7 +118,7 @@ def check_network(config: Config) -> None:
     with torch.device("meta"), torch.no_grad():
         unet = _build_unet(config, needs, vae, scheduler, width)
         if (count := sum(parameter.numel() for parameter in unet.parameters())) > MAX_PARAMETERS:
-            raise ValueError(f"unet: asks for {count:,} parameters; at most {MAX_PARAMETERS:,} are built")
+            raise ValueError(f"unet: asks for {count:,} parameters; at most {MAX_PARAMETERS:,} are allowed")
         for height, width_of_image in config.data.buckets or [config.data.size]:
             shape = (2, unet.config["in_channels"], height // factor, width_of_image // factor)
             labelled = unet.config["class_embed_type"] or unet.config["num_class_embeds"]
@@ -126,11 +126,11 @@ def check_network(config: Config) -> None:
             inputs = NetworkInputs(class_labels=labels)
             try:
                 out = run_network(unet, None, torch.zeros(shape), torch.zeros(2), torch.zeros(2, 3, width), inputs)
-            except Exception as error:  # whatever a shape that does not fit raises
+            except Exception as error:  # whatever a mismatched shape raises
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 raise ValueError(f"unet: it cannot draw {height} x {width_of_image} pixels: {reason}") from error
             if tuple(out.shape[2:]) != shape[2:]:
-                raise ValueError(f"unet: of latents {shape[2:]} it makes {tuple(out.shape[2:])}; sides must divide further")
+                raise ValueError(f"unet: it turns latents {shape[2:]} into {tuple(out.shape[2:])}; sides must divide further")
     _fitting.add(same)
 
 
@@ -138,7 +138,7 @@ _fitting: set[str] = set()  # what `check_network` has found to fit in this proc
 
 
 def _network_settings(config: Config) -> str:
-    """All that decides whether a network fits."""
+    """Everything that decides whether a network fits."""
     own = TASKS[config.task].section
     parts = (config.objective, config.text_encoder, config.vae, config.unet, config.scheduler, own and getattr(config, own))
     return repr((config.task, config.data.size, config.data.buckets, config.data.channels, parts))
@@ -148,7 +148,7 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
     """The identity, or the VAE of `vae.pretrained`, frozen.
 
     Raises:
-        ValueError: it does not go with the data or the task.
+        ValueError: it does not suit the data or the task.
     """
     if config.vae.pretrained is None:
         repeat = config.vae.repeat
@@ -162,7 +162,7 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
     if needs.latent_channels not in (None, vae.config.latent_channels):
         raise ValueError(
             f"task={config.task} needs a VAE of {needs.latent_channels} latent channels: "
-            "its stock pipeline takes no other number"
+            "its stock pipeline supports no other number"
         )
     needs.prepare_vae(vae, downsampling_factor(vae))
     return vae
@@ -171,7 +171,7 @@ def build_vae(config: Config, needs: ModelNeeds) -> AutoencoderKL:
 def build_scheduler(config: Config) -> SfumatoDDPMScheduler | SfumatoFlowScheduler:
     """The scheduler; pixel models clip x_0 to [-1, 1] in the form that StableDiffusionPipeline leaves alone.
 
-    Not with `empty_caption: noise`, whose guided x_0 lies outside of [-1, 1].
+    They do not with `empty_caption: noise`, whose guided x_0 lies outside [-1, 1].
     """
     if config.objective.target == "flow":
         if unknown := set(config.scheduler) - {"num_train_timesteps", "shift"}:  # others do not travel

@@ -1,4 +1,4 @@
-"""Stock ControlNets beside a UNet."""
+"""Stock ControlNets for a UNet."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 def build_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel:
     """A stock ControlNet for this UNet that reads maps of `factor` times its size; changes nothing until it is trained.
 
-    It begins with all weights of the UNet that fit: diffusers knows no ControlNet with a `time_embedding_dim` of its own.
+    It starts with all weights of the UNet that fit: diffusers has no ControlNet with a `time_embedding_dim` of its own.
     """
     widths = (16, 32, 96, 256, 256)[: factor.bit_length()]
     new: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False)

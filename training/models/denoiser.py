@@ -14,18 +14,18 @@ from sfumato.training.config.schema import Config
 
 @dataclass(frozen=True, kw_only=True)
 class ModelNeeds:
-    """What a task's model has beside a UNet of text and noise.
+    """What a task's model has besides a UNet that reads text and noise.
 
     Attributes:
-        num_extra_inputs: of a VAE, how many channels the UNet reads beside the noisy latents.
-        latent_channels: what the VAE must have, where a stock pipeline takes no other number; the image's where None.
+        num_extra_inputs: for a VAE, how many channels the UNet reads besides the noisy latents.
+        latent_channels: what the VAE must have, if a stock pipeline supports no other number; None: the image's.
         use_quant_conv: whether an identity VAE needs these convolutions.
         prepare_vae: called with the VAE and its downsampling factor; may change it, or raise ValueError.
         unet: further arguments of the UNet.
         components: further components and settings of the pipeline.
         widens: whether the UNet of a text-to-image model in `init_from` gets new channels.
-        trains_controlnet: whether a ControlNet is trained, and the rest stays as it is.
-        motion: settings of the motion adapter that alone is trained, where one is; see `pipelines.motion.build_adapter`.
+        trains_controlnet: whether only a ControlNet is trained.
+        motion: settings of the motion adapter, if only one is trained; see `pipelines.motion.build_adapter`.
         has_unet: whether there is one at all.
     """
 
@@ -42,7 +42,7 @@ class ModelNeeds:
 
 
 class Denoiser(torch.nn.Module):
-    """Text encoder, UNet and, where there is one, ControlNet as one module: one DDP wrapper and one optimizer serve all."""
+    """Text encoder, UNet and, if there is one, ControlNet as one module: one DDP wrapper and one optimizer serve all."""
 
     def __init__(
         self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, controlnet: ControlNetModel | None = None
@@ -61,7 +61,7 @@ class Denoiser(torch.nn.Module):
 
 
 def learns_variance(scheduler) -> bool:
-    """Whether the network's output has a second half, which says the variance (Nichol and Dhariwal 2021)."""
+    """Whether the network's output has a second half, which gives the variance (Nichol and Dhariwal 2021)."""
     return scheduler.config.get("variance_type") == "learned_range"
 
 
@@ -81,7 +81,7 @@ def strengthen_conditioning(unet: UNet2DConditionModel, factor: float = 3.0) -> 
     """Let time and pooled text scale and shift every block strongly from the first step on.
 
     PyTorch's own initialisation gives a linear layer outputs of std 1 / sqrt(3) for inputs of std 1, and the embedding
-    is smaller than that after its SiLU; a text that hardly changes what a block does is a text that is slow to learn
+    is smaller than that after its SiLU; a text that hardly changes what a block does is slow to be learned
     (docs/notebook, "where is place learned").
     """
     with torch.no_grad():

@@ -29,7 +29,7 @@ def save_lora(pipe: SfumatoPipeline, folder: Path) -> None:
 
 
 def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> None:
-    """More channels in and out, their weights zero: what the UNet computes stays as it is until they are trained."""
+    """Add input and output channels with zero weights: what the UNet computes stays the same until they are trained."""
     for name, ins, outs in (("conv_in", in_channels, None), ("conv_out", None, out_channels)):
         old = getattr(unet, name)
         ins, outs = ins or old.in_channels, outs or old.out_channels
@@ -45,8 +45,8 @@ def widen(unet: UNet2DConditionModel, in_channels: int, out_channels: int) -> No
 
 
 def add_guidance_input(unet: UNet2DConditionModel, width: int, seed: int) -> Any:
-    """The same network, sharing its weights, that takes the guidance scale by an embedding of `width` numbers, which at
-    first changes nothing.
+    """The same network with the same weights, which also takes the guidance scale as an embedding of `width` values; at first
+    that changes nothing.
     """
     torch.manual_seed(seed)
     told: Any = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": width})
@@ -57,9 +57,9 @@ def add_guidance_input(unet: UNet2DConditionModel, width: int, seed: int) -> Any
 
 
 def move_into_latents(pipe: SfumatoPipeline, vae: AutoencoderKL) -> SfumatoPipeline:
-    """A pixel model that goes on in the latents of a VAE: its UNet gets their further channels, with weights of zero.
+    """A pixel model that continues in the latents of a VAE: its UNet gets their further channels, with zero weights.
 
-    It draws at once what it drew before where the latents' first channels are the image made smaller, as
+    It draws at once what it drew before if the latents' first channels are the downscaled image, as
     `autoencoder.thumbnail_weight` makes them.
 
     Raises:
@@ -69,8 +69,8 @@ def move_into_latents(pipe: SfumatoPipeline, vae: AutoencoderKL) -> SfumatoPipel
     of_pixels = is_identity(pipe.vae) and pipe.vae_scale_factor == 1
     if not of_pixels or len(channels) > 1 or max(channels) > vae.config["latent_channels"]:
         raise ValueError(
-            "vae.pretrained: only a text-to-image model of pixels, which reads and predicts them alone, moves into latents, "
-            "of at least its own number of channels; leave it out to go on in those of init_from"
+            "vae.pretrained: only a text-to-image model of pixels, which reads and predicts nothing else, can move into "
+            "latents, of at least its own number of channels; leave it out to stay in those of init_from"
         )
     widen(pipe.unet, vae.config["latent_channels"], vae.config["latent_channels"])
     return SfumatoPipeline(
@@ -84,7 +84,7 @@ def _unbounded(scheduler):
 
 
 def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None = None) -> SfumatoPipeline:
-    """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets the adapter that alone is trained.
+    """The model of `init_from`, ready to be fine-tuned; with `lora.rank`, its UNet gets an adapter, and only that is trained.
 
     Args:
         vae: of `vae.pretrained`, into whose latents a pixel model moves.
@@ -106,7 +106,7 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
         add_motion(pipe, config, needs.motion)
         return pipe
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels}
-    if needs.widens and len(channels) == 1:  # a UNet of latents alone
+    if needs.widens and len(channels) == 1:  # a UNet that reads only latents
         if is_identity(pipe.vae):
             vae = identity_vae(
                 max(config.data.size), pipe.vae.config.in_channels, needs.latent_channels, repeat=pipe.vae_scale_factor
@@ -152,7 +152,7 @@ def _open(source: str) -> SfumatoPipeline:
 
 
 def _check_loaded(config: Config, pipe: SfumatoPipeline, needs: ModelNeeds) -> None:
-    """Raise ValueError for a model that the config cannot go on with."""
+    """Raise ValueError for a model that cannot be trained further with this config."""
     channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if channels != num_unet_inputs(config, pipe.vae, needs):
         model = f"init_from={config.init_from!r} has a UNet of {channels} channels for {latents} latents"
@@ -169,7 +169,7 @@ def _check_loaded(config: Config, pipe: SfumatoPipeline, needs: ModelNeeds) -> N
 
 
 def _check_target(config: Config, pipe: SfumatoPipeline) -> None:
-    """Raise ValueError for an objective that does not go with what the model predicts."""
+    """Raise ValueError for an objective that does not suit what the model predicts."""
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.min_snr_floor:
         raise ValueError("objective.min_snr_floor: init_from predicts epsilon, on which a floor is unbounded; leave it out")
     if pipe.scheduler.prediction_type == "epsilon" and config.objective.weight == "edm":

@@ -1,4 +1,4 @@
-"""Images to the space that the UNet works in."""
+"""From images to the space that the UNet works in."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sfumato.training.models.autoencoder import downsampling_factor
 
 
 def is_identity(vae: AutoencoderKL | FrameVae) -> bool:
-    """Whether this VAE passes numbers through unchanged, each of one pixel or of a square of them, as `identity_vae` does."""
+    """Whether this VAE passes values through unchanged, one per pixel or per square of pixels, as `identity_vae` does."""
     if isinstance(vae, FrameVae):
         return is_identity(vae.vae)
     channels = vae.config["in_channels"]
@@ -30,11 +30,11 @@ def to_pixel_values(images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL | FrameVae, pixel_values: torch.Tensor, *, is_pixel_model: bool | None = None) -> torch.Tensor:
-    """`(B, C, H, W)` in [-1, 1] to x_0: for an identity VAE the pixels themselves, of squares of them the first, else scaled
+    """`(B, C, H, W)` in [-1, 1] to x_0: for an identity VAE the pixels themselves (the first of each square), else scaled
     latents `(B, C, h, w)`.
 
     Args:
-        is_pixel_model: what `is_identity` says, which reads a weight; for callers that ask often.
+        is_pixel_model: the result of `is_identity`, which reads a weight; for callers that need it often.
     """
     is_pixel_model = is_identity(vae) if is_pixel_model is None else is_pixel_model
     if isinstance(vae, FrameVae):

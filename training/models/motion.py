@@ -1,4 +1,4 @@
-"""A frozen 2D model with a motion adapter, which alone is trained."""
+"""A frozen 2D model with a motion adapter, the only part that is trained."""
 
 import inspect
 from typing import Any
@@ -11,7 +11,7 @@ from sfumato.pipelines.motion import FrameVae, MotionUNet, build_adapter
 from sfumato.training.config.schema import Config
 from sfumato.training.models.denoiser import learns_variance
 
-# Of a UNet, what says how it is built and has another name, or no effect, in diffusers' network for clips.
+# Settings of a UNet that have another name, or no effect, in diffusers' network for clips.
 _RENAMED = {"attention_head_dim", "down_block_types", "up_block_types", "mid_block_type", "sample_size"}
 
 
@@ -22,16 +22,16 @@ def add_motion(pipe: SfumatoPipeline, config: Config, settings: dict[str, Any]) 
         settings: of `pipelines.motion.build_adapter`.
 
     Raises:
-        ValueError: the model is none of pictures, diffusers' network for clips lacks what it has, or the data are no clips
-            of its pictures.
+        ValueError: the model does not draw images, diffusers' network for clips lacks something it has, or the data are
+            not clips of such images.
     """
     source, channels = f"init_from={config.init_from!r}", config.data.channels
     if not isinstance(pipe.unet, MotionUNet):
         if pipe.reads is not None or pipe.controlnet is not None or pipe.codec is not None or learns_variance(pipe.scheduler):
-            raise ValueError(f"{source} is no text-to-image model whose network reads noise and text alone")
+            raise ValueError(f"{source} is not a text-to-image model whose network reads only noise and text")
         each = pipe.vae.config.in_channels
         if channels % each or channels < 2 * each:
-            raise ValueError(f"data.channels={channels} are no frames of {each} channels, as {source} draws")
+            raise ValueError(f"data.channels={channels} are not frames of {each} channels, as {source} draws")
         pipe.register_modules(
             unet=_animated(pipe.unet, config.seed, settings, source), vae=FrameVae(pipe.vae, channels // each)
         )
@@ -60,7 +60,7 @@ def _animated(unet: UNet2DConditionModel, seed: int, settings: dict[str, Any], s
     if lost:
         raise ValueError(
             f"{source}: diffusers' UNetMotionModel does not have unet.{', unet.'.join(lost)}; "
-            "train a model without them, such as by configs/frames.yaml"
+            "train a model without them, such as with configs/frames.yaml"
         )
     torch.manual_seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""The trained parameters of a module by name, whole where they are sharded over processes (FSDP2)."""
+"""The trained parameters of a module by name, gathered if they are sharded over processes (FSDP2)."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ def trained_names(module: torch.nn.Module) -> list[str]:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, gathered where it is sharded (all processes must call)."""
+    """The tensor on the CPU, gathered if it is sharded (all processes must call this)."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
@@ -32,15 +32,15 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
-    """Whether the module's weights are spread over the processes (FSDP2), so that all must take part in reading them."""
+    """Whether the module's weights are sharded over the processes (FSDP2), so that all must take part in reading them."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def plain_pipeline(pipe: SfumatoPipeline, denoiser: torch.nn.Module) -> SfumatoPipeline:
-    """The pipeline with plain, whole modules, as export and drawing need them; itself where they are so already.
+    """The pipeline with plain, whole modules, as export and drawing need them; itself if they are so already.
 
-    A copy where the weights are sharded (all processes must call) or where the UNet has a LoRA adapter, whose additions
-    are then in the copy's weights.
+    A copy if the weights are sharded (all processes must call this) or if the UNet has a LoRA adapter, which is then merged
+    into the copy's weights.
     """
     if is_sharded(denoiser):
         state = {name: whole_tensor(tensor) for name, tensor in denoiser.state_dict().items()}

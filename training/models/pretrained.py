@@ -11,12 +11,12 @@ from sfumato.training.config.load import config_names, config_text
 
 
 def load_part(cls: type, key: str, source: str, part: str, **arguments):
-    """The model `part` of a whole pipeline, or of a folder or repository with that model alone; and whether it is whole.
+    """The model `part` of a whole pipeline, or of a folder or repository with only that model; and which of the two it was.
 
-    Only safetensors are opened: a pickle can run code. Sizes are looked at first, see `trust.check_part`.
+    Only safetensors are opened: a pickle can run code. Sizes are checked first, see `trust.check_part`.
 
     Raises:
-        ValueError: neither is there, or it is not to be opened; names the setting `key`.
+        ValueError: neither exists, or it must not be opened; names the setting `key`.
     """
     check_predecessor(key, source)
     try:
@@ -39,7 +39,7 @@ def _download(source: str, part: str) -> Path:
 
 
 def check_predecessor(key: str, source: str) -> None:
-    """Raise ValueError for the result of a packaged config that has not been trained yet, with the command that does it."""
+    """Raise ValueError for the result of a packaged config that has not been trained yet, with the command that trains it."""
     if Path(source).exists():
         return
     for name in config_names():

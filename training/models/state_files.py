@@ -16,15 +16,15 @@ from torch.distributed.tensor import DTensor
 from sfumato.training.models.parameters import local_part
 
 PIECE = (
-    256_000_000  # bytes of a file at the most, where the state is sharded: a copy of a piece is in memory while it is written
+    256_000_000  # maximum size of a file in bytes, if the state is sharded: a copy of a piece is in memory while it is written
 )
 
 
 def first_row(tensor: torch.Tensor) -> tuple[int, bool]:
-    """Where the rows begin that this process holds, and whether it is the first of those that hold them.
+    """Where the rows that this process holds begin, and whether it is the first process that holds them.
 
     Raises:
-        ValueError: it is sharded in another way than fully_shard shards: by rows.
+        ValueError: it is sharded in a way other than that of fully_shard, by rows.
     """
     if not isinstance(tensor, DTensor):
         return 0, not distributed.is_initialized() or distributed.get_rank() == 0
@@ -46,7 +46,7 @@ class Held(NamedTuple):
     Attributes:
         part: its rows.
         first: where they begin in the whole.
-        shape: of the whole.
+        shape: that of the whole.
     """
 
     part: torch.Tensor
@@ -55,7 +55,7 @@ class Held(NamedTuple):
 
 
 def held_by_this_process(tensors: dict[str, torch.Tensor]) -> dict[str, Held]:
-    """What this process is to write of some tensors: rows that several hold are written by the first of them."""
+    """What this process is to write of some tensors; rows that several processes hold are written by the first of them."""
     held = {}
     for name, tensor in tensors.items():
         first, is_first = first_row(tensor)
@@ -66,7 +66,7 @@ def held_by_this_process(tensors: dict[str, torch.Tensor]) -> dict[str, Held]:
 
 
 def write_state(folder: Path, held: dict[str, Held], *, rank: int = 0, world: int = 1) -> None:
-    """Write what this process holds, in one file where there is one process, else in pieces of `PIECE`."""
+    """Write what this process holds, in one file if there is one process, else in pieces of `PIECE` bytes."""
     if world == 1:
         save_file({name: each.part.contiguous() for name, each in held.items()}, folder / "state.safetensors")
         return
@@ -122,7 +122,7 @@ class StateFiles:
         """Rows of a tensor from `first` on; all of it by default.
 
         Raises:
-            ValueError: some are in no file.
+            ValueError: some rows are in no file.
         """
         shape = self.shapes[name]
         if not shape:

@@ -1,4 +1,4 @@
-"""Arguments of diffusers classes, checked before anything is built of them."""
+"""Arguments of diffusers classes, checked before anything is built from them."""
 
 import inspect
 from difflib import get_close_matches
@@ -16,27 +16,27 @@ def check_arguments(arguments: dict, cls: type, section: str) -> None:
 
 
 def build_stock(section: str, cls: type, arguments: dict):
-    """An object of a stock class; ValueError for values that it cannot be made of, whatever the class raises."""
+    """An object of a stock class; ValueError for values that it cannot be made from, whatever the class raises."""
     try:
         return cls(**arguments)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{section}: {cls.__name__} cannot be made of it: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{section}: {cls.__name__} cannot be made from it: {type(error).__name__}: {error}") from error
 
 
 def check_contradictions(arguments: dict, derived: dict, section: str, sources: str) -> None:
-    """Raise ValueError for arguments that say something else than what follows from others; `sources`: such as `data says`."""
+    """Raise ValueError for arguments that contradict what follows from others; `sources`: such as `data says`."""
     if clash := {key: arguments[key] for key, value in derived.items() if arguments.get(key, value) != value}:
         right = {key: derived[key] for key in clash}
         raise ValueError(f"{section}: {clash} contradicts what {sources}: {right}")
 
 
 def check_divisible(config: Config, factor: int) -> None:
-    """Raise ValueError where an image size is no multiple of the VAE's factor."""
+    """Raise ValueError if an image size is not a multiple of the VAE's factor."""
     for side in (side for size in config.data.buckets or [config.data.size] for side in size):
         if side % factor:
             raise ValueError(f"data.resolution and buckets must be multiples of the VAE's factor {factor}, not {side}")
 
 
 def lists_to_tuples(arguments: dict) -> dict:
-    """As diffusers writes its configs."""
+    """Lists as tuples, as diffusers writes its configs."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}

@@ -22,7 +22,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-level BPE is learned from `captions`.
 
-    All 256 bytes are in the vocabulary, alone and at a word's end, so every text in every script can be written.
+    All 256 bytes are in the vocabulary, alone and at a word's end, so every text in every script can be encoded.
     """
     blank = CLIPTokenizer(vocab={END: 0, START: 1}, merges=[])
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -30,8 +30,8 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = alphabet + [letter + "</w>" for letter in alphabet]
-    # Pairs that are as frequent are merged in the order of their letters' numbers, so all letters get theirs here: those that
-    # the learner meets by itself come in another order in each process.
+    # Equally frequent pairs are merged in the order of their letters' ids, so all letters get theirs here: those that the
+    # learner meets by itself come in another order in each process.
     trainer = trainers.BpeTrainer(
         vocab_size=max(vocab_size - 2, len(base)), end_of_word_suffix="</w>", special_tokens=base, show_progress=False
     )
@@ -42,7 +42,7 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
         vocab.setdefault(left + right, len(vocab))
     for mark in (START, END):
         vocab[mark] = len(vocab)
-    # The same in every process by now; should another learner break ties at random, all speak the first one's tokens.
+    # The same in every process by now; should another learner break ties at random, all use the first one's tokens.
     vocab, merges = broadcast_object_list([vocab, merges])
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
@@ -51,12 +51,12 @@ def extend_vocabulary(old: CLIPTokenizer, captions: list[str], extra_vocab: int,
     """A trained model's tokenizer with at most `extra_vocab` further tokens, learned from those `captions` with words that the
     model does not know.
 
-    Words that it knows keep their tokens, and so do those of `captions` that hold no other ones: what it draws of them stays
-    as it is until it is trained. (Scripts without spaces are read in whole runs, so that a known character may be read with an
-    unknown one beside it.)
+    Words that it knows keep their tokens, and so do those `captions` that have no other words: what it draws for them stays
+    the same until it is trained. (Scripts without spaces are read in whole runs, so a known character may be read together
+    with an unknown one next to it.)
 
     Args:
-        max_length: of captions from now on, in tokens, where they need more than the model's own.
+        max_length: of captions from now on, in tokens, if they need more than the model's own.
 
     Raises:
         ValueError: the tokenizer does not say which words its model knows.
@@ -84,13 +84,13 @@ def extend_vocabulary(old: CLIPTokenizer, captions: list[str], extra_vocab: int,
 
 
 def _vocabulary(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[Any]]:
-    """Numbers of the tokens, and merges."""
+    """Token ids and merges."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     return dict(model["vocab"]), [(left, right) for left, right in model["merges"]]
 
 
 def fit_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-    """Let a text encoder read a tokenizer that has grown: new embeddings are random, of the old ones' standard deviation."""
+    """Fit a text encoder to a tokenizer that has grown: new embeddings are random, with the old ones' standard deviation."""
     embeddings = getattr(encoder, "text_model", encoder).embeddings
     tokens, places = len(tokenizer), tokenizer.model_max_length
     if tokens > embeddings.token_embedding.num_embeddings:
@@ -103,7 +103,7 @@ def fit_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
 
 
 def _longer(embedding: torch.nn.Embedding, rows: int) -> torch.nn.Embedding:
-    """The same rows and random ones behind them."""
+    """The same rows, followed by random ones."""
     new = torch.nn.Embedding(rows, embedding.embedding_dim)
     old = embedding.weight.detach()
     with torch.no_grad():
@@ -113,9 +113,9 @@ def _longer(embedding: torch.nn.Embedding, rows: int) -> torch.nn.Embedding:
 
 
 def remember_words(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
-    """Write all words of `captions`, and those that are there already, into the tokenizer's settings, which are saved with it.
+    """Add all words of `captions` to those already in the tokenizer's settings, which are saved with it.
 
-    A prompt's other words are told with these. Beyond `MOST_WORDS` a prompt may say anything: none is kept.
+    A prompt's unknown words are told by these. Beyond `MOST_WORDS` a prompt may say anything: none are kept.
     """
     words = set(tokenizer.init_kwargs.get(CAPTION_WORDS, ()))
     for caption in captions:
@@ -126,7 +126,7 @@ def remember_words(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
 def build_text_encoder(
     config: TextEncoderConfig, captions: list[str], tokenizer: CLIPTokenizer | None = None
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Tokenizer, where not given, and text encoder, from random weights or pretrained (a folder or Hub id with both)."""
+    """Tokenizer, if not given, and text encoder, with random weights or pretrained (a folder or Hub id with both)."""
     if config.pretrained is not None:
         key, source = "text_encoder.pretrained", config.pretrained
         encoder, whole = load_part(CLIPTextModel, key, source, "text_encoder", dtype=torch.float32)
@@ -134,8 +134,8 @@ def build_text_encoder(
             tokenizer = tokenizer or CLIPTokenizer.from_pretrained(source, subfolder="tokenizer" if whole else "")
         except (OSError, ValueError) as error:
             raise ValueError(f"{key}={source!r}: its tokenizer cannot be opened: {error}") from error
-        if len(tokenizer) < 256:  # transformers makes an empty one where there is none
-            raise ValueError(f"{key}={source!r} has no tokenizer beside its text encoder")
+        if len(tokenizer) < 256:  # transformers makes an empty one if there is none
+            raise ValueError(f"{key}={source!r} has no tokenizer with its text encoder")
     else:
         if tokenizer is None:
             tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
@@ -153,7 +153,7 @@ def build_text_encoder(
             )
         )
         # CLIP's own 0.02 drowns in what attention and MLP add at random, so that words are hardly distinguishable at first;
-        # docs/notebook has the figures, which one text layer and the data's palette share in.
+        # docs/notebook has the figures, to which one text layer and the data's palette contribute too.
         for module in encoder.modules():
             if isinstance(module, torch.nn.Embedding):
                 torch.nn.init.normal_(module.weight, std=config.embedding_std)
@@ -163,7 +163,7 @@ def build_text_encoder(
 
 
 def warn_of_long_captions(pipe: SfumatoPipeline, captions: list[str]) -> None:
-    """Say how many captions lose their end to the token limit; nothing is cut in silence."""
+    """Warn how many captions lose their end to the token limit; nothing is cut silently."""
     limit = pipe.tokenizer.model_max_length
     long = 0
     longest = 0

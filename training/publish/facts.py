@@ -20,7 +20,7 @@ from sfumato.training.data.array_set import ArraySet
 
 
 def public_name(source: str) -> str:
-    """A Hub id or a word as it is; of a path of this machine, the last part."""
+    """A Hub id or a word unchanged; of a path on this machine, only the last part."""
     named, colon, place = source.partition(":")
     if named in SOURCES and SOURCES[named].named:
         return f"{named}:{Path(place).name}" if colon else source
@@ -31,12 +31,12 @@ def public_name(source: str) -> str:
 
 
 def without_secrets(config: Config) -> Config:
-    """A config as others may see it: whoever knows the address of the webhook can write there."""
+    """A config that others may see, without the webhook: whoever knows its address can write there."""
     return replace(config, train=replace(config.train, webhook=None))
 
 
 def public_settings(config: Config) -> str:
-    """The config as YAML, enough to repeat the run where the data are, without paths of this machine."""
+    """The config as YAML, enough to repeat the run wherever the data are, without paths on this machine."""
 
     def name(source):
         return None if source is None else public_name(source)
@@ -64,7 +64,7 @@ def public_settings(config: Config) -> str:
 
 
 def _without_paths(section: Any) -> Any:
-    """A section that a task mounts, with names in place of the paths that are in it."""
+    """A section that a task adds, with names in place of the paths in it."""
     texts = {field.name: getattr(section, field.name) for field in fields(section)}
     paths = {
         key: public_name(text)
@@ -128,7 +128,7 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
         rows["data licence"] = attribution
         if "languages" in source.only:
             rows["language"] = c.data.languages
-        if not any(name.startswith(("base_model", "pretrained")) for name in rows):  # else theirs counts too
+        if not any(name.startswith(("base_model", "pretrained")) for name in rows):  # otherwise theirs counts too
             rows["license"] = license
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", c.data.name) and not Path(c.data.name).exists():
         rows["datasets"] = [c.data.name]
@@ -136,7 +136,7 @@ def facts(config: Config, accelerator: Accelerator, images: ArraySet, state: dic
 
 
 def metadata(config: Config, images: ArraySet, state: dict, settings: str) -> dict:
-    """What programs may want to know of a run; it travels in the scheduler's config under `_sfumato`, key `run`.
+    """What programs may want to know about a run; stored in the scheduler's config under `_sfumato`, key `run`.
 
     `settings` are its `public_settings`.
     """
@@ -166,7 +166,7 @@ def _versions() -> dict[str, str | None]:
 
 @cache
 def _commit() -> str | None:
-    """The git commit of this code, where it is a checkout."""
+    """The git commit of this code, if it is a checkout."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

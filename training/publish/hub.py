@@ -1,6 +1,6 @@
-"""Put an exported folder on the Hub: checked before training starts, one commit a push, none where nothing changed.
+"""Push an exported folder to the Hub: checked before training starts, one commit per push, none if nothing changed.
 
-Nothing heavy is imported, so that `sfumato push` answers at once.
+Nothing heavy is imported, so that `sfumato push` responds at once.
 """
 
 import re
@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"}
 HUB_FILES = {".gitattributes"}  # the Hub's own, which no folder has
-ATTEMPTS, PAUSE = 3, 3.0  # the client itself has tried some times before each of ours fails
+ATTEMPTS, PAUSE = 3, 3.0  # the client itself has tried several times before each of ours fails
 
 
 class CannotPush(ValueError):
@@ -31,24 +31,24 @@ EXPORTED = (".json", ".safetensors", ".txt", ".md", ".png")
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """What of an exported folder goes to the Hub, relative to it.
+    """The files of an exported folder that go to the Hub, relative to it.
 
     Raises:
-        CannotPush: not an exported pipeline, or it holds what should not travel: pickles, links out of it.
+        CannotPush: it is not an exported pipeline, or holds what must not be uploaded: pickles, links out of it.
     """
     folder = Path(folder)
     for name in ("model_index.json", "README.md"):
         if not (folder / name).is_file():
-            raise CannotPush(f"{folder} is no exported pipeline: it has no {name}; make one with `sfumato export`")
+            raise CannotPush(f"{folder} is not an exported pipeline: it has no {name}; make one with `sfumato export`")
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise CannotPush(f"{path} is a link out of the folder; only what lies in the folder is pushed")
+            raise CannotPush(f"{path} is a link out of the folder; only what is in the folder is pushed")
         if path.suffix.lower() in PICKLES:
             raise CannotPush(f"{path} may hold a pickle, which runs code when opened; only safetensors are pushed")
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise CannotPush(f"{path} is no plain file")
+            raise CannotPush(f"{path} is not a regular file")
         if path.is_file() and is_exported(name):
             found.append(name.as_posix())
     return found
@@ -62,10 +62,10 @@ def is_exported(name: PurePath) -> bool:
 
 
 def check(repo_id: str, pull_request: bool = False, private: bool = False) -> str:
-    """Ask the Hub whether this person may push there; returns the full id, `owner/name`.
+    """Ask the Hub whether this user may push there; returns the full id, `owner/name`.
 
     Raises:
-        CannotPush: bad name, no or a wrong token, no right to write, a repository of something else, no connection.
+        CannotPush: a bad name, a missing or wrong token, no write access, a repository of something else, no connection.
     """
     try:
         validate_repo_id(repo_id)
@@ -86,7 +86,7 @@ def check(repo_id: str, pull_request: bool = False, private: bool = False) -> st
     owner = repo_id.split("/")[0]
     writable = [user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")]
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise CannotPush("this Hub token may only read; make one that may write, and run `hf auth login`")
+        raise CannotPush("this Hub token is read-only; create one with write access, and run `hf auth login`")
     if owner not in writable and not pull_request:
         raise CannotPush(f"{user['name']} may not write to {owner}, only to {', '.join(writable)}; or make it a pull request")
     try:
@@ -110,9 +110,9 @@ class Target:
     """Where a push goes.
 
     Attributes:
-        repo_id: `name` or `owner/name`; made where it does not exist.
-        private: make it private; one that exists must be.
-        branch: made where it does not exist.
+        repo_id: `name` or `owner/name`; created if it does not exist.
+        private: make it private; an existing one must be private.
+        branch: created if it does not exist.
         tag: name for the result.
         pull_request: propose the change instead of making it.
     """
@@ -127,22 +127,22 @@ class Target:
 def push(
     folder: str | Path, target: Target, *, message: str = "Upload with Sfumato", say: Callable[[str], None] = print
 ) -> str:
-    """Make the repository hold just what the folder holds, in one commit; no commit where it does so already.
+    """Make the repository hold exactly what the folder holds, in one commit; no commit if it already does.
 
-    Large files that arrived before a connection broke are not sent again. The local folder is only read; in the card that
-    travels, the snippets name the repository in place of the folder.
+    Large files that arrived before a connection broke are not sent again. The local folder is only read; in the uploaded
+    card, the snippets name the repository instead of the folder.
 
     Args:
         folder: an exported pipeline.
-        target: where to.
-        message: of the commit.
-        say: gets a line when an attempt fails and is repeated.
+        target: where to push it.
+        message: the commit message.
+        say: called with a line when an attempt fails and is repeated.
 
     Returns:
         The address of the commit or pull request.
 
     Raises:
-        CannotPush: see `files_to_push` and `check`; or the connection failed again and again.
+        CannotPush: see `files_to_push` and `check`; or the connection failed repeatedly.
     """
     folder = Path(folder)
     names = files_to_push(folder)
@@ -173,7 +173,7 @@ def push(
 
 
 def look_at_branch(repo_id: str, branch: str | None) -> ModelInfo | None:
-    """What the Hub says of a branch, or of the repository; None where there is none yet."""
+    """What the Hub says about a branch, or about the repository; None if it does not exist yet."""
     try:
         return HfApi().model_info(repo_id, revision=branch)
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -181,13 +181,13 @@ def look_at_branch(repo_id: str, branch: str | None) -> ModelInfo | None:
 
 
 def stale_files(info: ModelInfo | None, names: list[str]) -> list[str]:
-    """What a branch holds that the folder does not, and that a push therefore removes."""
+    """Files that a branch holds and the folder does not, which a push therefore removes."""
     there = {file.rfilename for file in (info.siblings if info is not None else None) or []}
     return sorted(there - set(names) - HUB_FILES)
 
 
 def describe_push(folder: Path, target: Target) -> list[str]:
-    """What a push would do, in lines; changes nothing. Without a token, what would go, as far as this machine knows.
+    """What a push would do, as lines; changes nothing. Without a token, what would be sent, as far as this machine knows.
 
     Raises:
         CannotPush: see `files_to_push` and `check`.
@@ -195,7 +195,7 @@ def describe_push(folder: Path, target: Target) -> list[str]:
     names = files_to_push(folder)
     if get_token() is None:
         sizes = [f"{(folder / name).stat().st_size:12,} {name}" for name in names]
-        unknown = "(there is no Hub token, so rights and what is there were not looked at: `hf auth login`)"
+        unknown = "(there is no Hub token, so permissions and what is there were not checked: `hf auth login`)"
         return [f"would push to {target.repo_id}, {target.branch}: {unknown}", *sizes]
     repo_id = check(target.repo_id, target.pull_request, target.private)
     info = look_at_branch(repo_id, target.branch)
@@ -206,7 +206,7 @@ def describe_push(folder: Path, target: Target) -> list[str]:
     kind = "private" if (whole.private if whole is not None else target.private) else "public"
     there = "a new repository" if whole is None else "a new branch" if info is None else "there already"
     there = f"{there}, {kind}"
-    total = f"{len(names)} files, {sum(bytes_of.values()) / 1e6:.1f} MB; what is there and the same is not sent"
+    total = f"{len(names)} files, {sum(bytes_of.values()) / 1e6:.1f} MB; files already there and unchanged are not sent"
     return [f"would push to {repo_id}, {target.branch} ({there}): {total}", *removed, *sizes]
 
 
@@ -240,9 +240,9 @@ def _push_once(folder: Path, names: list[str], target: Target, message: str, say
 
 
 def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
-    """A file as it is; in our card, the snippets name the repository, and every card says that Sfumato was here.
+    """A file unchanged; in our card, the snippets name the repository, and every card gets the tag `sfumato`.
 
-    `inside`: the folder in the repository that the card is of, if not of it all: diffusers opens such a one only locally.
+    `inside`: the folder in the repository that the card is for, if not all of it: diffusers opens such a folder only locally.
     """
     if path.name != "README.md":
         return str(path)
@@ -260,13 +260,13 @@ def _content(path: Path, repo_id: str, inside: str = "") -> str | bytes:
 
 
 def _last_line(error: BaseException) -> str:
-    """The line of a client's error that says most; it may have many."""
+    """The most informative line of a client's error, which may have many."""
     rows = [row.strip() for row in str(error).splitlines() if row.strip() and "Request ID" not in row]
     return rows[-1] if rows else type(error).__name__
 
 
 class BackgroundPush:
-    """Pushes checkpoints while training goes on: one at a time, never waited for, never able to end the run."""
+    """Pushes checkpoints while training continues: one at a time, never waited for, never able to end the run."""
 
     def __init__(self, hold: Path):
         self.hold = hold
@@ -275,7 +275,7 @@ class BackgroundPush:
         self._thread = None
 
     def start(self, folder: Path, target: Target) -> None:
-        """Push `folder` unless a push is still under way. Its files are held by links, so it may be removed meanwhile."""
+        """Push `folder` unless a push is still under way. Its files are kept by hard links, so it may be removed meanwhile."""
         if self._thread is not None and self._thread.is_alive():
             self._say(f"{folder.parent.name} is not pushed: the push before it is still under way")
             return
@@ -301,7 +301,7 @@ class BackgroundPush:
         self.messages.append(text)
 
     def wait(self) -> None:
-        """Until the push under way, if any, has ended."""
+        """Wait until the push under way, if any, has ended."""
         if self._thread is not None:
             self._thread.join()
 

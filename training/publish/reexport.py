@@ -1,4 +1,4 @@
-"""An opened model written again: with other files of weights, in half precision, or with a second model beside."""
+"""Write an opened model again: with other weight files, in half precision, or with a second model added."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def reexport(
     upscaler: str | None = None,
     half: bool = False,
 ) -> Path:
-    """Write a pipeline folder or Hub id as a shareable folder; arguments as of `export_pipeline` and `WeightFiles`.
+    """Write a pipeline folder or Hub id as a shareable folder; arguments as for `export_pipeline` and `WeightFiles`.
 
     Raises:
         ValueError: see `export_pipeline`.

@@ -1,4 +1,4 @@
-"""A Space on the Hub that draws with a model there: a page of Gradio that needs diffusers and nothing of ours."""
+"""A Space on the Hub that draws with a model there: a Gradio page that needs diffusers and none of our code."""
 
 import importlib.metadata
 import json
@@ -17,10 +17,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 def check_space(folder: Path) -> None:
-    """See that stock diffusers draws images with a model from text alone, which is what the page does.
+    """Check that stock diffusers can draw images with a model from text alone, which is what the page does.
 
     Raises:
-        CannotPush: it does not.
+        CannotPush: it cannot.
     """
     pipe = SfumatoPipeline.from_pretrained(folder)
     if pipe.codec is not None or pipe.reads is not None or pipe.controlnet is not None:
@@ -28,7 +28,7 @@ def check_space(folder: Path) -> None:
 
 
 def space_files(model_id: str, folder: Path, title: str, revision: str = "main") -> dict[str, str]:
-    """Name -> text of the files of a Space for the model of a folder that is on the Hub as `model_id`."""
+    """The files of a Space, name -> text, for the model of a folder that is on the Hub as `model_id`."""
     advice = recommended_settings(str(folder))
     code = Path(__file__).with_name("space_app.py").read_text(encoding="utf-8")
     steps, scale = advice["num_inference_steps"], advice["guidance_scale"]
@@ -57,7 +57,7 @@ def space_files(model_id: str, folder: Path, title: str, revision: str = "main")
 
 
 def push_space(folder: Path, space_id: str, target: Target, title: str = "Sfumato") -> str:
-    """Make or renew the Space `space_id` for a folder that was pushed to `target`; its address.
+    """Create or update the Space `space_id` for a folder that was pushed to `target`; returns its address.
 
     A private model has a private Space, which needs a token of its own as the secret `HF_TOKEN`.
 

@@ -18,7 +18,7 @@ pipe.set_progress_bar_config(disable=True)
 
 
 def draw(prompts: str, negative: str, seed: float, steps: float, scale: float, progress=gr.Progress()):  # noqa: B008  (Gradio finds it so)
-    """One image a line, at most eight, image i with seed + i."""
+    """One image per line, at most eight; image i has the seed `seed` + i."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()][:8]
     if not lines:
         raise gr.Error("Nothing to draw.", print_exception=False)
@@ -40,7 +40,7 @@ def draw(prompts: str, negative: str, seed: float, steps: float, scale: float, p
 
 
 with gr.Blocks(title=MODEL) as app:
-    gr.Markdown(f"# [{MODEL}](https://huggingface.co/{MODEL})\nTrained with Sfumato. One prompt a line.")
+    gr.Markdown(f"# [{MODEL}](https://huggingface.co/{MODEL})\nTrained with Sfumato. One prompt per line.")
     with gr.Row():
         with gr.Column():
             prompts = gr.Textbox("\n".join(EXAMPLES), label="Prompts", lines=4, max_length=2000)

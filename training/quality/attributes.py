@@ -11,9 +11,9 @@ from sfumato.training.quality.statistics import Score, mean_score
 
 
 def attributes(evaluation: Evaluation) -> dict[str, Score]:
-    """Skin tone by pixels; profession and gender by most of the judges, among all captions of that tone.
+    """Skin tone, read off the pixels; profession and gender, by a majority of the judges, among all captions of that tone.
 
-    Some images are the same for two captions, such as a man and a person walking; either one is right then.
+    Some images are the same for two captions, such as a man and a person walking; then either caption is correct.
     """
     return _halves(
         evaluation,
@@ -27,7 +27,7 @@ def attributes(evaluation: Evaluation) -> dict[str, Score]:
 
 
 def pairs(evaluation: Evaluation) -> dict[str, Score]:
-    """Colour by pixels; the thing by most of the judges, among all captions that begin with that colour."""
+    """Colour, read off the pixels; the thing, by a majority of the judges, among all captions that begin with that colour."""
     return _halves(
         evaluation,
         "pair",
@@ -48,12 +48,12 @@ def _halves(
     word_in: Callable[[np.ndarray], str | None],
     counts: Callable[[str], bool] = lambda caption: True,
 ) -> dict[str, Score]:
-    """Of a part's images: one word of the caption read off the pixels, and the rest judged among all captions with that word.
+    """For a part's images: one word of the caption, read off the pixels, and the rest, judged among all captions with it.
 
     Args:
-        kind: what the captions are, in the names of the scores; `names` of the two halves come before it.
-        word_of: the word in a caption; `word_in` the one that an image shows.
-        counts: which captions the judge may choose.
+        kind: what the scores' names call the captions; `names`, those of the two halves, come before it.
+        word_of: gives the word in a caption; `word_in` gives the one that an image shows.
+        counts: whether the judge may choose a caption.
     """
     numbers = evaluation.parts[part]
     if not len(numbers):

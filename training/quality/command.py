@@ -30,12 +30,12 @@ from sfumato.training.quality.statistics import Score
 
 
 def training_config(model: str) -> Config | None:
-    """The config of the run that made a model, else the one that travels along with it."""
+    """The config of the run that made a model, or else the one stored with the model."""
     folder = Path(model)
     for above in folder.resolve().parents[:3]:
         if (above / "metrics.jsonl").is_file() and (above / "config.yaml").is_file():
             config = load_config(above / "config.yaml")
-            if Path(config.output_dir).resolve() == above:  # a run of one's own, where it was trained
+            if Path(config.output_dir).resolve() == above:  # the user's own run, where it was trained
                 return config
     path = folder / "training_args.yaml"
     if not folder.is_dir():
@@ -47,7 +47,7 @@ def training_config(model: str) -> Config | None:
 
 
 def _of_a_stranger(config: Config) -> Config:
-    """A config that came with a model: one's own cache, no link, and no path of this machine is read or written for it."""
+    """A config that came with a model: it gets the user's own cache, no links, and no local path is read or written for it."""
     own = DataConfig()
     config.data.cache_dir, config.data.links_into = own.cache_dir, own.links_into
     named = config.data.name in SOURCES and SOURCES[config.data.name].named
@@ -57,10 +57,10 @@ def _of_a_stranger(config: Config) -> Config:
 
 
 def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> Config:
-    """The config whose data are drawn: `data` itself or with that name, else the model's own. Guidance is always the model's.
+    """The config to evaluate on: the file `data`, else the model's own with the data named `data`. Guidance is the model's.
 
     Raises:
-        ValueError: the model does not say what it was trained on, and nothing else was named.
+        ValueError: the model does not say what it was trained on, and no data were named.
     """
     own = training_config(model)
     if data is not None and Path(data).suffix in (".yaml", ".yml"):
@@ -83,16 +83,16 @@ def config_of(model: str, data: str | None, pipe: SfumatoPipeline) -> Config:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What is measured of a model, and how it draws for it.
+    """What is measured of a model, and how it draws for that.
 
     Attributes:
-        data: a config, or what `data.name` takes; None: what the model was trained on.
-        images: captions that are drawn.
-        sampler, steps, guidance_scale: as the model's card names them where None.
+        data: a config, or a value of `data.name`; None: what the model was trained on.
+        images: number of captions that are drawn.
+        sampler, steps, guidance_scale: None: as the model's card recommends.
         seed: image i has seed `seed` + i.
-        extractor: whose features; see `features.compute_features`.
-        bits: bound the bits per dimension of so many images, too.
-        out: a folder for `evaluation.json` and the sheets, in place of the model's own.
+        extractor: the network whose features are used; see `features.compute_features`.
+        bits: number of images whose bits per dimension are bounded too.
+        out: a folder for `evaluation.json` and the sheets, instead of the model's own.
     """
 
     data: str | None = None
@@ -112,9 +112,9 @@ class Report:
 
     Attributes:
         scores: figures with their intervals, by name.
-        protocol: how they came about.
+        protocol: how they were measured.
         sheets: images to look at, by file name.
-        folder: where all this was written; None where it was not.
+        folder: where all this was written; None if it was not.
     """
 
     scores: dict[str, Score]
@@ -124,10 +124,10 @@ class Report:
 
 
 def open_for_evaluation(model: str, options: EvaluateOptions) -> tuple[SfumatoPipeline, Config]:
-    """The model as it is to draw, and the config of data and drawing.
+    """The model, ready to draw, and the config of data and drawing.
 
     Raises:
-        ValueError: something that cannot be used; found before anything is drawn.
+        ValueError: something cannot be used; raised before anything is drawn.
     """
     _check_options(model, options)
     pipe = SfumatoPipeline.from_pretrained(model)
@@ -136,7 +136,7 @@ def open_for_evaluation(model: str, options: EvaluateOptions) -> tuple[SfumatoPi
     config, advice = config_of(model, options.data, pipe), recommended_settings(model)
     size, channels = config.data.size, config.data.channels
     if (size, channels) != (pipe.trained_size, pipe.vae.config.in_channels):
-        raise ValueError(f"the data are of {size} pixels and {channels} channels, the model draws {pipe.trained_size}")
+        raise ValueError(f"the data have {size} pixels and {channels} channels, but the model draws {pipe.trained_size}")
     validation = config.validation
     start, stop = validation.guidance_interval
     pipe = with_guider(pipe, validation.guider, start=start, stop=stop)
@@ -162,7 +162,7 @@ def _check_options(model: str, options: EvaluateOptions) -> None:
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{model} is not writable; name another folder for the figures with --out")
     if options.images < 2 or options.bits < 0 or not 0 <= options.seed < 2**62:
-        raise ValueError("--images must be at least 2, --bits at least 0, and --seed a number from 0 on, below 2**62")
+        raise ValueError("--images must be at least 2, --bits at least 0, and --seed at least 0 and below 2**62")
     if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out={options.out} is not a folder")
 
@@ -177,13 +177,13 @@ def evaluate(model: str, options: EvaluateOptions) -> Report | None:
         The report, on the first process; None on the others.
 
     Raises:
-        ValueError: model, data or a choice that cannot be used.
+        ValueError: the model, the data or an option cannot be used.
     """
     pipe, config = open_for_evaluation(model, options)
     try:
         dataset = prepare(config.data)
     except ValueError as error:
-        raise ValueError(f"{error}. What the model was trained on may be elsewhere; name it with --data") from error
+        raise ValueError(f"{error}. The training data may be elsewhere; name them with --data") from error
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipe.to(accelerator.device)
     num_diverse = max(2, options.images // 32)

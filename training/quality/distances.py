@@ -17,7 +17,7 @@ def gaussian(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
     """`|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))` of two sets `(N, D)` (Heusel et al. 2017, arXiv 1706.08500).
 
-    A set that is compared often may be given as what `gaussian` makes of it.
+    A set that is compared often may be given as the result of `gaussian`.
     """
     (m_a, x), (m_b, y) = (s if isinstance(s, tuple) else gaussian(s) for s in (a, b))
     # With S_a = x'x and S_b = y'y, the eigenvalues of S_a S_b are the squared singular values of x y'.
@@ -26,7 +26,7 @@ def frechet_distance(a: np.ndarray | tuple, b: np.ndarray | tuple) -> float:
 
 
 def _kernel_sum(a: np.ndarray, b: np.ndarray, rows: int = 256) -> float:
-    """The sum of KID's kernel (x'y / D + 1)^3 over all pairs of two sets, some rows at a time: sets may be large."""
+    """The sum of KID's kernel (x'y / D + 1)^3 over all pairs of two sets, a few rows at a time: sets may be large."""
     return sum(((a[k : k + rows] @ b.T / a.shape[1] + 1) ** 3).sum() for k in range(0, len(a), rows))
 
 
@@ -41,7 +41,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, within: float | None = None) -
     """Squared maximum mean discrepancy of two sets `(N, D)`, unbiased, kernel (x'y / D + 1)^3: KID (Binkowski et al. 2018,
     arXiv 1801.01401), over all images at once rather than over subsets.
 
-    `within`: what `kernel_within(a)` gives, for a set that is compared often.
+    `within`: the result of `kernel_within(a)`, for a set that is compared often.
     """
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     within = kernel_within(a) if within is None else within
@@ -56,7 +56,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def manifold_scores(real: np.ndarray, drawn: np.ndarray, k: int = 5) -> dict[str, np.ndarray]:
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020, arXiv
-    2002.09797), each as values whose mean it is: precision and density of each drawn image, recall and coverage of each real.
+    2002.09797), each as values to be averaged: precision and density per drawn image, recall and coverage per real one.
 
     A set's manifold is the union of balls around its images that reach to their `k`-th neighbours in the set.
     """
@@ -72,7 +72,7 @@ def manifold_scores(real: np.ndarray, drawn: np.ndarray, k: int = 5) -> dict[str
 
 
 def set_distances(evaluation: Evaluation) -> dict[str, Score]:
-    """The Frechet and the kernel distance of drawings of training captions to all training images."""
+    """The Frechet and the kernel distance between drawings of training captions and all training images."""
     train = evaluation.reference[evaluation.dataset.select("train")]
     drawn = evaluation.of("train", evaluation.features)
     whole, within = gaussian(train), kernel_within(train)

@@ -9,7 +9,7 @@ from sfumato.training.quality.statistics import Score, mean_score
 
 
 def diversity(evaluation: Evaluation) -> dict[str, Score]:
-    """Mean distance in features between drawings of one caption, beside that between training images."""
+    """Mean feature distance between drawings of one caption and, for comparison, between training images."""
     train, plan = evaluation.dataset.select("train"), evaluation.plan
     chosen = train[evenly_spaced(len(train), plan.num_diverse)]
     captions = [evaluation.caption(i) for i in chosen for _ in range(plan.num_repeats)]

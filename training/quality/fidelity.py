@@ -36,14 +36,14 @@ def feature_distance(real: np.ndarray, drawn: np.ndarray) -> float:
 
 
 def image_quality(real: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
-    """`PSNR`, and `SSIM` where its package is installed."""
+    """`PSNR`, and `SSIM` if its package is installed."""
     return {name: METRICS[name].compute(real, drawn) for name in ("PSNR", "SSIM") if is_installed(name)}
 
 
 def feature_distances(real: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     """`FD`, the Frechet distance of the two sets, and `LD`, the mean distance within pairs, in the same features.
 
-    Of one pair, no FD; empty where the packages are not installed.
+    A single pair has no FD; the result is empty if the packages are not installed.
     """
     if not is_installed("LD"):
         return {}
@@ -53,5 +53,5 @@ def feature_distances(real: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
 
 
 def is_installed(metric: str) -> bool:
-    """Whether the packages that a metric needs are there."""
+    """Whether the packages that a metric needs are installed."""
     return all(importlib.util.find_spec(package) for package in METRICS[metric].needs)

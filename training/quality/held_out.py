@@ -1,4 +1,4 @@
-"""The loss on images that are not trained on: the same number whatever the recipe, the batch size and the processes."""
+"""The loss on held-out images, comparable between recipes and independent of batch size and number of processes."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +18,12 @@ from sfumato.training.models.denoiser import Denoiser
 from sfumato.training.models.parameters import plain_pipeline
 from sfumato.training.quality.drawing import sample_indices
 
-# Bands of log-SNR, in nats: from where only the layout of an image is left to where only its grain is missing.
+# Bands of log-SNR, in nats, from where only the layout of an image is left to where only its grain is missing.
 EDGES = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
 
 
 class DenoisingTask(Protocol):
-    """What is asked of a task here: `tasks.text_to_image.TextToImage` or what derives from it."""
+    """What this module needs of a task: `tasks.text_to_image.TextToImage` or a subclass."""
 
     config: Config
     images: ArraySet
@@ -47,12 +47,12 @@ class DenoisingTask(Protocol):
         streams: Streams | None = None,
         always_estimate: bool = False,
     ) -> torch.Tensor:
-        """What the network makes of noisy latents."""
+        """The network's output for noisy latents."""
         ...
 
 
 class Probe(NamedTuple):
-    """One image at one noise level: number of the image, of the band, and the log-SNR."""
+    """One image at one noise level: the number of the image, that of the band, and the log-SNR."""
 
     index: int
     band: int
@@ -61,19 +61,19 @@ class Probe(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(task: DenoisingTask, batch_size: int | None = None) -> dict[str, float]:
-    """How well x_0 is recovered from x_t on held-out images (else on training images), without guidance.
+    """How well x_0 is recovered from x_t on held-out images (on training images if there are none), without guidance.
 
     Each of `validation.num_held_out` images is noised once in every band of `EDGES` that the noise schedule spans, at a
-    level and with a noise that depend on the image and the band alone. The error is that of v, (1 + SNR) * mean squared
-    error of x_0, so models of any target, weight and sampling of noise levels can be compared, and of any schedule by the
-    bands that both have. Call it with the averaged weights in place.
+    level and with noise that depend only on the image and the band. The error is that of v, (1 + SNR) * mean squared
+    error of x_0, so models can be compared whatever their target, loss weight and sampling of noise levels, and models
+    with different schedules by the bands that both span. Call this with the averaged weights in place.
 
     Args:
-        batch_size: as in training where not given; no matter.
+        batch_size: as in training if not given; it does not affect the result.
 
     Returns:
-        `held_out_loss`, the mean over the bands, and each band by its name, such as `held_out_loss -8 to -6`. Where no
-        images are held out, it is of training images, and called `training_loss`.
+        `held_out_loss`, the mean over the bands, and each band by its name, such as `held_out_loss -8 to -6`. If no
+        images are held out, training images are used, and the name is `training_loss`.
     """
     accelerator, pipe = task.accelerator, plain_pipeline(task.pipe, task.module)
     name = "held_out_loss" if len(task.images.select("held_out")) else "training_loss"
@@ -115,7 +115,7 @@ def _log_snr(task: DenoisingTask) -> torch.Tensor:
 
 
 def _errors(task: DenoisingTask, model: torch.nn.Module, probes: list[Probe]) -> list[float]:
-    """The error of v for each probe. All that is random is of fixed seeds: a run's own streams would be another yardstick."""
+    """The error of v for each probe. All randomness has fixed seeds: a run's own streams would make runs incomparable."""
     device = task.accelerator.device
     scheduler = task.pipe.scheduler
     log_snr = _log_snr(task)

@@ -27,17 +27,17 @@ FORMAT_VERSION = 1
 
 
 class Judge(torch.nn.Module):
-    """Images and captions in one space, where each is nearest to its own (Radford et al. 2021, arXiv 2103.00020).
+    """Embeds images and captions in one space, each nearest to its own counterpart (Radford et al. 2021, arXiv 2103.00020).
 
-    Images are read from what EfficientNet-Lite0 sees and from their colours on a coarse grid. Trained on all images of a
-    set, held-out ones too: it judges models, and is not one of them.
+    Its input is an image's EfficientNet-Lite0 features and its colours on a coarse grid. It is trained on all images of a
+    set, including held-out ones: it judges models and is not one of them.
     """
 
     def __init__(self, captions: list[str]):
         super().__init__()
         self.tokenizer = train_tokenizer(captions, 4096, MAX_LENGTH)
         longest = max(map(len, self.tokenizer(captions, truncation=True).input_ids))
-        self.tokenizer.model_max_length = longest  # or captions that differ in their last words only would be one
+        self.tokenizer.model_max_length = longest  # otherwise captions that differ only in their last words would be the same
         config = TextEncoderConfig(hidden_size=SIZE, num_hidden_layers=1, max_length=longest)
         self.text = build_text_encoder(config, captions, self.tokenizer)[1]
         self.caption = torch.nn.Linear(SIZE, SIZE)
@@ -51,7 +51,7 @@ class Judge(torch.nn.Module):
         self.register_buffer("std", torch.ones(1))
 
     def tokens(self, captions: list[str]) -> torch.Tensor:
-        """Token ids `(N, L)`, L that of the longest caption of the set, at most `MAX_LENGTH`."""
+        """Token ids `(N, L)`, where L is that of the longest caption of the set, at most `MAX_LENGTH`."""
         return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def embed_captions(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -59,30 +59,30 @@ class Judge(torch.nn.Module):
         return F.normalize(self.caption(self.text(tokens).pooler_output), dim=-1)
 
     def embed_images(self, seen: torch.Tensor) -> torch.Tensor:
-        """Unit vectors `(N, 128)` of what `look` gives."""
+        """Unit vectors `(N, 128)` for the output of `look`."""
         return F.normalize(self.image((seen - self.mean) / self.std), dim=-1)
 
     @torch.no_grad()
     def scores(self, images: np.ndarray, captions: list[str], seen: np.ndarray | None = None) -> np.ndarray:
-        """How well each caption goes with each image `(N, H, W, C)` uint8: cosines `(N, len(captions))`.
+        """How well each caption matches each image `(N, H, W, C)` uint8: cosines `(N, len(captions))`.
 
-        `seen`: the images' features, where they are known.
+        `seen`: the images' features, if they are known.
         """
         embeds = [self.embed_captions(self.tokens(captions[k : k + 1024])) for k in range(0, len(captions), 1024)]
         return (self.embed_images(look(images, seen)) @ torch.cat(embeds).T).numpy()
 
 
 def look(images: np.ndarray, seen: np.ndarray | None = None) -> torch.Tensor:
-    """What the judge reads of images `(N, H, W, C)` uint8: `(N, D)`."""
+    """The judge's input for images `(N, H, W, C)` uint8: `(N, D)`."""
     seen = compute_features(images) if seen is None else seen
     pixels = to_network(images)
     return torch.cat([torch.from_numpy(seen), F.adaptive_avg_pool2d(pixels, GRID).flatten(1)], dim=1)
 
 
 def first_duplicates(images: ArraySet) -> np.ndarray:
-    """For each record the number of the first one whose image is the same, pixel for pixel, `(N,)`.
+    """For each record, the number of the first record whose image is the same, pixel for pixel, `(N,)`.
 
-    Captions of such images cannot be distinguished by looking, and one that is trained on shows what the other is of.
+    Captions of such images cannot be told apart by looking, and training on one of them also shows the other's image.
     """
     first, first_numbers = {}, []
     for i in range(len(images)):
@@ -93,9 +93,9 @@ def first_duplicates(images: ArraySet) -> np.ndarray:
 
 
 def alter_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image `(H, W, C)` uint8 as a drawing may have it: moved, blurred half of the time, a little noisy.
+    """An image `(H, W, C)` uint8 altered as a drawing may be: moved, blurred half of the time, and slightly noisy.
 
-    It moves by up to 1/32 of its height, or a pixel.
+    It moves by up to 1/32 of its height, and by up to one pixel if that is less.
     """
     step = max(1, len(image) // 32)
     top, left = rng.integers(0, 2 * step + 1, 2)
@@ -107,11 +107,11 @@ def alter_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def train_judges(images: ArraySet, cache_dir: str, count: int = NUM_JUDGES, batch_size: int = 256) -> list[Judge]:
-    """The judges of an image set, by default `NUM_JUDGES`: alike but for their seeds, since one alone may be off by some
-    hundredths. Trained once, in some minutes, and kept on disk by the content of the data.
+    """The judges of an image set, by default `NUM_JUDGES`, which differ only in their seeds, since one alone may be off by a
+    few hundredths. They are trained once, in a few minutes, and cached on disk by the content of the data.
 
-    Each time an image is read as it is or altered, with noise on what is seen of it and by another of its captions, so that
-    drawings which are not quite the true images are recognised as well.
+    Each time, an image is read unchanged or altered, with noise on its features and with another of its captions, so that
+    drawings which differ slightly from the true images are recognised as well.
     """
     captions = [images.captions[i] for i in range(len(images.captions))]
     folder = Path(cache_dir).expanduser()
@@ -128,7 +128,7 @@ def train_judges(images: ArraySet, cache_dir: str, count: int = NUM_JUDGES, batc
                 judge.mean, judge.std = tensors["mean"], tensors["std"]
                 judge.load_state_dict(tensors)
             else:
-                if seen is None or same is None:  # as all judges see them
+                if seen is None or same is None:  # shared by all judges
                     seen = _sights(images, cache_dir, STEPS * batch_size)
                     same = torch.from_numpy(first_duplicates(images))
                 _fit(judge, images, captions, seen, same, STEPS, batch_size, seed)
@@ -140,9 +140,9 @@ def train_judges(images: ArraySet, cache_dir: str, count: int = NUM_JUDGES, batc
 
 
 def _sights(images: ArraySet, cache_dir: str, seen_in_all: int) -> torch.Tensor:
-    """What is to be read of every image as it is and of up to `NUM_ALTERED_COPIES` copies of it, `(1 + copies, N, D)` float16.
+    """The judge's input for every image and for up to `NUM_ALTERED_COPIES` altered copies of it, `(1 + copies, N, D)` float16.
 
-    Of a set so large that `seen_in_all` readings hardly come to each image, fewer copies.
+    There are fewer copies of a set so large that `seen_in_all` readings hardly reach each image.
     """
     reference = reference_features(images, DEFAULT, cache_dir)
     rng = np.random.default_rng(0)
@@ -168,8 +168,8 @@ def _fit(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Train a judge on what is `seen` of the images `(copies, N, D)`; `same` `(N,)` is the first record of the same image."""
-    torch.manual_seed(seed)  # others may have drawn since
+    """Train a judge on its inputs `seen` `(copies, N, D)`; `same` `(N,)` is the first record with the same image."""
+    torch.manual_seed(seed)  # other code may have drawn random numbers since
     judge.mean, judge.std = seen[0].float().mean(0), seen[0].float().std(0) + 1e-3
     tokens = judge.tokens(captions)
     rng = np.random.default_rng(seed)

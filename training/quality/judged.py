@@ -1,4 +1,4 @@
-"""What a model's objects are, judged by their codec: by a program, against the words of held-out captions."""
+"""A model's objects judged by their codec: a program compares them with the words of held-out captions."""
 
 from collections.abc import Iterable
 
@@ -14,16 +14,16 @@ MAX_TRUE = 256
 
 
 def judged(evaluation: Evaluation) -> dict[str, Score]:
-    """`plan.count` objects, of the captions of evenly chosen held-out records (else of those of training), word by word.
+    """Judge `plan.count` objects for the captions of evenly chosen held-out (else training) records, word by word.
 
-    Where the judge does not find all true objects of these captions right, as their arrays are stored, its figures for them
-    stand beside: no drawing can be expected to do better.
+    If the judge does not find all true objects of these captions correct, as their arrays are stored, its figures for them
+    are given too: no drawing can be expected to do better.
     """
     dataset, count = evaluation.dataset, evaluation.plan.count
     chosen = judged_records(evaluation)
     chosen = [chosen[i * len(chosen) // count % len(chosen)] for i in range(count)]
     captions, codec = [evaluation.caption(i) for i in chosen], evaluation.pipe.codec
-    if not _scores(codec, [to_unit(dataset.image(chosen[0]))], captions[:1]):  # nothing is known of what captions ask for
+    if not _scores(codec, [to_unit(dataset.image(chosen[0]))], captions[:1]):  # the judge knows nothing that captions ask for
         return {}
     drawn = draw_images(evaluation.pipe, captions, evaluation.config.validation, evaluation.accelerator, batch_size=128)
     true = [to_unit(dataset.image(i)) for i in chosen[:MAX_TRUE]]
@@ -34,7 +34,7 @@ def judged(evaluation: Evaluation) -> dict[str, Score]:
 
 
 def judged_records(evaluation: Evaluation) -> np.ndarray:
-    """The numbers of held-out records, or of all that are trained on where none is held out."""
+    """The numbers of held-out records, or of all training records if none are held out."""
     held_out = evaluation.dataset.select("held_out")
     return held_out if len(held_out) else evaluation.dataset.select("train")
 

@@ -17,11 +17,11 @@ from sfumato.training.quality.statistics import Score, mean_score
 
 
 def check_has_bound(pipe: SfumatoPipeline) -> None:
-    """Raise ValueError for a model whose bits per dimension are not bounded here."""
+    """Raise ValueError for a model whose bits per dimension cannot be bounded here."""
     if not is_identity(pipe.vae):
-        raise ValueError("bits per dimension are of pixels; this model works on latents")
+        raise ValueError("bits per dimension are for pixels; this model works on latents")
     if not isinstance(training_scheduler(pipe.scheduler), SfumatoDDPMScheduler) or pipe.reads is not None:
-        raise ValueError("this bound is of diffusion in steps, of a network that reads the noisy image alone")
+        raise ValueError("this bound is for diffusion in discrete steps by a network that reads no image but the noisy one")
 
 
 @torch.no_grad()
@@ -35,22 +35,22 @@ def bits_per_dim(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict:
-    """Bits per dimension of images under the model, at most, by the full variational bound (Ho et al. 2020, equation 5).
+    """An upper bound on the bits per dimension of images: the full variational bound (Ho et al. 2020, equation 5).
 
     Args:
         pipe: a model that works on pixels.
         images: `(N, H, W, C)` uint8.
-        captions: theirs; without guidance.
-        num_levels: noise levels at which each image is taken, evenly spread with an offset of its own; each stands for those
-            beside it, so the sum is right on average. None: all of them. The last step, t = 0, is always among them.
+        captions: those of the images; used without guidance.
+        num_levels: number of noise levels per image, evenly spread with an offset of its own; each stands for those around
+            it, so the sum is correct on average. None: all levels. The last step, t = 0, is always among them.
 
     Returns:
-        `bits/dim` and `each`, those of each image; its parts `prior` (L_T), `decoder` (L_0) and `levels`, the terms between,
+        `bits/dim`; `each`, those of each image; and the parts `prior` (L_T), `decoder` (L_0) and `levels`, the terms between,
         for t = 1 to T - 1 (NaN where `num_levels` left a level out), all in bits per dimension.
 
     Raises:
-        ValueError: less than two levels; a model of latents, of flow matching, whose bound is another, or one that reads more
-            than the noise.
+        ValueError: fewer than two levels; a model of latents, one of flow matching (whose bound is different), or one that
+            reads more than the noisy image.
     """
     scheduler = training_scheduler(pipe.scheduler)
     check_has_bound(pipe)
@@ -91,7 +91,7 @@ def bits_per_dim(
 
 
 def bits(evaluation: Evaluation) -> dict[str, Score]:
-    """Bits per dimension of held-out and of training images, at most."""
+    """Upper bounds on the bits per dimension of held-out and of training images."""
     scores: dict[str, Score] = {}
     for part in ("held_out", "train"):
         numbers = evaluation.parts[part]

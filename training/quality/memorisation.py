@@ -1,4 +1,4 @@
-"""Whether a model gives training images back: how near what it draws is to them, against true images that it never saw."""
+"""Whether a model reproduces training images: how near its drawings are to them, compared with true images it never saw."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ from sfumato.training.quality.statistics import Score, mean_score
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of `(N, D)` its nearest row of all blocks `(M, D)`: the distance `(N,)` and the number `(N,)`."""
+    """For each row of `(N, D)`, the nearest row of all blocks `(M, D)`: its distance `(N,)` and its number `(N,)`."""
     queries, start = np.asarray(queries, np.float64), 0
     found, which = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
     for block in blocks:
@@ -26,19 +26,19 @@ def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray]) -> tuple[np.ndarr
 
 
 def flat_rows(images: np.ndarray) -> np.ndarray:
-    """Images `(N, H, W, C)` uint8 as rows whose distance is the root mean square over pixels, of 1 for white to black."""
+    """Images `(N, H, W, C)` uint8 as rows whose distance is the root mean square over pixels, 1 from white to black."""
     return images.reshape(len(images), -1).astype(np.float32) / (255 * np.prod(images.shape[1:]) ** 0.5)
 
 
 def nearest_training(
     images: np.ndarray, features: np.ndarray, train: Iterable[np.ndarray], train_features: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest training images of images, in pixels and in features.
+    """The training images nearest to given images, in pixels and in features.
 
     Args:
         images: `(N, H, W, C)` uint8.
-        features, train_features: features `(., D)` of them and of the training images.
-        train: the training images, in blocks `(., H, W, C)` uint8: a large set does not fit into memory as numbers.
+        features, train_features: their features `(., D)` and those of the training images.
+        train: the training images, in blocks `(., H, W, C)` uint8, since a large set does not fit into memory as floats.
 
     Returns:
         The distances and the numbers of the nearest, each `(N, 2)`: by pixels, by features.
@@ -49,11 +49,11 @@ def nearest_training(
 
 
 def memorisation(drawn: np.ndarray, unseen: np.ndarray) -> dict[str, float | np.ndarray]:
-    """What the distances `(., 2)` of drawn images and of unseen true ones to the nearest training images tell of copies.
+    """What the distances `(., 2)` of drawn and of unseen true images to the nearest training images say about copying.
 
-    In pixels and in features, the median distance of what is drawn, and the same of unseen images; in pixels, for each
-    image whether it is nearer to a training image than all but 5% of the unseen ones are. (In features noise that no eye
-    sees takes a copy farther away than an unseen image is, so a share there would tell nothing.)
+    In pixels and in features: the median distance of drawn images, and the same for unseen ones. In pixels only: for each
+    drawn image, whether it is nearer to a training image than all but 5% of the unseen ones are. (In features, invisible
+    noise can move a copy farther away than an unseen image, so such a share would say nothing.)
     """
     scores = {}
     for k, space in enumerate(("pixels", "features")):
@@ -64,10 +64,10 @@ def memorisation(drawn: np.ndarray, unseen: np.ndarray) -> dict[str, float | np.
 
 
 def memorisation_scores(evaluation: Evaluation) -> dict[str, Score]:
-    """See `memorisation`; leaves a sheet of twelve drawings of training captions, from the nearest to the farthest.
+    """See `memorisation`; also adds a sheet of twelve drawings of training captions, from the nearest to the farthest.
 
-    A training caption asks for its training image; a held-out one does not, so what it gets shows whether the model copies.
-    Its baseline are the true images of the same captions.
+    A training caption asks for its training image; a held-out one does not, so its drawing shows whether the model copies.
+    The baseline is the true images of the same captions.
     """
     parts, dataset = evaluation.parts, evaluation.dataset
     if not len(parts["held_out"]) + len(parts["combination"]):
@@ -92,7 +92,7 @@ def memorisation_scores(evaluation: Evaluation) -> dict[str, Score]:
 
 
 def _sheet(evaluation: Evaluation, chosen: np.ndarray, nearest_records: np.ndarray) -> Image.Image:
-    """Drawings of training captions, each beside the training images nearest to it in pixels and in features."""
+    """Drawings of training captions, each next to the training images nearest to it in pixels and in features."""
     drawings = evaluation.of("train", evaluation.drawings)
     images, titles = [], []
     for i in chosen:

@@ -29,10 +29,10 @@ def _ground(pixels: np.ndarray) -> str:
 
 
 def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, float, tuple[float, float]] | None:
-    """Colour, shape, radius and centre of the one figure in a square part of an image; radius in shares of `side` pixels.
+    """Colour, shape, radius and centre of the one figure in a square part of an image; the radius is a fraction of `side`.
 
-    Along the line from ground to figure colour each pixel gets a coverage in [0, 1]; its centroid is the centre, and the
-    template that overlaps it best gives the shape.
+    Along the line from ground to figure colour, each pixel gets a coverage in [0, 1]; the coverage's centroid is the
+    centre, and the template that overlaps the coverage best gives the shape.
     """
     resolution = len(pixels)
     difference = pixels - np.array(GROUNDS[ground], float)
@@ -42,13 +42,13 @@ def _read_figure(pixels: np.ndarray, ground: str, side: int) -> tuple[str, str, 
     colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
     axis = np.array(COLOURS[colour], float) - np.array(GROUNDS[ground], float)
     mask = np.clip(difference @ axis / (axis @ axis), 0, 1)
-    mask[mask < 0.15] = 0  # faint texture is not figure
+    mask[mask < 0.15] = 0  # faint texture is not part of the figure
     centres = (np.arange(resolution) + 0.5) / resolution
     x, y = (mask.sum(0) @ centres) / mask.sum(), (mask.sum(1) @ centres) / mask.sum()
 
     best, best_overlap = None, MIN_OVERLAP
     for shape in SHAPES:
-        radius = (mask.mean() / _unit_area(shape)) ** 0.5  # the radius at which this shape has the area seen
+        radius = (mask.mean() / _unit_area(shape)) ** 0.5  # the radius at which this shape has the observed area
         template = coverage(shape, x, y, radius, resolution)
         overlap = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
         if overlap > best_overlap:
@@ -63,7 +63,7 @@ def read_scene(image: np.ndarray) -> Scene | None:
         image: `(H, H, 3)` uint8, H at least 24.
 
     Returns:
-        The scene, or None where no single clean figure can be made out.
+        The scene, or None if no single clean figure can be made out.
     """
     pixels = image.astype(float)
     ground = _ground(pixels)
@@ -76,7 +76,7 @@ def read_scene(image: np.ndarray) -> Scene | None:
 
 
 def read_quarters(image: np.ndarray) -> tuple[list[tuple[str, str] | None], str]:
-    """Colour and shape in each quarter (rows first; None: nothing or nothing clean), and the ground.
+    """Colour and shape in each quarter (row by row; None: nothing, or nothing clean), and the ground.
 
     Args:
         image: `(H, H, 3)` uint8, H even and at least 24.
@@ -89,9 +89,9 @@ def read_quarters(image: np.ndarray) -> tuple[list[tuple[str, str] | None], str]
 
 
 def shapes_right(images: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, list[bool]]:
-    """Which images show what their caption says: each attribute by itself, and all of it (`all`).
+    """Which images show what their caption says: each attribute by itself, and all of them (`all`).
 
-    Of two figures: `ground`; `colours` and `shapes`, whichever figure has them; `all`, each figure in its own colour.
+    For two figures: `ground`; `colours` and `shapes`, whichever figure has them; `all`, each figure in its own colour too.
     """
     if isinstance(scenes[0], Pair):
         pairs = cast(list[Pair], scenes)
@@ -106,7 +106,7 @@ def shapes_right(images: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> 
 
 
 def shapes_obedience(images: list[np.ndarray], scenes: list[Scene] | list[Pair]) -> dict[str, float]:
-    """The shares of what `shapes_right` finds."""
+    """The share of images that are correct, for each entry of `shapes_right`."""
     return {name: float(np.mean(right)) for name, right in shapes_right(images, scenes).items()}
 
 

@@ -22,7 +22,7 @@ def report(
     """All metrics of a model on a set of images: scores by name, the protocol, and the sheets by file name.
 
     Raises:
-        ValueError: something that cannot be measured, before anything is drawn.
+        ValueError: something cannot be measured; raised before anything is drawn.
     """
     if dataset.codec is None:
         for extractor in {DEFAULT, plan.extractor}:
@@ -37,19 +37,19 @@ def report(
         if metric.option is None or getattr(plan, metric.option):
             scores |= {metric.label.format(name): score for name, score in metric.compute(evaluation).items()}
     if not scores:
-        raise ValueError("nothing is known of what these captions ask for, so there is nothing to measure")
+        raise ValueError("no metric knows what these captions ask for, so there is nothing to measure")
     return scores, protocol(evaluation), evaluation.sheets
 
 
 def protocol(evaluation: Evaluation) -> str:
-    """How the figures came about, in some sentences."""
+    """How the figures were measured, in a few sentences."""
     if evaluation.dataset.codec is not None:
         v = evaluation.config.validation
         captions = len({evaluation.caption(i) for i in judged_records(evaluation)})
         return (
-            f"{evaluation.plan.count} objects of {captions} held-out captions, as often as the data have them, "
+            f"{evaluation.plan.count} objects for {captions} held-out captions, each as often as the data have it, "
             f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}, "
-            f"seeds {v.seed} and on; judged by the codec's program, nothing corrected. ± is half a 95% confidence interval."
+            f"seeds from {v.seed} on; judged by the codec's program, nothing corrected. ± is half a 95% confidence interval."
         )
     v, counts = evaluation.config.validation, {name: len(part) for name, part in evaluation.parts.items()}
     held_out = ("held_out", "held_out_combination", "held_out_pair")
@@ -59,21 +59,21 @@ def protocol(evaluation: Evaluation) -> str:
     words = {"held_out": "held-out", "combination": "held-out-combination", "pair": "held-out-pair"}
     drawn = ", ".join(f"{n} of {words.get(name, name)}" for name, n in counts.items() if n)
     bits = (
-        " Bits per dimension are an upper bound over all noise levels; a plain copy takes 8, and a model whose levels are "
-        "chosen for what the eye sees needs more, since it leaves the finest ones untrained."
+        " Bits per dimension are an upper bound over all noise levels; storing pixels as they are takes 8, and a model whose "
+        "noise levels are chosen for what the eye sees needs more, since it does not train the finest ones."
     )
     return (
         f"One image for each of the first captions of {drawn} images, "
         f"{type(evaluation.pipe.scheduler).__name__}, {v.num_inference_steps} steps, guidance {v.guidance_scale}{guider}, "
-        f"seeds {v.seed} and on. "
-        "Captions whose images are the same count as one, and held-out images that are trained under another caption "
+        f"seeds from {v.seed} on. "
+        "Captions with the same image count as one, and held-out images that are also trained under another caption "
         f"are left out ({left_out}). "
-        f"{NUM_JUDGES} judges: retrieval is their mean, and a combination is right when most say so. "
-        "Their spread is in the interval of retrieval. "
+        f"{NUM_JUDGES} judges: retrieval is their mean, and a combination is correct when most of them say so. "
+        "Their spread is part of the interval of retrieval. "
         f"Features by {evaluation.plan.extractor}; FD, KID and the nearest training images are of all "
         f"{len(evaluation.dataset.select('train')):,} training images; precision, recall, density and coverage of those "
         "whose captions are drawn. "
-        "± is half a 95% confidence interval: Student's of means over images, Wilson's of shares, and for FD and KID "
-        f"the jackknife over {JACKKNIFE_PARTS} parts of what is drawn. FD of few images is above that of many."
+        "± is half a 95% confidence interval: Student's for means over images, Wilson's for shares, and for FD and KID "
+        f"the jackknife over {JACKKNIFE_PARTS} parts of the drawings. FD is larger for few images than for many."
         + (bits if evaluation.plan.bits else "")
     )

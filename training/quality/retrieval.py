@@ -11,7 +11,7 @@ LABELS = {"train": "training captions", "held_out": "held-out captions"}
 
 
 def retrieval(evaluation: Evaluation) -> dict[str, Score]:
-    """How often a judge finds an image's own caption first, or among the first five, of all captions of the set; the mean
+    """How often a judge ranks an image's own caption first, or among the first five, of all captions of the set; the mean
     over judges.
     """
     choice = _Choice(evaluation)
@@ -26,7 +26,7 @@ def retrieval(evaluation: Evaluation) -> dict[str, Score]:
 
 
 def retrieval_in_chinese(evaluation: Evaluation) -> dict[str, Score]:
-    """The same where the model draws from Chinese: of the same images, among the same captions, so by the same judges."""
+    """The same for drawings from Chinese captions, with the same images, candidate captions and judges."""
     choice = _Choice(evaluation)
     scores: dict[str, Score] = {}
     for part, label in LABELS.items():
@@ -43,7 +43,7 @@ def retrieval_in_chinese(evaluation: Evaluation) -> dict[str, Score]:
 class _Choice:
     """All first captions of a set, from which a judge chooses that of an image.
 
-    The captions of images that are the same count as one, and so does a caption that several images have.
+    The captions of identical images count as one, and so does a caption that several images share.
     """
 
     def __init__(self, evaluation: Evaluation):
@@ -52,7 +52,7 @@ class _Choice:
         self.duplicates = evaluation.duplicates
 
     def scores(self, numbers: np.ndarray, by_caption: np.ndarray, label: str) -> dict[str, Score]:
-        """Retrieval of records `numbers`, from each judge's scores `(J, N, len(captions))` of what was drawn of them."""
+        """Retrieval of records `numbers`, from each judge's scores `(J, N, len(captions))` of their drawings."""
         by_group = np.stack([by_caption[:, :, columns].max(2) for columns in self.groups], axis=2)
         own = by_group[:, np.arange(len(numbers)), [self.group_of[int(self.duplicates[i])] for i in numbers]]
         place = (by_group >= own[:, :, None]).sum(2) - 1  # ties count against the model

@@ -10,14 +10,14 @@ JACKKNIFE_PARTS = 10
 
 @dataclass
 class Score:
-    """A figure and half the width of its 95% confidence interval, where it has one."""
+    """A figure and half the width of its 95% confidence interval, if it has one."""
 
     value: float
     half_width: float | None = None
 
 
 def student_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, by its expansion around the normal one, good to 1% from 3 degrees of freedom on."""
+    """The 97.5% quantile of Student's t, expanded around the normal one, accurate to 1% from 3 degrees of freedom on."""
     if freedom < 3:
         return (12.706, 4.303)[freedom - 1]
     z = 1.959964
@@ -26,7 +26,7 @@ def student_quantile(freedom: int) -> float:
 
 
 def mean_score(values: np.ndarray | list) -> Score:
-    """The mean of values of independent images, with its interval: Student's, and of shares the farther end of Wilson's."""
+    """The mean over independent images, with its interval: Student's, or for shares the farther end of Wilson's."""
     values = np.asarray(values, float)
     count, value = len(values), float(values.mean())
     if count < 2:
@@ -37,7 +37,7 @@ def mean_score(values: np.ndarray | list) -> Score:
 
 
 def share_score(value: float, count: int) -> Score:
-    """A share of so many independent images, or a mean of values from 0 to 1, whose spread is at most that of a share."""
+    """A share of `count` independent images, or a mean of values from 0 to 1, whose spread is at most that of a share."""
     if count < 2:
         return Score(value)
     t = student_quantile(count - 1)
@@ -47,8 +47,8 @@ def share_score(value: float, count: int) -> Score:
 
 
 def panel_score(values: np.ndarray) -> Score:
-    """The share of independent images that judges hold for right, `(J, N)` of 0 and 1; its interval adds to that of the images
-    what another choice of judges would change.
+    """The share of independent images that judges find correct, from `(J, N)` values of 0 and 1; its interval covers both
+    the choice of images and the choice of judges.
     """
     over_images = share_score(float(values.mean()), values.shape[1])
     means = values.mean(1)
@@ -61,7 +61,7 @@ def panel_score(values: np.ndarray) -> Score:
 def jackknife_score(distance: Callable[[np.ndarray], float], drawn: np.ndarray) -> Score:
     """The distance of a set `(N, D)`, and its interval by leaving out each of up to ten parts of it in turn.
 
-    (Drawing from the set with replacement would bias FD and KID, which count on images being different ones.)
+    (Resampling with replacement would bias FD and KID, which rely on all images being different.)
     """
     parts = np.array_split(np.random.default_rng(0).permutation(len(drawn)), min(JACKKNIFE_PARTS, len(drawn)))
     if len(parts) < 3 or len(drawn) - max(map(len, parts)) < 2:

@@ -33,9 +33,9 @@ from sfumato.training.tasks.settings import AutoencoderConfig
 
 
 class Autoencoder:
-    """A VAE that makes images smaller, for latent models: `vae.pretrained` of their config names this run's folder.
+    """A VAE that compresses images for latent models, whose `vae.pretrained` names this run's folder.
 
-    Attributes as of `protocol.Task`.
+    It has the attributes of `protocol.Task`.
     """
 
     @classmethod
@@ -54,7 +54,7 @@ class Autoencoder:
         if self.settings.thumbnail_weight:
             quant_convs(vae)
             if vae.config["latent_channels"] < config.data.channels:
-                raise ValueError(f"autoencoder.thumbnail_weight: needs {config.data.channels} latent channels or more")
+                raise ValueError(f"autoencoder.thumbnail_weight: needs at least {config.data.channels} latent channels")
         if not self.settings.train_encoder:
             vae.encoder.requires_grad_(False)
             if vae.quant_conv is not None:
@@ -85,10 +85,10 @@ class Autoencoder:
         return autoencoder_loss(rebuilt, mean, logvar, pixels, **weights)
 
     def check(self) -> None:
-        """Nothing to look at."""
+        """Nothing to check."""
 
     def state(self) -> dict[str, Any]:
-        """Nothing beside the weights."""
+        """Nothing besides the weights."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def _reconstruct(self, numbers: list[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images `(N, H, W, C)` uint8, the same from their latents, and the latents' means `(N, c, h, w)`."""
+        """Images `(N, H, W, C)` uint8, their reconstructions, and the means of their latents `(N, c, h, w)`."""
         vae, images = self.module.vae, np.stack([self.images.image(int(i)) for i in numbers])
         rebuilt, means = [], []
         for start in range(0, len(images), 32):
@@ -107,7 +107,7 @@ class Autoencoder:
         return images, np.concatenate(rebuilt), np.concatenate(means)
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out images, each beside what comes back from its latents."""
+        """Held-out images, each next to its reconstruction from the latents."""
         numbers = sample_indices(self.images, 6)
         images, rebuilt, _ = self._reconstruct(numbers)
         titles, cells = [], []
@@ -117,7 +117,7 @@ class Autoencoder:
         return titles, cells
 
     def held_out(self) -> dict[str, float]:
-        """Mean squared error, in [-1, 1], of held-out images as they come back from the means of their latents."""
+        """Mean squared error of held-out images, in [-1, 1], reconstructed from the means of their latents."""
         images, rebuilt, _ = self._reconstruct(sample_indices(self.images, self.config.validation.num_held_out))
         error = (images.astype(np.float64) - rebuilt) / 127.5
         name = "held_out_loss" if len(self.images.select("held_out")) else "training_loss"
@@ -129,11 +129,11 @@ class Autoencoder:
         return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
 
     def write_what_is_whole(self, folder: Path) -> None:
-        """Nothing: it is never sharded."""
+        """Nothing to do: it is never sharded."""
 
     def _set_scale(self, count: int) -> np.ndarray:
-        """Set the scaling factor, so that latents have variance 1 or are as large as the image; returns those of `count`
-        training images.
+        """Set the scaling factor so that latents have variance 1, or are on the image's scale if they hold a thumbnail;
+        returns the latents of `count` training images.
         """
         train = self.images.select("train")
         latents = self._reconstruct(train[evenly_spaced(len(train), count)])[2]
@@ -143,7 +143,7 @@ class Autoencoder:
         return latents
 
     def _normalise_details(self, latents: np.ndarray) -> np.ndarray:
-        """Let latent channels behind the thumbnail vary as much as the thumbnail does; returns the latents so changed."""
+        """Make the latent channels after the thumbnail vary as much as it does; returns the latents changed in this way."""
         colours = self.config.data.channels
         image, details = latents[:, :colours], latents[:, colours:]
         mean = torch.from_numpy(details.mean((0, 2, 3)))
@@ -153,7 +153,7 @@ class Autoencoder:
         return np.concatenate([image, level], axis=1)
 
     def scores(self) -> tuple[dict[str, float], str]:
-        """How near images come back: PSNR and, where it can be had, SSIM."""
+        """How close reconstructions are: PSNR and, if its package is installed, SSIM."""
         images, rebuilt, _ = self._reconstruct(sample_indices(self.images, self.config.validation.num_judged))
         return image_quality(images, rebuilt), "held-out images"
 

@@ -1,4 +1,4 @@
-"""A ControlNet beside a frozen model: images follow maps of edges, which stand for any map."""
+"""A ControlNet for a frozen model: images follow edge maps, as an example of any kind of map."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from sfumato.training.tasks.text_to_image import TextToImage
 
 
 class Control(TextToImage):
-    """A ControlNet beside the model of `init_from`, which stays as it is: images follow the edges that they are given."""
+    """A ControlNet for the frozen model of `init_from`: images follow the edges that it is given."""
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
@@ -40,13 +40,13 @@ class Control(TextToImage):
         return x_t, NetworkInputs(control=batch["map"])
 
     def follow(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, list[Image.Image]]:
-        """Captions and edge maps `(N, H, W, 3)` uint8 of held-out images, and what is drawn by them."""
+        """Captions and edge maps `(N, H, W, 3)` uint8 of held-out images, and the images drawn from them."""
         captions, images = captioned_images(self.images, sample_indices(self.images, count))
         maps = np.stack([np.uint8(255 * find_edges(image)) for image in images])[..., None].repeat(3, -1)
         return captions, maps, self.draw(pipe, captions, control_image=list(maps))
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
-        """Edges of held-out images, and what is drawn by them."""
+        """Edges of held-out images, and the images drawn from them."""
         titles, images = [], []
         for caption, edge_map, drawing in zip(*self.follow(6, self.export_pipe())):
             titles += [caption, "drawn"]
@@ -54,7 +54,7 @@ class Control(TextToImage):
         return titles, images
 
     def scores(self) -> tuple[dict[str, float], str]:
-        """How well the edges of what is drawn agree with those of the maps, with the ControlNet and without."""
+        """How well the edges of drawn images agree with the maps, with the ControlNet and without."""
         pipe = self.export_pipe()
         captions, maps, followed = self.follow(self.config.validation.num_judged, pipe)
         free = self.draw(replace_components(pipe, controlnet=None), captions)
@@ -67,7 +67,7 @@ def _mean_f1(drawings: list[Image.Image], maps: np.ndarray) -> float:
     return float(np.mean([edge_f1(find_edges(np.asarray(d)), m[..., 0] > 0) for d, m in zip(drawings, maps)]))
 
 
-THRESHOLD = 48  # of 255, in the colour that differs most
+THRESHOLD = 48  # of 255, in the colour channel that differs most
 
 
 def find_edges(image: np.ndarray) -> np.ndarray:
@@ -86,9 +86,9 @@ def _near(marks: np.ndarray) -> np.ndarray:
 
 
 def edge_f1(drawn: np.ndarray, expected: np.ndarray) -> float:
-    """How well two edge maps `(H, W)` agree, to one pixel: the harmonic mean of precision and recall; 1 where both are empty.
+    """How well edge maps `(H, W)` agree, to within a pixel: the harmonic mean of precision and recall; 1 if both are empty.
 
-    An edge counts as found where the other map has one on the pixel or beside it, as in the Berkeley benchmark of contours
+    An edge counts as found where the other map has one on the pixel or next to it, as in the Berkeley contour benchmark
     (Martin et al. 2004), without its one-to-one matching.
     """
     if not drawn.any() or not expected.any():

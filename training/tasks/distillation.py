@@ -24,25 +24,25 @@ from sfumato.training.tasks.protocol import Collapsed, TaskContext, check_not_sh
 from sfumato.training.tasks.settings import DistilConfig
 from sfumato.training.tasks.text_to_image import TextToImage
 
-HUBER = 0.03  # below this an error counts by its square, above by its size
-CLEAN = 0.1  # with one segment, times below this share of all count as clean
-JUMPS = (4, 8, 16)  # of the teacher's path from noise to image, how many; one after another, each for a third of the run
-OWN_STEPS = 0.35  # share of the samples at the very times that the student will be asked at
-LARGE = 0.15  # share of those told a larger scale than they are drawn with, so that a careless one does no harm
-WATCHED = 64  # outputs of pure noise over which their spread is measured
+HUBER = 0.03  # errors below this count quadratically, errors above it linearly
+CLEAN = 0.1  # with one segment, times below this fraction of all times count as clean
+JUMPS = (4, 8, 16)  # how many the teacher's path from noise to image is divided into; each for a third of the run
+OWN_STEPS = 0.35  # fraction of the samples at exactly the times at which the student will be called
+LARGE = 0.15  # fraction told a larger scale than the teacher draws with, so that a careless one does no harm
+WATCHED = 64  # outputs from pure noise over which their spread is measured
 
 
 class Distillation(TextToImage):
-    """A student of the model of `init_from`, which learns to see the end of the teacher's path from anywhere on it.
+    """A student of the model of `init_from`, which learns to predict the end of the teacher's path from anywhere on it.
 
     Consistency distillation (Song et al. 2023, arXiv 2303.01469) in segments (Heek et al. 2024, arXiv 2403.06807), of guided
     predictions whose scale is an input of the network, as in latent consistency models (Luo et al. 2023, arXiv 2310.04378).
-    The folder is a stock one, drawn by `LCMScheduler`; it needs one pass a step at any scale.
+    The folder is a stock one, sampled with `LCMScheduler`; it needs one pass per step at any scale.
     """
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
-        """Of a teacher that inpaints, its further channels."""
+        """The further channels of a teacher that inpaints."""
         needs = Inpainting.model_needs(config)
         return replace(needs, widens=False) if config.section(DistilConfig).masks else ModelNeeds()
 
@@ -67,9 +67,9 @@ class Distillation(TextToImage):
         """The teacher's pipeline with the student as its UNet."""
         pipe = super()._build(checkpoint)
         if guidance_width(pipe.unet) is not None:
-            raise ValueError(f"init_from={self.config.init_from!r} draws in few steps already; name its teacher")
+            raise ValueError(f"init_from={self.config.init_from!r} already draws in few steps; name its teacher")
         if pipe.reads != ("masks" if self.settings.masks else None):
-            raise ValueError(f"init_from={self.config.init_from!r} reads {pipe.reads or 'no mask'} beside noise and text")
+            raise ValueError(f"init_from={self.config.init_from!r} reads {pipe.reads or 'no mask'} besides noise and text")
         pipe.text_encoder.requires_grad_(False).eval()
         self.teacher: Any = copy.deepcopy(pipe.unet).requires_grad_(False).eval()
         self.teacher_scheduler = pipe.scheduler
@@ -78,7 +78,7 @@ class Distillation(TextToImage):
             self._begin_from(student, self.settings.student)
         pipe.register_modules(unet=student.requires_grad_(True).train())
         if isinstance(pipe.scheduler, SfumatoDDPMScheduler) and pipe.scheduler.prediction_type == "epsilon":
-            # eps says nothing of the image where there is only noise, which is where the student begins.
+            # eps says nothing about the image where there is only noise, which is where the student begins.
             scheduler = SfumatoDDPMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
             pipe.register_modules(scheduler=scheduler)
         return pipe
@@ -90,10 +90,10 @@ class Distillation(TextToImage):
             earlier = SfumatoPipeline.from_pretrained(locate_pipeline(source)).unet
             student.load_state_dict(earlier.state_dict())
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"distil.student={source!r} is no student of this teacher: {error}") from error
+            raise ValueError(f"distil.student={source!r} is not a student of this teacher: {error}") from error
 
     def _own_steps(self) -> list[int]:
-        """The times at which the student is asked when it draws in one to four steps, or as `validation` says."""
+        """The times at which the student is called when it draws in one to four steps, or as `validation` says."""
         sampler, times = copy.deepcopy(sampling_pipeline(self.pipe, self.config.validation).scheduler), set()
         for count in {1, 2, 3, 4, self.config.validation.num_inference_steps}:
             sampler.set_timesteps(count)
@@ -101,27 +101,27 @@ class Distillation(TextToImage):
         return sorted(times - {0})
 
     def begin_step(self, done: float, ema: EMA) -> None:
-        """Longer jumps first; the network that gives targets is the average."""
+        """Take longer jumps first, and copy the averaged weights into the network that gives the targets."""
         self.jumps = JUMPS[min(int(len(JUMPS) * done), len(JUMPS) - 1)]
         with torch.no_grad():
             for parameter, average in zip(self.target.parameters(), ema.shadow_params, strict=True):
                 parameter.copy_(average)
 
     def network_input(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams) -> Any:
-        """Beside noise and text the guidance scale of `validation`; of a model that inpaints, mask and image too."""
+        """Besides noise and text, the guidance scale of `validation`; for a model that inpaints, mask and image too."""
         scale = torch.full((len(x_t),), self.config.validation.guidance_scale, device=x_t.device)
         return self._seen(x_t, batch), NetworkInputs(guidance=guidance_embedding(scale, self.settings.guidance_width))
 
     def _seen(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the networks get: noisy latents, and of a model that inpaints the mask and the image around it."""
+        """The networks' input: noisy latents, and for a model that inpaints also the mask and the image around it."""
         return Inpainting.network_input(cast(Inpainting, self), x_t, batch, self.streams)[0] if self.settings.masks else x_t
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
-        """As of the teacher's task."""
+        """As for the teacher's task."""
         return Inpainting.samples(cast(Inpainting, self)) if self.settings.masks else super().samples()
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How far the student's end of the path from x_t is from where its average sees it, one jump of the teacher later."""
+        """Distance of the student's end of the path at x_t from its average's, one jump of the teacher later."""
         seed_layers(self.streams, batch)
         batch = to_device(batch, self.accelerator.device)
         keys, scheduler = batch["sample_key"], self.pipe.scheduler
@@ -139,14 +139,14 @@ class Distillation(TextToImage):
         return ((estimate - target).square() + HUBER**2).sqrt().sub(HUBER).mean()
 
     def _times(self, u: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Timesteps `(B,)`: spread evenly, and some of them those that the sampler asks at."""
+        """Timesteps `(B,)`: spread evenly, some of them replaced by those that the sampler uses."""
         own = self.own_steps
         picked = own[(self.streams.uniform(keys, Stream.OWN_STEP) * len(own)).long()]
         even = (u * self.num_levels).long().clamp(1, self.num_levels - 1)
         return torch.where(self.streams.uniform(keys, Stream.STEP_KIND) < OWN_STEPS, picked, even)
 
     def _scales(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The guidance scales `(B,)` that the teacher draws with, and those that are the student's input."""
+        """The guidance scales `(B,)` that the teacher draws with, and those that the student is given."""
         most = self.settings.max_guidance_scale
         u = self.streams.uniform(keys, Stream.GUIDANCE)
         scale = 1 + (most - 1) * u
@@ -156,7 +156,7 @@ class Distillation(TextToImage):
     def _guided(
         self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, batch: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """x_0 as the guided teacher sees it."""
+        """x_0 as the guided teacher predicts it."""
         nothing = self.pipe.text_encoder(self.no_text)[0].expand_as(text)
         output = self.teacher(
             self._seen(x_t, batch).repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, nothing]), return_dict=False
@@ -174,7 +174,7 @@ class Distillation(TextToImage):
         scale: torch.Tensor,
         batch: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """What the student should see from x_t: the end of the segment as it is seen from one jump further down."""
+        """What the student should predict at x_t: the end of the segment as predicted from one jump further down."""
         count, segments = self.num_levels, self.settings.segments
         guided = self._guided(x_t, t, text, scale, batch)
         end = (t * segments // count) * count // segments  # where the segment of t ends; 0: at the image
@@ -194,7 +194,7 @@ class Distillation(TextToImage):
         return torch.where(arrived.reshape(-1, 1, 1, 1), guided, seen)
 
     def _signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shares of image and noise in x_t, shaped to multiply `like`; at 0 the image itself."""
+        """The coefficients of image and noise in x_t, shaped to multiply `like`; at t = 0, the image itself."""
         signal, noise = self.pipe.scheduler.signal_and_noise(t, like)
         clean = (t == 0).reshape(-1, *[1] * (like.ndim - 1))
         return torch.where(clean, 1.0, signal), torch.where(clean, 0.0, noise)
@@ -204,37 +204,37 @@ class Distillation(TextToImage):
         return x_0.clamp(-1, 1) if config.get("thresholding") or config.get("clip_sample") else x_0
 
     def check(self) -> None:
-        """Stop where all images have become alike, which the loss takes for success.
+        """Stop if all images have become alike, which the loss mistakes for success.
 
         Raises:
-            Collapsed: the images that the student sees in pure noise differ by less than `distil.min_spread` of what the
+            Collapsed: the images that the student predicts from pure noise differ by less than `distil.min_spread` of what
                 training images do.
         """
         spread = self.spread.read(self.accelerator)
         if spread is not None and spread < self.settings.min_spread:
             raise Collapsed(
                 f"all images have become alike: from pure noise they differ by {spread:.0%} of what training "
-                "images do. The checkpoints before may be good. "
-                f"Lower optim.lr (now {self.config.optim.lr}), or see that the teacher draws well"
+                "images do. Earlier checkpoints may be good. "
+                f"Lower optim.lr (now {self.config.optim.lr}), or check that the teacher draws well"
             )
 
 
 class Spread:
-    """How much images differ from one another, against how much others do; gathered on the device."""
+    """How much images differ from one another, relative to how much others do; accumulated on the device."""
 
     def __init__(self):
         self.sums: torch.Tensor | None = None
 
     @torch.no_grad()
     def add(self, estimate: torch.Tensor, x_0: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Count in images `(B, C, h, w)` of both kinds, those that are `chosen` `(B,)`."""
+        """Add the images `(B, C, h, w)` of both kinds that are `chosen` `(B,)`."""
         weight = chosen.float()
         columns = [torch.ones_like(estimate), estimate, estimate.square(), x_0, x_0.square()]
         sums = torch.stack([torch.einsum("b,bchw->chw", weight, column.float()) for column in columns])
         self.sums = sums if self.sums is None or self.sums.shape != sums.shape else self.sums + sums
 
     def read(self, accelerator: Accelerator) -> float | None:
-        """The ratio of the mean standard deviations, once `WATCHED` images were counted; then it begins again."""
+        """The ratio of the mean standard deviations, once `WATCHED` images were counted, after which counting restarts."""
         if self.sums is None:
             return None
         count, seen, seen_squares, true, true_squares = cast(torch.Tensor, accelerator.reduce(self.sums)).double()

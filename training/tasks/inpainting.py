@@ -14,14 +14,14 @@ from sfumato.training.tasks.text_to_image import TextToImage
 
 
 class Inpainting(TextToImage):
-    """A UNet that also gets a mask and the image outside of it, as Stable Diffusion's inpainting models do.
+    """A UNet that also gets a mask and the image outside it, as Stable Diffusion's inpainting models do.
 
-    From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels of zero weight.
+    From random weights, or grown from the text-to-image model of `init_from`, whose UNet gets new channels with zero weights.
     """
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
-        """Channels for the mask and the masked image's latents, of which stock inpainting takes 4 and no other number."""
+        """Channels for the mask and the masked image's latents, of which stock inpainting supports only 4."""
         return ModelNeeds(num_extra_inputs=lambda vae: vae.config["latent_channels"] + 1, latent_channels=4, widens=True)
 
     @staticmethod
@@ -31,11 +31,11 @@ class Inpainting(TextToImage):
         return {"mask": random_mask(rng, *image.shape[:2])[None].astype(np.float32)}
 
     def network_input(self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams):
-        """The noisy latents, the mask, and the image outside of it."""
+        """The noisy latents, the mask, and the image outside it."""
         return torch.cat([x_t, inpainting_condition(self.pipe.vae, batch["pixel_values"], batch["mask"], x_t)], dim=1), None
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out images, their middle drawn again."""
+        """Held-out images with their centre redrawn."""
         captions, images = captioned_images(self.images, sample_indices(self.images, 12))
         masks = []
         for image in images:
@@ -61,7 +61,7 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _strokes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """One to three strokes of a brush, each of two to four straight pieces."""
+    """One to three brush strokes, each of two to four straight pieces."""
     points = np.stack(np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij"), -1)
     nearest = np.full((height, width), np.inf)
     for _ in range(rng.integers(1, 4)):

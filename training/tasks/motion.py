@@ -1,4 +1,4 @@
-"""A motion adapter in a frozen text-to-image model: its pictures become the frames of clips (AnimateDiff)."""
+"""A motion adapter in a frozen text-to-image model: its images become the frames of clips (AnimateDiff)."""
 
 from dataclasses import asdict
 
@@ -10,7 +10,7 @@ from sfumato.training.tasks.text_to_image import TextToImage
 
 
 class Motion(TextToImage):
-    """Layers between the frames of the 2D model of `init_from`, which stays as it is (Guo et al. 2023, arXiv 2307.04725).
+    """Layers that connect frames in the frozen 2D model of `init_from` (Guo et al. 2023, arXiv 2307.04725).
 
     The folder opens in diffusers' `AnimateDiffPipeline`.
     """

@@ -1,4 +1,4 @@
-"""What a task is: two halves of one protocol, one for training and one for what comes of it. The loop knows no more."""
+"""What a task is: a protocol in two halves, one for training and one for the results. The loop knows nothing else."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class TaskContext:
         config: all settings.
         images: the prepared set.
         accelerator: devices and processes.
-        streams: what is random about a sample.
-        checkpoint: the one that the run goes on from.
+        streams: the random streams of a sample.
+        checkpoint: the one that the run resumes from.
     """
 
     config: Config
@@ -39,7 +39,7 @@ class TaskContext:
 
 
 class Collapsed(RuntimeError):
-    """The training has gone wrong in a way that the loss does not show; says how. The run stops."""
+    """Training has gone wrong in a way that the loss does not show; the message says how. The run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Outcome:
 
     Attributes:
         captions, images: the last samples.
-        scores: the task's own scores by name, and what they are.
+        scores, scores_label: the task's own scores by name, and what they are scores of.
         checkpoint: the last one.
     """
 
@@ -65,7 +65,7 @@ class TrainingHalf(Protocol):
     Attributes:
         module: all that is trained, as one module.
         frozen_parts: the models whose frozen weights the result depends on.
-        data: what the loader makes batches of.
+        data: what the loader makes batches from.
     """
 
     module: torch.nn.Module
@@ -73,63 +73,63 @@ class TrainingHalf(Protocol):
     data: SampleData
 
     def begin_step(self, done: float, ema: EMA) -> None:
-        """Told before each optimizer step what share of the run is done, and the averaged weights."""
+        """Called before each optimizer step with the fraction of the run that is done and the averaged weights."""
         ...
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of a batch, (); `model` is `module` as Accelerate runs it. Nothing in it waits for the device."""
+        """The loss of a batch, `()`; `model` is `module` as Accelerate runs it. Nothing in it waits for the device."""
         ...
 
     def check(self) -> None:
-        """Look at what the steps left on the device; called by all processes, when losses are read.
+        """Check what the steps left on the device; called by all processes when losses are read.
 
         Raises:
-            Collapsed: going on is of no use.
+            Collapsed: there is no point in going on.
         """
         ...
 
     def state(self) -> dict[str, Any]:
-        """What the task learned of the data beside the weights, as JSON, for a checkpoint."""
+        """What the task learned from the data besides the weights, as JSON, for a checkpoint."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state` of a checkpoint."""
+        """Restore the `state` of a checkpoint."""
         ...
 
 
 class ResultsHalf(Protocol):
-    """What comes of it. All processes call each of these; the first one writes."""
+    """What training results in. All processes call each of these; the first one writes."""
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
-        """Captions and images for a grid, the same each time but for the weights."""
+        """Captions and images for a grid; from call to call, only the weights differ."""
         ...
 
     def held_out(self) -> dict[str, float]:
-        """`held_out_loss`, or `training_loss` where nothing is held out, and its parts."""
+        """`held_out_loss`, or `training_loss` if nothing is held out, and its parts."""
         ...
 
     def scores(self) -> tuple[dict[str, float], str]:
-        """What can be measured on held-out data, and what that is; nothing where nothing can."""
+        """Scores on held-out data, and a label that says what they are; empty if there are none."""
         ...
 
     def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
-        """A function that writes the model into a checkpoint, given its folder now and its name later."""
+        """A function that writes the model into a checkpoint, given its present folder and its final one."""
         ...
 
     def write_what_is_whole(self, folder: Path) -> None:
-        """Write into a checkpoint of sharded weights, from the first process, what a run that goes on needs beside them."""
+        """Write into a checkpoint of sharded weights, from the first process, what resuming needs besides them."""
         ...
 
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
-        """Write the result; returns what to say, at last how to use it."""
+        """Write the result; returns the messages to show, the last of which says how to use it."""
         ...
 
 
 class Task(TrainingHalf, ResultsHalf, Protocol):
-    """A task, whole. Its class is called with a `TaskContext`.
+    """A complete task. Its class is called with a `TaskContext`.
 
     Raises:
-        ValueError: settings that contradict one another, or that the model does not go with.
+        ValueError: settings that contradict one another or do not suit the model.
     """
 
     config: Config
@@ -140,14 +140,14 @@ class Task(TrainingHalf, ResultsHalf, Protocol):
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
-        """What its model has beside a UNet of text and noise; see `models.build.build_pipeline`."""
+        """What its model has besides a UNet that reads text and noise; see `models.build.build_pipeline`."""
         ...
 
 
 def check_not_sharded(context: TaskContext) -> None:
-    """Raise ValueError where the weights would be spread over processes, which not every task can have."""
+    """Raise ValueError if the weights would be sharded over processes, which not every task supports."""
     if context.accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(f"task={context.config.task} is not spread over GPUs; use configs/accelerate/multi_gpu.yaml")
+        raise ValueError(f"task={context.config.task} cannot be sharded over GPUs; use configs/accelerate/multi_gpu.yaml")
 
 
 def captioned_images(images: ArraySet, numbers: list[int]) -> tuple[list[str], list[np.ndarray]]:

@@ -8,9 +8,9 @@ from sfumato.training.config.schema import Config
 
 @dataclass
 class UpscalingConfig:
-    """`task: upscaling`: from what images, and how noisy they may be."""
+    """`task: upscaling`: what small images it starts from, and how noisy they may be."""
 
-    factor: int = 2  # images of data.resolution are drawn from those of this part of it
+    factor: int = 2  # images of data.resolution are drawn from images this many times smaller
     max_noise_level: int = 350  # the small image gets the noise of a timestep from 0 to this one
 
 
@@ -19,27 +19,27 @@ class AutoencoderConfig:
     """`task: autoencoder`: the VAE that is trained, and its loss."""
 
     model: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' AutoencoderKL
-    kl_weight: float = 1e-4  # on the Kullback-Leibler divergence of each latent number from N(0, 1)
+    kl_weight: float = 1e-4  # on the Kullback-Leibler divergence of each latent value from N(0, 1)
     sharpness_weight: float = 0.0  # on the error of differences between neighbouring pixels
-    # On the squared error between the first channels of the latents and the image made smaller: a pixel model of that size
-    # can go on in such latents (`init_from` and `vae.pretrained` together), and they can be looked at without decoding.
+    # On the squared error between the first channels of the latents and the downscaled image: a pixel model of that size
+    # can continue in such latents (`init_from` and `vae.pretrained` together), and they can be viewed without decoding.
     thumbnail_weight: float = 0.0
-    train_encoder: bool = True  # false, with init_from: the decoder alone, so models that work in the latents stay as good
-    latent_noise: float | None = None  # standard deviation of noise on latents in training; null: as the encoder says
+    train_encoder: bool = True  # false, with init_from: only the decoder, so models that work in the latents stay valid
+    latent_noise: float | None = None  # standard deviation of noise on latents in training; null: as the encoder predicts
 
 
 @dataclass
 class DistilConfig:
     """`task: distillation`: how a student learns to draw in a few steps."""
 
-    segments: int = 1  # of the way from noise to image; 1: seen as a whole, which one and two steps need
-    max_guidance_scale: float = 2.5  # the teacher draws with scales from 1 to this one; larger ones act as this one does
-    guidance_width: int = 64  # of the embedding by which the scale enters the network
-    masks: bool = False  # the teacher inpaints: the student reads a mask and the image around it too
+    segments: int = 1  # of the path from noise to image; 1: the whole path at once, which drawing in one or two steps needs
+    max_guidance_scale: float = 2.5  # the teacher draws with scales from 1 to this one; larger ones act like this one
+    guidance_width: int = 64  # width of the embedding by which the scale enters the network
+    masks: bool = False  # the teacher inpaints: the student also reads a mask and the image around it
     student: str | None = (
-        None  # begin from this student of the same teacher, such as one of more segments, not from its weights
+        None  # start from this student of the same teacher, such as one with more segments, not from the teacher's weights
     )
-    min_spread: float = 0.2  # the run stops where images differ by less than this share of what training images do
+    min_spread: float = 0.2  # the run stops if images differ by less than this fraction of what training images do
 
 
 @dataclass
@@ -47,8 +47,8 @@ class MotionConfig:
     """`task: motion`: the adapter between the frames of a 2D model."""
 
     num_attention_heads: int = 4  # must divide the width of every level of the 2D model
-    max_frames: int = 32  # of a clip, as long as one may ever be
-    mid_block: bool = True  # whether the middle of the UNet has one too
+    max_frames: int = 32  # of a clip, the most that one may ever have
+    mid_block: bool = True  # whether the middle block of the UNet has motion layers too
 
 
 def check_upscaling(config: Config, need) -> None:
@@ -62,13 +62,13 @@ def check_upscaling(config: Config, need) -> None:
 
 def check_control(config: Config, need) -> None:
     """Check the settings of the task; see `config.rules`."""
-    need(config.init_from is not None, "init_from", "task=control is for a trained model: name it")
+    need(config.init_from is not None, "init_from", "task=control needs a trained model: name it")
 
 
 def check_distillation(config: Config, need) -> None:
     """Check the settings of the task; see `config.rules`."""
     settings = config.section(DistilConfig)
-    need(config.init_from is not None, "init_from", "task=distillation is for a trained model, the teacher: name it")
+    need(config.init_from is not None, "init_from", "task=distillation needs a trained model, the teacher: name it")
     need(1 <= settings.segments <= 16, "distil.segments", "must be from 1 to 16")
     need(settings.max_guidance_scale >= 1, "distil.max_guidance_scale", "must be at least 1")
     even = settings.guidance_width >= 4 and settings.guidance_width % 2 == 0
@@ -77,15 +77,15 @@ def check_distillation(config: Config, need) -> None:
     need(config.lora.rank == 0, "lora.rank", "is not for task=distillation")
     need(not config.objective.self_conditioning, "objective.self_conditioning", "is not for task=distillation")
     few = config.validation.sampler in ("lcm", "tcd")
-    need(few, "validation.sampler", "of task=distillation lcm or tcd: others take steps that the student never learned")
+    need(few, "validation.sampler", "must be lcm or tcd for task=distillation: others take steps the student never learned")
     plain = config.validation.guider == "cfg" and list(config.validation.guidance_interval) == [0.0, 1.0]
-    need(plain, "validation.guider", "of task=distillation cfg at all steps: the scale is an input of the network")
+    need(plain, "validation.guider", "must be cfg at all steps for task=distillation: the scale is an input of the network")
 
 
 def check_motion(config: Config, need) -> None:
     """Check the settings of the task; see `config.rules`."""
     settings = config.section(MotionConfig)
-    need(config.init_from is not None, "init_from", "task=motion is for a trained model of pictures: name it")
+    need(config.init_from is not None, "init_from", "task=motion needs a trained image model: name it")
     need(settings.num_attention_heads >= 1, "motion.num_attention_heads", "must be at least 1")
     need(settings.max_frames >= 2, "motion.max_frames", "must be at least 2")
 
@@ -98,10 +98,10 @@ def check_autoencoder(config: Config, need) -> None:
     need(settings.thumbnail_weight >= 0, "autoencoder.thumbnail_weight", "must not be negative")
     need(settings.latent_noise is None or settings.latent_noise >= 0, "autoencoder.latent_noise", "must not be negative")
     need(config.init_from is None or not settings.model, "autoencoder.model", "comes from init_from; leave it out")
-    rule = "says how latents are to be; leave it out where the decoder alone is trained"
+    rule = "shapes the latents; leave it out if only the decoder is trained"
     need(settings.train_encoder or not settings.thumbnail_weight, "autoencoder.thumbnail_weight", rule)
     alone = settings.train_encoder or config.init_from is not None
-    need(alone, "autoencoder.train_encoder", "false needs a VAE to go on from: set init_from")
+    need(alone, "autoencoder.train_encoder", "false needs a VAE to start from: set init_from")
     need(not (config.hub.push or config.hub.every_steps), "hub", "pushes pipelines, which task=autoencoder does not make")
     need(config.train.compile in ("no", "unet"), "train.compile", "choose no or unet for task=autoencoder")
     need(not config.ema.snapshot_steps, "ema.snapshot_steps", "is not for task=autoencoder")

@@ -1,4 +1,4 @@
-"""Text to image: a text encoder and a UNet that predicts the noise, the image or a velocity. The base of its kin."""
+"""Text to image: a text encoder and a UNet that predicts the noise, the image or a velocity. The base of other tasks."""
 
 import copy
 import json
@@ -54,17 +54,17 @@ class TextToImage:
 
     Attributes:
         pipe: the model.
-        levels: the signal-to-noise ratio of every timestep, on the CPU; `snr` on the device; `drawn_levels` where timesteps
-            are drawn, which is the CPU, since MPS has no quantiles, or where the losses' moments are.
+        levels: the signal-to-noise ratio of every timestep, on the CPU; `snr`, the same on the device; `drawn_levels`, where
+            timesteps are drawn: on the CPU, since MPS has no quantiles, or where the losses' moments are.
         prompts: those of the sample grids.
     """
 
-    # What the loader makes of an image beside; see `SampleData`.
+    # What else the loader makes of an image; see `SampleData`.
     extra_arrays: Callable[[np.ndarray, int, Streams], dict[str, np.ndarray]] | None = None
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
-        """Nothing beside."""
+        """Nothing further."""
         return ModelNeeds()
 
     def __init__(self, context: TaskContext):
@@ -107,19 +107,19 @@ class TextToImage:
         self.prompts = list(config.validation.prompts) or sample_captions(self.images)
 
     def _build(self, checkpoint: Path | None) -> SfumatoPipeline:
-        """The model, with the tokenizer of the run that it goes on from; its sampler and guider are tried."""
+        """The model, with the tokenizer of the run that it resumes; its sampler and guider are tried out."""
         config, tokenizer = self.config, None
         if checkpoint is not None:
             if not (checkpoint / "pipeline" / "tokenizer").is_dir():
-                raise ValueError(f"{checkpoint} is of another task than {config.task}")
+                raise ValueError(f"{checkpoint} belongs to a task other than {config.task}")
             tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "pipeline" / "tokenizer")
         captions = self.images.training_captions()
         pipe = build_pipeline(config, captions, tokenizer)
         warn_of_long_captions(pipe, captions)
         if is_identity(pipe.vae) and self.images.repeat != pipe.vae_scale_factor:
             raise ValueError(
-                f"this model reads one value of each {pipe.vae_scale_factor} x {pipe.vae_scale_factor} pixels, and"
-                f" {config.data.name} has one for {self.images.repeat} x {self.images.repeat}; see vae.repeat"
+                f"this model reads one value per {pipe.vae_scale_factor} x {pipe.vae_scale_factor} pixels, but"
+                f" {config.data.name} has one per {self.images.repeat} x {self.images.repeat}; see vae.repeat"
             )
         steps, num_steps = pipe.scheduler.config.num_train_timesteps, config.validation.num_inference_steps
         if num_steps > steps:
@@ -144,12 +144,12 @@ class TextToImage:
             self.losses = torch.compile(self._losses, mode="reduce-overhead")
 
     def _cached(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Token ids or embeddings of every caption, and latents of every image where they are kept."""
+        """Token ids or embeddings of every caption, and latents of every image if they are cached."""
         data = self.config.data
         pipe = self.pipe
         latents = None
         if data.cache_latents and self.is_pixel_model:
-            raise ValueError("data.cache_latents=true: a pixel model has no latents to keep; leave it out")
+            raise ValueError("data.cache_latents=true: a pixel model has no latents to cache; leave it out")
         if data.cache_embeddings and any(parameter.requires_grad for parameter in pipe.text_encoder.parameters()):
             raise ValueError("data.cache_embeddings=true needs a frozen text encoder: text_encoder.train=false")
         if data.cache_latents:
@@ -161,10 +161,10 @@ class TextToImage:
         """Nothing to do."""
 
     def check(self) -> None:
-        """Nothing to look at."""
+        """Nothing to check."""
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Draw t on the host, or where the losses' moments are, and all the rest on the device."""
+        """Draw t on the host, or where the losses' moments are, and everything else on the device."""
         o = self.config.objective
         seed_layers(self.streams, batch)
         u, share = batch["timestep_u"], None
@@ -179,7 +179,7 @@ class TextToImage:
         return losses.mean()
 
     def _losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Draw x_0 and eps, noise, predict, compare (Ho et al. 2020, equation 14, weighted): `(B,)`, of timesteps `t`."""
+        """Draw x_0 and eps, noise, predict, compare (Ho et al. 2020, equation 14, weighted): `(B,)`, at timesteps `t`."""
         o, scheduler = self.config.objective, self.pipe.scheduler
         t = batch["t"]
         x_0 = self.x_0(batch)
@@ -198,9 +198,9 @@ class TextToImage:
     def with_noise_alone(
         self, x_0: torch.Tensor, noise: torch.Tensor, batch: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0 and eps, where captions were dropped, of pure noise: x_t is N(0, 1), and they are what is expected of it.
+        """x_0 and eps for pure noise where captions were dropped: x_t is N(0, 1), and they are their expectations given x_t.
 
-        Of x_0 from N(0, 1), E[x_0 | x_t] = sqrt(abar) x_t and E[eps | x_t] = sqrt(1 - abar) x_t, so v is zero.
+        For x_0 from N(0, 1), E[x_0 | x_t] = sqrt(abar) x_t and E[eps | x_t] = sqrt(1 - abar) x_t, so v is zero.
         """
         signal, deviation = self.pipe.scheduler.signal_and_noise(batch["t"], x_0)
         x_t = self.streams.normal(batch["sample_key"], Stream.EMPTY, tuple(x_0.shape[1:]))
@@ -214,7 +214,7 @@ class TextToImage:
         return encode(self.pipe.vae, batch["pixel_values"], is_pixel_model=self.is_pixel_model)
 
     def noise(self, keys: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
-        """The noise to train with, `(B, C, h, w)`; of each sample by its own key."""
+        """The noise to train with, `(B, C, h, w)`; for each sample by its own key."""
         o, shape = self.config.objective, tuple(x_0.shape[1:])
         if o.noise_candidates > 1:
             noise = nearest_noise(x_0, self.streams.normal(keys, Stream.NOISE, (o.noise_candidates, *shape)))
@@ -234,9 +234,9 @@ class TextToImage:
         streams: Streams | None = None,
         always_estimate: bool = False,
     ) -> torch.Tensor:
-        """What the network makes of noisy latents, with all that the task gives it beside.
+        """The network's output for noisy latents and whatever else the task gives it.
 
-        With self-conditioning, half of the samples, by their streams, or all, are given what the network first made of them.
+        With self-conditioning, half of the samples, by their streams, or all are also given the network's first estimate.
         """
         streams = streams or self.streams
         if self.config.objective.self_conditioning:
@@ -252,20 +252,20 @@ class TextToImage:
     def network_input(
         self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams
     ) -> tuple[torch.Tensor, NetworkInputs | None]:
-        """What the UNet gets: the noisy latents, with more channels where a task says so; and what else the network takes."""
+        """The UNet's input: the noisy latents, with more channels if a task adds them; and the network's other inputs."""
         return x_t, None
 
     def state(self) -> dict[str, Any]:
-        """The moments of the losses, where noise levels are importance sampled."""
+        """The moments of the losses, if noise levels are importance sampled."""
         return {} if self.moments is None else {"moments": self.moments.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state` of a checkpoint."""
+        """Restore the `state` of a checkpoint."""
         if self.moments is not None and "moments" in state:
             self.moments.restore(state["moments"])
 
     def export_pipe(self) -> SfumatoPipeline:
-        """The pipeline as it is drawn and exported: whole modules, the sampler and the guider of `validation`."""
+        """The pipeline as it draws and is exported: whole modules, with the sampler and the guider of `validation`."""
         return sampling_pipeline(plain_pipeline(self.pipe, self.module), self.config.validation)
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
@@ -274,7 +274,7 @@ class TextToImage:
         return self.prompts, to_pictures(pipe.codec, self.draw(pipe, self.prompts))
 
     def draw(self, pipe: SfumatoPipeline, captions: list[str], **inputs) -> list[Image.Image]:
-        """One image a caption, as `validation` says; see `drawing.draw_images`."""
+        """One image per caption, as `validation` says; see `drawing.draw_images`."""
         return draw_images(pipe, captions, self.config.validation, self.accelerator, **inputs)
 
     def held_out(self) -> dict[str, float]:
@@ -283,11 +283,11 @@ class TextToImage:
 
     @property
     def judged_split(self) -> str:
-        """What `drawing.sample_indices` takes images of, in words."""
+        """The split that `drawing.sample_indices` takes images from, in words."""
         return "held-out" if len(self.images.select("held_out")) else "training"
 
     def scores(self) -> tuple[dict[str, float], str]:
-        """The metrics of drawings that are measured at every end, and those that `checkpoint.best_by` names."""
+        """The metrics of drawings that are measured at the end of every run, and those that `checkpoint.best_by` names."""
         count = self.config.validation.num_judged
         plan = Plan(count=count, parts=("train",), intervals=False)
         evaluation = Evaluation(self.export_pipe(), self.config, self.images, self.accelerator, plan)
@@ -335,7 +335,7 @@ class TextToImage:
         return write
 
     def write_what_is_whole(self, folder: Path) -> None:
-        """The tokenizer, whose words stay."""
+        """The tokenizer, whose vocabulary stays."""
         self.pipe.tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
 
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:

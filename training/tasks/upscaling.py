@@ -23,7 +23,7 @@ from sfumato.training.tasks.text_to_image import TextToImage
 
 
 class Upscaling(TextToImage):
-    """A UNet that also gets a smaller image, made a little noisy, as Stable Diffusion's upscaling models do."""
+    """A UNet that also gets a smaller image with a little noise, as Stable Diffusion's upscaling models do."""
 
     @classmethod
     def model_needs(cls, config: Config) -> ModelNeeds:
@@ -34,7 +34,7 @@ class Upscaling(TextToImage):
             if settings.factor < factor:
                 raise ValueError(
                     f"upscaling.factor={settings.factor}: latents are {factor} times smaller than images, and the small "
-                    f"image lies beside them; set it to {factor} or more"
+                    f"image is stacked with them; set it to {factor} or more"
                 )
             if vae.quant_conv is None or vae.post_quant_conv is None:
                 raise ValueError("vae.pretrained: stock upscaling needs a VAE with quant_conv and post_quant_conv")
@@ -52,7 +52,7 @@ class Upscaling(TextToImage):
         )
 
     def shrink(self, pixels: torch.Tensor, size: torch.Size | list[int]) -> torch.Tensor:
-        """Images `(B, C, H, W)` made smaller by `upscaling.factor`, in the size of the latents, and still in [-1, 1]."""
+        """Images `(B, C, H, W)` reduced by `upscaling.factor`, then resized to the latents' `size`; still in [-1, 1]."""
         factor = self.config.section(UpscalingConfig).factor
         small = F.interpolate(pixels, scale_factor=1 / factor, mode="area")
         return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -60,7 +60,7 @@ class Upscaling(TextToImage):
     def network_input(
         self, x_t: torch.Tensor, batch: dict[str, torch.Tensor], streams: Streams
     ) -> tuple[torch.Tensor, NetworkInputs]:
-        """The noisy latents, and beside them the smaller image with noise, whose level goes to the network too."""
+        """The noisy latents, stacked with the noised smaller image, whose noise level goes to the network too."""
         small, keys = self.shrink(batch["pixel_values"], x_t.shape[-2:]), batch["sample_key"]
         level = streams.integers(keys, Stream.LOW_RES_LEVEL, self.pipe.config.max_noise_level + 1)
         noise = streams.normal(keys, Stream.LOW_RES_NOISE, tuple(small.shape[1:]))
@@ -68,7 +68,7 @@ class Upscaling(TextToImage):
         return torch.cat([x_t, small], dim=1), NetworkInputs(class_labels=level)
 
     def enlarge(self, count: int, pipe: SfumatoPipeline) -> tuple[list[str], np.ndarray, np.ndarray, list[Image.Image]]:
-        """Captions, held-out images, and what bicubic enlarging and the model make of them once they are smaller."""
+        """Captions, held-out images, and these reduced and enlarged again, by bicubic interpolation and by the model."""
         captions, images = captioned_images(self.images, sample_indices(self.images, count))
         pixels = to_pixel_values(np.stack(images))
         grid = [side // pipe.vae_scale_factor for side in pixels.shape[-2:]]
@@ -77,7 +77,7 @@ class Upscaling(TextToImage):
         return captions, np.stack(images), plain, self.draw(pipe, captions, image=small)
 
     def samples(self) -> tuple[list[str], list[Image.Image]]:
-        """Held-out images: enlarged plainly, enlarged by the model, and true."""
+        """Held-out images: enlarged by bicubic interpolation, enlarged by the model, and the true ones."""
         titles, images = [], []
         for caption, real, plain, drawing in zip(*self.enlarge(4, self.export_pipe())):
             titles += [f"{caption}: bicubic", "drawn", "true"]
@@ -85,7 +85,7 @@ class Upscaling(TextToImage):
         return titles, images
 
     def scores(self) -> tuple[dict[str, float], str]:
-        """How near to the true images, beside bicubic enlarging."""
+        """How close the results are to the true images, compared with bicubic enlarging."""
         _, real, plain, drawings = self.enlarge(self.config.validation.num_judged, self.export_pipe())
         scores = {}
         for name, images in (("model", to_arrays(drawings)), ("bicubic", plain)):

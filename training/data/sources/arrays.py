@@ -23,10 +23,10 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> ArrayCodec:
-    """The range of each channel over all files of the right shape.
+    """A codec with the range of each channel over all files of the right shape.
 
     Raises:
-        ValueError: no file has that shape; says which shapes there are.
+        ValueError: no file has that shape; the message says which shapes there are.
     """
     (height, width), channels = config.size, config.channels
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
@@ -47,7 +47,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> ArrayCodec:
         found = ", ".join(map(str, sorted(shapes)[:5])) or "none that can be read"
         raise ValueError(
             f"no array in {config.name} is {(channels, height, width)}, as data.channels and data.resolution (or "
-            f"data.buckets=[[height,width]]) say; there are {found}"
+            f"data.buckets=[[height,width]]) require; there are {found}"
         )
     if integer:
         low, high = np.zeros(channels), np.full(channels, 255.0)
@@ -56,10 +56,10 @@ def open_codec(config: DataConfig, files: list[Path]) -> ArrayCodec:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of a file; of an `.npz`, its only one or that called `array`.
+    """The array in a file; in an `.npz`, the only one or the one named `array`.
 
     Raises:
-        ValueError: it cannot be used; says why.
+        ValueError: it cannot be used; the message says why.
     """
     try:
         opened = np.load(path, allow_pickle=False)
@@ -70,16 +70,16 @@ def read_array(path: Path) -> np.ndarray:
                 names = opened.files
                 name = names[0] if len(names) == 1 else "array"
                 if name not in names:
-                    raise ValueError(f"several arrays, none called `array`: {', '.join(names[:5])}")
+                    raise ValueError(f"several arrays, none named `array`: {', '.join(names[:5])}")
                 if opened.zip.getinfo(f"{name}.npy").file_size > MAX_FILE_BYTES:
                     raise ValueError(f"larger than {MAX_FILE_BYTES // 1_000_000} MB")
                 field = opened[name]
     except ValueError as error:
         raise ValueError("pickled objects, which are not opened" if "pickle" in str(error) else str(error)) from error
-    except Exception as error:  # numpy and zipfile raise nearly anything on a damaged file
+    except Exception as error:  # numpy and zipfile raise almost anything on a damaged file
         raise ValueError("damaged array") from error
     if field.dtype.kind not in "uifb":
-        raise ValueError(f"{field.dtype} are no real numbers")
+        raise ValueError(f"{field.dtype} are not real numbers")
     if field.ndim == 2:
         field = field[None]
     return field

@@ -1,7 +1,7 @@
 """The `clips` data set: shapes that move or bounce, eight frames each, with captions that a program can check.
 
-A fifth of the combinations of colour, shape and motion are held out. `frames`: single frames of the same clips, as pictures,
-for the 2D model that `task: motion` lets move.
+A fifth of the combinations of colour, shape and motion are held out. `frames`: single frames of the same clips, as images,
+for training the 2D model to which `task: motion` adds motion.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> ClipCodec:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """`NUM_CLIPS` clips of the combinations that are not held out, then one of each that is."""
+    """`NUM_CLIPS` clips of the combinations that are not held out, then one clip of each that is."""
     captions, codec = everything(), ClipCodec()
     names = list(captions)
     held_out = set(np.random.default_rng(0).permutation(len(names))[: len(names) // 5].tolist())
@@ -39,7 +39,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def open_frames(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """One frame of each clip, at a time that its number says, with the clip's caption."""
+    """One frame of each clip, chosen by the clip's index, with the clip's caption."""
     for i, record in enumerate(open_source(config, files)):
         yield replace(record, image=partial(_one_frame, record.image, i))
 

@@ -1,7 +1,7 @@
 """The `compositions` data set: formulas of the Materials Project for which Ricci et al. 2017 computed transport properties.
 
-They lie in the package matminer, which is not run: `pip install --no-deps matminer`. Formulas that differ in size alone are
-one. Three of a hundred captions, by their hash, are held out with all their compositions.
+They are read from the package matminer, none of whose code is run: `pip install --no-deps matminer`. Formulas that differ
+only by a common factor count as one. Three percent of the captions, chosen by hash, are held out with all their compositions.
 """
 
 import csv
@@ -28,7 +28,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> CompositionCodec:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Every composition once, of up to 31 atoms of an element, shuffled once."""
+    """Every composition with up to 31 atoms of each element, once, in a fixed random order."""
     codec, known = CompositionCodec(), {}
     for formula in formulas():
         numbers = parse(formula)
@@ -45,10 +45,10 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def formulas() -> list[str]:
-    """The formulas of the table as they lie in matminer, whose own modules are not imported."""
+    """The formulas of the table inside the package matminer, whose modules are not imported."""
     spec = find_spec("matminer")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the compositions lie in matminer: pip install --no-deps matminer")
+        raise ModuleNotFoundError("the compositions are read from matminer: pip install --no-deps matminer")
     archive = Path(spec.submodule_search_locations[0], "utils/data_files/mp_transport/transport_database.tar.xz")
     with tarfile.open(archive) as members:
         name = next(member for member in members if member.name.endswith("transport_database.csv"))

@@ -28,12 +28,12 @@ from sfumato.training.data.records import (
 
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 MAX_LINE = 10_000_000
-OPEN_QUOTE = 'A quotation mark is perhaps not closed: write it twice inside of quotes ("""Hello"", she said")'
+OPEN_QUOTE = 'Perhaps a quotation mark is not closed; inside quotes it must be doubled ("""Hello"", she said")'
 ROWS_FOR_COLUMNS = 100
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Records of metadata.csv, .tsv or .jsonl, caption .txt files, or class sub-folders. `files` are all of the folder.
+    """Records from metadata.csv, .tsv or .jsonl, caption .txt files, or class sub-folders. `files` is the whole folder.
 
     Raises:
         ValueError: images without captions, several sets of images, or a table that cannot be read.
@@ -52,19 +52,19 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     if any("/" not in name for name in images):
         raise ValueError(
             f"{folder} has images but no captions; add metadata.csv or metadata.jsonl (file_name, text), a .txt beside "
-            "each image, or sort the images into sub-folders named like their class"
+            "each image, or sort the images into sub-folders named after their class"
         )
     classes = {Path(name).parts[0] for name in images}
     with_table = {name for name in classes if list((folder / name).glob("metadata.*"))}
     if inner := sorted(with_table or (classes if classes <= {"train", "test", "val", "validation"} else ())):
-        raise ValueError(f"{folder} holds image sets of their own: {', '.join(inner)}; name one, such as {folder / inner[0]}")
+        raise ValueError(f"{folder} holds separate image sets: {', '.join(inner)}; name one, such as {folder / inner[0]}")
     return _classes(folder, images, unknown, config)
 
 
 def _captioned(
     folder: Path, captions: dict[str, str], texts: set[str], unknown: list[str], config: DataConfig
 ) -> Iterator[Record]:
-    """A `.txt` file beside each image."""
+    """Records of images that have a `.txt` file beside them."""
     elsewhere = _other_splits(captions, config)
     for name, text in captions.items():
         if name in elsewhere:
@@ -78,14 +78,14 @@ def _captioned(
 
 
 def _classes(folder: Path, images: list[str], unknown: list[str], config: DataConfig) -> Iterator[Record]:
-    """A sub-folder for each class, whose name is the caption."""
+    """Records of images in sub-folders, one per class, whose name is the caption."""
     for name in images:
         yield _record(folder, name, Path(name).parts[0].replace("_", " "), config)
     yield from _left_out(unknown, "not an image by its name")
 
 
 def described(folder: Path, others: list[str], config: DataConfig) -> Iterator[Record]:
-    """Records of the table of a folder that has one; `others` are the names of the files beside."""
+    """Records from the table of a folder that has one; `others` are the names of the other files."""
     table = next(name for name in TABLES if (folder / name).is_file())
     if not (folder / table).resolve().is_relative_to(folder):
         raise ValueError(f"{folder / table} is a link out of the folder; put the file itself there")
@@ -93,7 +93,7 @@ def described(folder: Path, others: list[str], config: DataConfig) -> Iterator[R
 
 
 def _described(folder: Path, path: Path, others: list[str], config: DataConfig) -> Iterator[Record]:
-    """A table with a row for each image."""
+    """Records from a table with a row for each image."""
     image_column, caption_column = config.image_column or "file_name", config.caption_column or "text"
     rows = list(_checked_rows(path, (image_column, caption_column)))  # all: other splits and unnamed files must be known
     named = [row.get(image_column) if isinstance(row, dict) else None for row in rows]
@@ -104,7 +104,7 @@ def _described(folder: Path, path: Path, others: list[str], config: DataConfig) 
             yield Record(f"{path.name} line {number}", fault="damaged line")
         elif not isinstance(name, str) or not name:
             yield Record(f"{path.name} line {number}", fault="no file name")
-        elif None in row:  # or a caption would end at its first comma
+        elif None in row:  # otherwise the caption would end at its first comma
             yield Record(name, fault="more cells than columns; put a caption that has commas in quotes")
         elif name in elsewhere:
             yield Record(name, left_out=f"of the split {elsewhere[name]}")
@@ -119,7 +119,7 @@ def _left_out(names: Iterable[str], reason: str) -> Iterator[Record]:
 
 
 def _other_splits(names: Iterable[str], config: DataConfig) -> dict[str, str]:
-    """Those that lie in the first-level folder of another split, and the split."""
+    """Name -> split for the names that are in a top-level folder of another split."""
     tops = {name: Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names}
     if not any(top.lower() in SPLIT_WORDS for top in tops.values()):
         return {}
@@ -128,7 +128,7 @@ def _other_splits(names: Iterable[str], config: DataConfig) -> dict[str, str]:
 
 
 def _checked_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict | None]:
-    """The rows; the columns must be in one of the first hundred, since any single one may lack a key."""
+    """The rows of a table; each column must occur in the first hundred rows, since any single row may lack a key."""
     rows = _csv_rows(path, columns) if path.suffix in (".csv", ".tsv") else _json_rows(path)
     first, found = [], {}
     for row in rows:
@@ -158,7 +158,7 @@ def _csv_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict]:
     with _open_text(path) as lines:
         header = lines.readline(MAX_LINE)
         lines.seek(0)
-        # The delimiter by which most of the wanted columns are found; a comma where none is.
+        # The delimiter that yields most of the wanted columns; a comma if none does.
         delimiter = max(",;\t|", key=lambda mark: sum(cell.strip('" \r\n') in columns for cell in header.split(mark)))
         rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
         while True:
@@ -170,18 +170,18 @@ def _csv_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict]:
             if row is None:
                 return
             if rows.line_num > begin and _swallows_rows(row, delimiter):
-                raise ValueError(f"{path}, from line {begin}: a cell goes on over rows. {OPEN_QUOTE}")
+                raise ValueError(f"{path}, from line {begin}: a cell spans several rows. {OPEN_QUOTE}")
             yield {key.strip() if isinstance(key, str) else key: value for key, value in row.items()}
 
 
 def _swallows_rows(row: dict, delimiter: str) -> bool:
-    """Whether a cell holds what looks like further rows: lines that begin with the name of an image."""
+    """Whether a cell contains what look like further rows: lines that begin with the name of an image."""
     later = [line for cell in row.values() if isinstance(cell, str) for line in cell.splitlines()[1:]]
     return any(line.partition(delimiter)[0].strip(' "').lower().endswith(IMAGE_ENDINGS) for line in later)
 
 
 def _open_text(path: Path) -> TextIO:
-    """A table as text. Bytes that are not UTF-8 pass as surrogates, so that one bad caption is one bad record."""
+    """Open a table as text. Bytes that are not UTF-8 become surrogates, so that one bad caption spoils only one record."""
     with open(path, "rb") as file:
         start = file.read(2)
     encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -201,7 +201,7 @@ def _record(folder: Path, name: str, caption, config: DataConfig) -> Record:
             fault = "missing"
         elif not path.is_file():
             fault = "not a plain file"
-    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, characters that no file name has
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, or characters that a file name cannot have
         return Record(name, fault="not a file name")
     return Record(name, path, captions, fault=fault or fault_of_kind(name))
 
@@ -216,11 +216,11 @@ def _text_file(folder: Path, path: Path) -> str:
 def described_objects(
     config: DataConfig, files: list[Path], what: str, readers: Mapping[str, Callable[[Path], np.ndarray]]
 ) -> Iterator[Record]:
-    """A record for each row of a folder's table whose files are no images.
+    """A record for each row of a folder's table, for files that are not images.
 
     Args:
-        what: the files, plural, for the error.
-        readers: ending of a file's name -> what reads it.
+        what: what the files are, in the plural, for the error message.
+        readers: file ending -> the function that reads such a file.
 
     Raises:
         ValueError: there is no table.

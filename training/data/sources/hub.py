@@ -26,7 +26,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
         cell = row.get(image)
         body, fault = cell_bytes(cell)
         path = str(cell.get("path")) if isinstance(cell, dict) else ""
-        # Of paths in a stranger's table only those into the data set itself are followed.
+        # In an untrusted table, only paths that point into the data set itself are followed.
         if body is None and path.split("::")[-1].startswith(f"hf://datasets/{config.name}@"):
             try:
                 with fsspec.open(path) as file:

@@ -1,8 +1,8 @@
-"""Icon sets of Iconify as images: thousands of SVGs with names, drawn in any resolution.
+"""Icon sets of Iconify as images: thousands of named SVGs, drawn at any resolution.
 
 `data.name=iconify:FOLDER`, where FOLDER holds the `icons.json` of one set, as `npm install @iconify-json/noto` leaves it, or
-of several in folders of their own, such as `node_modules/@iconify-json`. A caption is the name of an icon or another name that
-the set has for it; of several sets with the style, "rocket, Noto style".
+several sets in sub-folders, such as `node_modules/@iconify-json`. A caption is the name of an icon or an alias that the set
+has for it; if there are several sets, it also gives the style, "rocket, Noto style".
 """
 
 import json
@@ -20,13 +20,13 @@ from sfumato.training.data.sources.openmoji import rasterise
 
 MEASURES = ("left", "top", "width", "height")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-MAX_DEPTH = 64  # of elements in each other; a few hundred overflow the stack of who draws them
-# What the Hub calls licences, of those that sets have.
+MAX_DEPTH = 64  # of nested elements; a few hundred overflow the renderer's stack
+# The Hub's names of licences that icon sets have.
 LICENSES = {
     *("apache-2.0", "mit", "isc", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "ofl-1.1", "unlicense", "bsd-2-clause", "bsd-3-clause"),
 }
-# An icon draws what it holds and reads nothing else.
+# An icon may only draw what it contains; it must not load anything else.
 _FOREIGN = re.compile(
     r"<\s*(image|script|foreignObject|!|\?)|(href|src)\s*=\s*[\"'](?!#)|url\(\s*[\"']?(?!#|[\"']#)", re.IGNORECASE
 )
@@ -34,15 +34,15 @@ _FOREIGN = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class IconSet:
-    """One set: its icons and their measures, and who made them.
+    """An icon set: its icons with their dimensions, and who made them.
 
     Attributes:
         title: its name, such as `Noto Emoji`.
-        style: the same in fewer words, such as `Noto`.
-        icons: name -> what `icons.json` says of it, with `body`, the inside of an SVG.
-        aliases: name -> the icon that it is another name of.
-        license: as the Hub calls it, or None.
-        credit: name, author and licence in a sentence.
+        style: the name in short, such as `Noto`.
+        icons: name -> its entry in `icons.json`, with `body`, the content of an SVG.
+        aliases: name -> the icon that it is another name for.
+        license: the Hub's name for the licence, or None.
+        credit: name, author and licence in one sentence.
     """
 
     title: str
@@ -57,25 +57,25 @@ def find_sets(name: str) -> list[IconSet]:
     """The sets in the folder that `data.name` names, in the order of their paths.
 
     Raises:
-        ValueError: no folder, no set in it, or one that is none.
+        ValueError: there is no such folder, no set in it, or a file that is not an icon set.
     """
     place = name.partition(":")[2]
     root = Path(place).expanduser()
     if not place or not root.is_dir():
-        raise ValueError(f"data.name={name!r}: there is no folder {str(root)!r}; say iconify:FOLDER")
+        raise ValueError(f"data.name={name!r}: there is no folder {str(root)!r}; write iconify:FOLDER")
     paths = [path for depth in ("", "*/", "*/*/") for path in sorted(root.glob(f"{depth}icons.json"))]
     if not paths:
-        raise ValueError(f"{root} holds no icons.json; unpack a set there, such as by: npm install @iconify-json/noto")
+        raise ValueError(f"{root} holds no icons.json; unpack a set there, for example with: npm install @iconify-json/noto")
     sets = [read_set(path) for path in paths]
     styles = [each.style for each in sets]
     return [replace(each, style=each.title) if styles.count(each.style) > 1 else each for each in sets]
 
 
 def read_set(path: Path) -> IconSet:
-    """One set.
+    """Read one set from its `icons.json`.
 
     Raises:
-        ValueError: the file is no set of icons.
+        ValueError: the file is not an icon set.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -89,10 +89,10 @@ def read_set(path: Path) -> IconSet:
         terms = license.get("title") or "no licence named"
         icons = {str(name): common | icon for name, icon in content["icons"].items()}
         plain = {name: alias for name, alias in content.get("aliases", {}).items() if set(alias) <= {"parent", "hidden"}}
-        aliases = {str(name): str(alias["parent"]) for name, alias in plain.items()}  # the others are turned or mirrored
+        aliases = {str(name): str(alias["parent"]) for name, alias in plain.items()}  # other aliases are rotated or mirrored
         license_id = re.sub("-(only|or-later)$", "", str(spdx).lower())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no set of icons as Iconify has them: {error!r}") from error
+        raise ValueError(f"{path} is not an icon set in Iconify's format: {error!r}") from error
     style = " ".join(re.sub(r"\(.*?\)|\b[Ee]mojis?\b|\b[Ii]cons?\b", " ", title).split()) or title
     credit = f"{title}{f' by {by}' if by else ''}. License: {terms}"
     return IconSet(
@@ -106,17 +106,17 @@ def read_set(path: Path) -> IconSet:
 
 
 def credits_of(config: DataConfig) -> tuple[str, str | None]:
-    """Who made the sets, and their licence where it is one; asked for when a model is written, hours after they were read."""
+    """Who made the sets, and their licence if they share one; called when a model is saved, hours after the sets were read."""
     try:
         sets = find_sets(config.name)
     except (ValueError, OSError):
-        return "icon sets that were gone when this was written; look up their licences", None
+        return "icon sets that no longer existed when this was written; look up their licences", None
     licenses = {each.license for each in sets}
     return "; ".join(each.credit for each in sets), licenses.pop() if len(licenses) == 1 else None
 
 
 def thing_of(name: str, icons: dict) -> str:
-    """The name in words; "dark" is written "dark skin tone" where the set has the icon in all five tones (`person-dark`)."""
+    """The name in words; "dark" becomes "dark skin tone" if the set has the icon in all five tones (`person-dark`)."""
     for tone in sorted(TONES, key=len, reverse=True):
         base = name.removesuffix(f"-{tone}")
         if base != name and all(f"{base}-{each}" in icons for each in TONES):
@@ -125,18 +125,18 @@ def thing_of(name: str, icons: dict) -> str:
 
 
 def svg_of(icon: dict) -> str:
-    """The icon as an SVG in the middle of a square; black where the set leaves the colour to its reader.
+    """The icon as an SVG in the middle of a square; black where the set leaves the colour to the renderer.
 
     Raises:
-        Unusable: it draws nothing, has no measures, or refers to something outside itself.
+        Unusable: it draws nothing, has no valid dimensions, or refers to something outside itself.
     """
     body = icon.get("body")
     try:
         left, top, width, height = (float(icon.get(key, 0)) for key in MEASURES)
     except (TypeError, ValueError, OverflowError) as error:
-        raise Unusable("an icon without measures") from error
+        raise Unusable("an icon without valid dimensions") from error
     if not all(map(math.isfinite, (left, top, width, height))):
-        raise Unusable("an icon without measures")
+        raise Unusable("an icon without valid dimensions")
     if not isinstance(body, str) or not body.strip() or not 0 < min(width, height) <= max(width, height) < 1e6:
         raise Unusable("an icon that draws nothing")
     if _FOREIGN.search(body):
@@ -150,7 +150,7 @@ def svg_of(icon: dict) -> str:
 
 
 def _check_elements(svg: str) -> None:
-    """Raise Unusable for what would overflow the stack of who draws it, or keep it busy: deep nesting, and filters."""
+    """Raise Unusable for deep nesting and filters, which would overflow the renderer's stack or keep it busy."""
     depth = 0
     faults = []
 
@@ -158,7 +158,7 @@ def _check_elements(svg: str) -> None:
         nonlocal depth
         depth += 1
         if depth > MAX_DEPTH:
-            faults.append("an icon of elements nested too deeply")
+            faults.append("an icon with elements nested too deeply")
         if name.rpartition(":")[2].startswith("fe"):
             faults.append("an icon with filters")
 
@@ -177,15 +177,15 @@ def _check_elements(svg: str) -> None:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """A record for each icon. Held out are one in ten pairs of thing and style, as long as another style shows the thing in
-    training, and one in twenty of the things that only one set has. (With `data.max_records` the other style may be left out.)
+    """A record for each icon. One in ten pairs of thing and style is held out, provided that another style of the thing is in
+    the training split, and one in twenty things that only one set has. (`data.max_records` may leave the other style out.)
 
     Raises:
-        ValueError: there are no sets, or none of their icons has one of the words.
+        ValueError: there are no sets, or no icon has a name with one of the words.
     """
     sets = find_sets(config.name)
     styles: dict[str, list[str]] = defaultdict(list)
-    things = [{name: thing_of(name, each.icons) for name in each.icons} for each in sets]  # the name in words, of each set
+    things = [{name: thing_of(name, each.icons) for name in each.icons} for each in sets]  # the names in words, for each set
     for each, names in zip(sets, things):
         for name, thing in names.items():
             if not each.icons[name].get("hidden"):
@@ -224,5 +224,5 @@ def _draw(icon: dict, resolution: int):
     svg = svg_of(icon)
     try:
         return rasterise(svg, resolution)
-    except Exception as error:  # whatever resvg raises of what it cannot read
+    except Exception as error:  # whatever resvg raises for input it cannot read
         raise Unusable("an icon that cannot be drawn") from error

@@ -1,4 +1,4 @@
-"""Names, keywords and groups of emoji, English and Chinese, as further captions; of npm's package `emojibase-data` (MIT)."""
+"""Names, keywords and groups of emoji, English and Chinese, as further captions; from npm's `emojibase-data` (MIT)."""
 
 import json
 from collections import Counter
@@ -8,26 +8,26 @@ from typing import Any
 
 from sfumato.training.data.records import hash_fraction
 
-HOW = "npm pack emojibase-data, unpack it, and name the folder `package` that was in it"
+HOW = "run npm pack emojibase-data, unpack the archive, and give the folder `package` that was in it"
 COMMAS = {"en": ", ", "zh": "，"}
-NUM_KEYWORDS = 3  # in a caption
+NUM_KEYWORDS = 3  # per caption
 
 
 def keyword_files(folder: Path, languages: Sequence[str]) -> list[Path]:
-    """The files that are read: of each language its emoji, then its groups."""
+    """The files that are read: for each language its emoji, then its groups."""
     return [folder / language / f"{name}.json" for language in languages for name in ("data", "messages")]
 
 
 def read_keywords(folder: Path, languages: Sequence[str]) -> dict[str, list[str]]:
-    """Further captions of emoji, by code points (hexadecimal, FE0F left out): the name in Unicode's CLDR, this with its group
-    ("nerd face, with glasses"), and up to three keywords ("clever, brainy, gifted"). None of variants in skin tone, whose
-    names say it already.
+    """Further captions of emoji, by code points (hexadecimal, FE0F left out): the name in Unicode's CLDR, the name with its
+    group ("nerd face, with glasses"), and up to three keywords ("clever, brainy, gifted"). There are none for skin-tone
+    variants, as their names already say everything.
 
     Args:
-        folder: as npm packs it, with `LANGUAGE/data.json` and `LANGUAGE/messages.json`.
+        folder: the unpacked npm package, with `LANGUAGE/data.json` and `LANGUAGE/messages.json`.
 
     Raises:
-        ValueError: it is another folder, or damaged.
+        ValueError: it is a different folder, or its files are damaged.
     """
     captions: dict[str, list[str]] = {}
     for language in languages:
@@ -40,7 +40,7 @@ def read_keywords(folder: Path, languages: Sequence[str]) -> dict[str, list[str]
 
 
 def plain_code(code: str) -> str:
-    """Hexadecimal code points without the sign that asks for an image in place of a letter."""
+    """Hexadecimal code points without FE0F, the variation selector that asks for an emoji instead of text."""
     return "-".join(point for point in code.upper().split("-") if point != "FE0F")
 
 
@@ -55,12 +55,12 @@ def _read(file: Path) -> Any:
 
 def _list(content: Any, file: Path) -> list[dict[str, Any]]:
     if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
-        raise ValueError(f"data.keywords: {file} is no list of emoji: {HOW}")
+        raise ValueError(f"data.keywords: {file} is not a list of emoji: {HOW}")
     return content
 
 
 def _groups(messages: Any) -> dict[int, str]:
-    """Number of a group -> its name; none of numbers that two groups have, as 46 in version 17."""
+    """Number of a group -> its name; numbers that two groups share, such as 46 in version 17, are left out."""
     rows = messages.get("subgroups") if isinstance(messages, dict) else None
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     named = [(row["order"], row["message"]) for row in rows if isinstance(row.get("order"), int) and row.get("message")]
@@ -69,7 +69,7 @@ def _groups(messages: Any) -> dict[int, str]:
 
 
 def _captions(entry: dict[str, Any], groups: dict[int, str], comma: str, file: Path) -> tuple[str, list[str]]:
-    """Code and captions of one emoji; keywords in an order of their own, so that not those of the first letters are taken."""
+    """Code and captions of one emoji; keywords are ordered by a hash, so that the choice does not favour the first letters."""
     code = entry.get("hexcode")
     name = entry.get("label")
     tags = entry.get("tags") or []

@@ -1,4 +1,4 @@
-"""The `melodies` data set: chords and melodies of three notes by six instruments, played as those of `notes` are.
+"""The `melodies` data set: chords and melodies of three notes by six instruments, played in the same way as `notes`.
 
 A fifth of the combinations of instrument and chord or melody are held out.
 """
@@ -23,7 +23,7 @@ COPIES = 2
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MelodyCodec:
-    """As of `notes`; the judge's references are of true pieces that are trained on."""
+    """Like the codec of `notes`; the judge's references come from real training pieces."""
     codec, known = MelodyCodec(**SETTINGS), []
     for (instrument, piece), held_out in combinations():
         if not held_out:
@@ -33,7 +33,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> MelodyCodec:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Each piece as loud as `LOUDNESS` says, `COPIES` times; of those held out one."""
+    """Each piece at every volume of `LOUDNESS`, `COPIES` times; held-out pieces only once."""
     for number, ((instrument, piece), held_out) in enumerate(combinations()):
         for take, copy in itertools.product(range(len(LOUDNESS)), range(COPIES)):
             if not held_out or (take, copy) == (1, 0):
@@ -45,7 +45,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 @lru_cache(maxsize=1)
 def pieces() -> tuple[tuple[int, ...], ...]:
-    """MIDI numbers of all chords, minor or major, then of `NUM_MELODIES` melodies; chords stand in rising order."""
+    """MIDI numbers of all minor and major chords, with rising notes, and then of `NUM_MELODIES` melodies."""
     melodies = [each for each in itertools.product(NATURALS, repeat=3) if each[0] != each[1] != each[2]]
     melodies = [each for each in melodies if list(each) not in CHORDS]
     chosen = np.random.default_rng(0).permutation(len(melodies))[:NUM_MELODIES]
@@ -53,14 +53,14 @@ def pieces() -> tuple[tuple[int, ...], ...]:
 
 
 def combinations() -> list[tuple[tuple[str, tuple[int, ...]], bool]]:
-    """Instrument and piece, and whether that is held out."""
+    """Every combination of instrument and piece, and whether it is held out."""
     every = list(itertools.product(PROGRAMS, pieces()))
     held_out = set(np.random.default_rng(0).permutation(len(every))[: len(every) // 5].tolist())
     return [(each, i in held_out) for i, each in enumerate(every)]
 
 
 def caption_of(instrument: str, piece: tuple[int, ...]) -> str:
-    """Such as `a piano plays the chord C sharp minor` or `a violin plays C, E, D`."""
+    """A caption such as `a piano plays the chord C sharp minor` or `a violin plays C, E, D`."""
     article = "an" if instrument[0] in "aeiou" else "a"
     if list(piece) in CHORDS:
         kind = "minor" if piece[1] - piece[0] == 3 else "major"
@@ -69,14 +69,14 @@ def caption_of(instrument: str, piece: tuple[int, ...]) -> str:
 
 
 def _play(instrument: str, piece: tuple[int, ...], take: int, copy: int) -> np.ndarray:
-    """A good second of a piece."""
+    """Just over a second of a piece."""
     scores = tuple((_score(each), loud) for each in pieces() for loud in LOUDNESS)
     number = pieces().index(piece) * len(LOUDNESS) + take
     return cut((instrument, scores), number, [number, copy])
 
 
 def _score(piece: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    """Notes as `performance` takes them: of a chord at once, of a melody one after another."""
+    """Notes as `performance` takes them: those of a chord all at once, those of a melody one after another."""
     if list(piece) in CHORDS:
         return tuple((0, int(0.9 * TICKS), pitch) for pitch in piece)
     length = int(NOTE_SECONDS * TICKS)

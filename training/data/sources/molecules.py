@@ -1,8 +1,8 @@
-"""The `molecules` and `moses` data sets: molecules with captions that RDKit reads off them.
+"""The `molecules` and `moses` data sets: molecules with captions that RDKit derives from them.
 
-`molecules` is QM9, 130,831 of up to nine heavy atoms (extra `molecules`: rdkit, qm9pack). `moses` is the benchmark of
-drug-like ones of that name, 1,584,663 of up to 27 heavy atoms (also `pip install --no-deps molsets`). Neither package is
-run: their tables are read as they lie. Two of a hundred captions, by their hash, are held out with all their molecules.
+`molecules` is QM9, 130,831 molecules of up to nine heavy atoms (extra `molecules`: rdkit, qm9pack). `moses` is the MOSES
+benchmark, 1,584,663 drug-like molecules of up to 27 heavy atoms (also `pip install --no-deps molsets`). No code of the data
+packages is run; only their tables are read. Two percent of the captions, by hash, are held out with all their molecules.
 """
 
 import csv
@@ -21,14 +21,14 @@ HELD_OUT_SHARE = 0.02
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MoleculeCodec:
-    """Of QM9: nine atoms. Of MOSES: 27."""
+    """Nine atoms for QM9, 27 for MOSES."""
     if config.name == "moses":
         return MoleculeCodec(atoms=27, elements=("C", "N", "O", "F", "S", "Cl", "Br"))
     return MoleculeCodec()
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """All molecules, or the first `max_records`, shuffled once."""
+    """All molecules in a fixed random order."""
     codec, smiles = open_codec(config, files), (moses_smiles if config.name == "moses" else qm9_smiles)()
     for number in np.random.default_rng(0).permutation(len(smiles)).tolist():
         try:
@@ -42,7 +42,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def qm9_smiles() -> list[str]:
-    """The SMILES of QM9 in its order."""
+    """The SMILES of QM9 in their original order."""
     smiles = []
     for part in sorted(_folder_of("qm9pack", "pip install 'sfumato[molecules]'").glob("data/qm9_part*.csv")):
         with open(part, encoding="utf-8", newline="") as lines:
@@ -51,7 +51,7 @@ def qm9_smiles() -> list[str]:
 
 
 def moses_smiles() -> list[str]:
-    """The SMILES of MOSES's training molecules in its order."""
+    """The SMILES of the training molecules of MOSES in their original order."""
     table = _folder_of("moses", "pip install --no-deps molsets") / "dataset" / "data" / "train.csv.gz"
     with gzip.open(table, "rt", encoding="utf-8") as lines:
         return [row["SMILES"] for row in csv.DictReader(lines)]
@@ -60,5 +60,5 @@ def moses_smiles() -> list[str]:
 def _folder_of(package: str, cure: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"these molecules lie in the package {package}: {cure}")
+        raise ModuleNotFoundError(f"these molecules are read from the package {package}: {cure}")
     return Path(spec.submodule_search_locations[0])

@@ -1,4 +1,4 @@
-"""The `moving_emoji` data set: emoji of OpenMoji that move or bounce, eight frames each, as shapes do in `clips`.
+"""The `moving_emoji` data set: eight-frame clips of OpenMoji emoji that move or bounce, like the shapes in `clips`.
 
 Needs the extra `openmoji`. A fifth of the combinations of emoji and motion are held out.
 """
@@ -20,17 +20,17 @@ NAMES = (
     *("frog", "pig face", "panda", "lady beetle", "ghost", "alien", "snowman", "fire", "droplet", "strawberry"),
     *("basketball", "balloon", "rocket", "bell"),
 )
-SIDE, SIZE, NUM_CLIPS = 32, 12, 16_384  # of a frame and of an emoji in it, in pixels; clips that are trained on
+SIDE, SIZE, NUM_CLIPS = 32, 12, 16_384  # sides of a frame and of an emoji in it, in pixels; number of training clips
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MovingPictureCodec:
-    """Eight frames of 32 x 32; the judge knows the emoji as they appear."""
+    """Eight frames of 32 x 32; the judge knows the emoji as they appear in the clips."""
     pictures = {name: sprite.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3)).round() for name, sprite in sprites().items()}
     return MovingPictureCodec(side=SIDE, pictures=pictures)
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """`NUM_CLIPS` clips of the combinations that are not held out, then one of each that is."""
+    """`NUM_CLIPS` clips of the combinations that are not held out, then one clip of each that is."""
     every = list(itertools.product(sprites(), motions()))
     held_out = set(np.random.default_rng(0).permutation(len(every))[: len(every) // 5].tolist())
     train = [each for i, each in enumerate(every) if i not in held_out]
@@ -47,7 +47,7 @@ def _draw(name: str, motion: tuple[str, str], seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def sprites() -> dict[str, np.ndarray]:
-    """Name -> the emoji on white, four times as large as it appears.
+    """Name -> the emoji on white, four times as large as it appears in the clips.
 
     Raises:
         ModuleNotFoundError: the packages of the extra are missing.

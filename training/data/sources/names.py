@@ -1,4 +1,4 @@
-"""The `names` data set: first names and surnames of ten countries, from Faker; a twentieth, by their hash, are held out.
+"""The `names` data set: first names and surnames of ten countries, from Faker; a twentieth, chosen by hash, are held out.
 
 Needs the extra `texts` (faker).
 """
@@ -16,12 +16,12 @@ HELD_OUT_SHARE = 0.05
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> NameCodec:
-    """Sixteen characters."""
+    """A codec of sixteen characters."""
     return NameCodec()
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Every name of every list, shuffled once."""
+    """Every name of every list, in a fixed random order."""
     pairs = [(f"{country} {kind}", name) for country in COUNTRIES for kind in KINDS for name in known_names(country, kind)]
     for number in np.random.default_rng(0).permutation(len(pairs)).tolist():
         caption, name = pairs[number]

@@ -1,7 +1,7 @@
 """The `notes` data set: notes of two octaves by six instruments, played by fluidsynth from a General MIDI soundfont.
 
-Needs the program and a font (Debian: `apt install --no-install-recommends fluidsynth timgm6mb-soundfont`). Each note is held
-out with one of the instruments.
+Needs the program and a soundfont (Debian: `apt install --no-install-recommends fluidsynth timgm6mb-soundfont`). Each note is
+held out for one of the instruments.
 """
 
 import itertools
@@ -20,17 +20,17 @@ from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record
 from sfumato.training.data.sources.sounds import classifier, read_sound
 
-PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, "flute": 73}  # of General MIDI
-TICKS = 1000  # a second
+PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, "flute": 73}  # program numbers of General MIDI
+TICKS = 1000  # per second
 PITCHES = range(60, 84)  # C 4 to B 5
-LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities: a take each
-COPIES = 3  # of each take, beginning at another moment
+LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities, one for each take
+COPIES = 3  # of each take, each with a different start
 FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
 SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
-    """A second of 16 kHz in 128 bands, 24 an octave; the judge's references are of true notes that are trained on."""
+    """One second at 16 kHz in 128 bands, 24 per octave; the judge's references come from real training notes."""
     codec, known = NoteCodec(**SETTINGS), []
     for (instrument, pitch), held_out in combinations():
         if not held_out:
@@ -39,7 +39,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Each note as loud as `LOUDNESS` says, `COPIES` times; of those held out one."""
+    """Each note at every volume of `LOUDNESS`, `COPIES` times; held-out notes only once."""
     for number, ((instrument, pitch), held_out) in enumerate(combinations()):
         for take, copy in itertools.product(range(len(LOUDNESS)), range(COPIES)):
             if not held_out or (take, copy) == (3, 0):
@@ -50,9 +50,9 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def combinations() -> list[tuple[tuple[str, int], bool]]:
-    """Each instrument with each MIDI number, and whether the pair is held out: one instrument for every number, evenly.
+    """Each instrument with each MIDI number, and whether the pair is held out: one instrument per number, evenly spread.
 
-    A random choice may leave a note with so few instruments that no model can learn it.
+    A random choice could leave a note with so few instruments that no model can learn it.
     """
     left_out = np.random.default_rng(0).permutation(len(PITCHES)) % len(PROGRAMS)
     return [
@@ -63,19 +63,19 @@ def combinations() -> list[tuple[tuple[str, int], bool]]:
 
 
 def caption_of(instrument: str, pitch: int) -> str:
-    """Such as `a piano plays C sharp 4`."""
+    """A caption such as `a piano plays C sharp 4`."""
     article = "an" if instrument[0] in "aeiou" else "a"
     return f"{article} {instrument} plays {NOTES[pitch % 12]} {pitch // 12 - 1}"
 
 
 def _play(instrument: str, pitch: int, take: int, copy: int) -> np.ndarray:
-    """A note of 0.9 seconds, beginning within a tenth of a second, levelled."""
+    """A note of 0.9 seconds that begins within a tenth of a second, normalised in volume."""
     pieces = tuple((((0, 900, each),), loud) for each in PITCHES for loud in LOUDNESS)
     return cut((instrument, pieces), (pitch - PITCHES[0]) * len(LOUDNESS) + take, [pitch, take, copy])
 
 
 def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
-    """One of the pieces that `performance` plays, a good second of it, beginning within a tenth of a second, levelled."""
+    """Just over a second of one of the pieces of `performance`, beginning within a tenth of a second, normalised in volume."""
     rate = NoteCodec().rate
     sound = performance(*played)[2 * rate * number :][: rate + rate // 20]
     late = int(np.random.default_rng(seed).integers(0, rate // 10))
@@ -84,7 +84,7 @@ def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
 
 @lru_cache(maxsize=len(PROGRAMS))
 def performance(instrument: str, pieces: tuple) -> np.ndarray:
-    """Pieces one after another, two seconds each: notes, as (start, length, MIDI number) in ticks, and how loud they are."""
+    """Play pieces, two seconds each. A piece is its notes, as (start, length, MIDI number) in ticks, and a velocity."""
     font = next((path for path in FONTS if Path(path).is_file()), None)
     if shutil.which("fluidsynth") is None or font is None:
         packages = "fluidsynth timgm6mb-soundfont"
@@ -99,7 +99,7 @@ def performance(instrument: str, pieces: tuple) -> np.ndarray:
 
 
 def _midi(program: int, pieces: tuple) -> bytes:
-    """A Standard MIDI file, a piece every two seconds."""
+    """A Standard MIDI file with one piece every two seconds."""
     events, now = struct.pack(">BBB", 0, 0xC0, program), 0
     moments = []
     for number, (notes, loud) in enumerate(pieces):
@@ -115,7 +115,7 @@ def _midi(program: int, pieces: tuple) -> bytes:
 
 
 def _ticks(number: int) -> bytes:
-    """A length of time, seven bits a byte."""
+    """A duration as a MIDI variable-length number, seven bits per byte."""
     parts = [number & 0x7F]
     while number := number >> 7:
         parts.append(number & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""The embedded data set: OpenMoji images (CC BY-SA 4.0), captioned with the names that the package `emoji` gives them."""
+"""The built-in data set: OpenMoji images (CC BY-SA 4.0), captioned with the names that the package `emoji` gives them."""
 
 import io
 import json
@@ -25,15 +25,15 @@ _PEOPLE = {"man", "woman", "person"}
 
 
 def _split(code: str, name: str) -> str:
-    """`held_out_combination`, `held_out` or `train`.
+    """The split of an image: `held_out_combination`, `held_out` or `train`.
 
-    One in ten combinations of profession x skin tone x gender ("woman firefighter medium skin tone") is held out whole,
-    and one in twenty of all other images.
+    One in ten combinations of profession x skin tone x gender ("woman firefighter medium skin tone") is held out, and one in
+    twenty of all other images.
     """
     gender = name.split(" ")[0]
     if any(ord(c) in _TONES for c in code) and gender in _PEOPLE:
         return "held_out_combination" if hash_fraction("combination " + name) < 0.1 else "train"
-    # The two prefixes decide what is held out: models were trained by them, so they never change.
+    # The two prefixes decide what is held out. Models were trained on these splits, so they must never change.
     return "held_out" if hash_fraction("picture " + name) < 0.05 else "train"
 
 
@@ -47,11 +47,11 @@ def records(
     """Every OpenMoji image that `emoji` names, in a fixed order.
 
     Args:
-        keywords: further captions, see `keywords.read_keywords`.
+        keywords: further captions; see `keywords.read_keywords`.
 
     Returns:
-        Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `chinese` (that one, or None),
-        `split`, `svg` (a path).
+        Dicts of `id` (hexadecimal code points), `captions` (alternatives, the main one first), `chinese` (the Chinese one, or
+        None), `split` and `svg` (a path).
 
     Raises:
         ModuleNotFoundError: the packages of the extra `sfumato[openmoji]` are missing.
@@ -85,7 +85,7 @@ def records(
         translated = _plain(chinese[code]) + ("国旗" if flag else "") if code in chinese else None
         captions += [translated] if translated else []
         captions += (keywords or {}).get(plain_code(name), [])
-        unique = {}  # the tokenizer lowers case, so captions that differ in case only are one
+        unique = {}  # the tokenizer lowercases, so captions that differ only in case are the same
         for caption in captions:
             unique.setdefault(caption.lower(), caption)
         if captions := list(unique.values()):
@@ -102,8 +102,8 @@ def records(
 
 
 def rasterise(svg: str, resolution: int) -> np.ndarray:
-    """Draw one SVG, a path or its text, on a white ground: `(resolution, resolution, 3)` uint8, antialiased by drawing four
-    times as large.
+    """Draw an SVG, a path or its text, on white: `(resolution, resolution, 3)` uint8, antialiased by drawing it four times as
+    large.
     """
     import resvg_py
 
@@ -113,7 +113,7 @@ def rasterise(svg: str, resolution: int) -> np.ndarray:
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX))
 
 
-# OpenMoji's palette by plain names; greys do for black and white too, so they are read and not named.
+# OpenMoji's palette by plain names. Greys also stand for black and white, so they are counted but never used as a name.
 COLOURS = {
     "red": ("EA5A47", "D22F27"),
     "orange": ("F1B31C", "E27022"),
@@ -128,10 +128,10 @@ COLOURS = {
 
 
 def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> str | None:
-    """The name of the colour that has at least half of what an image `(H, W, 3)` uint8 has of OpenMoji's named colours.
+    """The colour that makes up at least half of the pixels of OpenMoji's named colours in an image `(H, W, 3)` uint8.
 
-    None where none has, where it is grey, or where all of them cover less than `least` of the image. White and black are
-    ground and lines, and other colours count as those do.
+    None if there is no such colour, if it is grey, or if the named colours cover less than `least` of the image. White and
+    black are background and lines; they are ignored, as are colours outside the palette.
     """
     names = [name for name, codes in COLOURS.items() for _ in codes]
     palette = np.array(
@@ -145,13 +145,13 @@ def main_colour(image: np.ndarray, reach: float = 24.0, least: float = 0.1) -> s
     return colour if colour != "grey" and shares[colour] >= 0.5 and len(found) >= least * image[..., 0].size else None
 
 
-# By these shades a colour is put in another's place, light ones for light ones. Yellow's shadow is orange's light.
+# The shades by which one colour replaces another, light for light. The dark shade of yellow is the light one of orange.
 SHADES = {**COLOURS, "yellow": ("FCEA2B", "F1B31C")}
 _UNCOLOURED = {"black", "white", "tone", "flag", "man", "woman", "person", "men", "women", "people", "boy", "girl", "skin"}
 
 
 def recolour(svg: str, colour: str, other: str) -> str:
-    """The text of an SVG with the shades of one colour of the palette in those of another."""
+    """The text of an SVG with the shades of one palette colour replaced by those of another."""
     shades, others = SHADES[colour], SHADES[other]
     at = np.linspace(0, len(others) - 1, len(shades)).round().astype(int) if len(shades) > 1 else [len(others) // 2]
     new = {shade.lower(): others[k] for shade, k in zip(shades, at)}
@@ -165,32 +165,32 @@ CHINESE = {
 
 
 def chinese_caption(captions: Sequence[str]) -> str | None:
-    """The first of an image's captions that has Chinese characters; None where none has."""
+    """The first of an image's captions that contains Chinese characters, or None."""
     return next((caption for caption in captions if re.search(r"[\u4e00-\u9fff]", caption)), None)
 
 
 def chinese_pair(caption: str, colour: str, other: str, *, named: bool = False) -> str | None:
-    """A Chinese caption of an image whose main colour became another one; None where more of it says a colour.
+    """The Chinese caption of an image whose main colour was replaced by another; None if the rest of it also names a colour.
 
     Args:
-        named: whether the thing is called by its colour, as a red apple is and butter, in Chinese "yellow oil", is not.
+        named: whether the caption calls the thing by its colour, as for a red apple, but not butter ("yellow oil" in Chinese).
     """
     thing = re.sub(f"{CHINESE[colour]}色的?" + (f"|^{CHINESE[colour]}(?!$)" if named else ""), "", caption)
     return None if not thing or set(thing) & {*CHINESE.values(), "青"} else f"{CHINESE[other]}色{thing}"
 
 
 def split_colour(caption: str) -> tuple[str | None, str]:
-    """The colour that a caption begins with, and the rest; None where it begins with none."""
+    """The colour that a caption begins with, or None, and the rest of the caption."""
     first, _, rest = caption.partition(" ")
     return (first, rest) if first.lower() in COLOURS and rest else (None, caption)
 
 
 def recoloured(record: dict, count: int, taken: set[str]) -> Iterator[dict]:
-    """An image of one main colour in up to `count` others, as `records` has them, with the colour before its name, in English
-    and, where `records` has Chinese, in that too.
+    """An image of one main colour in up to `count` other colours, as dicts like those of `records`, with the colour before the
+    name in the English caption and, if the record has a Chinese one, in that too.
 
-    One in ten pairs of colour and thing is held out whole. None whose caption is one of `taken`, to which each adds its own;
-    none of images that are held out, of people and of flags; none where the colour is not seen in the result.
+    One in ten pairs of colour and thing is held out. An image is left out if its caption is in `taken`, to which each adds its
+    own, or if the new colour is not recognised in the result; images of people, flags and held-out images are not recoloured.
     """
     caption = record["captions"][0]
     words = set(caption.lower().split())
@@ -215,7 +215,7 @@ def recoloured(record: dict, count: int, taken: set[str]) -> Iterator[dict]:
 
 
 def add_main_colour(caption: str, image: np.ndarray) -> list[str]:
-    """The caption with the image's main colour before it, "pink pig face"; none where it names a colour or a skin tone."""
+    """The caption with the image's main colour before it, "pink pig face"; empty if it already names a colour or skin tone."""
     named = {*COLOURS, "black", "white", "tone"} & set(caption.lower().split())
     colour = None if named else main_colour(image)
     return [f"{colour} {caption}"] if colour else []
@@ -231,7 +231,7 @@ SKIN = {
 
 
 def split_tone(caption: str) -> tuple[str | None, str]:
-    """The one skin tone that a caption names, and the caption without it; None where it names none, or two."""
+    """The skin tone that a caption names, or None if it names none or two, and the caption without it."""
     found = [tone for tone in sorted(SKIN, key=len, reverse=True) if caption.endswith(tone) or f"{tone} " in f"{caption} "]
     if not found or caption.count("skin tone") != 1:
         return None, caption
@@ -239,9 +239,9 @@ def split_tone(caption: str) -> tuple[str | None, str]:
 
 
 def read_tone(image: np.ndarray, reach: float = 24.0, least: float = 0.005) -> str | None:
-    """The skin tone that an image `(H, W, 3)` uint8 shows, by OpenMoji's five colours; None where none covers `least` of it.
+    """The skin tone that an image `(H, W, 3)` uint8 shows, by OpenMoji's five colours; None if none covers `least` of it.
 
-    Hair has the colour of a darker skin, so of several tones the lightest one counts.
+    Hair has the colour of a darker skin tone, so the lightest of several tones counts.
     """
     colours = np.array(list(SKIN.values()), float)
     distances = np.linalg.norm(image[..., None, :].astype(float) - colours, axis=-1)
@@ -254,18 +254,18 @@ def check(config, need) -> None:
     """Check the settings of this source; see `config.rules`."""
     need(0 <= config.data.recolours <= 8, "data.recolours", "must be from 0 to 8")
     english = not config.data.recolours or "en" in config.data.languages
-    need(english, "data.recolours", "are said in English: data.languages=[en]")
+    need(english, "data.recolours", "need English captions: data.languages=[en]")
     folder = config.data.keywords
     there = folder is None or Path(folder).expanduser().is_dir()
-    need(there, "data.keywords", f"names no folder: {HOW}")
+    need(there, "data.keywords", f"is not a folder: {HOW}")
     need(set(config.data.languages) <= {"en", "zh"} and config.data.languages != [], "data.languages", "choose en, zh or both")
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """The emoji that `config` chooses, drawn in its resolution when they are read.
+    """The emoji that `config` selects, drawn at its resolution when they are read.
 
     Raises:
-        ValueError: no name has one of the words, or the keywords cannot be read.
+        ValueError: no name contains one of the words, or the keywords cannot be read.
         ModuleNotFoundError: the packages of the extra `sfumato[openmoji]` are missing.
     """
     keywords = read_keywords(Path(config.keywords).expanduser(), config.languages) if config.keywords else None
@@ -295,5 +295,5 @@ GENDERS = ("man", "woman", "person")
 
 
 def is_combination(caption: str) -> bool:
-    """Whether a caption is one of profession, one skin tone and gender."""
+    """Whether a caption combines a profession, one skin tone and a gender."""
     return split_tone(caption)[0] is not None and caption.split(" ")[0] in GENDERS

@@ -14,7 +14,7 @@ def _unpacks_to_too_much(file, size: int) -> bool:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Rows of parquet files, 16 at a time: `datasets` would hold a whole row group, which may be the file."""
+    """Rows of parquet files, read 16 at a time: `datasets` would hold a whole row group, which may be the entire file."""
     features_of = import_datasets().Features.from_arrow_schema
     import pyarrow.parquet  # comes with datasets
 

@@ -1,7 +1,7 @@
-"""The `recordings` data set: numbers below a hundred said by a woman, of real recordings, `forty seven` joined of two.
+"""The `recordings` data set: real recordings of a woman saying the numbers below a hundred; `forty seven` is joined from two.
 
-They are the prompts of Asterisk by Allison Smith, 8 kHz, CC BY-SA 3.0 (Debian: `apt install asterisk-core-sounds-en-wav`).
-A fifth of the numbers that are joined of two words are held out.
+They are Asterisk's prompts, spoken by Allison Smith, 8 kHz, CC BY-SA 3.0 (Debian: `apt install
+asterisk-core-sounds-en-wav`). A fifth of the numbers that are joined from two words are held out.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ TAKES, HELD_OUT_TAKES = 48, 4
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> RecordingCodec:
-    """Two seconds of 16 kHz, 64 x 128 cells."""
+    """Two seconds at 16 kHz, 64 x 128 cells."""
     return RecordingCodec(**SETTINGS)
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """`TAKES` of each number: as loud, as close together and beginning as late as chance has it."""
+    """`TAKES` clips of each number, with random volume, pause between the words and start."""
     joined = [number for number in range(100) if number > 20 and number % 10]
     held_out = {joined[i] for i in np.random.default_rng(0).permutation(len(joined))[: len(joined) // 5]}
     for take in range(TAKES):
@@ -38,7 +38,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def caption_of(number: int) -> str:
-    """Such as `a recorded woman says forty seven`."""
+    """A caption such as `a recorded woman says forty seven`."""
     return f"a recorded woman says {SPOKEN_NUMBERS[number]}"
 
 
@@ -60,5 +60,5 @@ def recording(number: int) -> np.ndarray:
     """
     folder = next((Path(name) for name in FOLDERS if Path(name, "digits").is_dir()), None)
     if folder is None:
-        raise ModuleNotFoundError("the recordings are Asterisk's: apt install asterisk-core-sounds-en-wav")
+        raise ModuleNotFoundError("the recordings come with Asterisk: apt install asterisk-core-sounds-en-wav")
     return trimmed(read_sound(folder / "digits" / f"{number}.wav", RecordingCodec().rate))

@@ -1,6 +1,6 @@
-"""Which source `data.name` means, by the table `registries.SOURCES`.
+"""Finds the source that `data.name` means in the table `registries.SOURCES`.
 
-Every source is a generator of `Record`; one that cannot be used says so in `fault` and is counted, never raised.
+Every source is a generator of `Record`; a record that cannot be used says so in `fault` and is counted, not raised.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ def source_name(name: str) -> str:
     """The name in `SOURCES` of the source that `data.name` means.
 
     Raises:
-        ValueError: it is neither a named source nor files that a source reads nor a Hub id.
+        ValueError: it is neither a named source, nor files that a source reads, nor a Hub id.
     """
     return _find(name)[0]
 
@@ -28,7 +28,7 @@ def open_source(config: DataConfig) -> Iterator[Record]:
     """The records of `data.name`.
 
     Raises:
-        ValueError: no such source, or one without captions.
+        ValueError: there is no such source, or it has no captions.
     """
     source, files = _find(config.name)
     found = SOURCES.load(source)
@@ -42,19 +42,19 @@ def open_source(config: DataConfig) -> Iterator[Record]:
 
 
 def open_codec(config: DataConfig) -> Codec | None:
-    """What the records of `data.name` are; None: pictures."""
+    """The codec for the records of `data.name`; None if they are images."""
     source, files = _find(config.name)
     codec = SOURCES[source].codec
     return load_object(codec)(config, files) if codec else None
 
 
 def _find(name: str) -> tuple[str, list[Path]]:
-    """The source, and the files in the named place that it claims."""
+    """The source, and the files in the given place that it claims."""
     named = name.partition(":")[0]
     if named in SOURCES and SOURCES[named].named:
         return named, []
     if "://" in name:
-        raise ValueError(f"data.name={name!r} is an address: read it as a stream, data.stream=true")
+        raise ValueError(f"data.name={name!r} is an address; read it as a stream with data.stream=true")
     path = Path(name).expanduser()
     if path.exists():
         return _find_files(path)
@@ -65,14 +65,14 @@ def _find(name: str) -> tuple[str, list[Path]]:
 
 
 def _find_files(path: Path) -> tuple[str, list[Path]]:
-    """The source that reads a folder or file, and its files; those at the top of a folder decide, else those below."""
+    """The source that reads a folder or file, and its files; the top level of a folder decides, or else the levels below."""
     if not path.is_dir():
         if not path.is_file():
             raise ValueError(f"data.name={str(path)!r} is neither a folder nor a plain file")
         claimed = _claims([path])
         if not claimed:
             endings = ", ".join(known_endings())
-            raise ValueError(f"data.name={str(path)!r}: no source reads such a file; there are {endings}. {_advice([path])}")
+            raise ValueError(f"data.name={str(path)!r}: no source reads such a file; they read {endings}. {_advice([path])}")
         return next(iter(claimed.items()))
     files = sorted(file for file in path.rglob("*") if file.is_symlink() or file.is_file())
     shown = [file for file in files if not is_hidden(file.relative_to(path))]
@@ -82,7 +82,7 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
     if archives and len(claimed) > 1:
         other = "images" if "folder" in claimed else claimed[archives[1]][0].name
         name = claimed[archives[0]][0].name
-        raise ValueError(f"{path} holds both {other} and {name}; name that file, or put it elsewhere")
+        raise ValueError(f"{path} holds both {other} and {name}; name that file in data.name, or move it elsewhere")
     if archives:
         return archives[0], claimed[archives[0]]
     if not claimed and not any(kind_of(file.name) == "unread" for file in shown):
@@ -91,7 +91,7 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
 
 
 def _claims(files: list[Path]) -> dict[str, list[Path]]:
-    """Source -> those of the files that it reads."""
+    """Source -> the files that it reads."""
     found = {}
     for source, entry in SOURCES.items():
         if claimed := [file for file in files if file.name.lower().endswith(entry.claims)]:
@@ -99,19 +99,19 @@ def _claims(files: list[Path]) -> dict[str, list[Path]]:
     return found
 
 
-# What is often found where images were meant, and what to do.
+# What is often found instead of images, and what to do about it.
 ADVICE = {
     ".arrow": "datasets' save_to_disk wrote it; write it as parquet: load_from_disk(folder).to_parquet('set.parquet')",
     ".zip": "unpack the .zip",
     ".rar": "unpack the .rar",
     ".7z": "unpack the .7z",
     ".zst": "unpack the .zst",
-    ".csv": "a table must be called metadata.csv and lie beside the images",
+    ".csv": "a table must be named metadata.csv and be in the same folder as the images",
 }
 
 
 def _advice(files: list[Path]) -> str:
-    """What files there are, by their endings, and what to do with them."""
+    """Which files there are, by their endings, and what to do with them."""
     if not files:
         return "it is empty"
     counts = Counter(file.suffix.lower() or "without an ending" for file in files)
@@ -121,5 +121,5 @@ def _advice(files: list[Path]) -> str:
 
 
 def known_endings() -> list[str]:
-    """The endings of files that sources read."""
+    """The file endings that sources read."""
     return [ending for entry in SOURCES.values() for ending in entry.claims]

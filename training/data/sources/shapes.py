@@ -1,9 +1,9 @@
-"""The `shapes` data set: one or two figures on a plain ground, drawn by code, with captions that can be checked exactly.
+"""The `shapes` data set: one or two figures on a plain background, drawn by code, with captions that can be checked exactly.
 
-With one figure every image is one combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728).
-With two, which differ in colour and shape, the caption leaves open where they are: 180 pairs, said in either order, on 4
-grounds. 256 of the combinations are held out, so that obedience is measured on captions that training never
-showed; of two figures whole pairs are, so that the two are never seen together.
+With one figure, every image is a combination of colour x shape x size x place x ground (6 x 4 x 2 x 9 x 4 = 1728). With two
+figures, which differ in colour and shape, the caption leaves their places open: 180 pairs, named in either order, on 4
+grounds. 256 of the combinations are held out, so that prompt-following is measured on captions never seen in training; with
+two figures, whole pairs are held out, so that the two are never seen together.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.array_set import evenly_spaced
 from sfumato.training.data.records import Record
 
-# COLOURS are darker than every ground.
+# All COLOURS are darker than all grounds.
 SIZES = {"small": 0.14, "large": 0.24}  # radius as a share of the image's side
 
 
@@ -70,7 +70,7 @@ class Pair:
 
 @cache
 def _everything(num_figures: int) -> tuple[list, list]:
-    """All combinations: those trained on, and those held out; the division never changes."""
+    """All combinations: first those that are trained on, then those that are held out; this split never changes."""
     rng = np.random.default_rng(0)
     if num_figures == 1:
         everything = [Scene(*values) for values in itertools.product(COLOURS, SHAPES, SIZES, PLACES, GROUNDS)]
@@ -91,24 +91,24 @@ def _everything(num_figures: int) -> tuple[list, list]:
 def scenes(held_out: bool, count: int | None = None, num_figures: int = 1) -> list[Scene] | list[Pair]:
     """The combinations that are held out, or those that are not.
 
-    Of all, or of no more than `count`, evenly spread: they are sorted by colour.
+    Either all, or at most `count`, evenly spaced, since they are sorted by colour.
     """
     found = _everything(num_figures)[held_out]
     return found if count is None else [found[i] for i in evenly_spaced(len(found), count)]
 
 
 def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> np.ndarray:
-    """Share of each pixel that the figure covers, `(resolution, resolution)` in [0, 1].
+    """The share of each pixel that the figure covers, `(resolution, resolution)` in [0, 1].
 
-    `x`, `y` (the figure's centroid) and `radius` are shares of the image's side. Sampled at 4 x 4 points a pixel.
+    `x`, `y` (the figure's centroid) and `radius` are shares of the image's side. Sampled at 4 x 4 points per pixel.
     """
     return mask_of(shape, x, y, resolution, radius=radius, fineness=4)
 
 
 def draw(scene: Scene | Pair, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene, `(resolution, resolution, 3)` uint8; `rng` shakes centre (3%) and radius (6%) a little.
+    """Draw a scene, `(resolution, resolution, 3)` uint8; `rng` varies the centre (3%) and radius (6%) slightly.
 
-    The two figures of a pair are in two quarters of the image, which `rng` chooses.
+    The two figures of a pair are in two different quarters of the image, chosen by `rng`.
     """
     if isinstance(scene, Pair):
         quarters = [((i % 2) / 2 + 0.25, (i // 2) / 2 + 0.25) for i in rng.permutation(4)[:2]]

@@ -1,6 +1,6 @@
 """Folders of `.wav`, `.flac` and `.ogg` files with their captions in metadata.csv, .tsv or .jsonl.
 
-Needs the extra `audio`. Sounds are mixed to one channel and brought to 16 kHz.
+Needs the extra `audio`. Sounds are mixed down to one channel and resampled to 16 kHz.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,13 +20,13 @@ BLOCKS = {side * side: (side, side) for side in (1, 2, 4, 8)}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> SoundCodec:
-    """As many bands and steps as the config's size and channels hold.
+    """A codec with as many bands and steps as the config's size and channels hold.
 
     Raises:
-        ValueError: channels that are no square block.
+        ValueError: the number of channels is not one of `BLOCKS`.
     """
     if config.channels not in BLOCKS:
-        raise ValueError(f"data.channels={config.channels}: of sounds one of {', '.join(map(str, BLOCKS))}, such as 4")
+        raise ValueError(f"data.channels={config.channels}: sounds need one of {', '.join(map(str, BLOCKS))}, such as 4")
     block, (height, width) = BLOCKS[config.channels], config.size
     return SoundCodec(bands=height * block[0], steps=width * block[1], block=block)
 
@@ -45,7 +45,7 @@ def read_sound(path: Path, rate: int) -> np.ndarray:
     """The samples of a file, one channel at `rate`, `(N,)` float32.
 
     Raises:
-        ValueError: it cannot be used; says why.
+        ValueError: it cannot be used; the message says why.
     """
     try:
         import soundfile
@@ -59,7 +59,7 @@ def read_sound(path: Path, rate: int) -> np.ndarray:
     except (RuntimeError, OSError, TypeError) as error:  # libsndfile's own errors are RuntimeErrors
         raise ValueError("damaged sound") from error
     if not 1000 <= own <= 400_000:
-        raise ValueError(f"a rate of {own} a second")
+        raise ValueError(f"a sampling rate of {own} Hz")
     if not np.isfinite(sound).all():
         raise ValueError("samples that are not finite")
     if len(sound) < 64:
@@ -69,7 +69,7 @@ def read_sound(path: Path, rate: int) -> np.ndarray:
 
 
 def classifier(known: Iterable[tuple[str, np.ndarray]], ridge: float = 1.0) -> dict:
-    """The linear classifier of features that a codec's judge uses: ridge regression onto one column for each word."""
+    """The linear classifier of features that a codec's judge uses: ridge regression with one output column for each word."""
     labels, rows = zip(*known)
     words = sorted(set(labels))
     features = np.stack(rows)

@@ -1,4 +1,4 @@
-"""The `speech` data set: digits said by espeak-ng and flite, with captions of voice, accent and pace.
+"""The `speech` data set: digits spoken by espeak-ng and flite, with captions that give voice, accent and pace.
 
 Needs both programs (Debian: `apt install espeak-ng flite`). A fifth of the combinations of word, voice and accent are held
 out.
@@ -20,17 +20,17 @@ from sfumato.training.data.records import Record
 from sfumato.training.data.sources.sounds import classifier, read_sound
 
 VOICES = {"man": ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8"), "woman": ("f1", "f2", "f3", "f4", "f5")}
-# `en` is British: of `en-gb` espeak-ng knows no voices but one man's.
+# `en` is British; for `en-gb`, espeak-ng has only one voice, a man's.
 ACCENTS = {"an American": "en-us", "a British": "en", "a Scottish": "en-gb-scotland"}
 RECORDED = {("man", "an American"): ("rms", "kal16"), ("woman", "an American"): ("slt",), ("man", "a Scottish"): ("awb",)}
-HEIGHT = {"man": (20, 45), "woman": (65, 95)}  # of espeak-ng's pitch, 0 to 99
-SPEED = {"slowly": 100, "": 160, "quickly": 250}  # words a minute
-TAKES = 24  # of each caption
+HEIGHT = {"man": (20, 45), "woman": (65, 95)}  # range of espeak-ng's pitch, which goes from 0 to 99
+SPEED = {"slowly": 100, "": 160, "quickly": 250}  # words per minute
+TAKES = 24  # clips of each caption
 HELD_OUT_TAKES = 2
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> SpeechCodec:
-    """A second of 16 kHz, 64 x 64 cells; the judge's references are of true clips that are trained on."""
+    """One second at 16 kHz, 64 x 64 cells; the judge's references come from real training clips."""
     codec, known = SpeechCodec(), []
     for (word, voice, accent, pace), held_out in combinations():
         if not held_out:
@@ -44,7 +44,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> SpeechCodec:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """`TAKES` clips of each caption, by several voices at several heights."""
+    """`TAKES` clips of each caption, in several voices at several pitches."""
     for take in range(TAKES):
         for number, (words, held_out) in enumerate(combinations()):
             if not held_out or take < HELD_OUT_TAKES:
@@ -53,19 +53,19 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def combinations() -> list[tuple[tuple[str, str, str, str], bool]]:
-    """Word, voice, accent and pace, and whether that is held out."""
+    """Every combination of word, voice, accent and pace, and whether it is held out."""
     speakers = list(itertools.product(WORDS, VOICES, ACCENTS))
     held_out = set(np.random.default_rng(0).permutation(len(speakers))[: len(speakers) // 5].tolist())
     return [((*speaker, pace), i in held_out) for i, speaker in enumerate(speakers) for pace in PACES]
 
 
 def caption_of(word: str, voice: str, accent: str, pace: str) -> str:
-    """Such as `a Scottish woman says seven quickly`."""
+    """A caption such as `a Scottish woman says seven quickly`."""
     return f"{accent} {voice} says {word} {pace}".strip()
 
 
 def _say(word: str, voice: str, accent: str, pace: str, take: int) -> np.ndarray:
-    """A clip, its silence cut off, levelled, beginning within a tenth of a second."""
+    """A clip without silence around it, normalised in volume, that begins within a tenth of a second."""
     rng = np.random.default_rng([WORDS.index(word), list(VOICES).index(voice), list(ACCENTS).index(accent), take])
     recorded = RECORDED.get((voice, accent), ())
     if recorded and rng.random() < 0.25:
@@ -79,12 +79,12 @@ def _say(word: str, voice: str, accent: str, pace: str, take: int) -> np.ndarray
 
 
 def with_espeak(text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
-    """What espeak-ng says, `speed` in words a minute, `pitch` from 0 to 99."""
+    """A text spoken by espeak-ng; `speed` is in words per minute, `pitch` from 0 to 99."""
     return _said("espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), text, "-w")
 
 
 def trimmed(sound: np.ndarray) -> np.ndarray:
-    """A sound levelled, without the silence around it."""
+    """A sound normalised in volume, without the silence around it."""
     power = np.convolve(sound**2, np.ones(160) / 160, "same")
     heard = np.flatnonzero(power > 1e-3 * power.max())
     sound = sound[max(0, heard[0] - 320) : heard[-1] + 320]
@@ -92,9 +92,9 @@ def trimmed(sound: np.ndarray) -> np.ndarray:
 
 
 def _said(*command: str) -> np.ndarray:
-    """The samples of the file that a command writes, its name the last argument."""
+    """The samples of the file that a command writes; the file name is passed as the last argument."""
     if shutil.which(command[0]) is None:
-        raise ModuleNotFoundError(f"speech is said by the programs espeak-ng and flite: apt install {command[0]}")
+        raise ModuleNotFoundError(f"speech is made by the programs espeak-ng and flite: apt install {command[0]}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "said.wav")
         subprocess.run([*command, str(file)], check=True, capture_output=True, timeout=60)

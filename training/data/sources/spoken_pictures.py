@@ -1,4 +1,4 @@
-"""The `spoken_pictures` data set: a coloured shape and the words for it, said by espeak-ng: two modalities at once.
+"""The `spoken_pictures` data set: a coloured shape and its name spoken by espeak-ng, two modalities at once.
 
 Needs the program (Debian: `apt install espeak-ng`). A fifth of the combinations of colour and shape are held out.
 """
@@ -15,16 +15,16 @@ from sfumato.training.data.records import Record
 from sfumato.training.data.sources.speech import trimmed, with_espeak
 
 SPEAKERS = ("m1", "m3", "m7", "f2", "f4")
-TAKES = 120  # of each caption
+TAKES = 120  # samples of each caption
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> SpokenPictureCodec:
-    """Pictures of 32 x 32, and a second of sound."""
+    """Images of 32 x 32 and one second of sound."""
     return SpokenPictureCodec()
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """`TAKES` of each combination that is trained on, four of each that is held out."""
+    """`TAKES` samples of each training combination, four of each held-out one."""
     names = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     held_out = set(np.random.default_rng(0).permutation(len(names))[: len(names) // 5].tolist())
     spoken: dict[tuple, np.ndarray] = {}

@@ -15,7 +15,7 @@ def import_datasets():
 
 
 def find_columns(features: dict, config: DataConfig) -> tuple[str, str, Callable[[int], str] | None]:
-    """The names of the image and caption columns, and what turns labels into names if captions are labels."""
+    """The names of the image and caption columns, and a function that turns labels into names if captions are labels."""
     image, caption = config.image_column or "image", config.caption_column or "text"
     if features and (missing := [key for key in (image, caption) if key not in features]):
         raise ValueError(f"{config.name} has no column {' and '.join(missing)}; it has {', '.join(features)}. {NAME_THEM}")
@@ -23,9 +23,9 @@ def find_columns(features: dict, config: DataConfig) -> tuple[str, str, Callable
 
 
 def cell_bytes(cell) -> tuple[bytes | None, str | None]:
-    """The encoded image in a cell, bytes or a struct that has them; or why there is none.
+    """The encoded image in a cell, which holds bytes or a struct with bytes, and if there is none, the reason.
 
-    No path or address inside a stranger's table is followed: it may name a file of this machine, or any server.
+    No path or address in an untrusted table is followed: it may point to a file on this machine or to any server.
     """
     if isinstance(cell, dict):
         if isinstance(cell.get("bytes"), bytes):

@@ -1,7 +1,7 @@
-"""Folders of clips, `.mp4` and its like, with their captions in metadata.csv, .tsv or .jsonl.
+"""Folders of clips, `.mp4` and similar, with their captions in metadata.csv, .tsv or .jsonl.
 
-`data.name=videos:FOLDER` reads animated `.gif`, `.webp` and `.png` too, which by themselves are images of one frame.
-Films need the extra `video`. Of each clip as many frames are taken as `data.channels` holds, evenly spaced from the first to
+`data.name=videos:FOLDER` also reads animated `.gif`, `.webp` and `.png`, which are otherwise read as images of one frame.
+Video files need the extra `video`. Each clip yields as many frames as `data.channels` holds, evenly spaced from the first to
 the last.
 """
 
@@ -31,10 +31,10 @@ def open_codec(config: DataConfig, files: list[Path]) -> VideoCodec:
     """Three channels for each frame.
 
     Raises:
-        ValueError: channels that are no frames.
+        ValueError: the channels do not make up whole frames.
     """
     if config.channels % 3 or config.channels < 6:
-        raise ValueError(f"data.channels={config.channels}: of clips three for each frame, such as 24 for eight frames")
+        raise ValueError(f"data.channels={config.channels}: clips need three for each frame, such as 24 for eight frames")
     return VideoCodec(config.channels // 3, *config.size)
 
 
@@ -42,13 +42,13 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """A record for each clip.
 
     Raises:
-        ValueError: there is no table, or no such folder.
+        ValueError: there is no table, or the folder does not exist.
     """
     given, _, place = config.name.partition(":")
     if given == "videos":
         root = Path(place).expanduser()
         if not place or not root.is_dir():
-            raise ValueError(f"data.name={config.name!r}: there is no folder {str(root)!r}; say videos:FOLDER")
+            raise ValueError(f"data.name={config.name!r}: there is no folder {str(root)!r}; write videos:FOLDER")
         files = sorted(file for file in root.rglob("*") if file.is_file() and not is_hidden(file.relative_to(root)))
         config, files = replace(config, name=place), [file for file in files if kind_of(file.name) != "other"]
     count, films = config.channels // 3, SOURCES["videos"].claims
@@ -64,10 +64,10 @@ def _fitted(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarra
 
 
 def chosen_frames(total: int, count: int) -> list[int]:
-    """The numbers of `count` of `total` frames, evenly spaced from the first to the last.
+    """The indices of `count` out of `total` frames, evenly spaced from the first to the last.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer frames, or more than `MAX_FRAMES`.
     """
     if total < count:
         raise ValueError(f"{total} frames, fewer than {count}")
@@ -80,7 +80,7 @@ def read_animation(path: Path, count: int, fitted) -> np.ndarray:
     """Frames of an animated image, `(count, H, W, 3)` uint8.
 
     Raises:
-        ValueError: it cannot be used; says why.
+        ValueError: it cannot be used; the message says why.
     """
     try:
         with open_image(path) as image:
@@ -91,25 +91,25 @@ def read_animation(path: Path, count: int, fitted) -> np.ndarray:
                 frames.append(fitted(image.copy()))
     except (ValueError, ImportError):
         raise
-    except Exception as error:  # Pillow raises nearly anything on a damaged file
+    except Exception as error:  # Pillow raises almost anything on a damaged file
         raise ValueError("damaged clip") from error
     return np.stack(frames)
 
 
 def read_film(path: Path, count: int, fitted) -> np.ndarray:
-    """Frames of a film, `(count, H, W, 3)` uint8.
+    """Frames of a video file, `(count, H, W, 3)` uint8.
 
     Raises:
-        ValueError: it cannot be used; says why.
+        ValueError: it cannot be used; the message says why.
     """
     try:
         av = import_module("av")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("films are read by PyAV: pip install 'sfumato[video]'") from error
+        raise ModuleNotFoundError("video files are read by PyAV: pip install 'sfumato[video]'") from error
     try:
         with av.open(str(path)) as film:
             if not film.streams.video:
-                raise ValueError("no pictures in it")
+                raise ValueError("no video in it")
             stream = film.streams.video[0]
             _check_pixels(stream.width, stream.height)
             total = sum(1 for packet in film.demux(stream) if packet.size)
@@ -118,17 +118,17 @@ def read_film(path: Path, count: int, fitted) -> np.ndarray:
             taken = _take(film.decode(stream), wanted)
             return np.stack([fitted(frame.to_image()) for frame in taken])
     except ValueError as error:
-        # PyAV's own errors are ValueErrors too, some of them.
+        # Some of PyAV's own errors are ValueErrors too.
         raise ValueError("damaged clip" if type(error).__module__.startswith("av") else str(error)) from error
-    except Exception as error:  # PyAV raises nearly anything on a damaged file
+    except Exception as error:  # PyAV raises almost anything on a damaged file
         raise ValueError("damaged clip") from error
 
 
 def _take(frames: Iterable, wanted: list[int]) -> Iterator:
-    """Those of the frames whose numbers are wanted, one as often as its number is.
+    """The frames whose indices are wanted, each as often as its index is listed.
 
     Raises:
-        ValueError: it ends before.
+        ValueError: the frames end too early.
     """
     left = list(wanted)
     for number, frame in enumerate(frames):
@@ -137,7 +137,7 @@ def _take(frames: Iterable, wanted: list[int]) -> Iterator:
             yield frame
         if not left:
             return
-    raise ValueError("torn off: fewer frames than it says")
+    raise ValueError("truncated: fewer frames than it claims")
 
 
 def _check_pixels(width: int, height: int) -> None:

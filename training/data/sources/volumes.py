@@ -1,4 +1,4 @@
-"""The `volumes` data set: solids of two parts with captions that a program can check; every combination of words is one.
+"""The `volumes` data set: solids of two parts, one for each combination of words, with captions that a program can check.
 
 A fifth of the combinations are held out.
 """
@@ -12,7 +12,7 @@ from sfumato.pipelines.codecs.volumes import VolumeCodec, caption_of, everything
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record
 
-COPIES = 20  # of each solid, so that an epoch is no matter of two steps
+COPIES = 20  # of each solid, so that an epoch is more than a few steps
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> VolumeCodec:
@@ -21,7 +21,7 @@ def open_codec(config: DataConfig, files: list[Path]) -> VolumeCodec:
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """The solids to train on, then one of each that is held out."""
+    """The training solids, then each held-out solid once."""
     words, side = everything(), VolumeCodec().side
     held_out = set(np.random.default_rng(0).permutation(len(words))[: len(words) // 5].tolist())
     for copy in range(COPIES):

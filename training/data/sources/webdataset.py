@@ -44,7 +44,7 @@ class Member:
 
     @cached_property
     def key(self) -> str:
-        """The name up to its first dot, by which WebDataset groups."""
+        """The name up to its first dot, by which WebDataset groups members."""
         path = PurePosixPath(self.name)
         return str(path.parent / path.name.partition(".")[0])
 
@@ -61,8 +61,8 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """Records of archives: members that share a name up to its first dot. Nothing is extracted to disk.
 
     Names with more dots work too: `photo.v1.png` with `photo.v1.txt` is a record of its own, and `c.input.png` goes with
-    `c.caption.txt`. Where a record has several images or captions, `data.image_column` and `data.caption_column` name the
-    field (`input.png`, or `input`); the latter also names the key in a `.json` file.
+    `c.caption.txt`. If a record has several images or captions, `data.image_column` and `data.caption_column` name the field
+    to use (`input.png`, or `input`); the latter also names the key in a `.json` file.
     """
     for path in files:
         try:
@@ -77,7 +77,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 
 
 def _open(path: Path) -> tuple[io.BufferedReader, bool]:
-    """The unpacked bytes of an archive, and whether it is compressed: then going back costs reading it all again."""
+    """The uncompressed bytes of an archive, and whether it is compressed, so that seeking back means reading it all again."""
     with open(path, "rb") as file:
         start = file.read(6)
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
@@ -87,30 +87,30 @@ def _open(path: Path) -> tuple[io.BufferedReader, bool]:
 
 
 def _headers(file: io.BufferedReader, limit: int) -> Iterator[tarfile.TarInfo]:
-    """All members; the file may be read in between, up to the end of the member.
+    """The headers of all members; between two of them, the file may be read up to the end of the current member.
 
     Raises:
-        tarfile.ReadError: the archive is damaged, or goes on after its end, or unpacks to more than `limit` bytes.
+        tarfile.ReadError: the archive is damaged, continues after its end, or unpacks to more than `limit` bytes.
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while member := archive.next():
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (or it would keep every header)
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (otherwise it keeps every header)
             if member.offset_data + member.size > limit:
-                raise tarfile.ReadError(f"{member.name} goes on beyond the end, or unpacks to far too much")
+                raise tarfile.ReadError(f"{member.name} extends beyond the end, or unpacks to far too much")
             yield member
         file.seek(archive.offset)
         while block := file.read(1 << 20):
-            if block.strip(b"\0"):  # tarfile takes a damaged header, and one archive after another, for the end
+            if block.strip(b"\0"):  # tarfile takes a damaged header, or a second archive, for the end
                 raise tarfile.ReadError("there is more after its end, such as a damaged header or another archive")
             if file.tell() > limit:
                 break
 
 
 def _groups(path: Path) -> Iterator[Record | list[Member]]:
-    """Members by their key, and records of those that cannot be used.
+    """Members grouped by key, and records for those that cannot be used.
 
-    An archive that is not compressed can be read in any order, so that members of a record may lie apart; of a compressed
-    one they must lie together.
+    An uncompressed archive can be read in any order, so the members of a record may be apart; in a compressed one they must
+    be adjacent.
     """
     file, packed = _open(path)
     size = path.stat().st_size
@@ -154,7 +154,7 @@ def _groups(path: Path) -> Iterator[Record | list[Member]]:
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:
-    """Why a member is not to be read."""
+    """Why a member must not be read, or None."""
     name = PurePosixPath(member.name)
     if not member.isfile() or member.issparse():
         return "link or device in an archive"
@@ -189,7 +189,7 @@ def _records(archive: str, group: list[Member], config: DataConfig) -> Iterator[
 
 
 def _choose(members: list[Member], key: str, column: str | None) -> list[Member]:
-    """Those whose field is `column`, with or without its ending; all where none is."""
+    """The members whose field is `column`, with or without its ending; all members if there is none."""
     fields = {member.name: member.name[len(key) + 1 :] for member in members}
     chosen = [m for m in members if column and column in (fields[m.name], fields[m.name].rpartition(".")[0])]
     return chosen or members
@@ -212,7 +212,7 @@ def _join(name: str, key: str, members: list[Member], config: DataConfig) -> Rec
 
 
 def _caption(texts: list[Member], config: DataConfig):
-    """Of `.json` the key `data.caption_column`, else of a text file."""
+    """The caption: the key `data.caption_column` of a `.json` file, or else the content of a text file."""
     for member in texts:
         if member.name.lower().endswith(".json"):
             value = json.loads(member.read()).get(config.caption_column or "text")
