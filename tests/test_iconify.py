@@ -134,7 +134,7 @@ def test_a_model_of_icons_names_their_makers_and_licence(tmp_path, two):
     assert "license: mit" in card and "Noto Emoji by Ada. License: MIT" in card
     assert str(two) not in card
     (two / "noto" / "icons.json").unlink()
-    assert "gone" in iconify.credits_of(config(two / "noto").data)[0]
+    assert "no longer existed" in iconify.credits_of(config(two / "noto").data)[0]
 
 
 def test_sets_of_one_name_keep_their_whole_titles_and_odd_licences_stay_words(tmp_path):
