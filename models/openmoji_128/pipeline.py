@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (diffusers' loader looks for the name)
 
-# The schedules that stock DDPMScheduler does not have, with their parameters.
+# The schedules that the stock DDPMScheduler lacks, with their parameters.
 SCHEDULES = {
     "cosine": {"s": 0.008},
     "chen_sigmoid": {"start": -3.0, "end": 3.0, "tau": 1.0},
@@ -26,10 +26,10 @@ MAX_BETA = 0.999
 
 
 def alpha_bar(schedule: str, t: np.ndarray, **params: float) -> np.ndarray:
-    """Signal share abar(t) of a continuous schedule; `t` in [0, 1], 0 is data and 1 is noise.
+    """Signal share abar(t) of a continuous schedule; `t` is in [0, 1], where 0 is data and 1 is noise.
 
     - `cosine` (s): Nichol and Dhariwal 2021, eq. 17 (arXiv 2102.09672).
-    - `chen_sigmoid` (start, end, tau): Chen 2023, section 2 (arXiv 2301.10972). Not stock `sigmoid`, which is GeoDiff's.
+    - `chen_sigmoid` (start, end, tau): Chen 2023, section 2 (arXiv 2301.10972). Not the stock `sigmoid`, which is GeoDiff's.
     - `hang_laplace` (mu, b): log-SNR of t-quantiles of a Laplace distribution; Hang et al. 2024 (arXiv 2407.03297).
     - `shifted_cosine` (resolution, base_resolution): cosine log-SNR plus 2 log(base_resolution / resolution), so that
       large images get more noise; Hoogeboom et al. 2023, eq. 3 (arXiv 2301.11093).
@@ -54,21 +54,21 @@ def alpha_bar(schedule: str, t: np.ndarray, **params: float) -> np.ndarray:
 class SfumatoDDPMScheduler(DDPMScheduler):
     """`DDPMScheduler` with more noise schedules, all conversions, and a config that keeps the schedule it was built with.
 
-    Whatever schedule is asked for, its betas are written to `trained_betas`, so that `Other.from_config(this.config)`
-    uses them, in memory and through disk, for every diffusers scheduler that takes `trained_betas`. What stock classes
-    do not know (the schedule's parameters and notes of the trainer) is kept under one key, `_sfumato`.
+    The betas of any schedule are written to `trained_betas`, so that `Other.from_config(this.config)` uses them, in memory
+    and through disk, for every diffusers scheduler that takes `trained_betas`. What stock classes do not know (the
+    schedule's parameters and notes of the trainer) is kept under one key, `_sfumato`.
 
     Args:
         beta_schedule: a stock name (`linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid`, `laplace`) or one of
             ours (`cosine`, `chen_sigmoid`, `hang_laplace`, `shifted_cosine`; see `alpha_bar`).
         schedule_params: parameters of one of our schedules, by name.
         rescale_betas_zero_snr: make the last step pure noise (Lin et al. 2024, Algorithm 1, arXiv 2305.08891). The stored
-            betas stay un-rescaled; every scheduler rescales them itself.
+            betas are not rescaled; every scheduler rescales them itself.
 
     The other arguments are those of `DDPMScheduler`.
 
     Raises:
-        ValueError: unknown schedule or parameter; epsilon prediction with zero terminal SNR, where it is undefined.
+        ValueError: unknown schedule or parameter, or epsilon prediction with zero terminal SNR, where it is undefined.
     """
 
     @register_to_config
@@ -117,7 +117,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
                 beta_schedule, np.arange(num_train_timesteps + 1) / num_train_timesteps, **(schedule_params or {})
             )
             trained_betas = np.minimum(1 - levels[1:] / np.maximum(levels[:-1], 1e-12), MAX_BETA)
-        if trained_betas is None:  # a stock schedule: let the stock class compute it, un-rescaled
+        if trained_betas is None:  # a stock schedule: let the stock class compute it, without rescaling
             stock: dict = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
             betas = DDPMScheduler(num_train_timesteps=num_train_timesteps, **stock).betas.tolist()
         else:
@@ -142,8 +142,8 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             "rescale_betas_zero_snr": rescale_betas_zero_snr,
         }
         super().__init__(**stock_arguments)
-        self._ends_in_noise = float(self.alphas_cumprod[-1]) == 0  # known to the host
-        # An empty _use_default_values makes an in-memory swap carry every value, as a swap through disk does.
+        self._ends_in_noise = float(self.alphas_cumprod[-1]) == 0  # a Python bool, so that checking it needs no GPU sync
+        # With _use_default_values empty, an in-memory swap carries every value, as a swap through disk does.
         config = {**self.config, "trained_betas": trained_betas, "_use_default_values": [], "_sfumato": notes}
         config.pop("schedule_params")
         self._internal_dict = FrozenDict(config)
@@ -157,13 +157,13 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
-        """Thresholding at 1 is clipping to [-1, 1]: the quantile, which costs a sort, cannot matter."""
+        """Thresholding at 1 is clipping to [-1, 1], so the quantile, which costs a sort, does not matter."""
         return sample.clamp(-1, 1) if self.config["sample_max_value"] == 1 else super()._threshold_sample(sample)
 
     def capped_betas(self, max_sigma: float) -> list[float] | None:
-        """Betas whose noise sigma = sqrt((1 - abar) / abar) ends at `max_sigma`; None where it never exceeds that.
+        """Betas whose noise sigma = sqrt((1 - abar) / abar) ends at `max_sigma`; None if it never exceeds that.
 
-        The levels beyond, which differ in traces of the image that nothing can make use of, are spread evenly below it.
+        The levels beyond it, which differ only in traces of the image too faint to use, are spread evenly below it.
         """
         abar = self.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore"):
@@ -178,14 +178,14 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return [float(f"{beta:.9g}") for beta in 1 - abar / np.concatenate([[1.0], abar[:-1]])]
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t) of timesteps `t`, any shape; 0 at a zero-SNR end."""
+        """Signal-to-noise ratio abar_t / (1 - abar_t) at timesteps `t` of any shape; 0 at a zero-SNR end."""
         abar = self.alphas_cumprod.to(t.device)[t]
         return abar / (1 - abar)
 
     def convert(
         self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int, source: str, target: str
     ) -> torch.Tensor:
-        """Turn one kind of prediction into another, given the noisy sample; Salimans and Ho 2022, appendix D.
+        """Convert one kind of prediction to another, given the noisy sample; Salimans and Ho 2022, appendix D.
 
         Args:
             output: the prediction, `(B, C, H, W)`, of kind `source`.
@@ -194,7 +194,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             source, target: `epsilon`, `sample` (x_0) or `v_prediction` (sqrt(abar) eps - sqrt(1 - abar) x_0).
 
         Raises:
-            ValueError: an unknown kind; x_0 or v asked of eps where the SNR is zero.
+            ValueError: an unknown kind, or x_0 or v requested from eps where the SNR is zero.
         """
         for kind in (source, target):
             if kind not in PREDICTION_TYPES:
@@ -218,15 +218,15 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return self.config["prediction_type"]
 
     def training_levels(self) -> torch.Tensor:
-        """The timesteps that are trained, `(num_train_timesteps,)`, from the least noise to the most."""
+        """The timesteps used in training, `(num_train_timesteps,)`, from least to most noise."""
         return torch.arange(self.config["num_train_timesteps"])
 
     def denoised(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
-        """x_0 that a prediction means, `(B, C, H, W)`; see `convert`."""
+        """The x_0 that a prediction implies, `(B, C, H, W)`; see `convert`."""
         return self.convert(output, x_t, torch.as_tensor(t).long(), self.prediction_type, "sample")
 
     def training_target(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network should output, by `prediction_type`; all `(B, C, H, W)`, `t` is `(B,)`."""
+        """What the network should output, according to `prediction_type`; all `(B, C, H, W)`, `t` is `(B,)`."""
         if self.config["prediction_type"] == "epsilon":
             return noise
         if self.config["prediction_type"] == "sample":
@@ -238,11 +238,11 @@ class SfumatoDDPMScheduler(DDPMScheduler):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean `(B, C, H, W)` and variance `(B, 1, 1, 1)` of q(x_s | x_t, x_0) for s < t.
 
-        Ho et al. 2020, eq. 6-7 (arXiv 2006.11239), for any pair: beta is 1 - abar_t / abar_s, so skipped steps are
-        exact. `s` = -1 stands for clean data, where the variance is 0.
+        Ho et al. 2020, eq. 6-7 (arXiv 2006.11239), for any pair s < t: beta is 1 - abar_t / abar_s, so skipping steps
+        is exact. `s` = -1 stands for clean data, where the variance is 0.
 
         Raises:
-            ValueError: s is not before t.
+            ValueError: s is not smaller than t.
         """
         if bool((torch.as_tensor(s) >= torch.as_tensor(t)).any()):
             raise ValueError(f"the posterior q(x_s | x_t, x_0) needs s < t, got s={s} and t={t}")
@@ -251,7 +251,7 @@ class SfumatoDDPMScheduler(DDPMScheduler):
     def _posterior(
         self, x_0: torch.Tensor, x_t: torch.Tensor, s: torch.Tensor | int, t: torch.Tensor | int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`posterior` of timesteps that are known to be in order, which on a GPU could only be asked by waiting for it."""
+        """`posterior` for timesteps known to be in order; on a GPU, checking that would force a synchronisation."""
         signal_t, noise_t = self.signal_and_noise(t, x_t)
         signal_s, noise_s = self.signal_and_noise(s, x_t)
         alpha = (signal_t / signal_s) ** 2
@@ -260,11 +260,11 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return mean, noise_s**2 / noise_t**2 * beta
 
     def log_variance(self, t: torch.Tensor, like: torch.Tensor, learned: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-variance of p(x_{t-1} | x_t) by `variance_type`: `(B, 1, 1, 1)`, or `(B, C, H, W)` where it is `learned`.
+        """Log-variance of p(x_{t-1} | x_t) by `variance_type`: `(B, 1, 1, 1)`, or `(B, C, H, W)` if it is `learned`.
 
-        `fixed_small` is the posterior's, `fixed_large` beta_t; `learned_range` goes from the one to the other, in logarithms,
+        `fixed_small` is the posterior variance, `fixed_large` is beta_t; `learned_range` interpolates between their logarithms
         as `learned`, the second half of the network's output, goes from -1 to 1 (Nichol and Dhariwal 2021, equation 15, arXiv
-        2102.09672). At t = 0, where the posterior's is 0, that of t = 1 stands in.
+        2102.09672). At t = 0, where the posterior variance is 0, that of t = 1 is used.
         """
         small = self._posterior(like, like, t.clamp(min=1) - 1, t.clamp(min=1))[1].log()
         signal_t, signal_s = self.signal_and_noise(t, like)[0], self.signal_and_noise(t - 1, like)[0]
@@ -277,17 +277,17 @@ class SfumatoDDPMScheduler(DDPMScheduler):
             return share * large + (1 - share) * small
         fixed = {"fixed_small": small, "fixed_small_log": small, "fixed_large": large, "fixed_large_log": large}
         if kind not in fixed:
-            raise ValueError(f"the variational bound knows no variance_type {kind!r}; use learned_range or a fixed one")
+            raise ValueError(f"the variational bound needs variance_type learned_range or a fixed one, got {kind!r}")
         return fixed[kind]
 
     def bound_term(self, output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """One term of the variational bound for each sample, `(B,)`, in bits for each dimension (Ho et al. 2020, equation 5).
+        """One term of the variational bound for each sample, `(B,)`, in bits per dimension (Ho et al. 2020, equation 5).
 
-        For t > 0 the Kullback-Leibler divergence of p(x_{t-1} | x_t) from the posterior; at t = 0 minus the log-likelihood
-        of x_0, as images of 256 levels in [-1, 1]. The bound is the sum over all t and `prior_term`.
+        For t > 0 it is the Kullback-Leibler divergence of p(x_{t-1} | x_t) from the posterior; at t = 0 the negative
+        log-likelihood of x_0, for images with 256 levels in [-1, 1]. The bound is the sum over all t plus `prior_term`.
 
         Args:
-            output: of the network, `(B, C, H, W)`; with a learned variance `(B, 2 C, H, W)`.
+            output: the network's output, `(B, C, H, W)`; with a learned variance `(B, 2 C, H, W)`.
             x_0, x_t: `(B, C, H, W)`.
             t: `(B,)`.
         """
@@ -305,21 +305,21 @@ class SfumatoDDPMScheduler(DDPMScheduler):
         return nats.flatten(1).mean(1) / np.log(2)
 
     def prior_term(self, x_0: torch.Tensor) -> torch.Tensor:
-        """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits for each dimension."""
+        """The divergence of q(x_T | x_0) from standard normal noise, `(B,)`, in bits per dimension."""
         signal, noise = self.signal_and_noise(self.config["num_train_timesteps"] - 1, x_0)
         nats = 0.5 * (noise**2 + (signal * x_0) ** 2 - 1 - 2 * noise.log())
         return nats.flatten(1).mean(1) / np.log(2)
 
 
 def discrete_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Log of what N(mean, exp(log_variance)) gives the bin around each of 256 levels `x` in [-1, 1]; Ho et al. 2020, eq. 13.
+    """Log-probability under N(mean, exp(log_variance)) of the bin of `x`, 256 levels in [-1, 1]; Ho et al. 2020, eq. 13.
 
-    The outermost bins reach to infinity.
+    The outermost bins extend to infinity.
     """
     scale = (-0.5 * log_variance).exp()
     above, below = ((x - mean + side / 255) * scale for side in (1, -1))
     inside = torch.special.ndtr(above) - torch.special.ndtr(below)
-    # Far out both are 0 or 1 in floating point: there the density times the width.
+    # Far out, both are 0 or 1 in floating point; use the density times the bin width there.
     density = -0.5 * ((x - mean) * scale).square() - 0.5 * (log_variance + np.log(2 * np.pi)) + np.log(2 / 255)
     middle = torch.where(inside > 1e-5, inside.clamp(min=1e-30).log(), density)
     return torch.where(
@@ -343,11 +343,11 @@ UNSUPPORTED_SETTINGS = (
 
 
 class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
-    """`FlowMatchEulerDiscreteScheduler` with what training needs, and with the methods that pipelines of UNets call.
+    """`FlowMatchEulerDiscreteScheduler` with what training needs and with the methods that UNet pipelines call.
 
-    x_t = (1 - sigma) x_0 + sigma eps with sigma = t / num_train_timesteps, t from 0 (the image) to that number (noise); the
-    network predicts the velocity eps - x_0 (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003; the
-    objective of Stable Diffusion 3, arXiv 2403.03206). Arguments as of the stock class.
+    x_t = (1 - sigma) x_0 + sigma eps with sigma = t / num_train_timesteps, where t goes from 0 (the image) to that number
+    (noise); the network predicts the velocity eps - x_0 (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv
+    2209.03003; the objective of Stable Diffusion 3, arXiv 2403.03206). Arguments as for the stock class.
     """
 
     init_noise_sigma = 1.0
@@ -358,9 +358,9 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         return sample
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, **more):
-        """As the stock class, but evenly from 1 - 1 / num_train_timesteps to 0, as diffusers' other samplers of flow do.
+        """As in the stock class, but evenly from 1 - 1 / num_train_timesteps to 0, like diffusers' other flow samplers.
 
-        The stock class spends its last step, of equal cost, between 1 / num_train_timesteps and 0.
+        The stock class spends its last step, at the same cost, between 1 / num_train_timesteps and 0.
         """
         if sigmas is None and more.get("timesteps") is None and num_inference_steps is not None:
             sigmas = np.linspace(1 - 1 / self.config["num_train_timesteps"], 0, num_inference_steps + 1)[:-1].tolist()
@@ -371,21 +371,21 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         return (t / self.config["num_train_timesteps"]).reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
     def signal_and_noise(self, t: torch.Tensor | float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 - sigma and sigma of timesteps `t`, shaped to multiply `like`."""
+        """1 - sigma and sigma at timesteps `t`, shaped to multiply `like`."""
         sigma = self._sigma(t, like)
         return 1 - sigma, sigma
 
     def training_levels(self) -> torch.Tensor:
-        """The timesteps that are trained, `(num_train_timesteps + 1,)`, from the image to noise."""
+        """The timesteps used in training, `(num_train_timesteps + 1,)`, from the image to noise."""
         return torch.arange(self.config["num_train_timesteps"] + 1)
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio ((1 - sigma) / sigma)^2 of timesteps `t`, any shape; infinite at 0."""
+        """Signal-to-noise ratio ((1 - sigma) / sigma)^2 at timesteps `t` of any shape; infinite at 0."""
         sigma = t / self.config["num_train_timesteps"]
         return ((1 - sigma) / sigma) ** 2
 
     def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t of timesteps `t`, `(B,)`."""
+        """x_t at timesteps `t`, `(B,)`."""
         sigma = self._sigma(t, x_0)
         return (1 - sigma) * x_0 + sigma * noise
 
@@ -394,26 +394,26 @@ class SfumatoFlowScheduler(FlowMatchEulerDiscreteScheduler):
         return noise - x_0
 
     def denoised(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        """x_0 that a prediction means: x_t - sigma (eps - x_0)."""
+        """The x_0 that a prediction implies: x_t - sigma (eps - x_0)."""
         return x_t - self._sigma(t, x_t) * output
 
     def to_stock(self, cls: type = DPMSolverMultistepScheduler, **settings):
-        """The same path for the solvers of diffusers that know flow, with which `StableDiffusionPipeline` can draw.
+        """The same path for diffusers' solvers that support flow matching, with which `StableDiffusionPipeline` can draw.
 
         DPM-Solver++ of order 1, the default, takes Euler's steps: with x_0 = x_t - sigma_t v, its
         x_s = sigma_s / sigma_t x_t + (alpha_s - alpha_t sigma_s / sigma_t) x_0 is x_t + (sigma_s - sigma_t) v.
         """
         odd = [name for name in UNSUPPORTED_SETTINGS if self.config.get(name)]
         if odd:
-            raise ValueError(f"no stock sampler for UNets knows these settings of flow matching: {', '.join(odd)}")
+            raise ValueError(f"no stock sampler for UNets supports these flow matching settings: {', '.join(odd)}")
         settings = settings or {"solver_order": 1}
         steps, shift = self.config["num_train_timesteps"], self.config["shift"]
         flow = {"prediction_type": self.prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
-        # The offset changes nothing here, but StableDiffusionPipeline asks for it.
+        # The offset changes nothing here, but StableDiffusionPipeline requires it.
         return cls(num_train_timesteps=steps, steps_offset=1, **flow, **settings)
 
 
-"""What is looked at before a stranger's folder is opened: no pickle, no absurd size.
+"""Checks on a stranger's folder before it is opened: no pickles, no absurd sizes.
 
 Self-contained on purpose (torch, safetensors, diffusers and transformers only): this file travels inside shared model folders.
 """
@@ -427,7 +427,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-UNREAD = [f"*{suffix}" for suffix in PICKLES]  # of a repository on the Hub
+UNREAD = [f"*{suffix}" for suffix in PICKLES]  # files of a Hub repository that are not downloaded
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 1024
 PARTS = (
     "vae", "text_encoder", "unet", "scheduler", "safety_checker", "image_encoder", "controlnet",
@@ -449,16 +449,16 @@ MODELS = {  # (library and class as model_index.json names them) -> module
 
 
 def check_folder(folder: str | Path, skip: Set[str] = frozenset()) -> None:
-    """Refuse a pipeline folder that would unpickle or fill the memory when it is opened.
+    """Reject a pipeline folder that would unpickle objects or fill the memory when it is opened.
 
     Remote code needs no check here: diffusers runs none without `trust_remote_code=True`.
 
     Args:
-        folder: a folder of Stable Diffusion's form.
-        skip: parts that are not opened, since the caller brings others.
+        folder: a folder in Stable Diffusion's format.
+        skip: parts that are not opened, since the caller provides others.
 
     Raises:
-        ValueError: weights that are there as a pickle only, that are damaged, or that a config contradicts in size.
+        ValueError: weights that exist only as a pickle, are damaged, or do not match the size that a config asks for.
     """
     folder = Path(folder)
     index = _read(folder / "model_index.json")
@@ -470,26 +470,26 @@ def check_folder(folder: str | Path, skip: Set[str] = frozenset()) -> None:
 
 
 def check_part(part: Path, entry: tuple[str, str]) -> None:
-    """As `check_folder`, of one model's own folder; `entry` is its library and class.
+    """Like `check_folder`, for the folder of one model; `entry` is its library and class.
 
     Raises:
-        ValueError: as of `check_folder`; or something in it that is no plain file, which might never end when it is read.
+        ValueError: as for `check_folder`; or something in it is not a regular file and could block forever when it is read.
     """
     odd = [path.name for path in part.iterdir() if not path.is_file() and not path.is_dir()]
     if odd:
-        raise ValueError(f"{part / odd[0]} is no plain file")
+        raise ValueError(f"{part / odd[0]} is not a plain file")
     safe = list(part.glob("*.safetensors"))
     pickles = [path.name for path in part.iterdir() if path.suffix.lower() in PICKLES]
     if pickles and not safe:
         raise ValueError(
             f"{part} holds its weights only as {pickles[0]}, a pickle, which can run code when opened; only safetensors "
-            "are. Convert it where its code may do no harm, or ask its author to"
+            "files are opened. Convert it where its code can do no harm, or ask its author to"
         )
     for listing in part.glob("*.safetensors.index*.json"):
         shards = _read(listing).get("weight_map", {})
         odd = [str(f) for f in (shards.values() if isinstance(shards, dict) else ["?"]) if not _is_shard(f)]
         if odd:
-            raise ValueError(f"{listing} names {odd[0]!r}, which is no safetensors file beside it")
+            raise ValueError(f"{listing} names {odd[0]!r}, which is not a safetensors file beside it")
     if (part / "scheduler_config.json").is_file():
         steps = _read(part / "scheduler_config.json").get("num_train_timesteps", 1000)
         if not isinstance(steps, int) or not 0 < steps <= MAX_TIMESTEPS:
@@ -504,7 +504,7 @@ def _is_shard(name) -> bool:
 
 def _read(path: Path) -> dict:
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+        raise ValueError(f"{path} is not a plain file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -515,9 +515,9 @@ def _read(path: Path) -> dict:
 
 
 def _check_size(part: Path, entry: tuple[str, str], files: list[Path]) -> None:
-    """Compare what the config would build, on torch's meta device, with what the weights hold."""
+    """Compare what the config would build, on torch's meta device, with the stored weights."""
     if entry not in MODELS:
-        raise ValueError(f"{part} is a {'.'.join(entry)}, which is no part of a model of this form")
+        raise ValueError(f"{part} is a {'.'.join(entry)}, which is not a part of a model in this format")
     shapes = {}
     for path in files:  # variants repeat names
         try:
@@ -527,7 +527,7 @@ def _check_size(part: Path, entry: tuple[str, str], files: list[Path]) -> None:
             raise ValueError(f"{path} is damaged: {error}") from error
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     config = _read(part / "config.json")
-    if depth := find_depth(config, max(len(shapes), 100)):  # first, since what is too deep cannot even be sketched
+    if depth := find_depth(config, max(len(shapes), 100)):  # first, since a model that is too deep cannot even be sketched
         raise ValueError(f"{part}: its config asks for {depth}, its weights hold {len(shapes):,} tensors")
     if max(_numbers(config.get("sample_size"))) > MAX_SAMPLE_SIZE:
         raise ValueError(f"{part}: sample_size={config['sample_size']!r}; at most {MAX_SAMPLE_SIZE} is opened")
@@ -540,11 +540,11 @@ def _check_size(part: Path, entry: tuple[str, str], files: list[Path]) -> None:
         raise ValueError(f"{part}: its config does not describe a {entry[1]}: {error}") from error
     wanted = sum(parameter.numel() for parameter in sketch.parameters())
     if wanted > 1.5 * stored + 10_000:
-        raise ValueError(f"{part}: its config asks for {wanted:,} numbers, its weights hold {stored:,}; it will not be opened")
+        raise ValueError(f"{part}: its config asks for {wanted:,} parameters, its weights hold {stored:,}; it is not opened")
 
 
 def find_depth(config: dict, limit: int) -> str | None:
-    """What in a config asks for more than `limit` layers, alone or multiplied with the rest; None where nothing does."""
+    """The setting that asks for more than `limit` layers, alone or multiplied with the others; None if there is none."""
     product, queue = 1, [config]
     while queue:
         for key, value in queue.pop().items():
@@ -560,13 +560,13 @@ def find_depth(config: dict, limit: int) -> str | None:
 
 
 def _numbers(value) -> list[int]:
-    """The whole numbers in nested lists, and 0."""
+    """The integers in nested lists, and 0."""
     if isinstance(value, list):
         return [0] + [number for item in value for number in _numbers(item)]
     return [0, value] if isinstance(value, int) else [0]
 
 
-"""One meaning for every image file: upright, in sRGB, 8 bits a channel, on white; in training, in a call, in a command.
+"""One interpretation of every image file in training, calls and commands: upright, sRGB, 8 bits per channel, on white.
 
 Self-contained on purpose (numpy and PIL only): this file travels inside shared model folders.
 """
@@ -579,26 +579,26 @@ from PIL import Image, ImageCms, ImageOps
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-# Files of 16 bits that Pillow opens as 32.
+# Formats whose 16-bit files Pillow opens with 32 bits.
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 
 class UnsupportedImage(ValueError):
-    """An image whose values have no certain meaning; the message says why."""
+    """An image whose values are ambiguous; the message says why."""
 
 
 def to_8_bits(image: Image.Image, channels: int, notes: set[str] | None = None) -> Image.Image:
-    """An image of any mode as 8 bits of grey, RGB or RGBA: turned upright, in sRGB, laid on white unless `channels` is 4.
+    """Convert an image of any mode to 8-bit grey, RGB or RGBA: upright, in sRGB, on white unless `channels` is 4.
 
-    The range follows the file: of 16 bits the upper eight are taken, floats must lie in [0, 1]. Nothing is scaled by what an
-    image happens to hold.
+    The range follows the file format: of 16 bits the upper eight are used, and floats must lie in [0, 1]. No image is scaled
+    by its own contents.
 
     Args:
-        channels: 1 grey, 3 RGB, 4 RGBA.
-        notes: gets what was unusual about the image, such as a palette.
+        channels: 1 is grey, 3 RGB, 4 RGBA.
+        notes: receives what was unusual about the image, such as a palette.
 
     Raises:
-        UnsupportedImage: integers of 32 bits, floats outside of [0, 1], or a mode that cannot be converted.
+        UnsupportedImage: 32-bit integers, floats outside [0, 1], or a mode that cannot be converted.
     """
     notes = set() if notes is None else notes
     if image.getexif().get(0x0112, 1) != 1:
@@ -619,7 +619,7 @@ def to_8_bits(image: Image.Image, channels: int, notes: set[str] | None = None) 
 
 
 def _scale(image: Image.Image, notes: set[str]) -> Image.Image:
-    """Deep images as 8 bits."""
+    """Convert images with more than 8 bits to 8 bits."""
     if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
         notes.add("16 bits scaled to 8")
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
@@ -635,7 +635,7 @@ def _scale(image: Image.Image, notes: set[str]) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, notes: set[str]) -> Image.Image:
-    """Colours by the profile that the file holds, as every viewer shows them."""
+    """Convert colours from the profile in the file to sRGB, as image viewers do."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
@@ -658,14 +658,14 @@ def _to_srgb(image: Image.Image, notes: set[str]) -> Image.Image:
 
 
 def _same_colours(given, srgb) -> bool:
-    """Whether a profile is sRGB under one of its many descriptions."""
+    """Whether a profile is sRGB under one of its many names."""
     named = "srgb" in (given.profile_description or "").lower()
     primaries = [(getattr(p, f"{name}_colorant") or (np.nan,))[0] for p in (given, srgb) for name in ("red", "green", "blue")]
     values = np.array([np.resize(primary, 3) for primary in primaries], float)
     return named and bool(np.allclose(values[:3], values[3:], atol=0.01))
 
 
-"""What a call of the pipeline is given: checked before anything is computed, and images and masks made into tensors.
+"""The arguments of a pipeline call: checked before anything is computed; images and masks are turned into tensors.
 
 Self-contained on purpose (torch, numpy, PIL and diffusers only): this file travels inside shared model folders.
 """
@@ -684,43 +684,43 @@ from PIL import Image
 
 logger = logging.get_logger(__name__)
 
-CAPTION_WORDS = "caption_words"  # of the tokenizer's settings: all words of the captions that a model was trained on
+CAPTION_WORDS = "caption_words"  # key in the tokenizer's settings: all words of the training captions
 
 
 _TOKENIZING = threading.Lock()
 
 
 def tokenize(tokenizer, text: str | list[str], **settings):
-    """`tokenizer(text, **settings)`, one thread at a time: how tokenizers pad and cut is a state that all callers share."""
+    """`tokenizer(text, **settings)`, one thread at a time: padding and truncation are state that all callers share."""
     with _TOKENIZING:
         return tokenizer(text, **settings)
 
 
 @functools.lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
-    """A warning about a prompt, once in a process: prompts are drawn again and again."""
+    """Log a warning about a prompt once per process, since the same prompt is often drawn many times."""
     logger.warning(message)
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text in small letters; of scripts without spaces between words, its characters."""
+    """The words of a text in lower case; single characters for scripts without spaces between words."""
     return re.findall(r"[\u2e80-\u9fff]|[^\W\d_\u2e80-\u9fff]+", text.lower())
 
 
 def warn_of_unknown_words(tokenizer, prompts: list[str]) -> None:
-    """Name the words that no caption of the training has; nothing where the tokenizer does not say which these are."""
+    """Warn of words that are in no training caption; does nothing if the tokenizer does not list the caption words."""
     listed = tokenizer.init_kwargs.get(CAPTION_WORDS)
     known = {word for word in listed if isinstance(word, str)} if isinstance(listed, list) else set()
     unknown = dict.fromkeys(word for prompt in prompts for word in split_words(prompt) if word not in known)
     if known and unknown:
         words = ", ".join(repr(word) for word in list(unknown)[:10])
-        has = "no caption that this model was trained on has"
-        warn_once(f"Of the words of the prompts {has} {words}: it can only guess what is meant.")
+        has = "that are in no caption this model was trained on"
+        warn_once(f"Words of the prompts {has}: {words}. The model can only guess what they mean.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallInputs:
-    """The arguments of a call of the pipeline that are checked; as of `SfumatoPipeline.__call__`, sizes filled in."""
+    """The arguments of a pipeline call that are checked, as in `SfumatoPipeline.__call__` with the sizes filled in."""
 
     prompt: str | list[str] | None
     negative_prompt: str | list[str] | None
@@ -747,10 +747,10 @@ class CallInputs:
 
 
 def check_inputs(pipe, call: CallInputs) -> None:
-    """Refuse wrong types, sizes and ranges before anything is computed.
+    """Reject wrong types, sizes and ranges before anything is computed.
 
     Raises:
-        TypeError, ValueError: naming what came, what is allowed and what to do.
+        TypeError, ValueError: the message names the value, what is allowed and what to do.
     """
     num_images = _check_prompts(pipe, call) * call.num_images_per_prompt
     _check_steps_and_size(pipe, call)
@@ -764,8 +764,9 @@ def check_inputs(pipe, call: CallInputs) -> None:
             raise ValueError(f"`latents` must have shape {expected}, got {tuple(call.latents.shape)}")
     _check_images(pipe, call)
     _check_conditions(pipe, call)
-    if call.output_type not in ("pil", "np", "pt", "latent", *(("decoded",) if pipe.codec is not None else ())):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {call.output_type!r}")
+    output_types = ["pil", "np", "pt", "latent"] + ["decoded"] * (pipe.codec is not None)
+    if call.output_type not in output_types:
+        raise ValueError(f"`output_type` must be one of {output_types}, got {call.output_type!r}")
     if call.callback is not None and not callable(call.callback):
         raise TypeError(f"`callback_on_step_end` must be a function, got {type(call.callback).__name__}")
     if call.cross_attention_kwargs is not None and not isinstance(call.cross_attention_kwargs, dict):
@@ -778,7 +779,7 @@ def check_inputs(pipe, call: CallInputs) -> None:
 
 
 def _check_floats(name: str, value, ndim: int = 4) -> None:
-    """Refuse what is no dense tensor of finite floats with `ndim` dimensions."""
+    """Reject anything but a dense tensor of finite floats with `ndim` dimensions."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.device.type == "meta" or not value.is_floating_point():
@@ -786,17 +787,17 @@ def _check_floats(name: str, value, ndim: int = 4) -> None:
     if value.ndim != ndim or not value.numel():
         raise ValueError(f"`{name}` must have {ndim} dimensions and values, got the shape {tuple(value.shape)}")
     if not value.isfinite().all():
-        raise ValueError(f"`{name}` holds numbers that are not finite")
+        raise ValueError(f"`{name}` contains values that are not finite")
 
 
 def _check_embeds(pipe, call: CallInputs) -> None:
-    """Refuse embeddings that the network cannot read, or that do not go with the unconditional ones."""
+    """Reject embeddings that the network cannot read, or that do not match the unconditional ones."""
     width = pipe.unet.config.cross_attention_dim
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         if (value := getattr(call, name)) is not None:
             _check_floats(name, value, 3)
             if isinstance(width, int) and value.shape[-1] != width:
-                raise ValueError(f"`{name}` must be as wide as the network reads, {width}, got {value.shape[-1]}")
+                raise ValueError(f"`{name}` must have the width that the network reads, {width}, got {value.shape[-1]}")
     positive, negative = call.prompt_embeds, call.negative_prompt_embeds
     if positive is None and negative is None:
         return
@@ -810,25 +811,25 @@ def _check_embeds(pipe, call: CallInputs) -> None:
     if pipe.text_encoder is None:
         if positive is None or call.guidance_scale != 1:
             given, missing = ("negative_prompt_embeds", "prompt_embeds")[:: 1 if positive is None else -1]
-            raise ValueError(f"without a text encoder `{given}` needs `{missing}` beside it, or `guidance_scale`=1")
+            raise ValueError(f"without a text encoder, `{given}` also needs `{missing}`, or `guidance_scale`=1")
         return
     length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
     name, given = ("prompt_embeds", positive) if positive is not None else ("negative_prompt_embeds", negative)
     other = "negative_prompt_embeds" if positive is not None else "prompt_embeds"
     if given is not None and given.shape[1] != length and call.guidance_scale != 1:
         raise ValueError(
-            f"`{name}` has {given.shape[1]} tokens, and what the text encoder makes beside it has {length}; "
+            f"`{name}` has {given.shape[1]} tokens, but the text encoder's own output has {length}; "
             f"pass `{other}` of {given.shape[1]} tokens too"
         )
 
 
 def _is_count(value) -> bool:
-    """Whether a value is a whole number of at least 1; True is none."""
+    """Whether a value is an integer of at least 1; True does not count."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_prompts(pipe, call: CallInputs) -> int:
-    """Check prompts and embeddings; returns the number of prompts."""
+    """Check prompts and embeddings; return the number of prompts."""
     for name, text in (("prompt", call.prompt), ("negative_prompt", call.negative_prompt)):
         if text is not None and not isinstance(text, str):
             if not isinstance(text, list) or not all(isinstance(item, str) for item in text):
@@ -846,7 +847,7 @@ def _check_prompts(pipe, call: CallInputs) -> int:
         batch_size = 1 if isinstance(call.prompt, str) else len(call.prompt or ())
     if isinstance(call.negative_prompt, list) and len(call.negative_prompt) != batch_size:
         raise ValueError(
-            f"{len(call.negative_prompt)} negative prompts for {batch_size} prompts; pass one string or as many as prompts"
+            f"{len(call.negative_prompt)} negative prompts for {batch_size} prompts; pass one string, or one for each prompt"
         )
     steered = call.negative_prompt_embeds is not None or any(call.negative_prompt or ())
     if steered and getattr(pipe.guider, "weak", None) is not None:
@@ -869,7 +870,7 @@ def _check_steps_and_size(pipe, call: CallInputs) -> None:
             multiple = f"a positive multiple of {pipe.vae_scale_factor} pixels, at most {MAX_SIDE}"
             raise ValueError(f"`{name}` must be {multiple}, got {value!r}")
         if value % factor:
-            logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads inside, which may show.")
+            logger.warning(f"`{name}`={value} is not a multiple of {factor}; the UNet pads internally, which may be visible.")
 
 
 def _check_guidance(pipe, call: CallInputs) -> None:
@@ -883,7 +884,7 @@ def _check_guidance(pipe, call: CallInputs) -> None:
     settings = {"guidance_scale"} if pipe.guider is None else set(pipe.guider.config)
     second = {"perturbed_guidance_scale", "skip_layer_guidance_scale", "seg_guidance_scale"} & settings
     if scale == 1 and second:
-        raise ValueError(f"{type(pipe.guider).__name__} works beside plain guidance: `guidance_scale` must not be 1")
+        raise ValueError(f"{type(pipe.guider).__name__} works on top of plain guidance: `guidance_scale` must not be 1")
     if "guidance_scale" not in settings:
         raise ValueError(f"{type(pipe.guider).__name__} takes no `guidance_scale`; set up `pipe.guider` instead")
 
@@ -901,14 +902,14 @@ def _check_generator(call: CallInputs, num_images: int) -> None:
 def _check_images(pipe, call: CallInputs) -> None:
     strength = call.strength
     if call.mask_image is not None and call.image is None:
-        raise ValueError("`mask_image` says what of `image` to redraw; pass `image` too")
+        raise ValueError("`mask_image` says which part of `image` to redraw; pass `image` too")
     if call.image is None and strength is not None:
         raise ValueError("`strength` says how much of `image` to redraw; pass `image` too")
     if strength is not None:
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be a number over 0 and at most 1, got {strength!r}")
+            raise ValueError(f"`strength` must be a number above 0 and at most 1, got {strength!r}")
         if round(strength * call.num_inference_steps) < 1:
-            raise ValueError(f"`strength`={strength} of {call.num_inference_steps} steps leaves none to take; raise either")
+            raise ValueError(f"`strength`={strength} of {call.num_inference_steps} steps leaves no step to take; raise either")
     if not _is_count(call.num_resamples):
         raise ValueError(f"`num_resamples` must be a whole number of at least 1, got {call.num_resamples!r}")
     if call.num_resamples > 1:
@@ -919,7 +920,7 @@ def _check_images(pipe, call: CallInputs) -> None:
 
 
 def _check_conditions(pipe, call: CallInputs) -> None:
-    """What upscaling models and ControlNets need, and others do not take."""
+    """Check the arguments that upscaling models and ControlNets need and that other models do not take."""
     scale = call.control_scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= MAX_GUIDANCE:
         raise ValueError(f"`controlnet_conditioning_scale` must be a number, at most {MAX_GUIDANCE}, got {scale!r}")
@@ -931,7 +932,7 @@ def _check_conditions(pipe, call: CallInputs) -> None:
             raise ValueError("`noise_level` is for upscaling models; leave it out")
         return
     if pipe.low_res_scheduler is None:
-        raise ValueError("this upscaling model lacks its low_res_scheduler, such as DDPMScheduler")
+        raise ValueError("this upscaling model has no low_res_scheduler; it needs one such as DDPMScheduler")
     if call.image is None or call.mask_image is not None or call.strength is not None:
         raise ValueError("an upscaling model takes `image`, the smaller image, and neither `mask_image` nor `strength`")
     limit, level = pipe.config.max_noise_level, call.noise_level
@@ -940,32 +941,32 @@ def _check_conditions(pipe, call: CallInputs) -> None:
 
 
 MAX_SIDE = 32768
-MAX_GUIDANCE = 1000  # beyond, half precision overflows and nothing is drawn
-# Largest value of each integer type that has one meaning.
+MAX_GUIDANCE = 1000  # beyond this, half precision overflows and nothing is drawn
+# Largest value of each integer type whose range is unambiguous.
 RANGES = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}
 
 
 def _stack(name: str, value, one_has: int) -> torch.Tensor:
-    """Array, tensor, or list of them as one float tensor with a batch dimension; uint8, uint16 and bool in [0, 1]."""
+    """An array, a tensor or a list of them as one float tensor with a batch dimension; uint8, uint16 and bool in [0, 1]."""
     parts = value if isinstance(value, list) else [value]
     tensors = []
     for part in parts:
         if not isinstance(part, (np.ndarray, torch.Tensor)):
-            raise TypeError(f"`{name}` must hold PIL images, arrays or tensors, got {type(part).__name__}")
+            raise TypeError(f"`{name}` must contain PIL images, arrays or tensors, got {type(part).__name__}")
         try:
             tensor = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
         except TypeError as error:
             raise TypeError(f"`{name}` is an array of {part.dtype}, not of numbers") from error
         if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.numel():
-            raise ValueError(f"`{name}` must be a dense tensor with values; it is empty, sparse or without data")
+            raise ValueError(f"`{name}` must be a dense tensor with values; this one is empty, sparse or has no data")
         if tensor.dtype not in RANGES and not tensor.is_floating_point():
-            raise ValueError(f"`{name}` holds {tensor.dtype}, whose range is not known; pass uint8, uint16 or float in [0, 1]")
+            raise ValueError(f"`{name}` has {tensor.dtype}, whose range is unknown; pass uint8, uint16 or float in [0, 1]")
         tensor = tensor.float() / RANGES.get(tensor.dtype, 1)
         if isinstance(part, np.ndarray) and tensor.ndim >= 3:  # channels last, as everywhere in diffusers
             tensor = tensor.movedim(-1, -3)
         tensors.append(tensor.float() if tensor.ndim == one_has + 1 else tensor.float()[None])
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
-        raise ValueError(f"`{name}` holds images of several sizes: {[tuple(t.shape[1:]) for t in tensors]}")
+        raise ValueError(f"`{name}` contains images of several sizes: {[tuple(t.shape[1:]) for t in tensors]}")
     return torch.cat(tensors)
 
 
@@ -978,7 +979,7 @@ def _eight_bits(image: Image.Image, channels: int, name: str) -> Image.Image:
 
 def _fit_batch(name: str, tensor: torch.Tensor, batch_size: int, num_images_per_prompt: int) -> torch.Tensor:
     if len(tensor) not in (1, batch_size):
-        raise ValueError(f"{len(tensor)} images in `{name}` for {batch_size} prompts; pass one, or as many as prompts")
+        raise ValueError(f"{len(tensor)} images in `{name}` for {batch_size} prompts; pass one, or one for each prompt")
     return tensor.expand(batch_size, *tensor.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
 
 
@@ -996,14 +997,14 @@ def to_pixels(
     """`image` as `(B, C, height, width)` in [-1, 1].
 
     Args:
-        image: PIL images of any mode (see `images.to_8_bits`), resized where they have another size; arrays `(H, W, C)` or
-            tensors `(C, H, W)`, uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list of them.
-        channels: C: 1 grey, 3 RGB, 4 RGBA.
+        image: PIL images of any mode (see `images.to_8_bits`), resized if needed; arrays `(H, W, C)` or tensors `(C, H, W)`,
+            uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list of them.
+        channels: C; 1 is grey, 3 RGB, 4 RGBA.
         resample: how PIL images are resized.
-        name: of the argument, for errors.
+        name: the argument's name, for error messages.
 
     Raises:
-        TypeError, ValueError: something else, another size, values out of range, as many as neither one nor the prompts.
+        TypeError, ValueError: another type or size, values out of range, or neither one image nor one for each prompt.
     """
     parts = image if isinstance(image, list) else [image]
     if all(isinstance(part, Image.Image) for part in parts):
@@ -1016,23 +1017,23 @@ def to_pixels(
             f"`{name}` must be {channels} x {height} x {width}, got {tuple(pixels.shape[1:])}; or pass a PIL image"
         )
     if not (torch.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError(f"`{name}` must hold values from 0 to 1 (or be uint8 or uint16)")
+        raise ValueError(f"`{name}` must contain values from 0 to 1 (or be uint8 or uint16)")
     return _fit_batch(name, pixels * 2 - 1, batch_size, num_images_per_prompt)
 
 
 def to_mask(
     mask, height: int, width: int, batch_size: int = 1, num_images_per_prompt: int = 1, *, channels: int = 1
 ) -> torch.Tensor:
-    """`mask` as `(B, 1, height, width)` in [0, 1]: 1 is redrawn, 0 is kept, between is blended.
+    """`mask` as `(B, 1, height, width)` in [0, 1]: 1 is redrawn, 0 is kept, values between are blended.
 
     Args:
-        mask: PIL images, which are resized where they have another size; arrays or tensors `(H, W)` or `(1, H, W)`
-            (arrays `(H, W, 1)`), bool, uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list.
-        channels: of a model of arrays; a mask may then have as many, such as the frames of a clip that are to be drawn, and
-            the result has them too.
+        mask: PIL images, which are resized if needed; arrays or tensors `(H, W)` or `(1, H, W)` (arrays `(H, W, 1)`), bool,
+            uint8, uint16 or float in [0, 1], with or without a batch dimension; or a list of them.
+        channels: those of a model that draws arrays. The mask may have as many, for example to select the frames of a clip
+            that are to be drawn; the result then has them too.
 
     Raises:
-        TypeError, ValueError: as `to_pixels`.
+        TypeError, ValueError: as for `to_pixels`.
     """
     parts = mask if isinstance(mask, list) else [mask]
     if all(isinstance(part, Image.Image) for part in parts):
@@ -1046,9 +1047,9 @@ def to_mask(
     if tuple(values.shape[1:]) not in ((1, height, width), (channels, height, width)):
         raise ValueError(f"`mask_image` must be {height} x {width}, got {tuple(values.shape[1:])}; or pass a PIL image")
     if not (torch.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise ValueError("`mask_image` must hold values from 0 (keep) to 1 (redraw)")
+        raise ValueError("`mask_image` must contain values from 0 (keep) to 1 (redraw)")
     if values.max() == 0:
-        logger.warning("`mask_image` is 0 everywhere: nothing of `image` is redrawn. White, 1, is what to redraw.")
+        logger.warning("`mask_image` is 0 everywhere, so nothing of `image` is redrawn. White (1) marks what to redraw.")
     return _fit_batch("mask_image", values, batch_size, num_images_per_prompt)
 
 
@@ -1056,18 +1057,18 @@ def pad_for_outpainting(image: Image.Image, left=0, top=0, right=0, bottom=0) ->
     """A larger image and its mask, for `pipe(prompt, image=image, mask_image=mask, height=..., width=...)`.
 
     Args:
-        image: what is to go on beyond its edges.
-        left, top, right, bottom: pixels to add; filled with the nearest edge, which the mask has redrawn.
+        image: the image to continue beyond its edges.
+        left, top, right, bottom: pixels to add; they repeat the nearest edge, and the mask marks them to be redrawn.
     """
     if min(left, top, right, bottom) < 0:
-        raise ValueError(f"pixels to add must not be negative, got {(left, top, right, bottom)}")
+        raise ValueError(f"the number of pixels to add must not be negative, got {(left, top, right, bottom)}")
     values = np.asarray(image)
     more = [(top, bottom), (left, right)]
     mask = np.pad(np.zeros(values.shape[:2], np.uint8), more, constant_values=255)
     return Image.fromarray(np.pad(values, more + [(0, 0)] * (values.ndim - 2), mode="edge")), Image.fromarray(mask)
 
 
-"""What a network is given beside the noisy latents and the text: a mask and the image around it, or a smaller image.
+"""What a network reads besides the noisy latents and the text: a mask and the image around it, or a smaller image.
 
 Self-contained on purpose (torch, numpy, PIL and diffusers only): this file travels inside shared model folders.
 """
@@ -1078,23 +1079,23 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-UPSCALERS_SCALE = 0.08333  # what StableDiffusionUpscalePipeline makes of every VAE's scaling factor
+UPSCALERS_SCALE = 0.08333  # StableDiffusionUpscalePipeline sets every VAE's scaling factor to this
 
 
 def image_channels(vae) -> int:
-    """How many channels the images have that a VAE encodes; `ConsistencyDecoderVAE` has another name for them."""
+    """Number of channels of the images that a VAE encodes; `ConsistencyDecoderVAE` has another name for it."""
     return vae.config.get("in_channels") or vae.config.encoder_in_channels
 
 
 def codec_facts(unet) -> dict | None:
-    """What a UNet's config says of the codec of its arrays, see `pipelines.codecs`; None of a model of pictures."""
+    """The facts in a UNet's config about the codec of its arrays, see `pipelines.codecs`; None for a model of images."""
     own = unet.config.get("_sfumato") if unet is not None else None
     return own.get("codec") if isinstance(own, dict) else None
 
 
 def extra_input_kind(unet, vae) -> str | None:
-    """What the UNet reads beside the noisy latents: `masks` and masked images, as those of Stable Diffusion's inpainting do;
-    an image of `low_res`, as those of its upscaling do; None: nothing.
+    """What the UNet reads besides the noisy latents: `masks` (and masked images) as in Stable Diffusion's inpainting,
+    `low_res` (a smaller image) as in its upscaling, or None for nothing.
     """
     if unet is None or vae is None:
         return None
@@ -1105,15 +1106,15 @@ def extra_input_kind(unet, vae) -> str | None:
 
 
 def x0_estimator(scheduler):
-    """What a network with self-conditioning reads beside the noise: x_0 as its last prediction meant it, zeros at first (Chen
-    et al. 2022, arXiv 2208.04202). A function of prediction, x_t and t, the first two `(B, C, h, w)`.
+    """What a network with self-conditioning reads besides the noise: the x_0 of its last prediction, zeros at first (Chen
+    et al. 2022, arXiv 2208.04202). Returns a function of prediction, x_t and t, the first two `(B, C, h, w)`.
     """
     config = scheduler.config
     abar, kind = scheduler.alphas_cumprod, config.prediction_type
     clip = config.get("clip_sample") or config.get("thresholding")
 
     def estimated(output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a = abar.to(x_t.device, torch.float32)[t.long()].reshape(-1, 1, 1, 1)  # in half precision the last would be 0
+        a = abar.to(x_t.device, torch.float32)[t.long()].reshape(-1, 1, 1, 1)  # in half precision the last value would be 0
         dtype = x_t.dtype
         output = output[:, : x_t.shape[1]].float()
         x_t = x_t.float()
@@ -1127,17 +1128,17 @@ def x0_estimator(scheduler):
 
 
 def encode_image(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """The latents `(B, C, h, w)` of pixels `(B, C, H, W)` in [-1, 1], not scaled; of any autoencoder of diffusers."""
+    """The unscaled latents `(B, C, h, w)` of pixels `(B, C, H, W)` in [-1, 1]; works with any autoencoder of diffusers."""
     encoded = vae.encode(pixels)
     return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
 
 def default_size(pipe, image) -> tuple[int, int]:
-    """Height and width in pixels where a call names none: the trained ones.
+    """Height and width in pixels if a call names none: those of training.
 
-    Upscaling follows the small image, or the first of a list: an array or tensor has the size of the latents already, and so
-    has a PIL image where the VAE is not the identity, as in the stock pipeline. On pixels, one whose shorter side is less
-    than was trained is drawn at that.
+    Upscaling follows the small image, or the first of a list: an array or tensor already has the size of the latents, and so
+    does a PIL image unless the VAE is the identity, as in the stock pipeline. With pixels, a PIL image whose shorter side is
+    below the trained size is enlarged to it.
     """
     first = image[0] if isinstance(image, list) and image else image
     factor, trained = pipe.vae_scale_factor, pipe.trained_size
@@ -1145,7 +1146,7 @@ def default_size(pipe, image) -> tuple[int, int]:
         return trained
     if isinstance(first, Image.Image):
         times = factor if factor > 1 else max(1, min(trained) / min(first.size))
-        turned = first.getexif().get(0x0112, 1) >= 5  # lies on its side, see `images.to_8_bits`
+        turned = first.getexif().get(0x0112, 1) >= 5  # stored on its side, see `images.to_8_bits`
         width, height = (side * times for side in (first.size[::-1] if turned else first.size))
     elif isinstance(first, torch.Tensor) and first.ndim >= 3:
         height, width = (side * factor for side in first.shape[-2:])
@@ -1157,24 +1158,24 @@ def default_size(pipe, image) -> tuple[int, int]:
 
 
 def check_upscaling(vae) -> None:
-    """Raise ValueError for a VAE with which `StableDiffusionUpscalePipeline` would draw something else, or fail."""
+    """Raise ValueError for a VAE with which `StableDiffusionUpscalePipeline` would draw other images or fail."""
     if vae.config.scaling_factor != UPSCALERS_SCALE or vae.post_quant_conv is None:
         raise ValueError(
-            f"stock upscaling takes a VAE of scaling_factor {UPSCALERS_SCALE}; see autoencoders.set_scaling_factor"
+            f"stock upscaling takes a VAE with scaling_factor {UPSCALERS_SCALE}; see autoencoders.set_scaling_factor"
         )
 
 
 def renoise(scheduler, x_s: torch.Tensor, s: torch.Tensor, t: torch.Tensor, generator) -> torch.Tensor:
-    """From timestep `s` back up to `t` by fresh noise: sqrt(a) x_s + sqrt(1 - a) eps with a = abar_t / abar_s."""
+    """Go back up from timestep `s` to `t` with fresh noise: sqrt(a) x_s + sqrt(1 - a) eps, where a = abar_t / abar_s."""
     a = (scheduler.alphas_cumprod[t] / scheduler.alphas_cumprod[s]).to(x_s)
     return a.sqrt() * x_s + (1 - a).sqrt() * randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
 
 
 def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
-    """What an inpainting UNet reads beside the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the masked image.
+    """What an inpainting UNet reads besides the noise, `(B, 1 + C, h, w)`: the mask, 1 where to draw, and the masked image.
 
     Args:
-        pixels, mask: `(B, 3, H, W)` in [-1, 1] and `(B, 1, H, W)`. Without a mask, all is to be drawn.
+        pixels, mask: `(B, 3, H, W)` in [-1, 1] and `(B, 1, H, W)`. Without a mask, everything is drawn.
         noise: `(B, C, h, w)`.
     """
     if mask is None or pixels is None:
@@ -1186,14 +1187,14 @@ def inpainting_condition(vae, pixels: torch.Tensor | None, mask: torch.Tensor | 
 
 
 def low_res_condition(scheduler, pixels: torch.Tensor, level: torch.Tensor | int, generator=None) -> torch.Tensor:
-    """A small image `(B, 3, h, w)` with noise of the timesteps `level`, one or `(B,)`, so that an upscaling network does not
-    trust it too much (noise conditioning augmentation; Ho et al. 2022, arXiv 2106.15282, section 4).
+    """Add noise of the timesteps `level`, one or `(B,)`, to a small image `(B, 3, h, w)`, so that an upscaling network does
+    not trust it too much (noise conditioning augmentation; Ho et al. 2022, arXiv 2106.15282, section 4).
     """
     noise = randn_tensor(pixels.shape, generator, pixels.device, pixels.dtype)
     return scheduler.add_noise(pixels, noise, torch.as_tensor(level, device=pixels.device).reshape(-1))
 
 
-"""The model as diffusers' own classes have it: the stock pipeline of its kind, the stock scheduler.
+"""The model in diffusers' own classes: the stock pipeline of its kind and the stock scheduler.
 
 This file travels inside shared model folders.
 """
@@ -1207,26 +1208,26 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from transformers.utils import logging as transformers_logging
 
 
-# What `model_index.json` says of a model that no stock pipeline can draw: the class in the folder's own pipeline.py.
+# The class that `model_index.json` names for a model that no stock pipeline can draw: that in the folder's own pipeline.py.
 REMOTE_CLASS = ["pipeline", "SfumatoPipeline"]
 
 
 def stock_pipeline(pipe) -> DiffusionPipeline:
-    """The same model as a stock pipeline, sharing all weights: `StableDiffusionPipeline`, or that for inpainting, upscaling or
-    ControlNets.
+    """The same model as a stock pipeline, sharing all weights: `StableDiffusionPipeline`, or the one for inpainting, upscaling
+    or ControlNets.
 
     Raises:
-        ValueError: no stock pipeline draws it: a model that reads its own estimate.
+        ValueError: no stock pipeline can draw it, because the model reads its own estimate.
     """
     if pipe.reads == "estimate":
-        raise ValueError("no stock pipeline knows self-conditioning; open this model with SfumatoPipeline")
+        raise ValueError("no stock pipeline supports self-conditioning; open this model with SfumatoPipeline")
     return stock_parts(pipe)
 
 
 def stock_parts(pipe) -> DiffusionPipeline:
-    """`stock_pipeline`, or for a model that no stock pipeline draws, the one that holds the same parts."""
+    """`stock_pipeline`, or for a model that no stock pipeline can draw, one that holds the same parts."""
     parts = {**pipe.components, "scheduler": stock_scheduler(pipe.scheduler)}
-    if hasattr(pipe.unet, "to_stock"):  # of clips, see `pipelines.motion`
+    if hasattr(pipe.unet, "to_stock"):  # clips, see `pipelines.motion`
         unet, adapter = pipe.unet.to_stock()
         parts |= {"vae": pipe.vae.vae, "unet": unet, "motion_adapter": adapter}
         kept = (
@@ -1240,7 +1241,7 @@ def stock_parts(pipe) -> DiffusionPipeline:
             "image_encoder",
         )
         return diffusers.AnimateDiffPipeline(**{name: parts[name] for name in kept})
-    parts["unet"] = getattr(pipe.unet, "unet", pipe.unet)  # of one that another runtime runs
+    parts["unet"] = getattr(pipe.unet, "unet", pipe.unet)  # unwrap a network that another runtime runs
     guider, low_res, controlnet = (parts.pop(name) for name in ("guider", "low_res_scheduler", "controlnet"))
     if pipe.reads == "low_res":
         check_upscaling(pipe.vae)
@@ -1256,7 +1257,7 @@ def stock_parts(pipe) -> DiffusionPipeline:
 
 @contextmanager
 def quiet_transformers():
-    """Without the bars of transformers, "Loading weights" and "Writing model shards", which only say that a second passed."""
+    """Hide the progress bars of transformers, "Loading weights" and "Writing model shards", which last about a second."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -1267,23 +1268,23 @@ def quiet_transformers():
 
 
 def check_no_lora(pipe) -> None:
-    """Raise ValueError for a pipeline with a LoRA beside its weights, which a folder of whole weights would lose or spoil."""
+    """Raise ValueError for a pipeline with a LoRA beside its weights, which a folder of full weights would lose or corrupt."""
     for name in ("unet", "text_encoder"):
         part = getattr(pipe, name)
         if part is not None and any("lora_" in key for key, _ in part.named_parameters()):
             raise ValueError(
-                f"a LoRA lies beside the weights of `{name}`, which such a folder cannot hold: first "
-                "`pipe.fuse_lora(); pipe.unload_lora_weights()` to save both as one, or `pipe.save_lora_weights` for it alone"
+                f"a LoRA is loaded beside the weights of `{name}`, which such a folder cannot hold: first run "
+                "`pipe.fuse_lora(); pipe.unload_lora_weights()` to save both as one, or save it with `pipe.save_lora_weights`"
             )
 
 
 def stock_scheduler(scheduler):
-    """The sampler as a class of diffusers that its pipelines can draw with."""
+    """The sampler as a diffusers class that stock pipelines can draw with."""
     if isinstance(scheduler, SfumatoFlowScheduler):
         return scheduler.to_stock()
     cls = DDPMScheduler if isinstance(scheduler, SfumatoDDPMScheduler) else type(scheduler)
-    # A copy, since StableDiffusionPipeline edits its scheduler's config: it turns clip_sample off. Thresholding at
-    # 1.0 clips the very same way and is left alone.
+    # A copy, since StableDiffusionPipeline edits its scheduler's config and turns clip_sample off. Thresholding at 1.0
+    # clips in exactly the same way and is left alone.
     config = dict(scheduler.config)
     if config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0 and "thresholding" in config:
         config.update(clip_sample=False, thresholding=True, sample_max_value=1.0)
@@ -1291,14 +1292,14 @@ def stock_scheduler(scheduler):
 
 
 def write_class(pipe, folder) -> None:
-    """In a saved folder of a model that no stock pipeline draws, name the class that does."""
+    """In the saved folder of a model that no stock pipeline can draw, name the class that can."""
     if pipe.reads == "estimate":
         path = Path(folder) / "model_index.json"
         index = {**json.loads(path.read_text(encoding="utf-8")), "_class_name": REMOTE_CLASS, "self_conditioning": True}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-"""One guided prediction of the network: which passes it takes, how they run, and what they are given.
+"""One guided prediction of the network: which passes it takes, how they run and what their inputs are.
 
 Self-contained on purpose (torch and diffusers only): this file travels inside shared model folders.
 """
@@ -1323,14 +1324,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInputs:
-    """What a network is given beside noise, time and text.
+    """What a network reads besides noise, time and text.
 
     Attributes:
-        class_labels: `(B,)`, the noise level of an upscaling model's image.
+        class_labels: `(B,)`, the noise level of the small image of an upscaling model.
         control: `(B, C, H, W)` in [0, 1], the map that a ControlNet follows.
-        control_scale: how strongly it does.
+        control_scale: how strongly it follows the map.
         attention: `cross_attention_kwargs` of the UNet.
-        guidance: `(B, D)`, by which a distilled network is told the guidance scale; see `guidance_embedding`.
+        guidance: `(B, D)`, the guidance scale as input of a distilled network; see `guidance_embedding`.
     """
 
     class_labels: torch.Tensor | None = None
@@ -1342,16 +1343,16 @@ class NetworkInputs:
 
 @dataclass
 class CallState:
-    """What a call of the pipeline counts and finds out on its way.
+    """What a pipeline call counts and finds out along the way.
 
     Attributes:
-        num_passes: passes of the network so far.
-        one_by_one: whether a batch of the passes of one step has not fitted into memory.
+        num_passes: network passes so far.
+        one_by_one: whether the passes of one step did not fit into memory as one batch.
         num_timesteps: steps of the scheduler.
-        guidance_scale: of the guider; 1 where it has none.
+        guidance_scale: that of the guider; 1 if it has none.
         guided: whether an unconditional prediction is needed.
         guidance_ended: whether a callback has ended guidance.
-        cross_attention_kwargs: of the call.
+        cross_attention_kwargs: those of the call.
     """
 
     num_passes: int = 0
@@ -1365,7 +1366,7 @@ class CallState:
 
 @dataclass(frozen=True, kw_only=True)
 class Embeds:
-    """Text as the network reads it, `(B, L, D)` each; `negative` is None without guidance."""
+    """Text as the network reads it, each `(B, L, D)`; `negative` is None without guidance."""
 
     positive: torch.Tensor
     negative: torch.Tensor | None = None
@@ -1373,7 +1374,7 @@ class Embeds:
 
 @dataclass
 class Turn:
-    """Whose turn it is with a scheduler or a network, which keep a state while they draw."""
+    """Which thread is using a scheduler or a network, since both keep state while drawing."""
 
     lock: Any = field(default_factory=threading.Lock)
     thread: int | None = None
@@ -1384,10 +1385,10 @@ _TURNS_LOCK = threading.Lock()
 
 
 def one_at_a_time(call: Callable) -> Callable:
-    """Have calls of pipelines in several threads that share a scheduler or a network wait for each other.
+    """Make pipeline calls in several threads wait for each other if they share a scheduler or a network.
 
-    Raises (the call does):
-        RuntimeError: this very thread draws with one of them already: the call comes from its callback.
+    Raises (from the call):
+        RuntimeError: the same thread is already drawing with one of them, because the call comes from a callback.
     """
 
     @functools.wraps(call)
@@ -1408,7 +1409,7 @@ def one_at_a_time(call: Callable) -> Callable:
 
 
 def build_guider(cls: type, **settings) -> BaseGuidance:
-    """A guider of diffusers, without the warning of each construction that guiders are new: we pin what we tested."""
+    """Build a guider of diffusers without its warning that guiders are experimental: the versions we tested are pinned."""
 
     def is_other(record) -> bool:
         return "experimental" not in str(record.msg)
@@ -1422,14 +1423,14 @@ def build_guider(cls: type, **settings) -> BaseGuidance:
 
 
 def guidance_width(unet) -> int | None:
-    """How wide an embedding of the guidance scale a distilled network reads; None of any other."""
+    """Width of the embedding of the guidance scale that a distilled network reads; None for any other network."""
     return unet.config.get("time_cond_proj_dim")
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """What a distilled network is told of guidance scales `(B,)`, `(B, width)`: sines and cosines of 1000 (scale - 1).
+    """Embed guidance scales `(B,)` for a distilled network, `(B, width)`: sines and cosines of 1000 (scale - 1).
 
-    As `StableDiffusionPipeline.get_guidance_scale_embedding`, which works on the CPU alone.
+    Like `StableDiffusionPipeline.get_guidance_scale_embedding`, which only works on the CPU.
     """
     frequencies = torch.exp(torch.arange(width // 2, device=scale.device) * (-math.log(10000.0) / (width // 2 - 1)))
     angles = 1000.0 * (scale.float() - 1)[:, None] * frequencies
@@ -1446,10 +1447,10 @@ def guided_prediction(
     inputs: NetworkInputs,
     state: CallState,
 ) -> torch.Tensor:
-    """`(B, C, h, w)`: the guider says which passes are needed and combines them.
+    """The guided prediction, `(B, C, h, w)`: the guider says which passes are needed and combines them.
 
-    The passes run as one batch; one after another where a guider changes the network between passes or has a `weak` model for
-    the second, or once a batch of them has not fitted into memory.
+    The passes run as one batch. They run one after another if the guider changes the network between passes or has a `weak`
+    model for the second, or once a batch has not fitted into memory.
     """
     # Before diffusers 0.36 this was called prepare_inputs.
     prepare: Callable = getattr(guider, "prepare_inputs_from_block_state", guider.prepare_inputs)
@@ -1469,20 +1470,20 @@ def guided_prediction(
         except torch.OutOfMemoryError:
             if len(passes) == 1:
                 raise
-            logger.warning("The passes of guidance do not fit into memory as one batch: from here on one by one.")
+            logger.warning("The guidance passes do not fit into memory as one batch; from here on they run one by one.")
             state.one_by_one = True
     for i, each in enumerate(passes):
         guider.prepare_models(pipe.unet)
         model = weak if weak is not None and i > 0 else pipe
         try:
             each.noise_pred = run_network(model.unet, model.controlnet, latents, t, each.encoder_hidden_states, inputs)
-        finally:  # or the network would stay changed for all who share it
+        finally:  # or the network would stay changed for everyone who shares it
             guider.cleanup_models(pipe.unet)
     return guider(passes)[0]
 
 
 def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
-    """What a weaker model's text encoder makes of the prompt; the model follows this one in device and precision."""
+    """The prompt as a weaker model's text encoder encodes it; the model is moved to this one's device and precision."""
     for part in filter(None, (weak.unet, weak.text_encoder, weak.controlnet)):
         part.to(device, pipe.unet.dtype)
     return weak.encode_prompt(prompt, device, 1, False, prompt_embeds=prompt_embeds)[0]
@@ -1491,7 +1492,7 @@ def weak_embeds(pipe, weak, prompt, prompt_embeds, device) -> torch.Tensor:
 def run_network(
     unet, controlnet, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, inputs: NetworkInputs | None = None
 ) -> torch.Tensor:
-    """The network's prediction for each row of `context`, which has one or several for each of `latents`."""
+    """The network's prediction for each row of `context`, which has one or more rows for each of `latents`."""
     times = len(context) // len(latents)
     more = {}
     inputs = inputs or NetworkInputs()
@@ -1511,8 +1512,8 @@ def run_network(
 
 """Text to image, image to image, inpainting, upscaling, control; any guider and scheduler of diffusers, over stock parts.
 
-Self-contained on purpose (torch, diffusers, transformers and of ours what `export.joined_source` joins): this file travels
-inside shared model folders.
+Self-contained on purpose (torch, diffusers, transformers, and those of our modules that `export.joined_source` joins): this
+file travels inside shared model folders.
 """
 
 import copy
@@ -1552,12 +1553,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SourceImage:
-    """The image that a call changes, and where it changes it.
+    """The image that a call changes, and where it is changed.
 
     Attributes:
-        pixels: `(B, C, H, W)` in [-1, 1]; None where a call begins with noise alone.
-        mask: `(B, 1, H, W)` in [0, 1], 1 where to redraw; None: everywhere.
-        x_0, latent_mask: both in latent space.
+        pixels: `(B, C, H, W)` in [-1, 1]; None if the call starts from noise alone.
+        mask: `(B, 1, H, W)` in [0, 1], 1 where to redraw; None means everywhere.
+        x_0, latent_mask: the same in latent space.
     """
 
     pixels: Any = None
@@ -1567,29 +1568,29 @@ class SourceImage:
 
 
 def _located(source: str) -> str:
-    """The folder that holds the model which `source` names, where sfumato is installed; else `source`."""
+    """The folder of the model that `source` names if sfumato is installed, otherwise `source` itself."""
     try:
         return importlib.import_module("sfumato.pipelines.locate").locate_pipeline(source)
-    except (ModuleNotFoundError, ValueError):  # diffusers says what is wrong, or the Hub has it
+    except (ModuleNotFoundError, ValueError):  # diffusers reports what is wrong, or the Hub has it
         return source
 
 
 class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     """Draws images from text with a UNet, a CLIP text encoder, a VAE and any diffusers scheduler and guider.
 
-    Opens every folder of Stable Diffusion's form, ours and foreign, with `SfumatoPipeline.from_pretrained(folder)`, and
-    `save_pretrained` writes that form: only stock classes, no `sfumato` needed to load it.
+    `SfumatoPipeline.from_pretrained(folder)` opens any folder in Stable Diffusion's format, whoever made it, and
+    `save_pretrained` writes that format: stock classes only, so that loading it does not need `sfumato`.
 
     Args:
-        vae: turns latents into images; the identity for pixel models.
-        text_encoder, tokenizer: prompt to `(B, L, D)` embeddings.
-        unet: predicts what the scheduler's `prediction_type` says.
-        scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are turned into ours; others stay as they are.
-        guider: how conditional and unconditional predictions are combined; None: `ClassifierFreeGuidance`.
-        low_res_scheduler, max_noise_level: of an upscaling model, how noise is put on the small image, and how much.
-        controlnet: makes the network follow a map, such as edges (Zhang et al. 2023, arXiv 2302.05543).
-        safety_checker, feature_extractor, image_encoder, requires_safety_checker: kept for Stable Diffusion folders that
-            have them, so that nothing is lost on the way back; not used here.
+        vae: turns latents into images; the identity in pixel models.
+        text_encoder, tokenizer: turn prompts into `(B, L, D)` embeddings.
+        unet: predicts the quantity that the scheduler's `prediction_type` names.
+        scheduler: stock `DDPMScheduler` and `FlowMatchEulerDiscreteScheduler` are converted to ours; others stay as they are.
+        guider: how conditional and unconditional predictions are combined; `ClassifierFreeGuidance` if None.
+        low_res_scheduler, max_noise_level: for upscaling models, how noise is added to the small image, and how much at most.
+        controlnet: makes the network follow a map, such as an edge map (Zhang et al. 2023, arXiv 2302.05543).
+        safety_checker, feature_extractor, image_encoder, requires_safety_checker: not used, but kept for the Stable Diffusion
+            folders that have them, so that saving loses nothing.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -1623,7 +1624,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         stock: Any = scheduler
         if type(stock) in ours:
             scheduler = ours[type(stock)].from_config(stock.config)
-        # What StableDiffusionPipeline makes of every scheduler; or a saved model would draw otherwise than this one.
+        # StableDiffusionPipeline sets this on every scheduler; without it a saved model would not draw the same images.
         given: Any = scheduler
         if given is not None and given.config.get("steps_offset", 1) != 1:
             scheduler = type(given).from_config(given.config, steps_offset=1)
@@ -1647,16 +1648,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         self._call = CallState()
         self._interrupt = False
         if controlnet is not None and self.reads:
-            raise ValueError(f"a ControlNet does not go with a UNet that reads {self.reads}")
+            raise ValueError(f"a ControlNet cannot be combined with a UNet that reads {self.reads}")
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Open a folder or Hub repository of Stable Diffusion's form, the newest model of a run folder, or a
-        packaged one, `openmoji_128`. Arguments as for `DiffusionPipeline`.
+        """Open a folder or Hub repository in Stable Diffusion's format, the newest model of a run folder, or a
+        packaged model such as `openmoji_128`. Arguments as for `DiffusionPipeline`.
 
-        Only safetensors are opened, and no code of the folder runs.
+        Only safetensors files are opened, and no code from the folder is run.
 
         Raises:
             ValueError: see `trust.check_folder`.
@@ -1671,19 +1672,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         try:
             with quiet_transformers():
                 return super().from_pretrained(folder, **kwargs)
-        except (OSError, torch.OutOfMemoryError):  # diffusers' own of files that are not there, and no fault of the folder
+        except (OSError, torch.OutOfMemoryError):  # missing files or memory: diffusers' own error, not a fault of the folder
             raise
-        except Exception as error:  # an odd config raises nearly anything
+        except Exception as error:  # an odd config can raise nearly anything
             raise ValueError(f"{folder} cannot be opened: {type(error).__name__}: {error}") from error
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save in Stable Diffusion's form: stock classes only, so that any diffusers opens it. (A model with self-conditioning
-        is opened by this class only; `export_pipeline` puts its code into the folder.)
+        """Save in Stable Diffusion's format: stock classes only, so that plain diffusers opens it. (A model with
+        self-conditioning is opened by this class only; `export_pipeline` puts its code into the folder.)
 
-        The guider is a choice of the call, not of the weights, and is not saved. Arguments as for `DiffusionPipeline`.
+        The guider is not saved, since it belongs to the call and not to the weights. Arguments as for `DiffusionPipeline`.
 
         Raises:
-            ValueError: a LoRA lies beside the weights.
+            ValueError: a LoRA is loaded beside the weights.
         """
         check_no_lora(self)
         with quiet_transformers():
@@ -1696,16 +1697,16 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
-        """As diffusers; a folder that names this class in its own `pipeline.py` is opened by this one: no code of it runs."""
+        """As in diffusers, but a folder that names its own `pipeline.py` is opened by this class; that code does not run."""
         config = super()._dict_from_json_file(*args, **kwargs)
         if config.get("_class_name") == REMOTE_CLASS:
             config["_class_name"] = cls.__name__
-        if config.get("_class_name") == "AnimateDiffPipeline":  # whose UNet holds all of the adapter
+        if config.get("_class_name") == "AnimateDiffPipeline":  # its UNet already contains the whole adapter
             config.pop("motion_adapter", None)
         return config
 
     def _embed(self, text: list[str], device) -> torch.Tensor:
-        """Prompts to embeddings `(len(text), L, D)`; a warning names what does not fit, and unknown words."""
+        """Encode prompts as embeddings `(len(text), L, D)`; warns of text that is cut off and of unknown words."""
         warn_of_unknown_words(self.tokenizer, text)
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         ids = tokenize(
@@ -1751,19 +1752,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return prompt_embeds, negative_prompt_embeds
 
     def prepare_noise(self, num_images, height, width, dtype, device, generator, latents=None) -> torch.Tensor:
-        """Standard normal noise `(num_images, C, h, w)`; `latents` where given."""
+        """Standard normal noise `(num_images, C, h, w)`, or `latents` if given."""
         factor = self.vae_scale_factor
         shape = (num_images, self.vae.config.latent_channels, height // factor, width // factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-            if hasattr(self.vae, "frames"):  # AnimateDiff's noise has the frames inside of the channels
+            if hasattr(self.vae, "frames"):  # AnimateDiff's noise has the frames inside the channels
                 latents = latents.unflatten(1, (-1, self.vae.frames)).transpose(1, 2).flatten(1, 2)
         return latents.to(device, dtype)
 
     def prepare_image(self, image, mask_image, size: tuple[int, int], batch: tuple[int, int], dtype) -> "SourceImage":
-        """The image and the mask that a call is given, in pixels and in latent space.
+        """The image and the mask passed to a call, in pixels and in latent space.
 
-        `size` is height and width; `batch` is the number of prompts and of images for each.
+        `size` is (height, width); `batch` is the number of prompts and the number of images for each.
         """
         device = self._execution_device
         pixels = to_pixels(image, image_channels(self.vae), *size, *batch).to(device, dtype)
@@ -1775,19 +1776,19 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def trained_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the model was trained on."""
+        """Height and width of the training images, in pixels."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     @property
     def reads(self) -> str | None:
-        """What the UNet reads beside the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
+        """What the UNet reads besides the noisy latents: `masks`, `low_res`, `estimate` or None; see `conditions`."""
         return "estimate" if self.config["self_conditioning"] else extra_input_kind(self.unet, self.vae)
 
     @property
     def codec(self) -> Any:
-        """What makes objects of the arrays that the model draws, such as molecules; None where it draws pictures, or where
+        """The codec that turns the arrays that the model draws into objects, such as molecules; None if it draws images or if
         sfumato is not installed.
         """
         facts = codec_facts(self.unet)
@@ -1797,7 +1798,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
             return None
 
     def prepare_guider(self, guidance_scale: float | None) -> tuple[BaseGuidance, object | None]:
-        """A fresh guider for a call, since its state (step, momentum) must not leak into the next; and its weaker model."""
+        """A fresh guider for a call, so that no state (step, momentum) leaks into the next, and its weaker model."""
         weak = getattr(self.guider, "weak", None)
         guider = copy.deepcopy(self.guider, {id(weak): weak}) or build_guider(ClassifierFreeGuidance)
         if guidance_width(self.unet) is not None:  # distilled: the scale is an input of the network
@@ -1811,7 +1812,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     def prepare_low_res(
         self, image, noise_level: int | None, size, batch, generator, dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For upscaling the smaller image with noise, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
+        """For upscaling: the smaller image with noise added, `(B, C, h, w)`, and the level of that noise, `(B,)`."""
         level = min(20, self.config["max_noise_level"]) if noise_level is None else noise_level
         height, width = (side // self.vae_scale_factor for side in size)
         channels, device = image_channels(self.vae), self._execution_device
@@ -1826,11 +1827,11 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         return (hint / 2 + 0.5).to(self._execution_device, dtype)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, h, w)` to images `(B, C, H, W)`, about [-1, 1]."""
+        """Decode latents `(B, C, h, w)` to images `(B, C, H, W)`, roughly in [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """`x_0` at the level of timestep `t` of the scheduler, in its own scale."""
+        """Add `noise` to `x_0` at the level of timestep `t`, in the scheduler's own scale."""
         return self.scheduler.add_noise(x_0, noise, t.reshape(1).expand(len(x_0)))
 
     def predict(
@@ -1844,7 +1845,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
     ) -> torch.Tensor:
         """One guided prediction, `(B, C, h, w)`; see `guided.guided_prediction`.
 
-        Of a learned variance, the second half, samplers other than DDPM know nothing; they get the first.
+        Only DDPM can use a learned variance, the second half of the output; other samplers get the first half.
         """
         embeds = Embeds(positive=prompt_embeds, negative=negative_prompt_embeds)
         output = guided_prediction(self, guider, latents, t, embeds=embeds, inputs=inputs or NetworkInputs(), state=self._call)
@@ -1852,17 +1853,17 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def num_passes(self) -> int:
-        """Passes of the network for each image of the last call: two a step with guidance, one outside its interval."""
+        """Network passes for each image of the last call: two per step with guidance, one outside its interval."""
         return self._call.num_passes
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale of the call under way; 1 where the guider has none."""
+        """Guidance scale of the current call; 1 if the guider has none."""
         return self._call.guidance_scale
 
     @property
     def _guidance_scale(self) -> float:
-        """What diffusers' callbacks set to end guidance: at 1 and below the rest of the call is drawn without it."""
+        """Set by diffusers' callbacks to end guidance: at 1 or below, the rest of the call runs without it."""
         return self._call.guidance_scale
 
     @_guidance_scale.setter
@@ -1872,22 +1873,22 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
 
     @property
     def cross_attention_kwargs(self) -> dict | None:
-        """Of the call under way, such as `{"scale": 0.5}` for the strength of a LoRA."""
+        """Those of the current call, such as `{"scale": 0.5}` for the strength of a LoRA."""
         return self._call.cross_attention_kwargs
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `pipe._interrupt`, upon which the call takes no further step."""
+        """Whether a callback has set `pipe._interrupt`, after which the call takes no further step."""
         return self._interrupt
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the call under way needs an unconditional prediction."""
+        """Whether the current call needs an unconditional prediction."""
         return self._call.guided
 
     @property
     def num_timesteps(self) -> int:
-        """Number of scheduler steps of the call under way."""
+        """Number of scheduler steps of the current call."""
         return self._call.num_timesteps
 
     @torch.no_grad()
@@ -1918,34 +1919,35 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         controlnet_conditioning_scale: float = 1.0,
         cross_attention_kwargs: dict | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw images from text; with `image`, change an image; with `mask_image`, a part of it; or make `image` larger.
+        """Draw images from text; with `image`, change an image; with `mask_image`, redraw a part of it; or upscale `image`.
 
         Args:
             prompt, negative_prompt: one string or a list; the empty string means no condition.
-            image: an image to start from, or of which to redraw a part; for an upscaling model, the smaller image. See
+            image: the image to start from or to redraw in part; for an upscaling model, the smaller image. See
                 `inputs.to_pixels`.
-            mask_image: where to redraw `image`: 1 is redrawn, 0 is kept to the last bit; see `inputs.to_mask`.
-            strength: how much of the way back into noise `image` is sent, over 0 and up to 1; 0.8, and 1 with a mask.
-            height, width: in pixels; the size the model was trained at where not given.
+            mask_image: where to redraw `image`: 1 is redrawn, 0 is kept bit for bit; see `inputs.to_mask`.
+            strength: how far `image` is taken back towards noise, above 0 and at most 1; 0.8 by default, 1 with a mask.
+            height, width: in pixels; the size that the model was trained at by default.
             num_inference_steps: network evaluations (times two with guidance).
             guidance_scale: overrides the guider's own for this call (Ho and Salimans 2022, arXiv 2207.12598, in the form
                 uncond + scale * (cond - uncond)); 1 means no guidance.
             num_images_per_prompt: images for each prompt.
-            generator: one for the batch, or one for each image, whose result then does not depend on its neighbours.
+            generator: one for the batch, or one for each image, which then does not depend on the others in the batch.
             latents: starting noise `(B * num_images_per_prompt, C, h, w)`, standard normal.
-            prompt_embeds, negative_prompt_embeds: `(B, L, D)` in place of text.
-            output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`.
-            return_dict: return `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; returns tensors to go on with.
-            callback_on_step_end_tensor_inputs: which tensors it gets.
-            num_resamples: with a mask, how often each step is taken and all but the last time undone by noise, so that
-                what is drawn fits what is kept (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
-            noise_level: timestep whose noise an upscaling model puts on `image`: the more, the more is made up. 20 by default.
-            control_image, controlnet_conditioning_scale: the map that the ControlNet follows, as `image`, and how strongly.
-            cross_attention_kwargs: as of the UNet; `{"scale": 0.5}` is the strength of a LoRA.
+            prompt_embeds, negative_prompt_embeds: `(B, L, D)`, in place of text.
+            output_type: `pil`; `np` `(B, H, W, 3)` in [0, 1]; `pt` `(B, 3, H, W)` in [0, 1]; `latent`; for a model with a
+                codec, `decoded`: a list of the objects that its arrays stand for.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, t, tensors)` after each step; may return replacements.
+            callback_on_step_end_tensor_inputs: which tensors it is passed.
+            num_resamples: with a mask, how many times each step is taken; all but the last are undone by noise, so that the
+                redrawn part fits the rest (RePaint with jumps of one step; Lugmayr et al. 2022, arXiv 2201.09865).
+            noise_level: timestep whose noise an upscaling model adds to `image` (default 20); more invents more detail.
+            control_image, controlnet_conditioning_scale: the map that the ControlNet follows, given like `image`; its weight.
+            cross_attention_kwargs: passed to the UNet; `{"scale": 0.5}` sets the strength of a LoRA.
 
-        A callback may set `pipe._interrupt = True`, upon which no further step is taken. Calls from several threads that share
-        a scheduler or a network wait for each other.
+        A callback may set `pipe._interrupt = True`, after which no further step is taken. Calls from several threads that
+        share a scheduler or a network wait for each other.
 
         Raises:
             TypeError, ValueError: see `inputs.check_inputs`.
@@ -2001,7 +2003,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         timesteps, dtype = self.scheduler.timesteps, positive.dtype
         batch = (len(positive) // num_images_per_prompt, num_images_per_prompt)
 
-        # What the network reads beside noise and text. Its own noise is drawn before the other, as in the stock pipeline.
+        # What the network reads besides noise and text. Its noise is drawn before the starting noise, as in stock pipelines.
         condition = None
         labels = None
         control = None
@@ -2013,7 +2015,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
         if (width_told := guidance_width(self.unet)) is not None:
             told = guidance_embedding(torch.full((len(positive),), state.guidance_scale, device=device), width_told)
             if negative_prompt and any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt):
-                warn_once("A negative prompt has no effect on this model, whose guidance scale is an input of the network.")
+                warn_once("A negative prompt has no effect on this model: its guidance scale is an input of the network.")
         inputs = NetworkInputs(
             class_labels=labels,
             control=control,
@@ -2079,7 +2081,7 @@ class SfumatoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLo
                     progress_bar.update()
 
         if not x.isfinite().all():
-            logger.warning("The drawing is not finite: weights are damaged, or a half precision has overflowed.")
+            logger.warning("The result is not finite: the weights are damaged, or half precision has overflowed.")
         images: Any = x
         if output_type != "latent":
             images = self.decode_latents(x)
