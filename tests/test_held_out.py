@@ -92,7 +92,7 @@ def test_a_run_whose_score_no_longer_gets_better_ends_by_itself(tmp_path, capsys
         checkpoint={"every_steps": 2, "best_by": "held_out_loss"},
     )
     assert main([str(path)]) == 0
-    assert "no better in 2 validations" in "".join(capsys.readouterr())
+    assert "did not improve in 2 validations" in "".join(capsys.readouterr())
     steps = [row["step"] for row in told(tmp_path)]
     kept = json.loads((tmp_path / "run" / "best" / "best.json").read_text())["step"]
     assert steps[-1] < 30 and sum(step > kept for step in sorted(set(steps))) == 2

@@ -26,7 +26,7 @@ def test_the_best_one_is_kept_by_a_stock_folder(run, tmp_path, capsys):
     out = tmp_path / "tuned"
     assert cli(["tune", "--model", str(run), "--steps", "3", "--prompts", "a red circle", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "the best first" in said and "in 3 steps" in said
+    assert "best first" in said and "in 3 steps" in said
     assert recommended_settings(str(out))["num_inference_steps"] == 3
     assert "num_inference_steps=3" in (out / "README.md").read_text()
     stock, ours = DiffusionPipeline.from_pretrained(out), SfumatoPipeline.from_pretrained(out)

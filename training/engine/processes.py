@@ -1,4 +1,4 @@
-"""The processes of a run: started, coordinated and stopped together; one trainer per folder."""
+"""The processes of a run: joined, coordinated and stopped together; one trainer per folder."""
 
 import os
 import signal
