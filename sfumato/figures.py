@@ -41,7 +41,9 @@ def to_arrays(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image).reshape(image.height, image.width, -1) for image in images])
 
 
-GAP, TEXT, COLUMNS = 6, 26, 6  # in a grid: pixels between images, pixels for the caption below, images per row
+GAP = 6  # pixels between the images of a grid
+TEXT = 26  # pixels for the caption below an image
+COLUMNS = 6  # images per row
 
 
 def grid(images: list[Image.Image], prompts: list[str], columns: int = COLUMNS, min_side: int = 128) -> Image.Image:

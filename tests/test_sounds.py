@@ -239,7 +239,7 @@ def test_recorded_numbers_are_heard_through_the_codec():
 
 
 def test_each_note_and_instrument_keeps_most_of_its_combinations():
-    """Held out at random, E 5 was left with two instruments of six, and no model knew it."""
+    """Held out at random, E 5 was left with two instruments of six."""
     held_out = [each for each, held in notes.combinations() if held]
     assert sorted(pitch for _, pitch in held_out) == list(notes.PITCHES)
     assert Counter(instrument for instrument, _ in held_out) == dict.fromkeys(notes.PROGRAMS, 4)

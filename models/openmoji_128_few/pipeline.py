@@ -764,7 +764,9 @@ def check_inputs(pipe, call: CallInputs) -> None:
             raise ValueError(f"`latents` must have shape {expected}, got {tuple(call.latents.shape)}")
     _check_images(pipe, call)
     _check_conditions(pipe, call)
-    output_types = ["pil", "np", "pt", "latent"] + ["decoded"] * (pipe.codec is not None)
+    output_types = ["pil", "np", "pt", "latent"]
+    if pipe.codec is not None:
+        output_types.append("decoded")
     if call.output_type not in output_types:
         raise ValueError(f"`output_type` must be one of {output_types}, got {call.output_type!r}")
     if call.callback is not None and not callable(call.callback):
@@ -1049,7 +1051,7 @@ def to_mask(
     if not (torch.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError("`mask_image` must contain values from 0 (keep) to 1 (redraw)")
     if values.max() == 0:
-        logger.warning("`mask_image` is 0 everywhere, so nothing of `image` is redrawn. White (1) marks what to redraw.")
+        logger.warning("`mask_image` is 0 everywhere, so no part of `image` is redrawn. White (1) marks what to redraw.")
     return _fit_batch("mask_image", values, batch_size, num_images_per_prompt)
 
 

@@ -151,7 +151,7 @@ class TrainConfig:
     trackers: list[str] | None = None  # such as tensorboard, trackio, wandb; null: tensorboard if it is installed
     log_every_steps: int | None = None  # steps between two reads of the loss from the device; null: 1 on a CPU, else 10
     patience: int | None = None  # end after this many validations in a row without a better score of checkpoint.best_by
-    webhook: str | None = None  # a URL that is told how the run ended, in the format of Slack, Discord and others
+    webhook: str | None = None  # a URL that receives how the run ended, in the format of Slack, Discord and others
     max_bad_steps: int = 20  # end after this many steps in a row with a loss or gradient that is not finite
 
 

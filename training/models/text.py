@@ -115,7 +115,7 @@ def _longer(embedding: torch.nn.Embedding, rows: int) -> torch.nn.Embedding:
 def remember_words(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
     """Add all words of `captions` to those already in the tokenizer's settings, which are saved with it.
 
-    A prompt's unknown words are told by these. Beyond `MOST_WORDS` a prompt may say anything: none are kept.
+    They show which words of a prompt are unknown. If there are more than `MOST_WORDS`, none are kept and nothing is reported.
     """
     words = set(tokenizer.init_kwargs.get(CAPTION_WORDS, ()))
     for caption in captions:

@@ -20,7 +20,9 @@ NAMES = (
     *("frog", "pig face", "panda", "lady beetle", "ghost", "alien", "snowman", "fire", "droplet", "strawberry"),
     *("basketball", "balloon", "rocket", "bell"),
 )
-SIDE, SIZE, NUM_CLIPS = 32, 12, 16_384  # sides of a frame and of an emoji in it, in pixels; number of training clips
+SIDE = 32  # side of a frame, in pixels
+SIZE = 12  # side of the emoji in it, in pixels
+NUM_CLIPS = 16_384  # for training
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> MovingPictureCodec:

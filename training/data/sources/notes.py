@@ -52,7 +52,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
 def combinations() -> list[tuple[tuple[str, int], bool]]:
     """Each instrument with each MIDI number, and whether the pair is held out: one instrument per number, evenly spread.
 
-    A random choice could leave a note with so few instruments that no model can learn it.
+    A random choice may leave a note with too few instruments to learn it from.
     """
     left_out = np.random.default_rng(0).permutation(len(PITCHES)) % len(PROGRAMS)
     return [
