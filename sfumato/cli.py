@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from sfumato import __version__
-from sfumato.files import printable
+from sfumato.files import printable, refresh_bars_slowly_in_files
 from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS
 
 OVERRIDES = {"nargs": "*", "metavar": "key.subkey=value", "help": "settings that override the file's"}
@@ -18,6 +18,7 @@ CONFIG = "a YAML file, the name of a packaged config such as demo, or a run fold
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the exit code (2 for invalid input)."""
+    refresh_bars_slowly_in_files()
     options = parser().parse_args(arguments)
     verb: Callable[[argparse.Namespace], int] = options.run
     try:

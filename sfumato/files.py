@@ -82,6 +82,14 @@ def go_on_without_readers() -> None:
             setattr(sys, name, Unbroken(getattr(sys, name)))
 
 
+def refresh_bars_slowly_in_files() -> None:
+    """Where standard error is not a terminal, such as in a Slurm log, let progress bars write every five seconds instead of
+    ten times a second. Call it before tqdm is imported; `TQDM_MININTERVAL`, in seconds, overrides it.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "5")
+
+
 def printable(text: object) -> str:
     """Make a text safe for the terminal: characters that could move the cursor or change colours are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))

@@ -347,6 +347,24 @@ def test_two_processes_follow_one(tmp_path):
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-4)
 
 
+def test_bars_write_seldom_into_a_log():
+    """A bar of two seconds, which writes ten times a second on a terminal, writes into a file at its beginning and end."""
+    code = """
+import time
+from sfumato.files import refresh_bars_slowly_in_files
+refresh_bars_slowly_in_files()
+from tqdm.auto import tqdm
+for _ in tqdm(range(40)):
+    time.sleep(0.05)
+"""
+    env = {**{key: value for key, value in os.environ.items() if key != "TQDM_MININTERVAL"}, "PYTHONPATH": str(ROOT)}
+    for seconds, least, most in ((None, 2, 4), ("0.1", 8, 60)):
+        chosen = env if seconds is None else {**env, "TQDM_MININTERVAL": seconds}
+        done = subprocess.run([sys.executable, "-c", code], env=chosen, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert least <= len(done.stderr.splitlines()) <= most, done.stderr
+
+
 def test_the_sampler_and_guider_of_validation_draw_the_grids_and_the_sampler_travels(tmp_path):
     """The folder names the sampler that drew its samples, so stock diffusers draws them again without a word about it."""
     chosen = {"sampler": "dpm++", "num_inference_steps": 5, "guidance_scale": 2.0, "prompts": ["a red circle"]}

@@ -9,7 +9,7 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Pa
 
 import faulthandler  # noqa: E402
 
-from sfumato.files import printable  # noqa: E402
+from sfumato.files import printable, refresh_bars_slowly_in_files  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0 done, 2 a wrong setting or unusable data, 3 the loss diverged or all images became alike, 4 no room
         to save, 5 done but not pushed, 129, 130 or 143 stopped by a signal.
     """
+    refresh_bars_slowly_in_files()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
