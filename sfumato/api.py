@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.pipelines.locate import DEFAULT
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -133,7 +135,7 @@ def evaluate(model: str | Path, *, data: str | None = None, **options) -> Report
     return evaluate(locate_pipeline(str(model)), EvaluateOptions(data=data, **options))
 
 
-def drawer(model: str = "openmoji_128", **settings) -> Drawer:
+def drawer(model: str = DEFAULT, **settings) -> Drawer:
     """Open a model and keep it warm: `drawer(model).draw("red heart")`, or `.follow(prompts)` while the user types.
 
     Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato.files import printable, refresh_bars_slowly_in_files
+from sfumato.pipelines.locate import DEFAULT
 from sfumato.registries import GUIDERS, METRICS, SAMPLERS, SOURCES, TASKS
 
 OVERRIDES = {"nargs": "*", "metavar": "key.subkey=value", "help": "settings that override the file's"}
@@ -73,7 +74,7 @@ def _add_sample(verbs) -> None:
     sample = verbs.add_parser("sample", help="draw images with a trained model")
     sample.add_argument("prompts", nargs="+", help="what to draw; one image per prompt")
     sample.add_argument(
-        "--model", default="openmoji_128", help="an exported folder, a run folder, or a Hub id (default: our emoji model)"
+        "--model", default=DEFAULT, help="an exported folder, a run folder, or a Hub id (default: our emoji model)"
     )
     sample.add_argument("--out", "--grid", default="grid.png", help="the file for the grid (default: %(default)s)")
     sample.add_argument("--each", metavar="FOLDER", help="also write each image, unscaled, to a file in this folder")
@@ -107,7 +108,7 @@ def _add_sample(verbs) -> None:
 def _add_explain(verbs) -> None:
     explain = verbs.add_parser("explain", help="show where in the image each word of the prompt was read")
     explain.add_argument("prompt", help="what to draw")
-    explain.add_argument("--model", default="openmoji_128", help="a run, a folder or a Hub id (default: our emoji model)")
+    explain.add_argument("--model", default=DEFAULT, help="a run, a folder or a Hub id (default: our emoji model)")
     explain.add_argument("--out", default="explained.png", help="the file for the figure (default: %(default)s)")
     explain.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     explain.add_argument("--without", action="store_true", help="also show what changes without each word (an image per word)")
@@ -120,9 +121,7 @@ def _add_evaluate(verbs) -> None:
         help="measure the quality of a model; the figures go into its card",
         epilog=f"metrics: {', '.join(name for name, metric in METRICS.items() if metric.of == 'drawings')}",
     )
-    evaluate.add_argument(
-        "--model", default="openmoji_128", help="a run folder, a pipeline or a Hub id (default: our emoji model)"
-    )
+    evaluate.add_argument("--model", default=DEFAULT, help="a run folder, a pipeline or a Hub id (default: our emoji model)")
     evaluate.add_argument("--data", help="a config, or a value for data.name (default: the model's training data)")
     evaluate.add_argument(
         "--images", "--pictures", type=int, default=512, help="number of captions to draw (default: %(default)s)"
@@ -197,7 +196,7 @@ def _add_tune(verbs) -> None:
 
 def _add_app(verbs) -> None:
     app = verbs.add_parser("app", help="draw, redraw, ask why, compare, train and watch runs in a browser (extra app)")
-    app.add_argument("model", nargs="?", default="openmoji_128", help="a run, a folder or a Hub id (default: our emoji model)")
+    app.add_argument("model", nargs="?", default=DEFAULT, help="a run, a folder or a Hub id (default: our emoji model)")
     app.add_argument("--runs", default="runs", help="a folder of run folders to watch (default: %(default)s)")
     app.add_argument("--host", default="127.0.0.1", help="any other host needs --password (default: %(default)s)")
     app.add_argument("--port", type=int, default=7860, help="0 picks a free port (default: %(default)s)")

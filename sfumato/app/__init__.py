@@ -7,12 +7,13 @@ import secrets
 from pathlib import Path
 
 from sfumato.app.words import LANGUAGES
+from sfumato.pipelines.locate import DEFAULT
 
 __all__ = ["LANGUAGES", "launch"]
 
 
 def launch(
-    model: str = "openmoji_128",
+    model: str = DEFAULT,
     *,
     runs: str = "runs",
     host: str = "127.0.0.1",

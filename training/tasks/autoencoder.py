@@ -125,22 +125,22 @@ class Autoencoder:
 
     def checkpoint_writer(self, state: dict[str, Any]) -> Callable[[Path, Path], object]:
         """See `protocol.ResultsHalf`: a checkpoint holds the stock folder `vae/`."""
-        self._set_scale(64)
+        self._set_scale(self._train_latents(64))
         return lambda new, folder: self.module.vae.save_pretrained(new / "vae")
 
     def write_what_is_whole(self, folder: Path) -> None:
         """Nothing to do: it is never sharded."""
 
-    def _set_scale(self, count: int) -> np.ndarray:
-        """Set the scaling factor so that latents have variance 1, or are on the image's scale if they hold a thumbnail;
-        returns the latents of `count` training images.
-        """
+    def _train_latents(self, count: int) -> np.ndarray:
+        """The latents of `count` training images, `(count, C, h, w)`."""
         train = self.images.select("train")
-        latents = self._reconstruct(train[evenly_spaced(len(train), count)])[2]
+        return self._reconstruct(train[evenly_spaced(len(train), count)])[2]
+
+    def _set_scale(self, latents: np.ndarray) -> None:
+        """Set the scaling factor so that these have variance 1, or are on the image's scale if they hold a thumbnail."""
         if self.settings.train_encoder:
             factor = 1.0 if self.settings.thumbnail_weight else float(1 / latents.std())  # an image stays in [-1, 1]
             self.module.vae.register_to_config(scaling_factor=factor)
-        return latents
 
     def _normalise_details(self, latents: np.ndarray) -> np.ndarray:
         """Make the latent channels after the thumbnail vary as much as it does; returns the latents changed in this way."""
@@ -160,7 +160,8 @@ class Autoencoder:
     def finish(self, state: dict[str, Any], outcome: Outcome) -> list[str]:
         """Set the scale of the latents, and write `vae/` and the figures."""
         folder, vae = Path(self.config.output_dir), self.module.vae
-        latents = self._set_scale(512)
+        latents = self._train_latents(512)
+        self._set_scale(latents)
         if self.settings.thumbnail_weight and self.settings.train_encoder and latents.shape[1] > self.config.data.channels:
             latents = self._normalise_details(latents)
         figures: dict[str, Any] = dict(outcome.scores)
