@@ -92,6 +92,7 @@ class Counts:
     Attributes:
         flops: operations in matrix products and convolutions; an addition and a multiplication count as two.
         traffic: bytes that all operations read and write, each counted by itself.
+        optimizer_flops, optimizer_traffic: the part of these that is the optimizer's and the averages'.
         weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept for the trained ones.
         learning: peak bytes in use while the loss and its gradients are computed, including those.
         stepping: the same while the optimizer takes its step.
@@ -100,6 +101,8 @@ class Counts:
 
     flops: float
     traffic: float
+    optimizer_flops: float
+    optimizer_traffic: float
     weights: float
     gradients: float
     averages: float
@@ -207,6 +210,8 @@ def count_step(task: Task, config: Config) -> Counts:
     return Counts(
         flops=flops.get_total_flops() + stepping_flops.get_total_flops(),
         traffic=meter.traffic + stepping.traffic,
+        optimizer_flops=stepping_flops.get_total_flops(),
+        optimizer_traffic=stepping.traffic,
         weights=nbytes(weights.values()),
         gradients=nbytes(parameters),
         averages=nbytes(averages),
@@ -231,7 +236,7 @@ class Plan:
     """A run of a config on several devices of one kind.
 
     Attributes:
-        counts: those of one pass over a batch, on each device.
+        counts: those of one step with a single batch, on each device.
         device, count: the device, and how many there are.
         largest_batch: the largest batch that fits on one device.
         roofline: minimum seconds for a pass: those of its operations at the peak rate, or those of its bytes.
@@ -273,10 +278,13 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
     half = config.train.mixed_precision in ("bf16", "fp16")
     peak = device.flops[1 if half else 0]
     compiled = config.train.compile != "no"  # elementwise work is then fused into its neighbours
-    by_operations = counts.flops / peak
-    by_bytes = counts.traffic / device.bandwidth * (0.5 if compiled else 1.0)
+    seconds_a_byte = (0.5 if compiled else 1.0) / device.bandwidth
+    by_operations, by_bytes = counts.flops / peak, counts.traffic * seconds_a_byte
     exchange = 2 * (count - 1) / count * counts.gradients / device.link
     likely = max(by_operations / SHARE, by_bytes)
+    batch_operations = (counts.flops - counts.optimizer_flops) / peak
+    batch_bytes = (counts.traffic - counts.optimizer_traffic) * seconds_a_byte
+    more_batches = (accumulated - 1) * max(batch_operations / SHARE, batch_bytes)  # the optimizer takes one step for all
     return Plan(
         counts=counts,
         device=device,
@@ -285,7 +293,7 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
         roofline=max(by_operations, by_bytes),
         bound_by="operations" if by_operations > by_bytes else "memory",
         exchange=exchange,
-        step=accumulated * likely + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
+        step=likely + more_batches + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
         images_a_step=config.train.batch_size * accumulated * count,
         steps=config.train.max_steps or 0,
     )
