@@ -31,7 +31,7 @@ def settings_page() -> str:
         ("task", TASKS),
         ("data.name, besides folders, files and Hub ids", {n: s for n, s in SOURCES.items() if s.named}),
         ("validation.sampler", SAMPLERS),
-        ("validation.guider", GUIDERS),
+        ("validation.guider", {name: guider for name, guider in GUIDERS.items() if not guider.weak}),
         ("metrics of `sfumato evaluate`", METRICS),
     ):
         lines.append(f"| {key} | {', '.join(f'`{name}`' for name in registry)} |")

@@ -20,13 +20,24 @@ CONFIG = "a YAML file, the name of a packaged config such as demo, or a run fold
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the exit code (2 for invalid input)."""
     refresh_bars_slowly_in_files()
-    options = parser().parse_args(arguments)
+    options = _parse(arguments)
     verb: Callable[[argparse.Namespace], int] = options.run
     try:
         return verb(options)
     except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"sfumato: {printable(error)}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the arguments; settings may also follow a verb's options, where argparse does not expect them."""
+    top = parser()
+    options, more = top.parse_known_args(arguments)
+    if more and not (hasattr(options, "overrides") and all(re.match(r"[a-z][\w.]*=", item) for item in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.overrides += more
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

@@ -137,6 +137,17 @@ def test_a_config_begins_with_its_own_command_and_its_run_is_looked_at(tmp_path,
     assert "training images" in capsys.readouterr().out
 
 
+def test_settings_may_follow_a_verbs_options(tmp_path, capsys):
+    path = str(tiny.config_file(tmp_path))
+    plan = ["doctor", path, "train.batch_size=2", "--gpu", "h100", "train.max_steps=7", "--gpus", "2", "seed=3"]
+    assert main(plan) == 0
+    assert "28 images are seen" in capsys.readouterr().out
+    for wrong in (["doctor", path, "--gpu", "h100", "h200"], ["export", "a", "b", "--half", "seed=3"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_export_takes_a_run_folder(model, tmp_path, capsys):
     assert main(["export", str(model.parent), str(tmp_path / "shared")]) == 0
     assert (tmp_path / "shared" / "pipeline.py").is_file()

@@ -84,6 +84,14 @@ def test_a_section_of_the_file_can_be_emptied_on_the_command_line(tmp_path):
     assert loaded.unet == loaded.scheduler == {} and loaded.train.batch_size == 4
 
 
+def test_data_named_twice_are_refused(tmp_path):
+    """As the shell makes of a pattern without quotes: the last shard alone would be trained on."""
+    path = tiny.config_file(tmp_path)
+    with pytest.raises(ValueError, match="given twice, as a/0.tar and a/1.tar.*in quotes"):
+        load_config(path, ["data.name=a/0.tar", "data.name=a/1.tar"])
+    assert load_config(path, ["train.max_steps=2", "train.max_steps=3"]).train.max_steps == 3  # of others the last one counts
+
+
 def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
     path = tiny.config_file(tmp_path)
     with warnings.catch_warnings():
@@ -95,7 +103,11 @@ def test_settings_without_effect_are_told_and_others_are_not(tmp_path):
         "lora.alpha=4": "lora.rank",
         "data.words=[cat]": "data.name=openmoji",
         "data.colours=true": "data.name=openmoji",
-        "data.split=test": "a Hub data set",
+        "data.split=test": "images from files",
     }.items():
         with pytest.warns(UserWarning, match=f"{override.split('=')[0]}=.* has no effect without {needed}"):
             load_config(path, [override])
+    (tmp_path / "pictures").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        load_config(path, [f"data.name={tmp_path / 'pictures'}", "data.split=test"])
+    assert "data.split" not in str([str(warning.message) for warning in caught])

@@ -118,6 +118,17 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path):
     assert len(prepared) == 20
 
 
+def test_all_names_are_listed_where_a_message_has_room_for_some(tmp_path):
+    folder = tmp_path / "many"
+    rows = [{"file_name": image(folder / "good.png").name, "text": "x"}]
+    rows += [{"file_name": f"gone{i}.png", "text": "x"} for i in range(5)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"gone0.png, .*gone2.png, \.\.\.\); all of them are listed in .*skipped.txt"):
+        prepare.prepare(folder_config(tmp_path, folder))
+    (listed,) = tmp_path.rglob("*-skipped.txt")
+    assert listed.read_text().splitlines() == [f"gone{i}.png\tmissing" for i in range(5)]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

@@ -60,7 +60,8 @@ def test_whole_model_is_trained_from_where_it_was(tmp_path, base):
 def test_a_half_precision_folder_is_trained_in_float32_at_the_wanted_size(tmp_path, base):
     StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float16).save_pretrained(tmp_path / "half")
     path = finetune_config(tmp_path, tmp_path / "half", data={"resolution": 24}, text_encoder={})
-    assert main([str(path)]) == 0
+    with pytest.warns(UserWarning, match="draws images of 16 x 16 pixels and is now trained on 24 x 24.*data.resolution"):
+        assert main([str(path)]) == 0
     after = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert after.unet.config.sample_size == 24
     assert {p.dtype for part in (after.unet, after.text_encoder) for p in part.parameters()} == {torch.float32}

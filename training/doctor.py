@@ -156,7 +156,7 @@ def _captions(config: Config, images: ArraySet, pipe: SfumatoPipeline) -> list[F
             Finding("warning", "all captions are the same", "Text cannot steer the model.", "Describe the images.")
         )
     dropout = config.objective.caption_dropout
-    if dropout == 0:
+    if dropout == 0 and config.task != "distillation":  # a student learns what guidance gives, and needs no second pass
         findings.append(
             Finding(
                 "warning",

@@ -142,6 +142,11 @@ def _command_line(overrides: Sequence[str]) -> DictConfig:
     layer = OmegaConf.create({})
     for item in overrides:
         key, _, value = item.partition("=")
+        if key == "data.name" and OmegaConf.select(layer, key) not in (None, value):
+            raise ValueError(
+                f"data.name is given twice, as {OmegaConf.select(layer, key)} and {value}; put patterns such as"
+                " 'data.name=shards/{000..127}.tar' in quotes, or the shell replaces them by many settings"
+            )
         hint = hints.get(key)
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         if hint == list[str] and _is_texts(texts := yaml.load(value, yaml.BaseLoader)):  # noqa: S506

@@ -389,8 +389,8 @@ def _rules_without_effect(config: Config) -> list[tuple[bool, str, tuple[str, ..
         (not judged and not by_drawings, "a task or data whose images are judged", ("validation.num_judged",)),
         (not pushes, "hub.push", ("hub.repo_id", "hub.private")),
         (not config.hub.push, "hub.push", ("hub.tag", "hub.pull_request")),
-        (name is not None, "images from files", ("data.image_column", "data.caption_column", "data.resize")),
-        (not on_hub, "a Hub data set", ("data.split", "data.revision")),
+        (name is not None, "images from files", ("data.image_column", "data.caption_column", "data.resize", "data.split")),
+        (not on_hub, "a Hub data set", ("data.revision",)),
     ]
     for task, entry in TASKS.items():
         own = config.task == task

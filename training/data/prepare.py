@@ -33,6 +33,7 @@ FORMAT_VERSION = 2
 NOT_IN_KEY = ("cache_dir", "max_bad_share", "random_flip", "cache_latents", "cache_embeddings", "stream_buffer")
 # Settings that affect the prepared images only if the data are read as a stream.
 OF_STREAMS = ("stream", "stream_sample")
+NUM_NAMED = 3  # names for each reason in a message
 # Settings that were added later, with the value that leaves a set as it was before.
 LATER = {"recolours": 0, "keywords": None}
 
@@ -208,10 +209,25 @@ def _utf8(name: str) -> str:
     return printable(name.encode("utf-8", "replace").decode())
 
 
+def _listed(config: DataConfig, skipped: dict[str, list[str]]) -> str:
+    """Write all skipped names to a file beside the prepared set, if the messages have room for some only; says where."""
+    if all(len(names) <= NUM_NAMED for names in skipped.values()):
+        return ""
+    folder = prepared_folder(config)
+    path = folder.with_name(f"{folder.name}-skipped.txt")
+    try:
+        path.write_text(
+            "".join(f"{name}\t{reason}\n" for reason, names in skipped.items() for name in names), encoding="utf-8"
+        )
+    except OSError:  # such as a cache that is only read
+        return ""
+    return f"; all of them are listed in {path}"
+
+
 def _count(names_by_reason: dict[str, list[str]]) -> str:
     """The number of names for each reason, with the first few names."""
     return "; ".join(
-        f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} {reason} ({', '.join(names[:NUM_NAMED])}{', ...' if len(names) > NUM_NAMED else ''})"
         for reason, names in names_by_reason.items()
     )
 
@@ -253,7 +269,7 @@ def check_usable(config: DataConfig, num_records: int, num_train: int, skipped: 
         ValueError: nothing is left to train on, or more than `data.max_bad_share` cannot be used.
     """
     num_skipped = sum(map(len, skipped.values()))
-    report = _count(skipped)
+    report = _count(skipped) + _listed(config, skipped)
     if not num_train:
         raise ValueError(f"{config.name} has no usable image to train on. Skipped: {report or 'none, it is empty'}")
     if num_skipped > config.max_bad_share * num_records:

@@ -1,5 +1,6 @@
 """Models that are trained further: opened, checked against the config, widened, given a LoRA adapter."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,13 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
             pipe.register_modules(vae=vae)
         widen(pipe.unet, num_unet_inputs(config, pipe.vae, needs), pipe.vae.config.latent_channels)
     _check_loaded(config, pipe, needs)
+    if vae is None and pipe.trained_size != tuple(config.data.size):
+        old, new = (f"{height} x {width}" for height, width in (pipe.trained_size, config.data.size))
+        warnings.warn(
+            f"init_from={config.init_from} draws images of {old} pixels and is now trained on {new};"
+            " to keep its size, set data.resolution to it",
+            stacklevel=2,
+        )
     pipe.unet.register_to_config(sample_size=unet_sample_size(config, pipe.vae_scale_factor))
     torch.manual_seed(config.seed)
     pipe.vae.requires_grad_(False).eval()
