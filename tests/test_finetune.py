@@ -57,6 +57,13 @@ def test_whole_model_is_trained_from_where_it_was(tmp_path, base):
     assert after.scheduler.config.trained_betas == before.scheduler.config.trained_betas
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints/step-*"])
+def test_a_run_and_a_checkpoint_can_be_trained_further(tmp_path, base, place):
+    (start,) = sorted(base.parent.glob(place))[-1:] if place else [base.parent]
+    assert main([str(finetune_config(tmp_path, start, train={"max_steps": 1}))]) == 0
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
 def test_a_half_precision_folder_is_trained_in_float32_at_the_wanted_size(tmp_path, base):
     StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float16).save_pretrained(tmp_path / "half")
     path = finetune_config(tmp_path, tmp_path / "half", data={"resolution": 24}, text_encoder={})

@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sfumato.pipelines import SfumatoPipeline
-from sfumato.pipelines.locate import PACKAGED, packaged_model
 from sfumato.schedulers import training_scheduler
 from sfumato.training.config.schema import Config
 from sfumato.training.models.autoencoder import identity_vae
@@ -141,17 +140,12 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
 
 
 def _open(source: str) -> SfumatoPipeline:
-    """The model in a folder, a run folder or a repository, or a packaged one, with the noise schedule that it was
-    trained with.
+    """The model in a folder, the newest one of a run folder, one in a repository, or a packaged one, with the noise schedule
+    that it was trained with.
     """
     check_predecessor("init_from", source)
-    if source in PACKAGED and not Path(source).exists():
-        source = str(packaged_model(source))
-    inside = Path(source) / "pipeline"  # of a run folder
     try:
-        pipe = SfumatoPipeline.from_pretrained(
-            inside if (inside / "model_index.json").is_file() else source, dtype=torch.float32
-        )
+        pipe = SfumatoPipeline.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"init_from={source!r} cannot be opened: {error}") from error
     # Whatever sampler the folder names, its schedule is what counts.
