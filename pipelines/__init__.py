@@ -8,7 +8,7 @@ _HOMES = {
     "SfumatoPipeline": "sfumato.pipelines.pipeline_sfumato",
     "export_pipeline": "sfumato.pipelines.export",
 }
-__all__ = list(_HOMES)
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

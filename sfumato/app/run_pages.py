@@ -70,12 +70,13 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
         chosen = chosen if chosen in names else names[0]
         run = watch.read_run(folder, chosen)
         held_out = [(step, error, say("all")) for step, error in run.held_out] + run.bands
+        errors = pd.DataFrame(
+            [(step, math.log10(max(error, 1e-9)), band) for step, error, band in held_out],
+            columns=["step", ERROR, "log-SNR"],
+        )
         tables = (
             pd.DataFrame(run.losses, columns=["step", "loss"]),
-            pd.DataFrame(
-                [(step, math.log10(max(error, 1e-9)), band) for step, error, band in held_out],
-                columns=["step", ERROR, "log-SNR"],
-            ),
+            gr.update(value=errors, visible=bool(held_out)),  # before the first validation there is nothing to plot
             pd.DataFrame(run.rates, columns=["step", "rate"]),
         )
         prompts = watch.sampled_prompts(folder, chosen)
