@@ -24,36 +24,29 @@ PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, 
 TICKS = 1000  # per second
 PITCHES = range(60, 84)  # C 4 to B 5
 LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities, one for each take
-HELD_OUT_TAKE = 3  # the only one of held-out notes
 COPIES = 3  # of each take, each with a different start
 FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
 SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
-    """One second at 16 kHz in 128 bands, 24 per octave. The judge's references are real notes, held-out ones too, but not at
-    the volume at which they are in the set.
-    """
+    """One second at 16 kHz in 128 bands, 24 per octave; the judge's references come from real training notes."""
     codec, known = NoteCodec(**SETTINGS), []
-    for (instrument, pitch), _ in combinations():
-        takes = [take for take in range(len(LOUDNESS)) if take != HELD_OUT_TAKE]
-        known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in takes]
+    for (instrument, pitch), held_out in combinations():
+        if not held_out:
+            known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in range(len(LOUDNESS))]
     return NoteCodec(**SETTINGS, references={"instrument": classifier(known)})
 
 
 def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
-    """Each note at every volume of `LOUDNESS`, `COPIES` times; held-out notes only once.
-
-    Further captions name the instrument or the note alone, so that each is learned by itself too.
-    """
+    """Each note at every volume of `LOUDNESS`, `COPIES` times; held-out notes only once."""
     for number, ((instrument, pitch), held_out) in enumerate(combinations()):
         for take, copy in itertools.product(range(len(LOUDNESS)), range(COPIES)):
-            if not held_out or (take, copy) == (HELD_OUT_TAKE, 0):
+            if not held_out or (take, copy) == (3, 0):
                 sound = _play(instrument, pitch, take, copy)
                 split = "held_out" if held_out else "train"
-                captions = [caption_of(instrument, pitch)]
-                captions += [] if held_out else [_with_article(instrument), name_of(pitch)]
-                yield Record(f"{number}-{take}-{copy}", lambda sound=sound: sound, captions, split)
+                caption = caption_of(instrument, pitch)
+                yield Record(f"{number}-{take}-{copy}", lambda sound=sound: sound, [caption], split)
 
 
 def combinations() -> list[tuple[tuple[str, int], bool]]:
@@ -71,16 +64,8 @@ def combinations() -> list[tuple[tuple[str, int], bool]]:
 
 def caption_of(instrument: str, pitch: int) -> str:
     """A caption such as `a piano plays C sharp 4`."""
-    return f"{_with_article(instrument)} plays {name_of(pitch)}"
-
-
-def name_of(pitch: int) -> str:
-    """A MIDI number as a name such as `C sharp 4`."""
-    return f"{NOTES[pitch % 12]} {pitch // 12 - 1}"
-
-
-def _with_article(instrument: str) -> str:
-    return f"{'an' if instrument[0] in 'aeiou' else 'a'} {instrument}"
+    article = "an" if instrument[0] in "aeiou" else "a"
+    return f"{article} {instrument} plays {NOTES[pitch % 12]} {pitch // 12 - 1}"
 
 
 def _play(instrument: str, pitch: int, take: int, copy: int) -> np.ndarray:
