@@ -2,7 +2,7 @@
 # sbatch configs/launch/slurm.sh configs/folder_128.yaml data.name=/shared/pictures output_dir=/shared/runs/mine
 # Several machines under Slurm: torchrun on each, with one process per GPU. The run folder and data.cache_dir must be on a disk
 # that all machines share. Slurm's SIGTERM before the time limit saves a checkpoint; the same command, submitted again,
-# continues from it. After a node failure or preemption, --requeue does so by itself. One machine: sbatch --nodes=1 ...
+# continues from it. After a node failure or preemption, --requeue starts it again. One machine: sbatch --nodes=1 ...
 # Not yet run on a cluster; torchrun with two nodes on one machine is tested (tests/test_launch.py).
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
