@@ -1,10 +1,12 @@
 """Settings are checked before anything is loaded, and told by name."""
 
+import os
 import warnings
 
 import pytest
 import tiny
 
+from sfumato.training.config import schema
 from sfumato.training.config.load import dump_config, load_config
 
 
@@ -81,6 +83,8 @@ def test_a_section_of_the_file_can_be_emptied_on_the_command_line(tmp_path):
         load_config(path, ["init_from=x"])
     with pytest.warns(UserWarning, match="text_encoder"):
         loaded = load_config(path, ["init_from=x", "unet={}", "scheduler=null"])
+    more = load_config(path, ["init_from=x", "unet={}", "text_encoder={}", "scheduler={}", "text_encoder.train=true"])
+    assert more.text_encoder.train is True and more.text_encoder.hidden_size == schema.TextEncoderConfig().hidden_size
     assert loaded.unet == loaded.scheduler == {} and loaded.train.batch_size == 4
 
 
@@ -89,6 +93,9 @@ def test_data_named_twice_are_refused(tmp_path):
     path = tiny.config_file(tmp_path)
     with pytest.raises(ValueError, match="given twice, as a/0.tar and a/1.tar.*in quotes"):
         load_config(path, ["data.name=a/0.tar", "data.name=a/1.tar"])
+    with pytest.raises(ValueError, match="oc.env") as error:
+        load_config(path, ["data.name=${oc.env:HOME}", "data.name=b"])
+    assert os.environ["HOME"] not in str(error.value)
     assert load_config(path, ["train.max_steps=2", "train.max_steps=3"]).train.max_steps == 3  # of others the last one counts
 
 

@@ -139,14 +139,15 @@ def _is_texts(value) -> bool:
 def _command_line(overrides: Sequence[str]) -> DictConfig:
     """`key=value` items; a string is taken as written, without surrounding quotes, and `null` as None if that is allowed."""
     hints = _leaves(config_class())
-    layer = OmegaConf.create({})
+    layer, source = OmegaConf.create({}), None
     for item in overrides:
         key, _, value = item.partition("=")
-        if key == "data.name" and OmegaConf.select(layer, key) not in (None, value):
-            raise ValueError(
-                f"data.name is given twice, as {OmegaConf.select(layer, key)} and {value}; put patterns such as"
+        if key == "data.name" and source not in (None, value):
+            raise ValueError(  # as written: a value of the form ${...} must not be resolved
+                f"data.name is given twice, as {source} and {value}; put patterns such as"
                 " 'data.name=shards/{000..127}.tar' in quotes, or the shell replaces them by many settings"
             )
+        source = value if key == "data.name" else source
         hint = hints.get(key)
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         if hint == list[str] and _is_texts(texts := yaml.load(value, yaml.BaseLoader)):  # noqa: S506
@@ -199,8 +200,9 @@ def _merge(layers: list, overrides: Sequence[str]) -> Config:
     for item in overrides:
         key, _, value = item.partition("=")
         if value in ("{}", "null") and isinstance(OmegaConf.select(layers[0], key), DictConfig):
-            for layer in layers:  # a section of the file that should be emptied
-                OmegaConf.update(layer, key, {}, merge=False)
+            OmegaConf.update(layers[0], key, {}, merge=False)  # settings of it on the command line stay
+            if OmegaConf.select(layers[-1], key) is None:
+                OmegaConf.update(layers[-1], key, {}, merge=False)
     merged = OmegaConf.merge(_defaults(config_class()), *layers)
     config: Any = OmegaConf.to_object(merged)
     _check_items(config)
