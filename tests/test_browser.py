@@ -4,21 +4,18 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import time
 
 import numpy as np
 import psutil
 import pytest
 import tiny
-from app_server import TOKEN, serve
+from app_server import CHROMIUM, TOKEN, chromium, serve, tab, take_up_brush
 from PIL import Image
 
 from sfumato.app import watch
 from sfumato.training.train import main
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 missing = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}: pip install gradio playwright"),
@@ -47,12 +44,8 @@ def server(place):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -68,11 +61,6 @@ def page(browser, server):
     page.close()
     own = server.partition("/?")[0]
     assert not [url for url in asked if not url.startswith((own, "data:", "blob:", own.replace("http", "ws")))]
-
-
-def tab(page, name):
-    page.get_by_role("tab", name=name, exact=True).click()
-    return page.get_by_role("tabpanel").locator("visible=true").first
 
 
 def picture(page, label):
@@ -106,12 +94,7 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(page):
     here.get_by_role("button", name="Draw", exact=True).click()
     before = np.asarray(first_of_gallery(page, here), float)
     here = tab(page, "Redraw")
-    here.get_by_role("button", name="Use the last drawn image").click()
-    here.get_by_role("button", name="Brush", exact=True).click()
-    here.locator("canvas").first.wait_for()
-    page.wait_for_timeout(2000)  # the editor has no sign of its own that the image is in it
-    box = here.locator("canvas").first.bounding_box()
-    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    middle = take_up_brush(page, here)
     page.mouse.move(*middle)
     page.mouse.down()
     page.mouse.move(middle[0] + 20, middle[1], steps=5)

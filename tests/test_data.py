@@ -127,6 +127,11 @@ def test_all_names_are_listed_where_a_message_has_room_for_some(tmp_path):
         prepare.prepare(folder_config(tmp_path, folder))
     (listed,) = tmp_path.rglob("*-skipped.txt")
     assert listed.read_text().splitlines() == [f"gone{i}.png\tmissing" for i in range(5)]
+    rows += [{"file_name": "gone\n5.png", "text": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="6 missing"):
+        prepare.prepare(folder_config(tmp_path, folder))
+    assert any("gone\\n5.png\tmissing\n" in path.read_text() for path in tmp_path.rglob("*-skipped.txt"))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ class Plan:
         counts: those of one step with a single batch, on each device.
         device, count: the device, and how many there are.
         largest_batch: the largest batch that fits on one device.
-        roofline: minimum seconds for a pass: those of its operations at the peak rate, or those of its bytes.
+        roofline: minimum seconds for such a step: those of its operations at the peak rate, or those of its bytes.
         bound_by: which of the two, `operations` or `memory`.
         exchange: seconds to exchange the gradients if none of it is hidden behind the backward pass.
         step: seconds that a step is likely to take, including all accumulated batches and the exchange.
@@ -273,18 +273,21 @@ class Plan:
 
 
 def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
-    """The plan of a run with these counts per pass."""
+    """The plan of a run with these counts per step."""
     accumulated = config.train.gradient_accumulation_steps
     half = config.train.mixed_precision in ("bf16", "fp16")
     peak = device.flops[1 if half else 0]
     compiled = config.train.compile != "no"  # elementwise work is then fused into its neighbours
     seconds_a_byte = (0.5 if compiled else 1.0) / device.bandwidth
+
+    def likely_seconds(flops: float, traffic: float) -> float:
+        return max(flops / peak / SHARE, traffic * seconds_a_byte)
+
     by_operations, by_bytes = counts.flops / peak, counts.traffic * seconds_a_byte
     exchange = 2 * (count - 1) / count * counts.gradients / device.link
-    likely = max(by_operations / SHARE, by_bytes)
-    batch_operations = (counts.flops - counts.optimizer_flops) / peak
-    batch_bytes = (counts.traffic - counts.optimizer_traffic) * seconds_a_byte
-    more_batches = (accumulated - 1) * max(batch_operations / SHARE, batch_bytes)  # the optimizer takes one step for all
+    likely = likely_seconds(counts.flops, counts.traffic)
+    # The optimizer takes one step for all accumulated batches.
+    batch = likely_seconds(counts.flops - counts.optimizer_flops, counts.traffic - counts.optimizer_traffic)
     return Plan(
         counts=counts,
         device=device,
@@ -293,7 +296,7 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
         roofline=max(by_operations, by_bytes),
         bound_by="operations" if by_operations > by_bytes else "memory",
         exchange=exchange,
-        step=likely + more_batches + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
+        step=likely + (accumulated - 1) * batch + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
         images_a_step=config.train.batch_size * accumulated * count,
         steps=config.train.max_steps or 0,
     )

@@ -57,7 +57,8 @@ def _runs(pages: gr.Blocks, folder: Path, may: gr.State, say) -> None:
     answer = gr.Markdown()
     with gr.Row():
         losses = gr.LinePlot(x="step", y="loss", title=say("Loss"), height=280)
-        bands = gr.LinePlot(x="step", y=ERROR, color="log-SNR", title=say("Held-out error by noise level"), height=280)
+        held_out_title = say("Held-out error by noise level")
+        bands = gr.LinePlot(x="step", y=ERROR, color="log-SNR", title=held_out_title, height=280, visible=False)
         rates = gr.LinePlot(x="step", y="rate", title=say("Learning rate"), height=280)
     prompt = gr.Dropdown([(say("all prompts"), ALL)], value=ALL, label=say("Samples of"), interactive=True)
     gallery = gr.Gallery(label=say("Samples"), columns=4, object_fit="contain", format="png")

@@ -73,6 +73,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     if bad := [item for item in overrides if "=" not in item]:
         raise ValueError(f"expected key=value, got {', '.join(bad)}")
+    names = list(dict.fromkeys(item.partition("=")[2] for item in overrides if item.startswith("data.name=")))
+    if len(names) > 1:
+        raise ValueError(
+            f"data.name is given twice, as {names[0]} and {names[1]}; put patterns such as"
+            " 'data.name=shards/{000..127}.tar' in quotes, or the shell replaces them by many settings"
+        )
     try:
         if Path(path).is_file():
             text = Path(path).read_text(encoding="utf-8-sig")
@@ -139,15 +145,9 @@ def _is_texts(value) -> bool:
 def _command_line(overrides: Sequence[str]) -> DictConfig:
     """`key=value` items; a string is taken as written, without surrounding quotes, and `null` as None if that is allowed."""
     hints = _leaves(config_class())
-    layer, source = OmegaConf.create({}), None
+    layer = OmegaConf.create({})
     for item in overrides:
         key, _, value = item.partition("=")
-        if key == "data.name" and source not in (None, value):
-            raise ValueError(  # as written: a value of the form ${...} must not be resolved
-                f"data.name is given twice, as {source} and {value}; put patterns such as"
-                " 'data.name=shards/{000..127}.tar' in quotes, or the shell replaces them by many settings"
-            )
-        source = value if key == "data.name" else source
         hint = hints.get(key)
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         if hint == list[str] and _is_texts(texts := yaml.load(value, yaml.BaseLoader)):  # noqa: S506

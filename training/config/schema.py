@@ -172,7 +172,8 @@ class ValidationConfig:
     every_steps: int | None = 1000  # steps between two grids; null: only at the end
     at_start: bool = False  # also draw a grid at step 0
     prompts: list[str] = field(default_factory=list)  # empty: captions of held-out images
-    sampler: str = "ddpm"  # stored in the exported folder; see docs/reference/settings.md
+    # ddpm, ddim, dpm++, dpm++-sde, unipc, deis, euler, euler-a, heun, lcm or tcd; stored in the exported folder
+    sampler: str = "ddpm"
     num_inference_steps: int = 30  # this and guidance_scale are stated on the exported model's card
     guidance_scale: float = 3.0  # 1: no guidance
     guider: str = "cfg"  # cfg, apg, zero-star, tangential, magnitude-aware, pag, slg or seg

@@ -90,7 +90,7 @@ def prepare(config: DataConfig) -> ArraySet:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _prepare_into(folder, config, records)
     images = ArraySet(folder)
-    check_usable(config, images.num_records, len(images.select("train")), images.skipped)
+    check_usable(config, images.num_records, len(images.select("train")), images.skipped, skipped_file(folder))
     return images
 
 
@@ -102,7 +102,7 @@ def _prepare_into(folder: Path, config: DataConfig, records: Iterator[Record]) -
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             try:
-                _write(config, records, new)
+                _write(config, records, new, skipped_file(folder))
                 sync(new)
                 new.rename(folder)
             finally:
@@ -157,7 +157,7 @@ class _Writer:
         (self.folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
+def _write(config: DataConfig, records: Iterator[Record], folder: Path, list_file: Path) -> None:
     buckets = [(size[0], size[1]) for size in config.buckets] or [(config.resolution, config.resolution)]
     codec = None if config.stream else open_codec(config)
     if codec is None and config.channels not in (1, 3, 4):
@@ -187,7 +187,8 @@ def _write(config: DataConfig, records: Iterator[Record], folder: Path) -> None:
             writer.add(record, bucket, image)
     finally:
         writer.close()
-    if message := check_usable(config, num_records, writer.num_train, skipped):
+    _list_skipped(list_file, skipped)
+    if message := check_usable(config, num_records, writer.num_train, skipped, list_file):
         warnings.warn(message, stacklevel=4)
     if left_out:
         warnings.warn(f"left out of {config.name}: {_count(left_out)}", stacklevel=4)
@@ -209,19 +210,17 @@ def _utf8(name: str) -> str:
     return printable(name.encode("utf-8", "replace").decode())
 
 
-def _listed(config: DataConfig, skipped: dict[str, list[str]]) -> str:
-    """Write all skipped names to a file beside the prepared set, if the messages have room for some only; says where."""
-    if all(len(names) <= NUM_NAMED for names in skipped.values()):
-        return ""
-    folder = prepared_folder(config)
-    path = folder.with_name(f"{folder.name}-skipped.txt")
-    try:
-        path.write_text(
-            "".join(f"{name}\t{reason}\n" for reason, names in skipped.items() for name in names), encoding="utf-8"
-        )
-    except OSError:  # such as a cache that is only read
-        return ""
-    return f"; all of them are listed in {path}"
+def skipped_file(folder: Path) -> Path:
+    """The file beside a prepared set that lists all its skipped records, if a message names some only."""
+    return folder.with_name(f"{folder.name}-skipped.txt")
+
+
+def _list_skipped(file: Path, skipped: dict[str, list[str]]) -> None:
+    """Write a line for each skipped record: its name, a tab, the reason."""
+    if any(len(names) > NUM_NAMED for names in skipped.values()):
+        plain = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+        lines = [f"{name.translate(plain)}\t{reason}\n" for reason, names in skipped.items() for name in names]
+        file.write_text("".join(lines), encoding="utf-8")
 
 
 def _count(names_by_reason: dict[str, list[str]]) -> str:
@@ -262,14 +261,18 @@ def _encode(record: Record, codec: Codec) -> np.ndarray:
     return np.round(array * 255).astype(np.uint8) if codec.stored == "uint8" else (array * 2 - 1).astype(np.float16)
 
 
-def check_usable(config: DataConfig, num_records: int, num_train: int, skipped: dict[str, list[str]]) -> str | None:
-    """One line about the records that cannot be used; None if all can.
+def check_usable(
+    config: DataConfig, num_records: int, num_train: int, skipped: dict[str, list[str]], list_file: Path
+) -> str | None:
+    """One line about the records that cannot be used, and the file that lists them if there is one; None if all can.
 
     Raises:
         ValueError: nothing is left to train on, or more than `data.max_bad_share` cannot be used.
     """
     num_skipped = sum(map(len, skipped.values()))
-    report = _count(skipped) + _listed(config, skipped)
+    report = _count(skipped)
+    if any(len(names) > NUM_NAMED for names in skipped.values()) and list_file.is_file():
+        report += f"; all of them are listed in {list_file}"
     if not num_train:
         raise ValueError(f"{config.name} has no usable image to train on. Skipped: {report or 'none, it is empty'}")
     if num_skipped > config.max_bad_share * num_records:

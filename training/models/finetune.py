@@ -93,7 +93,7 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
         ValueError: no such model, one that this trainer cannot train, or one of another resolution factor.
         ModuleNotFoundError: LoRA needs the package peft.
     """
-    pipe, moves = _open(str(config.init_from)), vae is not None
+    pipe = _open(str(config.init_from))
     if config.objective.empty_caption == "noise":
         pipe.register_modules(scheduler=_unbounded(pipe.scheduler))
     if vae is not None:
@@ -108,13 +108,13 @@ def load_pipeline(config: Config, needs: ModelNeeds, vae: AutoencoderKL | None =
     channels = {pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels}
     if needs.widens and len(channels) == 1:  # a UNet that reads only latents
         if is_identity(pipe.vae):
-            vae = identity_vae(
+            wider = identity_vae(
                 max(config.data.size), pipe.vae.config.in_channels, needs.latent_channels, repeat=pipe.vae_scale_factor
             )
-            pipe.register_modules(vae=vae)
+            pipe.register_modules(vae=wider)
         widen(pipe.unet, num_unet_inputs(config, pipe.vae, needs), pipe.vae.config.latent_channels)
     _check_loaded(config, pipe, needs)
-    if not moves and pipe.unet.config.sample_size is not None and pipe.trained_size != tuple(config.data.size):
+    if vae is None and pipe.unet.config.sample_size is not None and pipe.trained_size != tuple(config.data.size):
         old, new = (f"{height} x {width}" for height, width in (pipe.trained_size, config.data.size))
         warnings.warn(
             f"init_from={config.init_from} draws images of {old} pixels and is now trained on {new};"
