@@ -316,7 +316,7 @@ SOURCES: Registry[Source] = Registry(
             codec=f"{_SOURCES}.notes:open_codec",
             named=True,
             generated=True,
-            version=2,
+            version=3,
             shape=(16, 16, 16),
         ),
         "recordings": Source(

@@ -87,12 +87,13 @@ def measure_cpu(seconds: float = 0.2) -> Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What one optimizer step of one process takes.
+    """What a batch and an optimizer step of one process take.
 
     Attributes:
-        flops: operations in matrix products and convolutions; an addition and a multiplication count as two.
-        traffic: bytes that all operations read and write, each counted by itself.
-        optimizer_flops, optimizer_traffic: the part of these that is the optimizer's and the averages'.
+        flops: operations in matrix products and convolutions for the loss and the gradients of a batch; an addition and a
+            multiplication count as two.
+        traffic: bytes that all of its operations read and write, each counted by itself.
+        optimizer_flops, optimizer_traffic: the same of the optimizer and the averages, once for all accumulated batches.
         weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept for the trained ones.
         learning: peak bytes in use while the loss and its gradients are computed, including those.
         stepping: the same while the optimizer takes its step.
@@ -208,8 +209,8 @@ def count_step(task: Task, config: Config) -> Counts:
     moments = nbytes(tensors_of(optimizer.state.values()))
     lasting = nbytes(weights.values()) + nbytes(averages) + moments
     return Counts(
-        flops=flops.get_total_flops() + stepping_flops.get_total_flops(),
-        traffic=meter.traffic + stepping.traffic,
+        flops=flops.get_total_flops(),
+        traffic=meter.traffic,
         optimizer_flops=stepping_flops.get_total_flops(),
         optimizer_traffic=stepping.traffic,
         weights=nbytes(weights.values()),
@@ -236,13 +237,14 @@ class Plan:
     """A run of a config on several devices of one kind.
 
     Attributes:
-        counts: those of one step with a single batch, on each device.
+        counts: those of one device.
         device, count: the device, and how many there are.
         largest_batch: the largest batch that fits on one device.
-        roofline: minimum seconds for such a step: those of its operations at the peak rate, or those of its bytes.
+        roofline: minimum seconds for a step with all accumulated batches: those of its operations at the peak rate, or
+            those of its bytes.
         bound_by: which of the two, `operations` or `memory`.
         exchange: seconds to exchange the gradients if none of it is hidden behind the backward pass.
-        step: seconds that a step is likely to take, including all accumulated batches and the exchange.
+        step: seconds that such a step is likely to take, including the exchange.
         images_a_step: images per step on all devices.
         steps: those of the run; 0 if the config gives only minutes.
     """
@@ -283,11 +285,11 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
     def likely_seconds(flops: float, traffic: float) -> float:
         return max(flops / peak / SHARE, traffic * seconds_a_byte)
 
-    by_operations, by_bytes = counts.flops / peak, counts.traffic * seconds_a_byte
+    by_operations = (accumulated * counts.flops + counts.optimizer_flops) / peak
+    by_bytes = (accumulated * counts.traffic + counts.optimizer_traffic) * seconds_a_byte
+    batch = likely_seconds(counts.flops, counts.traffic)
+    optimizer = likely_seconds(counts.optimizer_flops, counts.optimizer_traffic)
     exchange = 2 * (count - 1) / count * counts.gradients / device.link
-    likely = likely_seconds(counts.flops, counts.traffic)
-    # The optimizer takes one step for all accumulated batches.
-    batch = likely_seconds(counts.flops - counts.optimizer_flops, counts.traffic - counts.optimizer_traffic)
     return Plan(
         counts=counts,
         device=device,
@@ -296,7 +298,7 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
         roofline=max(by_operations, by_bytes),
         bound_by="operations" if by_operations > by_bytes else "memory",
         exchange=exchange,
-        step=likely + (accumulated - 1) * batch + max(0.0, exchange - 2 / 3 * likely),  # the backward pass hides most of it
+        step=accumulated * batch + optimizer + max(0.0, exchange - 2 / 3 * batch),  # the backward pass hides most of it
         images_a_step=config.train.batch_size * accumulated * count,
         steps=config.train.max_steps or 0,
     )
@@ -345,11 +347,13 @@ def _memory(p: Plan, config: Config, gpu: str) -> Finding:
 
 def _speed(p: Plan, gpu: str) -> list[Finding]:
     c = p.counts
-    intensity = f"{c.flops / c.traffic:.0f} operations per byte"
+
+    def work(flops: float, traffic: float) -> str:
+        return f"{flops / 1e12:.2f} TFLOP, {traffic / 1e9:.1f} GB read and written ({flops / traffic:.0f} operations per byte)"
+
     findings = [
-        Finding(
-            "fine", f"a pass over a batch: {c.flops / 1e12:.2f} TFLOP, {c.traffic / 1e9:.1f} GB read and written ({intensity})"
-        ),
+        Finding("fine", f"loss and gradients of a batch: {work(c.flops, c.traffic)}"),
+        Finding("fine", f"optimizer, once a step: {work(c.optimizer_flops, c.optimizer_traffic)}"),
         Finding(
             "fine",
             f"a step takes at least {1000 * p.roofline:.1f} ms, bound by {p.bound_by}, and likely {1000 * p.step:.0f} ms: "

@@ -13,10 +13,12 @@ import numpy as np
 from sfumato.pipelines.codecs.sounds import CHORDS, NOTE_SECONDS, NOTES, MelodyCodec
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record
-from sfumato.training.data.sources.notes import PROGRAMS, SETTINGS, TICKS, cut
+from sfumato.training.data.sources.notes import PROGRAMS, TICKS, cut
+from sfumato.training.data.sources.notes import SETTINGS as NOTE_SETTINGS
 from sfumato.training.data.sources.sounds import classifier
 
 NATURALS = (60, 62, 64, 65, 67, 69, 71)  # C 4 to B 4
+SETTINGS = {**NOTE_SETTINGS, "lowest": 200.0}
 NUM_MELODIES = 60
 LOUDNESS = (65, 85, 105)
 COPIES = 2

@@ -1,4 +1,4 @@
-"""The `notes` data set: notes of two octaves by six instruments, played by fluidsynth from a General MIDI soundfont.
+"""The `notes` data set: notes of three octaves by six instruments, played by fluidsynth from a General MIDI soundfont.
 
 Needs the program and a soundfont (Debian: `apt install --no-install-recommends fluidsynth timgm6mb-soundfont`). Each note is
 held out for one of the instruments.
@@ -22,19 +22,23 @@ from sfumato.training.data.sources.sounds import classifier, read_sound
 
 PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, "flute": 73}  # program numbers of General MIDI
 TICKS = 1000  # per second
-PITCHES = range(60, 84)  # C 4 to B 5
+PITCHES = range(48, 84)  # C 3 to B 5
 LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities, one for each take
 COPIES = 3  # of each take, each with a different start
+HELD_OUT_TAKE = 3  # of held-out notes; the judge does not know it of any note
 FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
-SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
+SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 110.0}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
-    """One second at 16 kHz in 128 bands, 24 per octave; the judge's references come from real training notes."""
+    """One second at 16 kHz in 128 bands, 20 per octave; the judge's references are real notes, not the takes that are drawn.
+
+    They include held-out notes: a judge of training notes only would mishear those that the model has not seen either.
+    """
     codec, known = NoteCodec(**SETTINGS), []
-    for (instrument, pitch), held_out in combinations():
-        if not held_out:
-            known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in range(len(LOUDNESS))]
+    takes = [take for take in range(len(LOUDNESS)) if take != HELD_OUT_TAKE]
+    for (instrument, pitch), _ in combinations():
+        known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in takes]
     return NoteCodec(**SETTINGS, references={"instrument": classifier(known)})
 
 
@@ -42,7 +46,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """Each note at every volume of `LOUDNESS`, `COPIES` times; held-out notes only once."""
     for number, ((instrument, pitch), held_out) in enumerate(combinations()):
         for take, copy in itertools.product(range(len(LOUDNESS)), range(COPIES)):
-            if not held_out or (take, copy) == (3, 0):
+            if not held_out or (take, copy) == (HELD_OUT_TAKE, 0):
                 sound = _play(instrument, pitch, take, copy)
                 split = "held_out" if held_out else "train"
                 caption = caption_of(instrument, pitch)
