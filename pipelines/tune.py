@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.choices import replace_components, with_sampler
 from sfumato.pipelines.export import export_pipeline
@@ -106,14 +106,8 @@ def _candidates(pipe: SfumatoPipeline):
 
 
 def _draw(pipe: SfumatoPipeline, prompts: list[str], steps: int, scale: float) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        call = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
-        images.append(pipe(part, generator=generators, **call).images)
-    return np.concatenate(images)
+    call = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
+    return np.stack(draw_in_batches(pipe, prompts, batch_size=BATCH, **call))
 
 
 def keep(pipe: SfumatoPipeline, trial: Trial, source: Path, folder: Path, steps: int, scale: float) -> Path:

@@ -18,6 +18,7 @@ from PIL import Image
 from sfumato.figures import grid, to_pil
 from sfumato.files import read_lines
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.registries import TASKS
 from sfumato.training.config.schema import Config
 from sfumato.training.data.array_set import ArraySet
@@ -321,18 +322,13 @@ def _result(config: Config, folder: Path, images: ArraySet) -> list[Finding]:
     pipe = SfumatoPipeline.from_pretrained(folder / "pipeline")
     if pipe.reads == "low_res" or pipe.controlnet is not None:  # these draw from more than captions; the run's grids show them
         return findings + _skipped(folder)
-    pipe.set_progress_bar_config(disable=True)
     train = images.select("train")
     train = train[images.table["bucket"][train] == images.table["bucket"][train[0]]]  # of one size
     chosen = [int(i) for i in train[:: max(1, len(train) // 8)][:8]]
     prompts = [images[i]["captions"][0] for i in chosen]
-    drawn = pipe(
-        prompts,
-        num_inference_steps=config.validation.num_inference_steps,
-        guidance_scale=config.validation.guidance_scale,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-        output_type="np",
-    ).images
+    v = config.validation
+    call = {"num_inference_steps": v.num_inference_steps, "guidance_scale": v.guidance_scale, "output_type": "np"}
+    drawn = np.stack(draw_in_batches(pipe, prompts, **call))
     findings += judge_samples(drawn, np.stack([images.image(i) for i in chosen]) / 255)
     return findings + _skipped(folder)
 

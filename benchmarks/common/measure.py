@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import with_sampler
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
@@ -76,13 +76,8 @@ def judged(folder: str) -> dict:
         json.loads(Path(folder, "metrics.jsonl").open().readlines()[-1]),
     )
     pipe, found = with_sampler(SfumatoPipeline.from_pretrained(f"{folder}/pipeline"), "dpm++"), []
-    pipe.set_progress_bar_config(disable=True)
     for scale in (1.0, 1.5):
-        images = []
-        for start in range(0, len(yardstick.captions), 32):
-            part = yardstick.captions[start : start + 32]
-            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-            images += pipe(part, num_inference_steps=12, guidance_scale=scale, generator=generators).images
+        images = draw_in_batches(pipe, yardstick.captions, num_inference_steps=12, guidance_scale=scale)
         found.append({**yardstick.figures(images), "weights": "ema", "scale": scale})
     seen = {"pictures": last["images_seen"], "seconds": round(last["seconds"])}
     return seen | min(found, key=lambda figures: figures["FD"])

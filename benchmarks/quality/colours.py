@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from sfumato.figures import grid, to_pil
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.locate import locate_pipeline
 from sfumato.registries import METRICS
 from sfumato.training.config.load import load_config
@@ -29,15 +30,10 @@ THINGS = ("book", "heart", "apple", "square", "circle")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 
 
-def draw(pipe: SfumatoPipeline, captions: list[str], batch: int = 64) -> list[np.ndarray]:
+def draw(pipe: SfumatoPipeline, captions: list[str]) -> list[np.ndarray]:
     """One image per caption, `(H, W, C)` uint8; image i with seed i."""
-    drawn = []
-    for first in range(0, len(captions), batch):
-        part = captions[first : first + batch]
-        generators = [torch.Generator().manual_seed(first + i) for i in range(len(part))]
-        images = pipe(part, generator=generators, num_inference_steps=30, guidance_scale=1.5, output_type="np").images
-        drawn += list((images * 255).round().astype(np.uint8))
-    return drawn
+    call = {"num_inference_steps": 30, "guidance_scale": 1.5, "output_type": "np"}
+    return [(image * 255).round().astype(np.uint8) for image in draw_in_batches(pipe, captions, batch_size=64, **call)]
 
 
 def right(images: list[np.ndarray], captions: list[str]) -> list[bool]:

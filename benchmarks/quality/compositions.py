@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.card import recommended_settings
 from sfumato.pipelines.codecs import open_codec
 from sfumato.pipelines.locate import locate_pipeline
@@ -45,12 +45,8 @@ def main() -> None:
         chance.append(others)
     folder = locate_pipeline(options.model)
     pipe, advice = SfumatoPipeline.from_pretrained(folder), recommended_settings(folder)
-    pipe.set_progress_bar_config(disable=True)
-    captions, drawn = [images[i]["captions"][0] for i in numbers], []
-    for start in range(0, len(captions), 64):
-        part = captions[start : start + 64]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        drawn += pipe(part, generator=generators, output_type="decoded", **advice).images
+    captions = [images[i]["captions"][0] for i in numbers]
+    drawn = draw_in_batches(pipe, captions, batch_size=64, output_type="decoded", **advice)
     table = {
         name: {key: float(np.mean([codec.judge(thing, text)[key] for thing, text in zip(things, captions)])) for key in keys}
         for name, things, keys in (

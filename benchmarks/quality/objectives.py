@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import with_sampler
 from sfumato.training.data.sources import shapes
 from sfumato.training.quality.obedience import shapes_obedience
@@ -38,17 +38,9 @@ def main() -> None:
         model = SfumatoPipeline.from_pretrained(f"{folder}/pipeline")
         for sampler in ("euler", "dpm++") if name == "flow" else ("ddpm", "dpm++"):
             pipe = with_sampler(model, sampler)
-            pipe.set_progress_bar_config(disable=True)
             for steps in (4, 8, 15, 30):
-                images = []
-                for start in range(0, len(scenes), 32):
-                    part = scenes[start : start + 32]
-                    images += pipe(
-                        [scene.caption for scene in part],
-                        num_inference_steps=steps,
-                        guidance_scale=1.5,
-                        generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-                    ).images
+                captions = [scene.caption for scene in scenes]
+                images = draw_in_batches(pipe, captions, num_inference_steps=steps, guidance_scale=1.5)
                 right = shapes_obedience([np.asarray(image) for image in images], scenes)["all"]
                 table[name].setdefault(sampler, {})[steps] = right
                 print(f"{name} {sampler} {steps} steps: {right:.1%} correct", flush=True)

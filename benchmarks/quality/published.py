@@ -35,6 +35,7 @@ from PIL import Image
 
 from sfumato.figures import grid
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.card import recommended_settings
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
@@ -187,14 +188,8 @@ class Set:
 
 
 def draw(pipe, captions: list[str], **call) -> np.ndarray:
-    """An image for each caption."""
-    pipe.set_progress_bar_config(disable=True)
-    drawn = []
-    for start in range(0, len(captions), 32):
-        part = captions[start : start + 32]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        drawn += [np.asarray(image) for image in pipe(part, generator=generators, **call).images]
-    return np.stack(drawn)
+    """An image for each caption, `(N, H, W, 3)` uint8."""
+    return np.stack([np.asarray(image) for image in draw_in_batches(pipe, captions, **call)])
 
 
 def best(candidates: list[tuple[dict, np.ndarray]]) -> tuple[dict, np.ndarray]:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.common.chart import lines
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import replace_components, with_sampler
 from sfumato.pipelines.locate import locate_pipeline
 from sfumato.pipelines.tune import tune
@@ -27,15 +28,12 @@ SCALE = 1.5
 
 def measure(pipe, scenes, steps: int, seed: int = 0, batch: int = 64) -> dict:
     """Share of captions drawn right, passes and seconds for each image."""
-    pipe.set_progress_bar_config(disable=True)
-    images, start = [], time.perf_counter()
-    for first in range(0, len(scenes), batch):
-        part = scenes[first : first + batch]
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-        call = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "np"}
-        images.append(pipe([scene.caption for scene in part], generator=generators, **call).images)
+    captions, seeds = [scene.caption for scene in scenes], range(seed, seed + len(scenes))
+    call = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "np"}
+    start = time.perf_counter()
+    images = draw_in_batches(pipe, captions, seeds=seeds, batch_size=batch, **call)
     seconds = (time.perf_counter() - start) / len(scenes)
-    right = shapes_obedience([np.uint8(np.round(image * 255)) for image in np.concatenate(images)], scenes)["all"]
+    right = shapes_obedience([np.uint8(np.round(image * 255)) for image in images], scenes)["all"]
     half = 1.96 * (right * (1 - right) / len(scenes)) ** 0.5
     row = {"steps": steps, "passes": pipe.num_passes, "right": right, "half_interval": half, "seconds_an_image": seconds}
     return {key: round(value, 4) for key, value in row.items()}

@@ -16,10 +16,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.common.chart import lines
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.pipelines.locate import locate_pipeline
 from sfumato.registries import GUIDERS
@@ -87,14 +87,9 @@ def main() -> None:
             kind, given = name.split(",")[0], {**settings, "guidance_scale": scale}
             if kind in SECOND:  # in addition to plain guidance
                 given |= {"guidance_scale": 1.5, f"{SECOND[kind]}_scale": scale - 1}
-            chosen, images = with_guider(pipe, kind, **given), []
-            chosen.set_progress_bar_config(disable=True)
-            for start in range(0, len(numbers), 64):
-                part = range(start, min(start + 64, len(numbers)))
-                seeds = [torch.Generator().manual_seed(i) for i in part]
-                prompts = [captions[numbers[i]] for i in part]
-                images.append(chosen(prompts, num_inference_steps=STEPS, generator=seeds, output_type="np").images)
-            images = np.concatenate(images)
+            chosen, prompts = with_guider(pipe, kind, **given), [captions[number] for number in numbers]
+            call = {"num_inference_steps": STEPS, "output_type": "np"}
+            images = np.stack(draw_in_batches(chosen, prompts, batch_size=64, **call))
             grouped = images.reshape(len(captions), COPIES, -1)
             spread = np.mean([np.sqrt(np.square(grouped[:, a] - grouped[:, b]).mean(-1)) for a, b in pairs])
             row = {

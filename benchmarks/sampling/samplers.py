@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.common.chart import lines
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import with_sampler
 from sfumato.registries import SAMPLERS
 from sfumato.training.data.sources import shapes
@@ -27,15 +27,9 @@ def main() -> None:
     """Run the benchmark; see above."""
     STEPS = (4, 8, 15, 30, 50)
 
-    def draw(pipe, prompts, steps, batch=64):
-        images = []
-        for start in range(0, len(prompts), batch):
-            part = prompts[start : start + batch]
-            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-            images.append(
-                pipe(part, num_inference_steps=steps, guidance_scale=1.5, generator=generators, output_type="np").images
-            )
-        return np.concatenate(images)
+    def draw(pipe, prompts, steps):
+        call = {"num_inference_steps": steps, "guidance_scale": 1.5, "output_type": "np"}
+        return np.stack(draw_in_batches(pipe, prompts, batch_size=64, **call))
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="runs/two_shapes/pipeline")

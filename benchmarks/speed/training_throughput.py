@@ -1,9 +1,9 @@
 """Images/s of the whole trainer against the bare network, interleaved, in one process with the same settings.
 
-    python -m benchmarks.speed.training_throughput [--rounds 12] [--steps 10]
+    python -m benchmarks.speed.training_throughput [--config configs/shapes.yaml] [--rounds 12] [--steps 10]
         [--out benchmarks/results/training_throughput.json]
 
-Bare: forward, backward and fused AdamW of the same UNet and text encoder on random tensors in memory. Whole: what
+Bare: forward, backward and optimizer of the same UNet and text encoder on random tensors in memory. Whole: what
 `loop.train` does in a step, with data, noise, EMA, clipping, checks, metrics and progress bar. Both sides take turns,
 `--steps` steps each; the medians over the rounds are compared. The first `--warmup` steps, in which the learning rate
 rises and most gradients are clipped, are not counted.
@@ -21,6 +21,7 @@ import torch
 
 from sfumato.training import loop
 from sfumato.training.config.load import load_config
+from sfumato.training.engine.optimizers import build_optimizer
 from sfumato.training.models.build import build_pipeline
 from sfumato.training.models.denoiser import Denoiser
 from sfumato.training.models.parameters import trained_parameters
@@ -54,7 +55,7 @@ def main() -> None:
 
     bare_pipe = build_pipeline(config, captions)
     bare = Denoiser(bare_pipe.unet, bare_pipe.text_encoder)
-    optimizer = torch.optim.AdamW(trained_parameters(bare), lr=1e-4, fused=True)
+    optimizer = build_optimizer(config.optim, trained_parameters(bare))
     size, batch = config.data.resolution, config.train.batch_size
     x, target = torch.randn(2, batch, 3, size, size)
     t = torch.randint(0, 1000, (batch,))

@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sfumato.figures import grid
 from sfumato.pipelines import Cascade, SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.card import recommended_settings
 from sfumato.training.config.load import load_config
 from sfumato.training.data.prepare import prepare
@@ -45,21 +45,12 @@ def main() -> None:
     captions = [images[int(i)]["captions"][0] for i in numbers]
     true = np.stack([images.image(int(i)) for i in numbers])
     cascade, direct = Cascade.from_pretrained(options.cascade), SfumatoPipeline.from_pretrained(options.direct)
-    for pipe in (cascade.base, cascade.upscaler, direct):
+    for pipe in (cascade.base, cascade.upscaler):
         pipe.set_progress_bar_config(disable=True)
-
-    def draw(pipe, prompts, advice):
-        images = []
-        for start in range(0, len(prompts), 16):
-            part = prompts[start : start + 16]
-            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-            images += pipe(part, generator=generators, **advice).images
-        return images
-
     seen, table, sheets = compute_features(true), {}, []
     for name, pipe, folder in (("cascade", cascade, options.cascade), ("direct", direct, options.direct)):
         advice, began = recommended_settings(folder), time.time()
-        drawn = draw(pipe, captions, advice)
+        drawn = draw_in_batches(pipe, captions, batch_size=16, **advice)
         seconds = time.time() - began
         made = compute_features(np.stack([np.asarray(image) for image in drawn]))
         apart = np.linalg.norm(made - seen, axis=1)
@@ -70,7 +61,7 @@ def main() -> None:
             "seconds to draw": round(seconds),
         }
         print(name, table[name], flush=True)
-        sheets += draw(pipe, list(config.validation.prompts), advice)
+        sheets += draw_in_batches(pipe, list(config.validation.prompts), batch_size=16, **advice)
     table["pictures"] = {"trained": int(trained.sum()), "held out": int((~trained).sum())}
     Path(options.out).write_text(json.dumps(table, indent=1) + "\n")
     grid(sheets, list(config.validation.prompts) * 2).save(Path(options.out).with_suffix(".png"))

@@ -3,11 +3,11 @@
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sfumato.pipelines import SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training.config.schema import ValidationConfig
 from sfumato.training.data import array_set
@@ -58,19 +58,16 @@ def draw_images(
     Returns:
         All images in order, on every process; for a model with a codec, arrays `(H, W, C)` in [0, 1].
     """
-    pipe.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    images_drawn = []
-    for start in range(0, len(mine), batch_size):
-        numbers = mine[start : start + batch_size]
-        drawn = pipe(
-            [prompts[i] for i in numbers],
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(config.seed + i) for i in numbers],
-            output_type="pil" if pipe.codec is None else "np",
-            **{name: [values[i] for i in numbers] for name, values in inputs.items()},
-        ).images
-        images_drawn.extend(drawn)
-    pairs = gather_object(list(zip(mine, images_drawn)))
+    drawn = draw_in_batches(
+        pipe,
+        [prompts[i] for i in mine],
+        seeds=[config.seed + i for i in mine],
+        batch_size=batch_size,
+        each={name: [values[i] for i in mine] for name, values in inputs.items()},
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        output_type="pil" if pipe.codec is None else "np",
+    )
+    pairs = gather_object(list(zip(mine, drawn)))
     return [image for _, image in sorted(pairs, key=lambda pair: pair[0])]
