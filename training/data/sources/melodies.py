@@ -72,7 +72,7 @@ def caption_of(instrument: str, piece: tuple[int, ...]) -> str:
 
 def _play(instrument: str, piece: tuple[int, ...], take: int, copy: int) -> np.ndarray:
     """Just over a second of a piece."""
-    scores = tuple((_score(each), loud) for each in pieces() for loud in LOUDNESS)
+    scores = tuple((_score(each), loud, 0.0) for each in pieces() for loud in LOUDNESS)
     number = pieces().index(piece) * len(LOUDNESS) + take
     return cut((instrument, scores), number, [number, copy])
 

@@ -24,7 +24,9 @@ PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, 
 TICKS = 1000  # per second
 PITCHES = range(48, 84)  # C 3 to B 5
 LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities, one for each take
-COPIES = 3  # of each take, each with a different start
+COPIES = 3  # of each take, each with a different start, length and tuning
+LENGTHS = (500, 950)  # ms
+DETUNED = 0.3  # semitones, at most
 HELD_OUT_TAKE = 3  # of held-out notes; the judge does not know it of any note
 FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
 SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 110.0}
@@ -73,9 +75,19 @@ def caption_of(instrument: str, pitch: int) -> str:
 
 
 def _play(instrument: str, pitch: int, take: int, copy: int) -> np.ndarray:
-    """A note of 0.9 seconds that begins within a tenth of a second, normalised in volume."""
-    pieces = tuple((((0, 900, each),), loud) for each in PITCHES for loud in LOUDNESS)
-    return cut((instrument, pieces), (pitch - PITCHES[0]) * len(LOUDNESS) + take, [pitch, take, copy])
+    """A note that begins within a tenth of a second, normalised in volume."""
+    number = (pitch - PITCHES[0]) * len(LOUDNESS) + take
+    return cut((instrument, _pieces(copy)), number, [pitch, take, copy])
+
+
+@lru_cache(maxsize=COPIES)
+def _pieces(copy: int) -> tuple[tuple, ...]:
+    """Every pitch and take, as `performance` takes them; lengths and tuning differ, so that no two notes are the same."""
+    every = list(itertools.product(PITCHES, LOUDNESS))
+    rng = np.random.default_rng(copy)
+    lengths = rng.integers(*LENGTHS, len(every)).tolist()
+    tuning = rng.uniform(-DETUNED, DETUNED, len(every)).round(2).tolist()
+    return tuple((((0, length, pitch),), loud, tuned) for (pitch, loud), length, tuned in zip(every, lengths, tuning))
 
 
 def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
@@ -86,9 +98,11 @@ def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
     return np.pad(0.7 * sound / max(np.abs(sound).max(), 1e-6), (late, 0)).astype(np.float32)
 
 
-@lru_cache(maxsize=len(PROGRAMS))
+@lru_cache(maxsize=2 * COPIES)
 def performance(instrument: str, pieces: tuple) -> np.ndarray:
-    """Play pieces, two seconds each. A piece is its notes, as (start, length, MIDI number) in ticks, and a velocity."""
+    """Play pieces, two seconds each. A piece is its notes, as (start, length, MIDI number) in ticks, a velocity, and how many
+    semitones (-2 to 2) it is out of tune.
+    """
     font = next((path for path in FONTS if Path(path).is_file()), None)
     if shutil.which("fluidsynth") is None or font is None:
         packages = "fluidsynth timgm6mb-soundfont"
@@ -106,7 +120,9 @@ def _midi(program: int, pieces: tuple) -> bytes:
     """A Standard MIDI file with one piece every two seconds."""
     events, now = struct.pack(">BBB", 0, 0xC0, program), 0
     moments = []
-    for number, (notes, loud) in enumerate(pieces):
+    for number, (notes, loud, tuned) in enumerate(pieces):
+        bend = round(8192 * (1 + tuned / 2))
+        moments.append((2 * TICKS * number, -1, bytes((0xE0, bend & 0x7F, bend >> 7))))
         for start, length, pitch in notes:
             at = 2 * TICKS * number + start
             moments += [(at, 1, bytes((0x90, pitch, loud))), (at + length, 0, bytes((0x80, pitch, 0)))]
