@@ -19,6 +19,7 @@ def draw_in_batches(
 
     Args:
         pipe: a diffusers pipeline; its progress bar is switched off.
+        prompts: any number of them.
         seeds: one for each prompt; by default 0, 1, 2 and so on.
         each: arguments of the pipeline's call that have a value for each prompt, such as `image` and `mask_image`.
         call: all other arguments of the call.

@@ -58,6 +58,11 @@ class Cascade:
         self.upscaler.to(*where)
         return self
 
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """As for a single pipeline, of both models."""
+        self.base.set_progress_bar_config(**settings)
+        self.upscaler.set_progress_bar_config(**settings)
+
     def __call__(
         self,
         prompt: str | list[str],

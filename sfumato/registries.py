@@ -280,7 +280,7 @@ SOURCES: Registry[Source] = Registry(
         "molecules": _objects("molecules", packages=("qm9pack", "rdkit"), shape=(24, 24, 29), repeat=8),
         "moses": _objects("molecules", packages=("molsets", "rdkit"), shape=(48, 48, 86), repeat=8),
         "speech": _objects("speech", version=2, shape=(32, 32, 4)),
-        "notes": _objects("notes", version=4, shape=(16, 16, 16)),
+        "notes": _objects("notes", version=2, shape=(16, 16, 16)),
         "recordings": _objects(
             "recordings",
             license="cc-by-sa-3.0",

@@ -81,7 +81,7 @@ def test_counts_are_those_of_a_real_step(tmp_path, kind):
     flops, optimizer_flops, in_use = measure(build_task(config, images, cpu=True), config, BATCH)
     assert expected.flops == pytest.approx(flops, rel=0.02)
     assert expected.optimizer_flops == pytest.approx(optimizer_flops, rel=0.02)
-    assert bool(optimizer_flops) == (config.optim.name == "muon") and expected.optimizer_traffic > 5 * expected.gradients
+    assert bool(optimizer_flops) == (config.optim.name == "muon") and expected.optimizer_traffic > 9 * expected.gradients
     assert expected.peak == pytest.approx(expected.lasting + in_use, rel=0.1)
 
 
@@ -109,24 +109,24 @@ def counts(**more) -> planner.Counts:
 
 
 def test_a_plan_is_arithmetic(tmp_path):
-    """On 100 TFLOP/s, 8 TFLOP for each of two batches and 2 for the optimizer take 180 ms at the peak; 1 GB of gradients go
-    round twice.
+    """On 100 TFLOP/s, 8 TFLOP for each of two batches take 160 ms at the peak. 2 for the optimizer take
+    20 ms, of which each of four devices does a quarter. 1 GB of gradients go round twice.
     """
     device = planner.Device(flops=(1e14, 2e14), bandwidth=1e15, memory=10e9 / planner.SPARE, link=1e10, dollars=3.0)
     train = {"batch_size": 10, "max_steps": 1000, "gradient_accumulation_steps": 2}
     config = load_config(tiny.config_file(tmp_path, train=train))
     p = planner.plan(counts(), config, device, 4)
-    assert p.roofline == pytest.approx(0.18)
+    assert p.roofline == pytest.approx(0.165)
     assert p.largest_batch == 8  # 5 GB stay, an image takes 0.6
     assert planner.largest_batch(counts(stepping=11e9), 10e9) == 0
     assert p.exchange == pytest.approx(2 * 3 / 4 * 1e9 / 1e10)
-    step = 0.18 / planner.SHARE + p.exchange - 2 / 3 * 0.08 / planner.SHARE  # not quite hidden by one backward pass
+    step = 0.165 / planner.SHARE + p.exchange - 2 / 3 * 0.08 / planner.SHARE  # not quite hidden by one backward pass
     assert p.step == pytest.approx(step)
     assert p.images_a_step == 80
     assert p.hours(80e3) == pytest.approx(1000 * step / 3600)
     assert p.dollars(80e3) == pytest.approx(p.hours(80e3) * 4 * 3.0)
     half = planner.plan(counts(), replace(config, train=replace(config.train, mixed_precision="bf16")), device, 1)
-    assert half.roofline == pytest.approx(0.09) and half.exchange == 0
+    assert half.roofline == pytest.approx(0.08 + 0.02) and half.exchange == 0
     slow = planner.plan(counts(), config, replace(device, bandwidth=1e10), 1)
     assert slow.roofline == pytest.approx(1.8)
     assert (p.bound_by, half.bound_by, slow.bound_by) == ("operations", "operations", "memory")
@@ -147,6 +147,8 @@ def test_the_command_plans(tmp_path, capsys):
     out = capsys.readouterr().out
     for said in (
         "GB on each h100",
+        "loss and gradients of a batch: ",
+        "optimizer, once a step: ",
         "a step takes at least",
         "images/s on 8 h100",
         "1,000,000 images",

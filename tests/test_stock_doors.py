@@ -14,6 +14,7 @@ from test_flow import config as flow_config
 
 from sfumato import cli
 from sfumato.pipelines import Cascade, SfumatoPipeline
+from sfumato.pipelines.batches import draw_in_batches
 from sfumato.pipelines.choices import with_guider, with_sampler
 from sfumato.training.publish import hub
 from sfumato.training.train import main
@@ -89,13 +90,14 @@ def test_a_cascade_is_one_folder_and_one_call(folders, tmp_path, capsys):
         and f'"{folder.name}/upscaler"' in (folder / "upscaler/README.md").read_text()
     )
     cascade = Cascade.from_pretrained(folder)
-    for pipe in (cascade.base, cascade.upscaler):
-        pipe.set_progress_bar_config(disable=True)
+    cascade.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 3, "guidance_scale": 2.0, "upscaling_steps": 2}
     texts = ["a red circle", "a blue square"]
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     images = cascade(texts, generator=generators, num_images_per_prompt=2, output_type="np", **call).images
     assert images.shape == (4, 16, 16, 3)
+    drawn = draw_in_batches(cascade, texts, seeds=[0, 2], batch_size=1, output_type="np", **call)
+    np.testing.assert_allclose(np.stack(drawn), images[[0, 2]], atol=1e-5)
     small = cascade.base(
         "a blue square", generator=generators[3].manual_seed(3), num_inference_steps=3, guidance_scale=2.0
     ).images

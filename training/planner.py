@@ -93,7 +93,7 @@ class Counts:
         flops: operations in matrix products and convolutions for the loss and the gradients of a batch; an addition and a
             multiplication count as two.
         traffic: bytes that all of its operations read and write, each counted by itself.
-        optimizer_flops, optimizer_traffic: the same of the optimizer and the averages, once for all accumulated batches.
+        optimizer_flops, optimizer_traffic: the same for the optimizer and the averages, once for all accumulated batches.
         weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept for the trained ones.
         learning: peak bytes in use while the loss and its gradients are computed, including those.
         stepping: the same while the optimizer takes its step.
@@ -156,8 +156,17 @@ class Meter(TorchDispatchMode):
             self.hold(tensor)
         if not func.is_view:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            self.traffic += sum(tensor.nbytes for tensor in read + made)
+            returned = {id(tensor) for tensor in made}
+            changed = [tensor for tensor in _changed(func, args, kwargs or {}) if id(tensor) not in returned]
+            self.traffic += nbytes(read) + nbytes(made) + nbytes(changed)
         return result
+
+
+def _changed(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The arguments that an operation writes to, by its schema; fused optimizers, for example, return nothing."""
+    given = {**{argument.name: value for argument, value in zip(func._schema.arguments, args)}, **kwargs}
+    marked = [argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    return [leaf for name in marked for leaf in tree_leaves(given.get(name)) if isinstance(leaf, torch.Tensor)]
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -275,20 +284,19 @@ class Plan:
 
 
 def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
-    """The plan of a run with these counts per step."""
+    """The plan of a run with these counts per batch and per optimizer step."""
     accumulated = config.train.gradient_accumulation_steps
     half = config.train.mixed_precision in ("bf16", "fp16")
-    peak = device.flops[1 if half else 0]
     compiled = config.train.compile != "no"  # elementwise work is then fused into its neighbours
-    seconds_a_byte = (0.5 if compiled else 1.0) / device.bandwidth
-
-    def likely_seconds(flops: float, traffic: float) -> float:
-        return max(flops / peak / SHARE, traffic * seconds_a_byte)
-
-    by_operations = (accumulated * counts.flops + counts.optimizer_flops) / peak
-    by_bytes = (accumulated * counts.traffic + counts.optimizer_traffic) * seconds_a_byte
-    batch = likely_seconds(counts.flops, counts.traffic)
-    optimizer = likely_seconds(counts.optimizer_flops, counts.optimizer_traffic)
+    batch_operations = counts.flops / device.flops[1 if half else 0]
+    batch_bytes = counts.traffic * (0.5 if compiled else 1.0) / device.bandwidth
+    # The optimizer works in float32, is not compiled, and shares its matrix products among the devices.
+    optimizer_operations = counts.optimizer_flops / count / device.flops[0]
+    optimizer_bytes = counts.optimizer_traffic / device.bandwidth
+    by_operations = accumulated * batch_operations + optimizer_operations
+    by_bytes = accumulated * batch_bytes + optimizer_bytes
+    batch = max(batch_operations / SHARE, batch_bytes)
+    optimizer = max(optimizer_operations / SHARE, optimizer_bytes)
     exchange = 2 * (count - 1) / count * counts.gradients / device.link
     return Plan(
         counts=counts,
@@ -349,7 +357,8 @@ def _speed(p: Plan, gpu: str) -> list[Finding]:
     c = p.counts
 
     def work(flops: float, traffic: float) -> str:
-        return f"{flops / 1e12:.2f} TFLOP, {traffic / 1e9:.1f} GB read and written ({flops / traffic:.0f} operations per byte)"
+        moved = f"{traffic / 1e9:.2f} GB read and written"
+        return f"{flops / 1e12:.2f} TFLOP, {moved} ({flops / traffic:.0f} operations per byte)" if flops else moved
 
     findings = [
         Finding("fine", f"loss and gradients of a batch: {work(c.flops, c.traffic)}"),

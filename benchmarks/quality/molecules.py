@@ -1,10 +1,10 @@
 """A model of molecules by the standard metrics of the field: valid and in one piece without correction, unique, new, FCD.
 
-    python -m benchmarks.quality.molecules runs/molecules [--count 10000] [--scale 2.5] [--start 0.3] [--split held_out]
+    python -m benchmarks.quality.molecules runs/molecules [--count 10000] [--scale 2] [--guided 0 0.7] [--split held_out]
         [--out FILE.json]
 
 Captions are those of evenly chosen molecules of the set, so that what is drawn should be distributed like the data. The run's
-settings are used unless others are given; `--start` leaves the first part of the steps without guidance. New molecules are
+settings are used unless others are given; `--guided` gives the part of the steps that is guided. New molecules are
 those not trained on. FCD (Preuer et al. 2018) needs fcd_torch; it compares with the molecules whose captions were drawn.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--count", type=int, default=1000, help="number of molecules to draw (default: %(default)s)")
     parser.add_argument("--scale", type=float, help="guidance scale")
-    parser.add_argument("--start", type=float, help="the share of the steps before guidance begins")
+    parser.add_argument("--guided", type=float, nargs=2, help="the part of the steps that is guided, such as 0 0.7")
     parser.add_argument("--split", choices=["train", "held_out"], default="train", help="whose captions are drawn")
     parser.add_argument("--out", type=Path, help="the figures; the molecules go into a .smi beside them")
     options = parser.parse_args()
@@ -40,8 +40,8 @@ def main() -> None:
     images, v = prepare(config.data), config.validation
     if options.scale is not None:
         v = replace(v, guidance_scale=options.scale)
-    if options.start is not None:
-        v = replace(v, guidance_interval=[options.start, v.guidance_interval[1]])
+    if options.guided is not None:
+        v = replace(v, guidance_interval=options.guided)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     numbers = images.select(options.split).tolist()

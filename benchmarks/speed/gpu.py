@@ -89,7 +89,7 @@ def measure(config, images, steps: int) -> dict:
         counts = planner.count_step(build_task(config, images, cpu=True), config)
         peak = known.flops[config.train.mixed_precision != "no"]
         row |= {
-            "share_of_peak": (counts.flops + counts.optimizer_flops) / seconds / peak,
+            "share_of_peak": counts.flops / seconds / peak,
             "predicted": planner.plan(counts, config, known, 1).step,
         }
     if device.type == "cuda":

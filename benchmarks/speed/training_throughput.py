@@ -3,7 +3,7 @@
     python -m benchmarks.speed.training_throughput [--config configs/shapes.yaml] [--rounds 12] [--steps 10]
         [--out benchmarks/results/training_throughput.json]
 
-Bare: forward, backward and optimizer of the same UNet and text encoder on random tensors in memory. Whole: what
+Bare: forward pass, backward pass and optimizer step of the same UNet and text encoder on random tensors in memory. Whole: what
 `loop.train` does in a step, with data, noise, EMA, clipping, checks, metrics and progress bar. Both sides take turns,
 `--steps` steps each; the medians over the rounds are compared. The first `--warmup` steps, in which the learning rate
 rises and most gradients are clipped, are not counted.
@@ -57,7 +57,7 @@ def main() -> None:
     bare = Denoiser(bare_pipe.unet, bare_pipe.text_encoder)
     optimizer = build_optimizer(config.optim, trained_parameters(bare))
     size, batch = config.data.resolution, config.train.batch_size
-    x, target = torch.randn(2, batch, 3, size, size)
+    x, target = torch.randn(2, batch, config.data.channels, size, size)
     t = torch.randint(0, 1000, (batch,))
     ids = torch.randint(0, 100, (batch, config.text_encoder.max_length))
 

@@ -45,8 +45,6 @@ def main() -> None:
     captions = [images[int(i)]["captions"][0] for i in numbers]
     true = np.stack([images.image(int(i)) for i in numbers])
     cascade, direct = Cascade.from_pretrained(options.cascade), SfumatoPipeline.from_pretrained(options.direct)
-    for pipe in (cascade.base, cascade.upscaler):
-        pipe.set_progress_bar_config(disable=True)
     seen, table, sheets = compute_features(true), {}, []
     for name, pipe, folder in (("cascade", cascade, options.cascade), ("direct", direct, options.direct)):
         advice, began = recommended_settings(folder), time.time()

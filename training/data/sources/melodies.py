@@ -13,12 +13,10 @@ import numpy as np
 from sfumato.pipelines.codecs.sounds import CHORDS, NOTE_SECONDS, NOTES, MelodyCodec
 from sfumato.training.config.schema import DataConfig
 from sfumato.training.data.records import Record
-from sfumato.training.data.sources.notes import PROGRAMS, TICKS, cut
-from sfumato.training.data.sources.notes import SETTINGS as NOTE_SETTINGS
+from sfumato.training.data.sources.notes import PROGRAMS, SETTINGS, TICKS, cut
 from sfumato.training.data.sources.sounds import classifier
 
 NATURALS = (60, 62, 64, 65, 67, 69, 71)  # C 4 to B 4
-SETTINGS = {**NOTE_SETTINGS, "lowest": 200.0}
 NUM_MELODIES = 60
 LOUDNESS = (65, 85, 105)
 COPIES = 2
@@ -72,7 +70,7 @@ def caption_of(instrument: str, piece: tuple[int, ...]) -> str:
 
 def _play(instrument: str, piece: tuple[int, ...], take: int, copy: int) -> np.ndarray:
     """Just over a second of a piece."""
-    scores = tuple((_score(each), loud, 0.0) for each in pieces() for loud in LOUDNESS)
+    scores = tuple((_score(each), loud) for each in pieces() for loud in LOUDNESS)
     number = pieces().index(piece) * len(LOUDNESS) + take
     return cut((instrument, scores), number, [number, copy])
 

@@ -1,4 +1,4 @@
-"""The `notes` data set: notes of three octaves by six instruments, played by fluidsynth from a General MIDI soundfont.
+"""The `notes` data set: notes of two octaves by six instruments, played by fluidsynth from a General MIDI soundfont.
 
 Needs the program and a soundfont (Debian: `apt install --no-install-recommends fluidsynth timgm6mb-soundfont`). Each note is
 held out for one of the instruments.
@@ -22,25 +22,19 @@ from sfumato.training.data.sources.sounds import classifier, read_sound
 
 PROGRAMS = {"piano": 0, "organ": 19, "guitar": 24, "violin": 40, "trumpet": 56, "flute": 73}  # program numbers of General MIDI
 TICKS = 1000  # per second
-PITCHES = range(48, 84)  # C 3 to B 5
+PITCHES = range(60, 84)  # C 4 to B 5
 LOUDNESS = (50, 65, 80, 95, 110, 125)  # MIDI velocities, one for each take
-COPIES = 3  # of each take, each with a different start, length and tuning
-LENGTHS = (500, 950)  # ms
-DETUNED = 0.3  # semitones, at most
-HELD_OUT_TAKE = 3  # of held-out notes; the judge does not know it of any note
+COPIES = 3  # of each take, each with a different start
 FONTS = ("/usr/share/sounds/sf2/TimGM6mb.sf2", "/usr/share/sounds/sf2/default-GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2")
-SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 110.0}
+SETTINGS = {"bands": 128, "steps": 32, "hop": 512, "window": 2048, "block": (8, 2), "lowest": 200.0}
 
 
 def open_codec(config: DataConfig, files: list[Path]) -> NoteCodec:
-    """One second at 16 kHz in 128 bands, 20 per octave; the judge's references are real notes, not the takes that are drawn.
-
-    They include held-out notes: a judge of training notes only would mishear those that the model has not seen either.
-    """
+    """One second at 16 kHz in 128 bands, 24 per octave; the judge's references come from real training notes."""
     codec, known = NoteCodec(**SETTINGS), []
-    takes = [take for take in range(len(LOUDNESS)) if take != HELD_OUT_TAKE]
-    for (instrument, pitch), _ in combinations():
-        known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in takes]
+    for (instrument, pitch), held_out in combinations():
+        if not held_out:
+            known += [(instrument, codec.features(_play(instrument, pitch, take, 0), pitch)) for take in range(len(LOUDNESS))]
     return NoteCodec(**SETTINGS, references={"instrument": classifier(known)})
 
 
@@ -48,7 +42,7 @@ def open_source(config: DataConfig, files: list[Path]) -> Iterator[Record]:
     """Each note at every volume of `LOUDNESS`, `COPIES` times; held-out notes only once."""
     for number, ((instrument, pitch), held_out) in enumerate(combinations()):
         for take, copy in itertools.product(range(len(LOUDNESS)), range(COPIES)):
-            if not held_out or (take, copy) == (HELD_OUT_TAKE, 0):
+            if not held_out or (take, copy) == (3, 0):
                 sound = _play(instrument, pitch, take, copy)
                 split = "held_out" if held_out else "train"
                 caption = caption_of(instrument, pitch)
@@ -75,19 +69,9 @@ def caption_of(instrument: str, pitch: int) -> str:
 
 
 def _play(instrument: str, pitch: int, take: int, copy: int) -> np.ndarray:
-    """A note that begins within a tenth of a second, normalised in volume."""
-    number = (pitch - PITCHES[0]) * len(LOUDNESS) + take
-    return cut((instrument, _pieces(copy)), number, [pitch, take, copy])
-
-
-@lru_cache(maxsize=COPIES)
-def _pieces(copy: int) -> tuple[tuple, ...]:
-    """Every pitch and take, as `performance` takes them; lengths and tuning differ, so that no two notes are the same."""
-    every = list(itertools.product(PITCHES, LOUDNESS))
-    rng = np.random.default_rng(copy)
-    lengths = rng.integers(*LENGTHS, len(every)).tolist()
-    tuning = rng.uniform(-DETUNED, DETUNED, len(every)).round(2).tolist()
-    return tuple((((0, length, pitch),), loud, tuned) for (pitch, loud), length, tuned in zip(every, lengths, tuning))
+    """A note of 0.9 seconds that begins within a tenth of a second, normalised in volume."""
+    pieces = tuple((((0, 900, each),), loud) for each in PITCHES for loud in LOUDNESS)
+    return cut((instrument, pieces), (pitch - PITCHES[0]) * len(LOUDNESS) + take, [pitch, take, copy])
 
 
 def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
@@ -98,11 +82,9 @@ def cut(played: tuple[str, tuple], number: int, seed: list[int]) -> np.ndarray:
     return np.pad(0.7 * sound / max(np.abs(sound).max(), 1e-6), (late, 0)).astype(np.float32)
 
 
-@lru_cache(maxsize=2 * COPIES)
+@lru_cache(maxsize=len(PROGRAMS))
 def performance(instrument: str, pieces: tuple) -> np.ndarray:
-    """Play pieces, two seconds each. A piece is its notes, as (start, length, MIDI number) in ticks, a velocity, and how many
-    semitones (-2 to 2) it is out of tune.
-    """
+    """Play pieces, two seconds each. A piece is its notes, as (start, length, MIDI number) in ticks, and a velocity."""
     font = next((path for path in FONTS if Path(path).is_file()), None)
     if shutil.which("fluidsynth") is None or font is None:
         packages = "fluidsynth timgm6mb-soundfont"
@@ -120,9 +102,7 @@ def _midi(program: int, pieces: tuple) -> bytes:
     """A Standard MIDI file with one piece every two seconds."""
     events, now = struct.pack(">BBB", 0, 0xC0, program), 0
     moments = []
-    for number, (notes, loud, tuned) in enumerate(pieces):
-        bend = round(8192 * (1 + tuned / 2))
-        moments.append((2 * TICKS * number, -1, bytes((0xE0, bend & 0x7F, bend >> 7))))
+    for number, (notes, loud) in enumerate(pieces):
         for start, length, pitch in notes:
             at = 2 * TICKS * number + start
             moments += [(at, 1, bytes((0x90, pitch, loud))), (at + length, 0, bytes((0x80, pitch, 0)))]
