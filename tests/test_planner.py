@@ -82,6 +82,7 @@ def test_counts_are_those_of_a_real_step(tmp_path, kind):
     assert expected.flops == pytest.approx(flops, rel=0.02)
     assert expected.optimizer_flops == pytest.approx(optimizer_flops, rel=0.02)
     assert bool(optimizer_flops) == (config.optim.name == "muon") and expected.optimizer_traffic > 9 * expected.gradients
+    assert 100 < expected.launches < 10_000 and 2 < expected.optimizer_launches < expected.launches
     assert expected.peak == pytest.approx(expected.lasting + in_use, rel=0.1)
 
 
@@ -104,7 +105,8 @@ def test_averages_on_the_cpu_take_nothing_of_a_gpu(tmp_path):
 def counts(**more) -> planner.Counts:
     """Of a batch of 10."""
     stays = {"weights": 1e9, "gradients": 1e9, "averages": 1e9, "moments": 2e9}
-    work = {"flops": 8e12, "traffic": 8e9, "optimizer_flops": 2e12, "optimizer_traffic": 2e9}
+    work = {"flops": 8e12, "traffic": 8e9, "launches": 1000, "optimizer_flops": 2e12, "optimizer_traffic": 2e9}
+    work |= {"optimizer_launches": 100}
     return planner.Counts(**{**stays, **work, "learning": 11e9, "stepping": 5e9, "batch_size": 10, **more})
 
 
@@ -130,6 +132,12 @@ def test_a_plan_is_arithmetic(tmp_path):
     slow = planner.plan(counts(), config, replace(device, bandwidth=1e10), 1)
     assert slow.roofline == pytest.approx(1.8)
     assert (p.bound_by, half.bound_by, slow.bound_by) == ("operations", "operations", "memory")
+    small = {"flops": 1e6, "traffic": 1e6, "optimizer_flops": 1e6, "optimizer_traffic": 1e6, "gradients": 1.0}
+    for how, launches in (("no", 2 * 1000 + 100), ("loss", 2 * 1000 / 3 + 100), ("graphs", 100)):
+        compiled = replace(config, train=replace(config.train, compile=how))
+        planned = planner.plan(counts(**small), compiled, device, 4)
+        assert planned.step == pytest.approx(launches * planner.LAUNCH, rel=1e-3)
+        assert "the host needs to start" in str(planner._speed(planned, "toy"))
 
 
 def test_what_does_not_fit_is_told_with_what_would(tmp_path):

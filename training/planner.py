@@ -29,6 +29,8 @@ from sfumato.training.models.parameters import trained_parameters
 from sfumato.training.tasks.protocol import Task
 
 SHARE = 0.4  # fraction of the peak that a well-fed UNet usually reaches
+LAUNCH = 1e-5  # seconds that the host needs to start an operation
+FUSED = 1 / 3  # fraction of the operations that are left to start once the loss is compiled
 SPARE = 0.9  # fraction of the memory that can be filled; the rest goes to the driver, the libraries and fragmentation
 
 
@@ -92,8 +94,10 @@ class Counts:
     Attributes:
         flops: operations in matrix products and convolutions for the loss and the gradients of a batch; an addition and a
             multiplication count as two.
-        traffic: bytes that all of its operations read and write, each counted by itself.
-        optimizer_flops, optimizer_traffic: the same for the optimizer and the averages, once for all accumulated batches.
+        traffic: bytes that all tensor operations of a batch read and write, each counted by itself.
+        launches: the number of these tensor operations; the host has to start each one.
+        optimizer_flops, optimizer_traffic, optimizer_launches: the same for the optimizer and the averages, once for all
+            accumulated batches.
         weights, gradients, averages, moments: bytes that stay, of all weights and of what is kept for the trained ones.
         learning: peak bytes in use while the loss and its gradients are computed, including those.
         stepping: the same while the optimizer takes its step.
@@ -102,8 +106,10 @@ class Counts:
 
     flops: float
     traffic: float
+    launches: int
     optimizer_flops: float
     optimizer_traffic: float
+    optimizer_launches: int
     weights: float
     gradients: float
     averages: float
@@ -124,10 +130,11 @@ class Counts:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes that operations read and write, and the peak bytes in use by the storages that they make."""
+    """Counts operations, the bytes that they read and write, and the peak bytes in use by the storages that they make."""
 
     def __init__(self):
         super().__init__()
+        self.launches = 0
         self.traffic = 0
         self.in_use = 0
         self.peak = 0
@@ -159,6 +166,7 @@ class Meter(TorchDispatchMode):
             returned = {id(tensor) for tensor in made}
             changed = [tensor for tensor in _changed(func, args, kwargs or {}) if id(tensor) not in returned]
             self.traffic += nbytes(read) + nbytes(made) + nbytes(changed)
+            self.launches += bool(made or changed)
         return result
 
 
@@ -220,8 +228,10 @@ def count_step(task: Task, config: Config) -> Counts:
     return Counts(
         flops=flops.get_total_flops(),
         traffic=meter.traffic,
+        launches=meter.launches,
         optimizer_flops=stepping_flops.get_total_flops(),
         optimizer_traffic=stepping.traffic,
+        optimizer_launches=stepping.launches,
         weights=nbytes(weights.values()),
         gradients=nbytes(parameters),
         averages=nbytes(averages),
@@ -252,6 +262,7 @@ class Plan:
         roofline: minimum seconds for a step with all accumulated batches: those of its operations at the peak rate, or
             those of its bytes.
         bound_by: which of the two, `operations` or `memory`.
+        starting: seconds that the host needs to start all operations of a step.
         exchange: seconds to exchange the gradients if none of it is hidden behind the backward pass.
         step: seconds that such a step is likely to take, including the exchange.
         images_a_step: images per step on all devices.
@@ -264,6 +275,7 @@ class Plan:
     largest_batch: int
     roofline: float
     bound_by: str
+    starting: float
     exchange: float
     step: float
     images_a_step: int
@@ -297,7 +309,11 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
     by_bytes = accumulated * batch_bytes + optimizer_bytes
     batch = max(batch_operations / SHARE, batch_bytes)
     optimizer = max(optimizer_operations / SHARE, optimizer_bytes)
+    # Nothing in a step waits for the device, so the host starts operations while earlier ones run.
+    left = {"no": 1.0, "graphs": 0.0}.get(config.train.compile, FUSED)  # a CUDA graph is started as a whole
+    starting = (accumulated * left * counts.launches + counts.optimizer_launches) * LAUNCH
     exchange = 2 * (count - 1) / count * counts.gradients / device.link
+    exposed = max(0.0, exchange - 2 / 3 * batch)  # the backward pass hides the rest
     return Plan(
         counts=counts,
         device=device,
@@ -305,8 +321,9 @@ def plan(counts: Counts, config: Config, device: Device, count: int) -> Plan:
         largest_batch=largest_batch(counts, SPARE * device.memory),
         roofline=max(by_operations, by_bytes),
         bound_by="operations" if by_operations > by_bytes else "memory",
+        starting=starting,
         exchange=exchange,
-        step=accumulated * batch + optimizer + max(0.0, exchange - 2 / 3 * batch),  # the backward pass hides most of it
+        step=max(accumulated * batch + optimizer, starting) + exposed,
         images_a_step=config.train.batch_size * accumulated * count,
         steps=config.train.max_steps or 0,
     )
@@ -360,12 +377,15 @@ def _speed(p: Plan, gpu: str) -> list[Finding]:
         moved = f"{traffic / 1e9:.2f} GB read and written"
         return f"{flops / 1e12:.2f} TFLOP, {moved} ({flops / traffic:.0f} operations per byte)" if flops else moved
 
+    likely = f"{1000 * p.step:.3g} ms"
+    if p.starting >= p.step:
+        likely += ", which is how long the host needs to start the operations"
     findings = [
         Finding("fine", f"loss and gradients of a batch: {work(c.flops, c.traffic)}"),
         Finding("fine", f"optimizer, once a step: {work(c.optimizer_flops, c.optimizer_traffic)}"),
         Finding(
             "fine",
-            f"a step takes at least {1000 * p.roofline:.1f} ms, bound by {p.bound_by}, and likely {1000 * p.step:.0f} ms: "
+            f"a step takes at least {1000 * p.roofline:.3g} ms, bound by {p.bound_by}, and likely {likely}: "
             f"{p.images_a_second:,.0f} images/s on {p.count} {gpu}",
         ),
         Finding("fine", f"the loader has to prepare {p.images_a_second / p.count:,.0f} images/s for each device"),
