@@ -86,6 +86,17 @@ def test_counts_are_those_of_a_real_step(tmp_path, kind):
     assert expected.peak == pytest.approx(expected.lasting + in_use, rel=0.1)
 
 
+def test_only_what_moves_bytes_is_counted():
+    """Sums, changes in place and fused lists; not views or questions about a tensor. 1,000 numbers are 4,000 bytes."""
+    a, b = torch.ones(1000), torch.ones(1000)
+    with planner.Meter() as meter:
+        a + b  # two read, one written
+        a.view(10, 100).T, a.device, a.shape
+        a.add_(1)  # read and written
+        torch._foreach_lerp_([a], [b], 0.5)  # two read, one written
+    assert (meter.traffic, meter.launches) == (4000 * (3 + 2 + 3), 3)
+
+
 def test_what_stays_is_counted_by_its_parts(tmp_path):
     config = load_config(tiny.config_file(tmp_path, ema={"snapshot_steps": 100}))
     task = build_task(config, prepare(config.data), cpu=True)

@@ -161,12 +161,13 @@ class Meter(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         for tensor in made:
             self.hold(tensor)
-        if not func.is_view:
-            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            returned = {id(tensor) for tensor in made}
-            changed = [tensor for tensor in _changed(func, args, kwargs or {}) if id(tensor) not in returned]
-            self.traffic += nbytes(read) + nbytes(made) + nbytes(changed)
-            self.launches += bool(made or changed)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in read}
+        new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
+        changed = _changed(func, args, kwargs or {})
+        if new or changed:  # otherwise it only looks at the same storage in another way
+            self.traffic += nbytes(read) + nbytes(new) + nbytes(changed)
+            self.launches += 1
         return result
 
 
