@@ -11,7 +11,8 @@
 - `smalldiffusion`: the loop, schedules, rate and sampler of its example `cifar_unet.py`, its `Unet` of our size, batch 16
   (the example's 256 would mean three steps a minute). It takes classes at most.
 - `k-diffusion`: its `train.py` and `configs/config_32x32_small.json`, channels [32, 64, 128] in place of [128, 256, 512] and
-  batch 16; drawn in the same way as its demos. It takes classes at most.
+  batch 16; drawn in the same way as its demos. It takes classes at most. It gives torch's schedulers an argument that current
+  torch no longer takes; its environment has to ignore it.
 
 The rivals run in an environment of their own, `--python`, with what they need; their code is not in this repository.
 All draw the training captions: ours as its card says, the rivals in 50 steps (smalldiffusion in its example's 10) with raw and
