@@ -31,6 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = {"x_0": "runs/two_shapes", "v": "runs/two_shapes_v", "flow": "runs/two_shapes_flow"}
     scenes = shapes.scenes(held_out=True, count=options.images, num_figures=2)
+    captions = [scene.caption for scene in scenes]
     table = {}
     for name, folder in runs.items():
         last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])
@@ -39,7 +40,6 @@ def main() -> None:
         for sampler in ("euler", "dpm++") if name == "flow" else ("ddpm", "dpm++"):
             pipe = with_sampler(model, sampler)
             for steps in (4, 8, 15, 30):
-                captions = [scene.caption for scene in scenes]
                 images = draw_in_batches(pipe, captions, num_inference_steps=steps, guidance_scale=1.5)
                 right = shapes_obedience([np.asarray(image) for image in images], scenes)["all"]
                 table[name].setdefault(sampler, {})[steps] = right

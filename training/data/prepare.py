@@ -217,10 +217,15 @@ def skipped_file(folder: Path) -> Path:
 
 def _list_skipped(file: Path, skipped: dict[str, list[str]]) -> None:
     """Write a line for each skipped record: its name, a tab, the reason."""
-    if any(len(names) > NUM_NAMED for names in skipped.values()):
+    if _is_cut_short(skipped):
         plain = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
         lines = [f"{name.translate(plain)}\t{reason}\n" for reason, names in skipped.items() for name in names]
         file.write_text("".join(lines), encoding="utf-8")
+
+
+def _is_cut_short(skipped: dict[str, list[str]]) -> bool:
+    """Whether a message has no room for all the names."""
+    return any(len(names) > NUM_NAMED for names in skipped.values())
 
 
 def _count(names_by_reason: dict[str, list[str]]) -> str:
@@ -271,7 +276,7 @@ def check_usable(
     """
     num_skipped = sum(map(len, skipped.values()))
     report = _count(skipped)
-    if any(len(names) > NUM_NAMED for names in skipped.values()) and list_file.is_file():
+    if _is_cut_short(skipped) and list_file.is_file():
         report += f"; all of them are listed in {list_file}"
     if not num_train:
         raise ValueError(f"{config.name} has no usable image to train on. Skipped: {report or 'none, it is empty'}")
